@@ -1,0 +1,82 @@
+//! One error for the whole crate, sorted by whose fault it is, always with the file or the value it is about.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    // -- the file system's -----------------------------------------------------------------------------------------------
+    /// Reading or writing failed; becomes the `OSError` subclass of its errno.
+    #[error("{path}: {source}", path = path.display())]
+    Io { path: PathBuf, source: io::Error },
+
+    // -- the data's ------------------------------------------------------------------------------------------------------
+    /// The bytes of an image cannot be turned into pixels.
+    #[error("{}cannot be decoded as an image: {reason}", prefix(path))]
+    Decode { path: PathBuf, reason: String },
+    /// The image is larger than the limits allow (checked before anything is allocated).
+    #[error("{}image of {width} x {height} pixels is over the limit of {limit} pixels", prefix(path))]
+    TooLarge { path: PathBuf, width: u64, height: u64, limit: u64 },
+    /// Samples of one batch have different shapes.
+    #[error("stack expects each tensor to be equal size, but got {first:?} at entry 0 and {other:?} at entry {entry}")]
+    Ragged { first: Vec<usize>, other: Vec<usize>, entry: usize },
+
+    // -- the caller's ----------------------------------------------------------------------------------------------------
+    /// An argument makes no sense.
+    #[error("{0}")]
+    Argument(String),
+    /// A layer cannot take the shape that reaches it.
+    #[error("{layer}: {reason}")]
+    Shape { layer: String, reason: String },
+
+    // -- training's ------------------------------------------------------------------------------------------------------
+    /// The loss is NaN or infinite.
+    #[error("loss is {loss} in {phase} epoch {epoch}, batch {batch}; the last finite loss was {last}")]
+    NotFinite { loss: f64, last: String, phase: &'static str, epoch: i64, batch: usize },
+    /// Ctrl-C or an exception raised by Python code that we called: the binding re-raises the pending exception.
+    #[error("interrupted")]
+    Interrupted,
+
+    // -- below us --------------------------------------------------------------------------------------------------------
+    /// libtorch refused; its own message.
+    #[error("{0}")]
+    Torch(String),
+    /// A panic that was caught: a bug of ours.
+    #[error("internal error: {0}")]
+    Panic(String),
+}
+
+fn prefix(path: &Path) -> String {
+    if path.as_os_str().is_empty() { String::new() } else { format!("{}: ", path.display()) }
+}
+
+impl Error {
+    /// The same error with the path filled in, for stages that saw only bytes.
+    #[must_use]
+    pub fn at(self, file: &Path) -> Self {
+        match self {
+            Self::Decode { reason, .. } => Self::Decode { path: file.into(), reason },
+            Self::TooLarge { width, height, limit, .. } => Self::TooLarge { path: file.into(), width, height, limit },
+            other => other,
+        }
+    }
+
+    pub fn decode(reason: impl ToString) -> Self {
+        Self::Decode { path: PathBuf::new(), reason: reason.to_string() }
+    }
+}
+
+#[cfg(feature = "torch")]
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        // libtorch appends its C++ stack after the first line; nobody can act on it.
+        let text = match error {
+            tch::TchError::Torch(text) => text,
+            other => other.to_string(),
+        };
+        Self::Torch(text.split("\nException raised from").next().unwrap_or_default().to_owned())
+    }
+}
