@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter, _DatasetKind
 from cnnrs import _cnnrs
 from cnnrs.feature_dataset import FeatureDataset
 from cnnrs.sources import Rows, Source, Values, find_source
-from cnnrs.transforms import Native, lower, lower_rest, pillow13, wants_info
+from cnnrs.transforms import Native, lower, lower_rest, note, pillow13, wants_info
 
 # The random draws of the operations behind a Python step must not repeat those before it.
 REST_SEED = 0x9E37_79B9_7F4A_7C15
@@ -119,8 +118,8 @@ class DataLoader(TorchDataLoader[Any]):
     def _get_iterator(self) -> _BaseDataLoaderIter:
         if self._dataset_kind != _DatasetKind.Map:
             return _CalledIter(self)
-        if _columns(self) is not None:
-            return _RowsIter(self)
+        if _is_rows(_unwrap(self.dataset)[0]):
+            return _RowsIter(self) if _columns(self) is not None else _CalledIter(self)
         source = find_source(self.dataset)
         if isinstance(source, str):
             _note_called(self.dataset, source)
@@ -152,18 +151,15 @@ def _note_ignored(**given: bool) -> None:
     names = [name for name, is_given in given.items() if is_given]
     if names and "ignored" not in _noted:
         _noted.add("ignored")
-        warnings.warn(
-            f"cnnrs.DataLoader uses threads, not worker processes, and ignores {', '.join(names)}", stacklevel=3
-        )
+        note(f"cnnrs.DataLoader uses threads, not worker processes, and ignores {', '.join(names)}")
 
 
 def _note_called(dataset: object, reason: str) -> None:
     if "called" not in _noted:
         _noted.add("called")
-        warnings.warn(
+        note(
             f"cnnrs.DataLoader cannot read the samples of {type(dataset).__name__} itself ({reason}) and calls it sample "
-            "by sample in this process, as torch does with num_workers=0",
-            stacklevel=3,
+            "by sample in this process, as torch does with num_workers=0"
         )
 
 
@@ -215,18 +211,20 @@ def _unwrap(dataset: Any) -> tuple[Any, list[Any]]:
     return dataset, subsets
 
 
+def _is_rows(dataset: Any) -> bool:
+    ours = isinstance(dataset, FeatureDataset) and type(dataset).__getitem__ is FeatureDataset.__getitem__
+    return ours or type(dataset) is TensorDataset
+
+
 def _columns(loader: DataLoader) -> list[Any] | None:
     """The columns of a data set of rows, when gathering them gives what the default collation gives."""
     if loader.collate_fn is not default_collate or not loader._auto_collation:
         return None
     dataset, _ = _unwrap(loader.dataset)
-    columns: Sequence[Any]
-    if type(dataset) is TensorDataset:
-        columns = dataset.tensors
-    elif isinstance(dataset, FeatureDataset) and type(dataset).__getitem__ is FeatureDataset.__getitem__:
-        columns = (dataset.features, dataset.labels)
-    else:
+    if not _is_rows(dataset):
         return None
+    is_tensors = type(dataset) is TensorDataset
+    columns: Sequence[Any] = dataset.tensors if is_tensors else (dataset.features, dataset.labels)
     plain = (type(c) is torch.Tensor and c.layout is torch.strided and c.dim() > 0 for c in columns)
     rows = (isinstance(c, (np.ndarray, list)) for c in columns)
     return list(columns) if all(a or b for a, b in zip(plain, rows, strict=True)) else None
@@ -240,7 +238,7 @@ def _gather(column: Any, indices: list[int]) -> Any:
     if isinstance(column, np.ndarray) and column.ndim > 1 and column.dtype.kind in "fiub" and column.dtype.isnative:
         return torch.from_numpy(np.asarray(column)[indices])
     # Numbers and anything else: torch decides about the type.
-    return default_collate([column[i] for i in indices])
+    return default_collate(tuple(column[i] for i in indices))
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -281,7 +279,7 @@ class _ThreadsIter(_BaseDataLoaderIter):
         self._wants_info = wants_info(self._lowered)
         self._memory = loader._kept()
         self._ahead = loader._ahead()
-        self._first = self._loader(self._lowered.first, 0, source.rows())
+        self._first: _cnnrs.Loader | None = self._loader(self._lowered.first, 0, source.rows())
         self._rests: dict[int, tuple[Native, _cnnrs.Loader] | None] = {}
         self._pending: deque[_Batch] = deque()
         self._position = 0
@@ -294,29 +292,41 @@ class _ThreadsIter(_BaseDataLoaderIter):
 
     def _next_data(self) -> Any:
         while not self._exhausted and len(self._pending) < self._ahead:
-            self._pending.append(self._submit())
+            self._submit()
+        if not self._pending:
+            # The threads end here, also when somebody keeps the iterator.
+            self._first, self._rests = None, {}
+            raise StopIteration
         batch = self._pending.popleft()
         if batch.error is not None:
-            # A traceback per raise, not one that grows.
-            raise batch.error.with_traceback(None)
+            try:
+                raise batch.error
+            finally:
+                # A local variable would tie the traceback, this frame and the threads together in a cycle.
+                del batch
         data = self._collate(batch)
         return pin(data, self._pin_memory_device) if self._pin_memory else data
 
-    def _submit(self) -> _Batch:
-        try:
-            index = self._next_index()
-        except BaseException as error:
-            # StopIteration included.
-            self._exhausted = True
-            return _Batch([], self._position, error=error)
+    def _submit(self) -> None:
         batch = _Batch([], self._position)
         try:
+            index = self._next_index()
+        except StopIteration:
+            self._exhausted = True
+            return
+        except BaseException as error:
+            self._exhausted = True
+            batch.error = error
+            self._pending.append(batch)
+            return
+        try:
             batch.indices = self._source.base(index if self._auto_collation else [index])
+            assert self._first is not None
             batch.targets = self._source.submit(self._first, batch.indices, batch.position, tensors=self._whole)
         except Exception as error:
             batch.error = error
         self._position += len(batch.indices)
-        return batch
+        self._pending.append(batch)
 
     def _collate(self, batch: _Batch) -> Any:
         values = self._values(batch)
@@ -325,7 +335,7 @@ class _ThreadsIter(_BaseDataLoaderIter):
             targets = batch.targets
             if target_transform is not None:
                 targets = [target_transform(target) for target in targets]
-            return [values, targets if isinstance(targets, torch.Tensor) else default_collate(targets)]
+            return [values, targets if isinstance(targets, torch.Tensor) else default_collate(tuple(targets))]
         samples = self._finish(list(values), batch)
         if not self._auto_collation:
             return self._collate_fn(samples[0])
@@ -333,7 +343,7 @@ class _ThreadsIter(_BaseDataLoaderIter):
 
     def _values(self, batch: _Batch) -> Values:
         """What the first part of the transform makes of the batch: one tensor, tensors, or PIL images."""
-        if not batch.indices:
+        if not batch.indices or self._first is None:
             return []
         kind, value = self._poll(self._first, batch)
         if kind == "batch":
@@ -362,16 +372,22 @@ class _ThreadsIter(_BaseDataLoaderIter):
             except BaseException:
                 loader.discard()
                 raise
+            finally:
+                # As above: no cycle of an error, its traceback and this frame.
+                value = error = None
 
-    def _second_opinion(self, index: int, error: Exception) -> tuple[int, int, int, bytes]:
+    def _second_opinion(self, index: int, error: Any) -> tuple[int, int, int, bytes]:
         """The pixels of a file that Rust cannot decode, when Pillow can: it knows more formats and has plug-ins."""
-        if not isinstance(error, _cnnrs.DecodeError) or isinstance(self._source, Rows):
-            raise error
         try:
-            image = self._source.load(index)
-        except Exception as pillows:
-            raise error from pillows
-        return image.height, image.width, 3, image.tobytes()
+            if not isinstance(error, _cnnrs.DecodeError) or isinstance(self._source, Rows):
+                raise error
+            try:
+                image = self._source.load(index)
+            except Exception as pillows:
+                raise error from pillows
+            return image.height, image.width, 3, image.tobytes()
+        finally:
+            error = None
 
     def _pil(self, pixels: tuple[int, int, int, bytes], index: int) -> Any:
         from PIL import Image

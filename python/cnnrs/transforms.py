@@ -103,11 +103,20 @@ def _note(steps: Iterable[Step]) -> None:
     new = [name for name in dict.fromkeys(names) if name not in _noted]
     _noted.update(new)
     if new:
-        warnings.warn(
+        note(
             f"cnnrs.DataLoader: {', '.join(new)} {'runs' if len(new) == 1 else 'run'} in Python, one sample at a time; "
-            "the rest of the transform runs in threads",
-            stacklevel=2,
+            "the rest of the transform runs in threads"
         )
+
+
+def note(message: str) -> None:
+    """A warning at the user's line, however deep in cnnrs and torch it is found out."""
+    level = 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("cnnrs", "torch"):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, stacklevel=level)
 
 
 def _name(step: Step) -> str:
