@@ -51,9 +51,9 @@ impl Sgd {
 }
 
 impl Adam {
-    /// One step; `step` counts from 1.
-    pub fn update(&self, param: &mut [f32], grad: &[f32], state: AdamState<'_>, step: f64) {
-        let constants = AdamConstants::new(self, step);
+    /// The first half of a step: weight decay and both moving averages.
+    pub fn average(&self, param: &mut [f32], grad: &[f32], state: AdamState<'_>) {
+        let constants = AdamConstants::new(self);
         let chunks = param
             .chunks_mut(CHUNK)
             .zip(grad.chunks(CHUNK))
@@ -65,6 +65,20 @@ impl Adam {
                 true => adam::<true>(&constants, param, grad, state),
                 false => adam::<false>(&constants, param, grad, state),
             });
+        });
+    }
+
+    /// The second half: `root` is the square root of the second average (of its maximum with `amsgrad`), `step` counts
+    /// from 1. The root is an argument because PyTorch's own is not always the correctly rounded one.
+    pub fn apply(&self, param: &mut [f32], exp_avg: &[f32], root: &[f32], step: f64) {
+        let correction = (1.0 - self.betas.1.powf(step)).sqrt() as f32;
+        let step_size = -(self.lr / (1.0 - self.betas.0.powf(step))) as f32;
+        let eps = self.eps as f32;
+        let chunks = param.chunks_mut(CHUNK).zip(exp_avg.chunks(CHUNK)).zip(root.chunks(CHUNK));
+        threads::for_each(chunks.collect(), |((param, exp_avg), root)| {
+            for ((p, &m), &root) in param.iter_mut().zip(exp_avg).zip(root) {
+                *p += step_size * m / (root / correction + eps);
+            }
         });
     }
 }
@@ -106,7 +120,7 @@ fn sgd<const FMA: bool>(rule: &Sgd, param: &mut [f32], grad: &[f32], momentum: &
     }
 }
 
-/// The scalars of one Adam step, computed in f64 and rounded once, as PyTorch does.
+/// The scalars of Adam's averages, computed in f64 and rounded once, as PyTorch does.
 struct AdamConstants {
     sign: f32,
     coupled_decay: Option<f32>,
@@ -114,13 +128,10 @@ struct AdamConstants {
     lerp: f32,
     beta2: f32,
     one_minus_beta2: f32,
-    sqrt_correction2: f32,
-    eps: f32,
-    step_size: f32,
 }
 
 impl AdamConstants {
-    fn new(rule: &Adam, step: f64) -> Self {
+    fn new(rule: &Adam) -> Self {
         let (beta1, beta2) = rule.betas;
         let decays = rule.weight_decay != 0.0;
         Self {
@@ -130,9 +141,6 @@ impl AdamConstants {
             lerp: (1.0 - beta1) as f32,
             beta2: beta2 as f32,
             one_minus_beta2: (1.0 - beta2) as f32,
-            sqrt_correction2: (1.0 - beta2.powf(step)).sqrt() as f32,
-            eps: rule.eps as f32,
-            step_size: -(rule.lr / (1.0 - beta1.powf(step))) as f32,
         }
     }
 }
@@ -152,15 +160,10 @@ fn adam<const FMA: bool>(c: &AdamConstants, param: &mut [f32], grad: &[f32], sta
         // Tensor.lerp_ starts from the nearer end.
         *m = if c.lerp < 0.5 { madd::<FMA>(c.lerp, g - *m, *m) } else { madd::<FMA>(c.lerp - 1.0, g - *m, g) };
         *v = madd::<FMA>(c.one_minus_beta2 * g, g, *v * c.beta2);
-        let second = match tops.next() {
-            Some(top) => {
-                *top = if v.is_nan() || *v > *top { *v } else { *top };
-                *top
-            }
-            None => *v,
-        };
-        let denominator = second.sqrt() / c.sqrt_correction2 + c.eps;
-        *p += c.step_size * *m / denominator;
+        if let Some(top) = tops.next() {
+            // torch.maximum: NaN wins.
+            *top = if v.is_nan() || *v > *top { *v } else { *top };
+        }
     }
 }
 

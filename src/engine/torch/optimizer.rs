@@ -113,7 +113,10 @@ fn update(parameter: &mut Parameter, grad: &Tensor) -> Result<()> {
                 exp_avg_sq: floats_mut(exp_avg_sq),
                 max_exp_avg_sq: max_exp_avg_sq.as_ref().map_or(&mut [], floats_mut),
             };
-            options.update(value, grad, state, step.f_double_value(&[])?);
+            options.average(value, grad, state);
+            let _guard = tch::no_grad_guard();
+            let root = max_exp_avg_sq.as_ref().unwrap_or(exp_avg_sq).f_sqrt()?;
+            options.apply(value, floats(exp_avg), floats(&root), step.f_double_value(&[])?);
         }
     }
     Ok(())
