@@ -33,12 +33,14 @@ class Lowered:
         tensors: parameters and buffers that the operations name by index, shared with the module.
         names: one qualified name per node; node 0 is the input.
         kinds: the PyTorch class that does the same as each node.
+        operations: (name, kind, inputs, attributes) of each node, as given to the graph.
     """
 
     graph: _cnnrs.Graph
     tensors: list[torch.Tensor]
     names: list[str]
     kinds: list[str]
+    operations: list[tuple[str, str, list[int], Attributes]]
 
 
 def lower(model: nn.Module) -> Lowered:
@@ -293,7 +295,7 @@ class _Lowering:
         if self.reasons:
             raise Unsupported("\n".join(self.reasons))
         graph = _cnnrs.Graph(self.nodes, output, [list(t.shape) for t in self.tensors])
-        return Lowered(graph, self.tensors, [n[0] for n in self.nodes], [_kind(n[1], n[3]) for n in self.nodes])
+        return Lowered(graph, self.tensors, [n[0] for n in self.nodes], [_kind(n[1], n[3]) for n in self.nodes], self.nodes)
 
     def _walk(self) -> int:
         traced = self._trace()
