@@ -41,7 +41,7 @@ def load() -> ModuleType:
         return import_module("cnnrs._cnnrs")
     except ModuleNotFoundError:
         raise ImportError(
-            "the compiled part of cnnrs is missing (cnnrs._cnnrs): install the wheel, or run `make setup` in the source tree"
+            "the compiled module cnnrs._cnnrs is missing: install the wheel, or run `make setup` in the source tree"
         ) from None
     except ImportError as error:
         # A torch of the right name with other contents, e.g. a nightly or a build of one's own.
@@ -64,7 +64,8 @@ def _import_torch(needed: str | None) -> str:
 
 
 def _mismatch(needed: str | None, found: str, detail: str = "") -> ImportError:
-    text = f"cnnrs was compiled for torch {needed or 'of another version'}, but torch {found} is installed: {_advice(needed)}"
+    compiled = f"torch {needed}" if needed else "another torch"
+    text = f"cnnrs was compiled for {compiled}, but torch {found} is installed: {_advice(needed)}"
     if needed:
         text += f", or install a cnnrs wheel built for torch {found.split('+')[0]}"
     return ImportError(f"{text} ({detail})" if detail else text, name="torch")

@@ -26,7 +26,7 @@ _SCHEMES: dict[str, Callable[..., Any]] = {
 def freeze(module: Module) -> Module:
     """Stop training every parameter of ``module`` (``requires_grad = False``).
 
-    BatchNorm statistics still move in training mode: they are buffers, not parameters. Call ``module.eval()`` to stop them.
+    BatchNorm statistics are buffers, not parameters, and still move in training mode: ``module.eval()`` stops them.
 
     Example:
         >>> from cnnrs.models import MnistNet
@@ -48,8 +48,8 @@ def unfreeze(module: Module) -> Module:
 def replace_head(model: Module, num_classes: int) -> Module:
     """Replace the last ``nn.Linear`` by a new one with ``num_classes`` outputs.
 
-    That layer is ``classifier[-1]`` of VGG, ``fc`` of ResNet, ``heads.head`` of a vision transformer: the last one in the
-    order of registration. The new layer is trainable, freshly initialised, on the device and in the dtype of the old one.
+    That is the last one in the order of registration: ``classifier[-1]`` of VGG, ``fc`` of ResNet, ``heads.head`` of a
+    vision transformer. The new layer is trainable, freshly initialised, on the device and in the dtype of the old one.
 
     Args:
         model: Any module that contains an ``nn.Linear``.

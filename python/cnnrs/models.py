@@ -35,7 +35,8 @@ class SimpleCNN(nn.Module):
         x = self.conv2(x)
         x = self.conv3(x)
         x = x.view(x.size(0), -1)
-        return self.fc(x)
+        scores: Tensor = self.fc(x)
+        return scores
 
 
 class MnistNet(nn.Module):
@@ -62,7 +63,8 @@ class MnistNet(nn.Module):
         x = self.conv2(x)
         x = x.view(-1, 320)
         x = self.fc1(x)
-        return self.fc2(x)
+        log_probabilities: Tensor = self.fc2(x)
+        return log_probabilities
 
 
 class CatDogNet(nn.Module):
@@ -91,7 +93,8 @@ class CatDogNet(nn.Module):
         x = x.view(x.size(0), -1)
         x = self.fc1(x)
         x = self.fc2(x)
-        return self.fc3(x)
+        log_probabilities: Tensor = self.fc3(x)
+        return log_probabilities
 
 
 def _block(number: str, in_channels: int, out_channels: int) -> nn.Sequential:
