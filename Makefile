@@ -45,6 +45,8 @@ test: $(EXTENSION) ## Rust tests, pytest, doctests, README examples
 	python -m pytest
 
 .PHONY: lint
+# maturin sets this for pyo3's build script; without the same value each of the two throws the other's build away.
+lint: export PYO3_ENVIRONMENT_SIGNATURE = $(shell $(PYO3_PYTHON) -c 'import struct, sys; print(f"{sys.implementation.name}-{sys.version_info[0]}.{sys.version_info[1]}-{8 * struct.calcsize("P")}bit")')
 lint: $(EXTENSION) ## Formatting, layering, clippy, ruff, mypy, stubs against the built module
 	cargo fmt --check
 	cargo check --locked --release
@@ -79,15 +81,17 @@ clean: ## Remove everything that was built, downloaded or written
 	find python tests benches -name __pycache__ -prune -exec rm -rf {} +
 
 $(PACKAGES): requirements/torch-$(TORCH).txt requirements/dev.txt
-	PYTHON="$(PYTHON)" scripts/system-packages.sh
+	@PYTHON="$(PYTHON)" scripts/system-packages.sh
 	@"$(PYTHON)" -c 'import sys; sys.exit(f"Python >= 3.10 is needed, this is {sys.version.split()[0]}: make PYTHON=<path>" if sys.version_info < (3, 10) else 0)'
-	test -x "$(PYO3_PYTHON)" || "$(PYTHON)" -m venv "$(VENV)"
-	python -m pip install --quiet --disable-pip-version-check $(addprefix -r ,$^)
-	touch $@
+	@test -x "$(PYO3_PYTHON)" || "$(PYTHON)" -m venv "$(VENV)"
+	@echo "installing torch $(TORCH) and the pinned tools into $(VENV)"
+	@python -m pip install --quiet --disable-pip-version-check $(addprefix -r ,$^)
+	@touch $@
 
 requirements/torch-%.txt:
 	@echo "make: torch $* is not supported; choose TORCH= one of:" $$(ls requirements | sed -nE 's/torch-(.*)\.txt/\1/p') >&2; exit 1
 
 $(EXTENSION): $(RUST) $(PACKAGES) pyproject.toml
-	maturin develop --release --locked --quiet
-	touch $@
+	@echo "building $@ against torch $(TORCH): minutes the first time, seconds later"
+	@python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
