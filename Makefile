@@ -46,7 +46,7 @@ test: $(EXTENSION) ## Rust tests, pytest, doctests, README examples
 
 .PHONY: lint
 # maturin sets this for pyo3's build script; without the same value each of the two throws the other's build away.
-lint: export PYO3_ENVIRONMENT_SIGNATURE = $(shell $(PYO3_PYTHON) -c 'import struct, sys; print(f"{sys.implementation.name}-{sys.version_info[0]}.{sys.version_info[1]}-{8 * struct.calcsize("P")}bit")')
+lint: export PYO3_ENVIRONMENT_SIGNATURE = $(shell $(PYO3_PYTHON) -c 'import sys; print(f"{sys.implementation.name}-{sys.version_info[0]}.{sys.version_info[1]}-{sys.maxsize.bit_length() + 1}bit")')
 lint: $(EXTENSION) ## Formatting, layering, clippy, ruff, mypy, stubs against the built module
 	cargo fmt --check
 	cargo check --locked --release
