@@ -22,7 +22,7 @@ from cnnrs._cnnrs import __version__  # noqa: E402
 from cnnrs.engines import explain  # noqa: E402
 from cnnrs.errors import CnnrsError, DecodeError, NonFiniteLossError, UnsupportedModelError  # noqa: E402
 from cnnrs.features import Features, load_features  # noqa: E402
-from cnnrs.fit import compile, fit  # noqa: E402, A004
+from cnnrs.fit import compile, fit  # noqa: E402
 from cnnrs.history import History  # noqa: E402
 from cnnrs.layers import conv_layers, freeze, init, replace_head, set_dropout, unfreeze  # noqa: E402
 from cnnrs.preconv import preconv  # noqa: E402
