@@ -55,6 +55,7 @@ class VisionDataset(Dataset[tuple[Any, Any]]):
         return "\n".join([f"Dataset {type(self).__name__}", *(" " * self._repr_indent + line for line in body)])
 
     def extra_repr(self) -> str:
+        """Lines for `repr`, below the root."""
         return ""
 
 
@@ -153,7 +154,9 @@ class ImageFolder(VisionDataset):
             allow_empty=allow_empty,
         )
         if loader is None:
-            from torchvision.datasets.folder import default_loader as loader
+            from torchvision.datasets.folder import default_loader
+
+            loader = default_loader
         self.loader: Callable[[str], Any] = loader
         self.extensions = extensions
         self.classes = classes

@@ -10,12 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader as TorchDataLoader
-from torch.utils.data import Dataset, IterDataPipe, MapDataPipe, Sampler, Subset, TensorDataset, default_collate
-from torch.utils.data import graph_settings
+from torch.utils.data import (
+    Dataset,
+    IterDataPipe,
+    MapDataPipe,
+    Sampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+    graph_settings,
+)
 from torch.utils.data._utils.pin_memory import pin_memory as pin
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _DatasetKind
+from torch.utils.dlpack import from_dlpack
 
 from cnnrs import _cnnrs
+from cnnrs.errors import DecodeError
 from cnnrs.feature_dataset import FeatureDataset
 from cnnrs.sources import Rows, Source, Values, find_source
 from cnnrs.transforms import Native, lower, lower_rest, note, pillow13, wants_info
@@ -113,7 +123,7 @@ class DataLoader(TorchDataLoader[Any]):
         )
 
     def check_worker_number_rationality(self) -> None:
-        """torch's advice on the number of worker processes; threads need none."""
+        """Torch's advice on the number of worker processes; threads need none."""
 
     def _get_iterator(self) -> _BaseDataLoaderIter:
         if self._dataset_kind != _DatasetKind.Map:
@@ -158,12 +168,22 @@ def _note_called(dataset: object, reason: str) -> None:
     if "called" not in _noted:
         _noted.add("called")
         note(
-            f"cnnrs.DataLoader cannot read the samples of {type(dataset).__name__} itself ({reason}) and calls it sample "
-            "by sample in this process, as torch does with num_workers=0"
+            f"cnnrs.DataLoader cannot read the samples of {type(dataset).__name__} itself ({reason}) and calls it "
+            "sample by sample in this process, as torch does with num_workers=0"
         )
 
 
-class _CalledIter(_BaseDataLoaderIter):
+class _Iter(_BaseDataLoaderIter):
+    """What all three kinds need from torch's base, which draws `base_seed` and checks `pin_memory`."""
+
+    def _index(self) -> Any:
+        return self._next_index()  # type: ignore[no-untyped-call]
+
+    def _pinned(self, data: Any) -> Any:
+        return pin(data, self._pin_memory_device) if self._pin_memory else data  # type: ignore[no-untyped-call]
+
+
+class _CalledIter(_Iter):
     """torch's own way with `num_workers=0`, whatever the number of threads is."""
 
     def __init__(self, loader: DataLoader) -> None:
@@ -173,7 +193,7 @@ class _CalledIter(_BaseDataLoaderIter):
         self._make_fetcher()
 
     def _make_fetcher(self) -> None:
-        self._dataset_fetcher = _DatasetKind.create_fetcher(
+        self._dataset_fetcher = _DatasetKind.create_fetcher(  # type: ignore[no-untyped-call]
             self._dataset_kind, self._dataset, self._auto_collation, self._collate_fn, self._drop_last
         )
 
@@ -182,14 +202,14 @@ class _CalledIter(_BaseDataLoaderIter):
         self._make_fetcher()
 
     def _next_data(self) -> Any:
-        data = self._dataset_fetcher.fetch(self._next_index())
-        return pin(data, self._pin_memory_device) if self._pin_memory else data
+        data = self._dataset_fetcher.fetch(self._index())
+        return self._pinned(data)
 
 
 # -- rows of tensors and arrays ----------------------------------------------------------------------------------------
 
 
-class _RowsIter(_BaseDataLoaderIter):
+class _RowsIter(_Iter):
     """All rows of a batch in one gather, instead of row by row and a stack."""
 
     def __init__(self, loader: DataLoader) -> None:
@@ -198,9 +218,9 @@ class _RowsIter(_BaseDataLoaderIter):
         self._base = Source(*_unwrap(loader.dataset)).base
 
     def _next_data(self) -> Any:
-        indices = self._base(self._next_index())
+        indices = self._base(self._index())
         data = [_gather(column, indices) for column in self._columns]
-        return pin(data, self._pin_memory_device) if self._pin_memory else data
+        return self._pinned(data)
 
 
 def _unwrap(dataset: Any) -> tuple[Any, list[Any]]:
@@ -230,6 +250,12 @@ def _columns(loader: DataLoader) -> list[Any] | None:
     return list(columns) if all(a or b for a, b in zip(plain, rows, strict=True)) else None
 
 
+def _collate(values: Iterable[Any]) -> Any:
+    # A tuple, as when torch has transposed its list of samples: strings come back as they are.
+    column: Any = tuple(values)
+    return default_collate(column)
+
+
 def _gather(column: Any, indices: list[int]) -> Any:
     if isinstance(column, torch.Tensor):
         size = len(column)
@@ -238,7 +264,7 @@ def _gather(column: Any, indices: list[int]) -> Any:
     if isinstance(column, np.ndarray) and column.ndim > 1 and column.dtype.kind in "fiub" and column.dtype.isnative:
         return torch.from_numpy(np.asarray(column)[indices])
     # Numbers and anything else: torch decides about the type.
-    return default_collate(tuple(column[i] for i in indices))
+    return _collate([column[i] for i in indices])
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -255,7 +281,7 @@ class _Batch:
     error: BaseException | None = None
 
 
-class _ThreadsIter(_BaseDataLoaderIter):
+class _ThreadsIter(_Iter):
     """Batches of images: samples go to the threads ahead of time, results come back in order."""
 
     def __init__(self, loader: DataLoader) -> None:
@@ -286,7 +312,7 @@ class _ThreadsIter(_BaseDataLoaderIter):
         self._exhausted = False
 
     def _loader(self, native: Native, mix: int, rows: Any = None) -> _cnnrs.Loader:
-        seed = (self._base_seed + self._epoch) ^ mix
+        seed = (int(self._base_seed) + self._epoch) ^ mix
         ops = list(native.ops)
         return _cnnrs.Loader(ops, native.finish, pillow13(), seed, self._num_workers, self._memory, rows)
 
@@ -305,12 +331,12 @@ class _ThreadsIter(_BaseDataLoaderIter):
                 # A local variable would tie the traceback, this frame and the threads together in a cycle.
                 del batch
         data = self._collate(batch)
-        return pin(data, self._pin_memory_device) if self._pin_memory else data
+        return self._pinned(data)
 
     def _submit(self) -> None:
         batch = _Batch([], self._position)
         try:
-            index = self._next_index()
+            index = self._index()
         except StopIteration:
             self._exhausted = True
             return
@@ -335,11 +361,9 @@ class _ThreadsIter(_BaseDataLoaderIter):
             targets = batch.targets
             if target_transform is not None:
                 targets = [target_transform(target) for target in targets]
-            return [values, targets if isinstance(targets, torch.Tensor) else default_collate(tuple(targets))]
-        samples = self._finish(list(values), batch)
-        if not self._auto_collation:
-            return self._collate_fn(samples[0])
-        return self._collate_fn(samples)
+            return [values, targets if isinstance(targets, torch.Tensor) else _collate(targets)]
+        samples: Any = self._finish(list(values), batch)
+        return self._collate_fn(samples if self._auto_collation else samples[0])
 
     def _values(self, batch: _Batch) -> Values:
         """What the first part of the transform makes of the batch: one tensor, tensors, or PIL images."""
@@ -347,10 +371,10 @@ class _ThreadsIter(_BaseDataLoaderIter):
             return []
         kind, value = self._poll(self._first, batch)
         if kind == "batch":
-            images = torch.from_dlpack(value)
+            images = from_dlpack(value)
             return images if self._whole else self._wrap(images.unbind(0), self._lowered.first)
         if kind == "samples":
-            tensors = [torch.from_dlpack(sample) for sample in value]
+            tensors = [from_dlpack(sample) for sample in value]
             return self._wrap(tensors, self._lowered.first)
         return [self._pil(pixels, batch.indices[i]) for i, pixels in enumerate(value)]
 
@@ -362,14 +386,17 @@ class _ThreadsIter(_BaseDataLoaderIter):
         return list(tensors)
 
     def _poll(self, loader: _cnnrs.Loader, batch: _Batch) -> tuple[str, Any]:
+        value: Any = None
+        error: Any = None
         while True:
-            kind, value = loader.poll()
-            if kind != "failed":
-                return kind, value
             try:
+                kind, value = loader.poll()
+                if kind != "failed":
+                    return kind, value
                 for i, error in value:
                     loader.retry(i, self._second_opinion(batch.indices[i], error))
             except BaseException:
+                # Ctrl-C included: the batch is lost, as with torch, and the next one is the next one.
                 loader.discard()
                 raise
             finally:
@@ -379,7 +406,7 @@ class _ThreadsIter(_BaseDataLoaderIter):
     def _second_opinion(self, index: int, error: Any) -> tuple[int, int, int, bytes]:
         """The pixels of a file that Rust cannot decode, when Pillow can: it knows more formats and has plug-ins."""
         try:
-            if not isinstance(error, _cnnrs.DecodeError) or isinstance(self._source, Rows):
+            if not isinstance(error, DecodeError) or isinstance(self._source, Rows):
                 raise error
             try:
                 image = self._source.load(index)
@@ -418,7 +445,7 @@ class _ThreadsIter(_BaseDataLoaderIter):
         from PIL import Image
 
         modes = {value.mode if type(value) is Image.Image else None for value in values}
-        channels = {("RGB",): 3, ("L",): 1}.get(tuple(str(mode) for mode in modes), 0)
+        channels = 3 if modes == {"RGB"} else 1 if modes == {"L"} else 0
         if channels and channels not in self._rests:
             native = lower_rest(self._lowered.rest, channels)
             self._rests[channels] = None if native is None else (native, self._loader(native, REST_SEED))
@@ -431,5 +458,5 @@ class _ThreadsIter(_BaseDataLoaderIter):
         images = [(value.height, value.width, channels, value.tobytes()) for value in values]
         loader.submit_pixels(batch.indices, batch.position, images)
         kind, value = self._poll(loader, batch)
-        tensors = torch.from_dlpack(value).unbind(0) if kind == "batch" else [torch.from_dlpack(one) for one in value]
+        tensors = from_dlpack(value).unbind(0) if kind == "batch" else [from_dlpack(one) for one in value]
         return self._wrap(tensors, native)

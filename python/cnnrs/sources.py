@@ -29,11 +29,13 @@ class Source:
 
     @property
     def transform(self) -> Callable[[Any], Any] | None:
+        """The data set's, as it is now."""
         transform: Callable[[Any], Any] | None = self.dataset.transform
         return transform
 
     @property
     def target_transform(self) -> Callable[[Any], Any] | None:
+        """The data set's, as it is now."""
         transform: Callable[[Any], Any] | None = self.dataset.target_transform
         return transform
 
@@ -64,6 +66,7 @@ class Files(Source):
     """`ImageFolder`s: (path, class number) in `samples`."""
 
     def submit(self, loader: _cnnrs.Loader, indices: list[int], position: int, *, tensors: bool) -> Any:
+        """Asks for the files; returns their class numbers."""
         # Looked up now and not at the start: `samples` may have been edited, and a copy of a large list costs memory.
         samples = self.dataset.samples
         chosen = [samples[i] for i in indices]
@@ -71,9 +74,11 @@ class Files(Source):
         return [target for _, target in chosen]
 
     def load(self, index: int) -> Any:
+        """The image as Pillow reads it."""
         return self.dataset.loader(self.dataset.samples[index][0]).convert("RGB")
 
     def info(self, index: int) -> dict[Any, Any]:
+        """What Pillow reads from the file's header."""
         from PIL import Image
 
         with Image.open(self.dataset.samples[index][0]) as image:
@@ -86,9 +91,11 @@ class Rows(Source):
     channels = 1
 
     def rows(self) -> Any:
+        """A capsule of `data`."""
         return torch.utils.dlpack.to_dlpack(self.dataset.data)  # type: ignore[attr-defined]
 
     def submit(self, loader: _cnnrs.Loader, indices: list[int], position: int, *, tensors: bool) -> Any:
+        """Asks for the images; returns their targets."""
         size = len(self.dataset.data)
         if indices and not -size <= min(indices) <= max(indices) < size:
             raise IndexError(f"an index of this batch is out of range for {size} images: {indices}")
@@ -110,21 +117,22 @@ def find_source(dataset: Any) -> Source | str:
     if hasattr(dataset, "__getitems__"):
         return "it has __getitems__"
     folders = _torchvision("torchvision.datasets.folder")
+    digits = _torchvision("torchvision.datasets.mnist")
+    found: Any = dataset
     if isinstance(dataset, (ImageFolder, getattr(folders, "DatasetFolder", ImageFolder))):
         ours = isinstance(dataset, ImageFolder)
         if kind.__getitem__ is not (ImageFolder if ours else folders.DatasetFolder).__getitem__:
             return "it has its own __getitem__"
-        if folders is None or dataset.loader not in (folders.default_loader, folders.pil_loader):
+        if folders is None or found.loader not in (folders.default_loader, folders.pil_loader):
             return "it has its own loader"
         if sys.modules["torchvision"].get_image_backend() != "PIL":
             return "torchvision's image backend is not PIL"
         return Files(dataset, subsets)
-    digits = _torchvision("torchvision.datasets.mnist")
     if isinstance(dataset, (MNIST, getattr(digits, "MNIST", MNIST))):
         originals = {MNIST.__getitem__, getattr(digits, "MNIST", MNIST).__getitem__}
         if kind.__getitem__ not in originals:
             return "it has its own __getitem__"
-        data = dataset.data
+        data = found.data
         if type(data) is not torch.Tensor or data.dtype != torch.uint8 or data.dim() != 3 or data.device.type != "cpu":
             return "its data is not an (N, H, W) uint8 tensor in CPU memory"
         if not data.is_contiguous():

@@ -295,7 +295,7 @@ def _resize(step: Any, _channels: int) -> Spec | None:
     if size is None or name is None or not _sizes(size):
         return None
     if step.antialias is False:
-        warnings.warn("Anti-alias option is always applied for PIL Image input. Argument antialias is ignored.")
+        note("Anti-alias option is always applied for PIL Image input. Argument antialias is ignored.")
     if len(size) == 2:
         return ("resize", size[0], size[1], name) if step.max_size is None else None
     if step.max_size is not None and not (type(step.max_size) is int and step.max_size > size[0]):

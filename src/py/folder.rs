@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use pyo3::prelude::*;
 
 use crate::data::folder;
-use crate::error::Error;
 use crate::py::enter::enter;
+use crate::py::error::stash;
 
 /// The files below each folder (links followed) in torchvision's order, or None for a folder that does not exist.
 #[pyfunction]
@@ -24,12 +24,7 @@ pub fn scan_folders(
                 return Ok(());
             }
             asked = Instant::now();
-            Python::with_gil(|py| {
-                py.check_signals().map_err(|error| {
-                    error.restore(py);
-                    Error::Interrupted
-                })
-            })
+            Python::with_gil(|py| py.check_signals().map_err(stash))
         })
     })
 }

@@ -27,8 +27,8 @@ from torch.utils.data import BatchSampler, ConcatDataset, IterableDataset, Rando
 from torch.utils.data import DataLoader as TorchDataLoader
 from torchvision import datasets, transforms
 
-from cnnrs import _cnnrs
 from cnnrs import loader as module
+from cnnrs.errors import DecodeError
 from cnnrs.folder import ImageFolder
 from cnnrs.loader import DataLoader
 
@@ -357,7 +357,7 @@ def test_operations_on_both_sides_of_a_python_step_draw_independently(tmp_path: 
     torch.manual_seed(0)
     found = torch.cat([x for x, _ in DataLoader(ImageFolder(tmp_path, transform), 50)])
     flipped = sum(not torch.equal(image, plain[i][0]) for i, image in enumerate(found))
-    # Two independent fair flips cancel half the time: Binomial(200, 0.5), standard deviation 7; equal draws would give 0.
+    # Two independent fair flips cancel half the time: Binomial(200, 0.5), deviation 7; equal draws would give 0.
     assert 65 <= flipped <= 135
 
 
@@ -383,7 +383,7 @@ def test_a_corrupt_file_is_named_at_its_batch(broken: Path, num_workers: int) ->
         for i in range(len(loader)):
             try:
                 batches.append(next(iterator))
-            except _cnnrs.DecodeError as error:
+            except DecodeError as error:
                 faults.append(i)
                 assert "text.jpg" in str(error) and "hello w" in str(error)
                 assert isinstance(error, OSError)
@@ -413,7 +413,7 @@ def test_damaged_photos_raise_where_pillow_raises(folder: Path, tmp_path: Path, 
     (tmp_path / "class" / "a.jpg").write_bytes(data)
     with pytest.raises(OSError):
         datasets.ImageFolder(tmp_path, TUTORIAL)[0]
-    with pytest.raises(_cnnrs.DecodeError, match=r"class/a\.jpg"):
+    with pytest.raises(DecodeError, match=r"class/a\.jpg"):
         next(iter(DataLoader(ImageFolder(tmp_path, TUTORIAL))))
 
 
@@ -566,7 +566,8 @@ def test_after_a_fork(folder: Path) -> None:
         child = os.fork()
         rest = [images for images, _ in iterator]
         whole = [images for images, _ in loader]
-        good = len(rest) == 6 and all(map(torch.equal, [held, *rest], expected)) and all(map(torch.equal, whole, expected))
+        good = len(rest) == 6 and len(whole) == 7
+        good = good and all(map(torch.equal, [held, *rest], expected)) and all(map(torch.equal, whole, expected))
         if child == 0:
             os._exit(0 if good else 1)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
