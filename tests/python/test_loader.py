@@ -485,37 +485,62 @@ def test_exceptions_of_python_steps_are_not_changed(folder: Path) -> None:
 # -- threads, processes, signals ---------------------------------------------------------------------------------------
 
 
-def our_threads() -> int:
-    names = []
-    for task in Path("/proc/self/task").iterdir():
-        try:
-            names.append((task / "comm").read_text())
-        except OSError:
-            continue
-    return sum(name.startswith("cnnrs-") for name in names)
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
 def test_threads_end_with_the_iterator(folder: Path) -> None:
-    def settle(expected: int) -> int:
-        deadline = time.monotonic() + 5
-        while our_threads() != expected and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return our_threads()
+    # In a process of its own: other tests' iterators may still be on their way out.
+    code = """
+        import sys, time
+        from pathlib import Path
+        import torch
+        from torchvision import transforms
+        from cnnrs.folder import ImageFolder
+        from cnnrs.loader import DataLoader
 
-    gc.collect()
-    before = settle(0)
-    loader = DataLoader(ImageFolder(folder, TUTORIAL), 2, num_workers=5)
-    assert our_threads() == before, "nothing runs before somebody asks"
-    iterator: Any = iter(loader)
-    next(iterator)
-    assert our_threads() == before + 5
-    del iterator
-    assert settle(before) == before
-    for _ in loader:
-        break
-    list(loader)
-    assert settle(before) == before
+        def name(task):
+            try:
+                return (task / "comm").read_text()
+            except OSError:
+                return "gone meanwhile"
+
+        def threads():
+            return sum(name(task).startswith("cnnrs-") for task in Path("/proc/self/task").iterdir())
+
+        def settles(expected):
+            deadline = time.monotonic() + 10
+            while threads() != expected and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return threads() == expected
+
+        transform = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()])
+        dataset = ImageFolder(sys.argv[1], transform)
+        loader = DataLoader(dataset, 2, num_workers=5)
+        iterator = iter(loader)
+        print(threads(), "before somebody asks")
+        next(iterator)
+        print(threads(), "at work")
+        del iterator
+        print(settles(0), "iterator dropped")
+        for _ in loader:
+            break
+        print(settles(0), "loop left")
+        iterator = iter(loader)
+        list(iterator)
+        print(settles(0), "epoch over, iterator kept")
+        dataset.samples[3] = ("/nowhere.jpg", 0)
+        try:
+            list(loader)
+        except FileNotFoundError:
+            pass
+        print(settles(0), "after an error")
+    """
+    assert run(code, str(folder)).splitlines() == [
+        "0 before somebody asks",
+        "5 at work",
+        "True iterator dropped",
+        "True loop left",
+        "True epoch over, iterator kept",
+        "True after an error",
+    ]
 
 
 def test_two_iterators_at_once(folder: Path, assert_equal: Check) -> None:
