@@ -89,7 +89,7 @@ def make_dataset(
     samples: list[tuple[str, int]] = []
     empty = []
     for name, paths in zip(names, found, strict=True):
-        files = [os.fspath(path) for path in paths or ()]
+        files = paths or []
         if is_valid_file is not None:
             files = [path for path in files if is_valid_file(path)]
         if not files:

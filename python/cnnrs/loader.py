@@ -179,6 +179,14 @@ class _Iter(_BaseDataLoaderIter):
     def _index(self) -> Any:
         return self._next_index()  # type: ignore[no-untyped-call]
 
+    def __next__(self) -> Any:
+        if torch.autograd.profiler._is_profiler_enabled:
+            return super().__next__()
+        # torch's bookkeeping for a profiler costs as much as a batch of digits.
+        data: Any = self._next_data()
+        self._num_yielded += 1
+        return data
+
     def _pinned(self, data: Any) -> Any:
         return pin(data, self._pin_memory_device) if self._pin_memory else data  # type: ignore[no-untyped-call]
 
