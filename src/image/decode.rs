@@ -117,6 +117,13 @@ enum Samples<'a> {
 }
 
 impl Samples<'_> {
+    fn row_bytes(self, width: usize) -> usize {
+        match self {
+            Self::Gray { bits } | Self::Palette { bits, .. } => (width * bits as usize).div_ceil(8),
+            Self::Bytes { step, .. } => width * step,
+        }
+    }
+
     /// `line` must hold at least one row of `out.len() / 4` pixels.
     fn unpack(self, line: &[u8], out: &mut [u8]) {
         let pixels = out.as_chunks_mut::<4>().0;
@@ -164,17 +171,20 @@ fn clipped(value: u32) -> u8 {
     value.min(255) as u8
 }
 
-/// `out` gets its shape, then every row is filled from `line(y)`.
-fn fill_rows<'a>(
-    width: usize,
-    height: usize,
+/// `out` gets its shape, then every row is filled from `data`, which has one row every `stride` bytes; padding behind
+/// the last row may be missing. `None` when a row is.
+fn fill_rows(
+    (width, height): (usize, usize),
     out: &mut Image,
     samples: Samples<'_>,
-    line: impl Fn(usize) -> Option<&'a [u8]>,
+    data: &[u8],
+    stride: usize,
+    bottom_up: bool,
 ) -> Option<()> {
     out.reshape(width, height, Layout::Rgbx);
     for (y, row) in out.data.chunks_exact_mut(4 * width).enumerate() {
-        samples.unpack(line(y)?, row);
+        let y = if bottom_up { height - 1 - y } else { y };
+        samples.unpack(data.get(y * stride..y * stride + samples.row_bytes(width))?, row);
     }
     Some(())
 }

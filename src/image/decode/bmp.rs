@@ -39,7 +39,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
                 (3, [0xf800, 0x7e0, 0x1f]) => 6,
                 _ => return Err(unsupported(&header)),
             };
-            let lines = pixels.chunks_exact(stride).flat_map(|line| line[..2 * header.width].as_chunks::<2>().0);
+            let lines = pixels.chunks(stride).flat_map(|line| line[..line.len().min(2 * header.width)].as_chunks::<2>().0);
             let rgb = lines.flat_map(|pair| expand16(u16::from_le_bytes(*pair), green_bits)).collect();
             (Samples::Bytes { step: 3, rgb: [0, 1, 2] }, rgb, 3 * header.width)
         }
@@ -61,12 +61,8 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         }
         _ => return Err(unsupported(&header)),
     };
-    let Header { width, height, top_down, .. } = header;
-    let line = |y: usize| {
-        let row = if top_down { y } else { height - 1 - y };
-        data.get(row * stride..(row + 1) * stride)
-    };
-    fill_rows(width, height, out, samples, line).ok_or_else(|| truncated("BMP", bytes.len()))
+    fill_rows((header.width, header.height), out, samples, &data, stride, !header.top_down)
+        .ok_or_else(|| truncated("BMP", bytes.len()))
 }
 
 fn unsupported(header: &Header) -> Error {

@@ -45,7 +45,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     tiff.read_image_to_buffer(&mut data).map_err(failed)?;
     let rows = |data: &[u8], step_bits: usize, samples: Samples<'_>, out: &mut Image| {
         let stride = (width * step_bits).div_ceil(8);
-        fill_rows(width, height, out, samples, |y| data.get(y * stride..(y + 1) * stride))
+        fill_rows((width, height), out, samples, data, stride, false)
             .ok_or_else(|| truncated("TIFF", bytes.len()))
     };
     match (color, &data) {
