@@ -10,6 +10,11 @@ pub mod error;
 pub mod threads;
 
 pub mod image;
+pub mod data;
+pub mod model;
+pub mod engine;
+pub mod preconv;
+pub mod fit;
 
 #[cfg(feature = "python")]
 mod py;

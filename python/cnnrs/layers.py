@@ -1,0 +1,153 @@
+"""Layer surgery of transfer learning: freeze, replace the head, change dropout, initialise, pick the convolutions.
+
+Every helper changes the given module in place and returns it, so that calls can be chained.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_SCHEMES: dict[str, Callable[..., Any]] = {
+    "normal": nn.init.normal_,
+    "uniform": nn.init.uniform_,
+    "xavier_normal": nn.init.xavier_normal_,
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "kaiming_normal": nn.init.kaiming_normal_,
+    "kaiming_uniform": nn.init.kaiming_uniform_,
+    "trunc_normal": nn.init.trunc_normal_,
+    "orthogonal": nn.init.orthogonal_,
+}
+
+
+def freeze(module: Module) -> Module:
+    """Stop training every parameter of ``module`` (``requires_grad = False``).
+
+    BatchNorm statistics are buffers, not parameters, and still move in training mode: ``module.eval()`` stops them.
+
+    Example:
+        >>> from cnnrs.models import MnistNet
+        >>> net = MnistNet()
+        >>> _ = freeze(net.conv1)
+        >>> [name for name, p in net.named_parameters() if not p.requires_grad]
+        ['conv1.0.weight', 'conv1.0.bias']
+    """
+    module.requires_grad_(False)
+    return module
+
+
+def unfreeze(module: Module) -> Module:
+    """Train every parameter of ``module`` again (``requires_grad = True``)."""
+    module.requires_grad_(True)
+    return module
+
+
+def replace_head(model: Module, num_classes: int) -> Module:
+    """Replace the last ``nn.Linear`` by a new one with ``num_classes`` outputs.
+
+    That is the last one in the order of registration: ``classifier[-1]`` of VGG, ``fc`` of ResNet, ``heads.head`` of a
+    vision transformer. The new layer is trainable, freshly initialised, on the device and in the dtype of the old one.
+
+    Args:
+        model: Any module that contains an ``nn.Linear``.
+        num_classes: Outputs of the new layer, at least 1.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: There is no ``nn.Linear`` inside ``model``, or ``num_classes`` is below 1.
+
+    Example:
+        >>> from cnnrs.models import MnistNet
+        >>> replace_head(MnistNet(), 5).fc2[0]
+        Linear(in_features=50, out_features=5, bias=True)
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    linear = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+    order = [id(module) for module in model.modules()]
+    if not linear:
+        raise ValueError(f"{type(model).__name__} contains no nn.Linear to replace: set its last layer yourself")
+    parent, name, old = max(linear, key=lambda entry: order.index(id(entry[2])))
+    new = nn.Linear(
+        old.in_features, num_classes, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
+    )
+    setattr(parent, name, new.train(old.training))
+    return model
+
+
+def set_dropout(module: Module, p: float) -> Module:
+    """Set the probability of every dropout layer inside ``module`` to ``p``.
+
+    Raises:
+        ValueError: ``p`` is outside 0..1, or there is no dropout layer.
+
+    Example:
+        >>> set_dropout(nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.5)), 0.2)[1]
+        Dropout(p=0.2, inplace=False)
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    layers = [layer for layer in module.modules() if isinstance(layer, _DropoutNd)]
+    if not layers:
+        raise ValueError(f"{type(module).__name__} contains no dropout layer")
+    for layer in layers:
+        layer.p = p
+    return module
+
+
+def init(module: Module, scheme: str = "kaiming_normal", **options: Any) -> Module:
+    """Initialise the weights of all convolutions and linear layers by ``scheme``; their biases become zero.
+
+    Args:
+        module: Any module; other layers (BatchNorm, embeddings) keep their values.
+        scheme: Name of a function of ``torch.nn.init`` without the underscore: ``"normal"``, ``"uniform"``,
+            ``"xavier_normal"``, ``"xavier_uniform"``, ``"kaiming_normal"``, ``"kaiming_uniform"``, ``"trunc_normal"``,
+            ``"orthogonal"``.
+        **options: Its keyword arguments, e.g. ``std=0.01`` or ``nonlinearity="relu"``.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: The scheme is unknown.
+
+    Example:
+        >>> layer = init(nn.Linear(4, 2), "normal", std=0.01)
+        >>> layer.bias.tolist()
+        [0.0, 0.0]
+    """
+    if scheme not in _SCHEMES:
+        raise ValueError(f"unknown scheme {scheme!r}, expected one of {', '.join(_SCHEMES)}")
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+            _SCHEMES[scheme](layer.weight, **options)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return module
+
+
+def conv_layers(model: nn.Module) -> nn.Sequential:
+    """All ``nn.Conv2d`` layers of ``model``, in order, sharing its weights.
+
+    Names are those of ``named_modules()`` with dots replaced by spaces, because a module name may not contain a dot.
+
+    Example:
+        >>> from cnnrs.models import SimpleCNN
+        >>> [name for name, _ in conv_layers(SimpleCNN()).named_children()]
+        ['conv1 conv1', 'conv2 conv2', 'conv3 conv3']
+    """
+    layers = nn.Sequential()
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            layers.add_module(name.replace(".", " ") or "0", layer)
+    return layers
