@@ -173,7 +173,7 @@ fn raw((height, width, channels, data): Pixels) -> Raw {
     Raw { height, width, channels, data: data.to_vec() }
 }
 
-fn op(spec: &Bound<'_, PyTuple>) -> PyResult<Op> {
+pub(super) fn op(spec: &Bound<'_, PyTuple>) -> PyResult<Op> {
     let name: String = spec.get_item(0)?.extract()?;
     let rest = spec.get_slice(1, spec.len());
     Ok(match name.as_str() {
