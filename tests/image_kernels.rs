@@ -1,5 +1,7 @@
 //! Vector kernels against the scalar reference, and what operations must keep.
 
+use std::collections::HashSet;
+
 use cnnrs::image::{
     Filter, Finish, Image, Key, Layout, Limits, Normalizer, Op, PillowOrder, ResizePath, Scratch, Size, Transform,
     center_crop, decode, flip_horizontal, flip_vertical, grayscale, resize_on, rotate,
@@ -177,7 +179,7 @@ fn imagenet_constants_need_no_table() {
     let normalizer = Normalizer::new(&photo_transform().finish, 3).unwrap();
     #[cfg(target_arch = "x86_64")]
     assert_eq!(normalizer.is_vectorized(), is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
-    assert!(Normalizer::new(&Finish::Float, 1).unwrap().is_vectorized() == false);
+    assert!(!Normalizer::new(&Finish::Float, 1).unwrap().is_vectorized());
 }
 
 #[test]
@@ -259,15 +261,15 @@ fn buffers_are_used_again() {
     let transform = photo_transform();
     let (mut scratch, mut out) = (Scratch::default(), vec![0f32; 3 * 32 * 24]);
     let source = image.clone();
-    let mut addresses = std::collections::HashSet::new();
-    for _ in 0..12 {
+    let mut round = || {
         image.data.clone_from(&source.data);
         (image.width, image.height) = (source.width, source.height);
         transform.apply_f32(&mut image, Key::default(), &mut scratch, &mut out).unwrap();
-        addresses.insert(image.data.as_ptr());
-    }
-    // The image and the three buffers of the scratch take turns.
-    assert!(addresses.len() <= 4, "{} buffers", addresses.len());
+        image.data.as_ptr()
+    };
+    // The image and the buffers of the scratch take turns and grow to the largest size; then nothing is allocated.
+    let seen: HashSet<_> = (0..8).map(|_| round()).collect();
+    assert!((0..8).map(|_| round()).all(|buffer| seen.contains(&buffer)));
 }
 
 #[test]

@@ -286,23 +286,19 @@ fn horizontal(path: ResizePath, image: &Image, rows: std::ops::Range<usize>, wei
 fn vertical(path: ResizePath, image: &Image, first: usize, weights: &Weights, out: &mut Image) {
     out.reshape(image.width, weights.windows.len(), image.layout);
     let stride = image.stride();
-    for (window, out_line) in weights.windows.iter().zip(out.data.chunks_exact_mut(stride)) {
-        let k = &weights.values[window.offset..window.offset + window.count];
+    for (y, (window, out_line)) in weights.windows.iter().zip(out.data.chunks_exact_mut(stride)).enumerate() {
         let input = &image.data[(window.first - first) * stride..][..window.count * stride];
         #[cfg(target_arch = "x86_64")]
-        if path == ResizePath::Avx2 {
-            super::resize_avx2::vertical(input, stride, k, out_line);
+        if path == ResizePath::Avx2
+            && super::resize_avx2::vertical(input, stride, window.count, weights.packed.down(y), out_line)
+        {
             continue;
         }
-        let _ = path;
-        vertical_scalar(input, stride, 0, k, out_line);
-    }
-}
-
-/// Columns `from..` of one output row.
-pub(super) fn vertical_scalar(input: &[u8], stride: usize, from: usize, k: &[i32], out: &mut [u8]) {
-    for (x, value) in out.iter_mut().enumerate().skip(from) {
-        *value = clip(k.iter().zip(input[x..].iter().step_by(stride)).map(|(&k, &v)| k * i32::from(v)).sum());
+        let _ = (path, y);
+        let k = &weights.values[window.offset..window.offset + window.count];
+        for (x, value) in out_line.iter_mut().enumerate() {
+            *value = clip(k.iter().zip(input[x..].iter().step_by(stride)).map(|(&k, &v)| k * i32::from(v)).sum());
+        }
     }
 }
 
