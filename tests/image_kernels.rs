@@ -41,7 +41,16 @@ fn side(top: usize) -> impl Strategy<Value = usize> {
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn this_processor_runs_the_vector_path() {
-    let expected = if is_x86_feature_detected!("avx2") { ResizePath::Avx2 } else { ResizePath::Scalar };
+    let vnni = ["avx512f", "avx512bw", "avx512vnni"].map(|feature| match feature {
+        "avx512f" => is_x86_feature_detected!("avx512f"),
+        "avx512bw" => is_x86_feature_detected!("avx512bw"),
+        _ => is_x86_feature_detected!("avx512vnni"),
+    });
+    let expected = match (is_x86_feature_detected!("avx2"), vnni) {
+        (_, [true, true, true]) => ResizePath::Avx512,
+        (true, _) => ResizePath::Avx2,
+        _ => ResizePath::Scalar,
+    };
     assert_eq!(ResizePath::best(), expected);
 }
 
@@ -59,12 +68,15 @@ proptest! {
     ) {
         let order = if rows_first { PillowOrder::HorizontalFirst } else { PillowOrder::Pillow13 };
         let mut scalar = noise(width, height, layout, seed);
-        let mut vector = scalar.clone();
+        let original = scalar.clone();
         resize_on(ResizePath::Scalar, &mut scalar, new_height, new_width, filter, order);
-        resize_on(ResizePath::best(), &mut vector, new_height, new_width, filter, order);
-        prop_assert_eq!((vector.width, vector.height), (new_width, new_height));
-        // The fourth byte of a pixel is nobody's, yet both paths filter it alike.
-        prop_assert!(vector.data == scalar.data);
+        for path in ResizePath::all() {
+            let mut vector = original.clone();
+            resize_on(path, &mut vector, new_height, new_width, filter, order);
+            prop_assert_eq!((vector.width, vector.height), (new_width, new_height));
+            // The fourth byte of a pixel is nobody's, yet all paths filter it alike.
+            prop_assert!(vector.data == scalar.data, "{:?}", path);
+        }
     }
 
     #[test]
@@ -201,7 +213,8 @@ fn draws_follow_the_key_and_nothing_else() {
 
 #[test]
 fn flips_and_angles_are_spread_as_they_should() {
-    let flip = Transform { ops: vec![Op::HorizontalFlip { p: 0.3 }], finish: Finish::Uint8, order: PillowOrder::Pillow13 };
+    let flip =
+        Transform { ops: vec![Op::HorizontalFlip { p: 0.3 }], finish: Finish::Uint8, order: PillowOrder::Pillow13 };
     let original = Image { width: 2, height: 1, layout: Layout::Gray, data: vec![0, 1] };
     let flipped = (0..20_000)
         .filter(|&sample| {
@@ -219,14 +232,8 @@ fn output_shapes_are_known_where_they_can_be() {
     let shape = |ops| Transform { ops, finish: Finish::Float, order: PillowOrder::Pillow13 }.output_shape();
     let exact = Op::Resize { size: Size::Exact { height: 5, width: 6 }, filter: Filter::Box };
     let shorter = Op::Resize { size: Size::Shorter { edge: 10, max_size: None }, filter: Filter::Box };
-    let turned = |expand| Op::Rotation {
-        low: 0.0,
-        high: 9.0,
-        filter: Filter::Nearest,
-        expand,
-        center: None,
-        fill: [0; 3],
-    };
+    let turned =
+        |expand| Op::Rotation { low: 0.0, high: 9.0, filter: Filter::Nearest, expand, center: None, fill: [0; 3] };
     assert_eq!(shape(vec![]), None);
     assert_eq!(shape(vec![exact.clone(), Op::Grayscale { channels: 1 }]), Some((1, 5, 6)));
     assert_eq!(shape(vec![shorter.clone()]), None);

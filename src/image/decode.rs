@@ -102,7 +102,9 @@ fn check_pixels(width: u64, height: u64, limits: &Limits) -> Result<()> {
 }
 
 fn truncated(format: &str, length: usize) -> Error {
-    Error::decode(format_args!("the {format} file is truncated: it ends after {length} bytes, in the middle of the image"))
+    Error::decode(format_args!(
+        "the {format} file is truncated: it ends after {length} bytes, in the middle of the image"
+    ))
 }
 
 /// How one row of samples, as it lies in the file, becomes RGBX pixels.

@@ -13,6 +13,8 @@ mod normalize_avx2;
 mod resize;
 #[cfg(target_arch = "x86_64")]
 mod resize_avx2;
+#[cfg(target_arch = "x86_64")]
+mod resize_avx512;
 mod rotate;
 mod transform;
 

@@ -22,7 +22,7 @@ const ROWS: usize = 4;
 const BLOCK: usize = 32;
 
 /// The weights of a pass as the kernels read them: two 16-bit parts side by side in one broadcast.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Packed {
     /// Along the rows. Loads per output pixel; 0 when input or output is too narrow for whole loads and stores.
     loads: usize,
@@ -51,7 +51,7 @@ fn high(k: i32) -> i32 {
 
 impl Packed {
     pub fn new(windows: &[Window], weights: &[i32], input: usize) -> Self {
-        let mut packed = Self { loads: 0, first: vec![], along: vec![], down: vec![], down_at: vec![] };
+        let mut packed = Self::default();
         for window in windows {
             packed.down_at.push(packed.down.len());
             for two in weights[window.offset..window.offset + window.count].chunks(2) {
@@ -97,7 +97,7 @@ impl Packed {
 
 /// All rows of `input` (RGBX, `stride` bytes each) along the rows.
 pub(super) fn horizontal(input: &[u8], stride: usize, weights: &Weights, out: &mut [u8]) {
-    let packed = &weights.packed;
+    let packed = &weights.pairs;
     let out_stride = 4 * packed.first.len();
     let rows = input.len() / stride;
     assert!(available() && packed.fits() && packed.first.len() >= PIXELS && out.len() == rows * out_stride);

@@ -49,7 +49,13 @@ pub fn rotate(
 }
 
 /// Whole pixels moved: output (y, x) takes input `from(y, x)`.
-pub(super) fn turn(image: &Image, height: usize, width: usize, out: &mut Image, from: impl Fn(usize, usize) -> (usize, usize)) {
+pub(super) fn turn(
+    image: &Image,
+    height: usize,
+    width: usize,
+    out: &mut Image,
+    from: impl Fn(usize, usize) -> (usize, usize),
+) {
     let pixel = image.layout.bytes_per_pixel();
     out.reshape(width, height, image.layout);
     for (y, line) in out.data.chunks_exact_mut(width * pixel).enumerate() {
@@ -99,9 +105,8 @@ fn round15(x: f64) -> f64 {
 fn affine<const N: usize>(image: &Image, m: &[f64; 6], filter: Filter, fill: [u8; N], out: &mut Image) {
     let (width, height) = (out.width, out.height);
     let pixels = |y: usize, x: usize| -> [u8; N] { std::array::from_fn(|c| image.data[(y * image.width + x) * N + c]) };
-    let fits = |x: f64, y: f64| {
-        (x * m[0] + y * m[1] + m[2]).abs() < 32768.0 && (x * m[3] + y * m[4] + m[5]).abs() < 32768.0
-    };
+    let fits =
+        |x: f64, y: f64| (x * m[0] + y * m[1] + m[2]).abs() < 32768.0 && (x * m[3] + y * m[4] + m[5]).abs() < 32768.0;
     let (w, h) = (width as f64, height as f64);
     let lines = out.data.chunks_exact_mut(width * N).enumerate();
     if filter == Filter::Bilinear {

@@ -9,14 +9,33 @@ use crate::error::{Error, Result};
 /// One operation on a uint8 image, parameters as torchvision spells them.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
-    Resize { size: Size, filter: Filter },
-    CenterCrop { height: usize, width: usize },
+    Resize {
+        size: Size,
+        filter: Filter,
+    },
+    CenterCrop {
+        height: usize,
+        width: usize,
+    },
     /// One channel, or three equal ones.
-    Grayscale { channels: usize },
-    HorizontalFlip { p: f64 },
-    VerticalFlip { p: f64 },
+    Grayscale {
+        channels: usize,
+    },
+    HorizontalFlip {
+        p: f64,
+    },
+    VerticalFlip {
+        p: f64,
+    },
     /// Degrees counter-clockwise, drawn from `[low, high)`.
-    Rotation { low: f64, high: f64, filter: Filter, expand: bool, center: Option<(f64, f64)>, fill: [u8; 3] },
+    Rotation {
+        low: f64,
+        high: f64,
+        filter: Filter,
+        expand: bool,
+        center: Option<(f64, f64)>,
+        fill: [u8; 3],
+    },
 }
 
 /// How bytes become the numbers of the tensor.

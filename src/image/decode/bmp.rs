@@ -39,7 +39,8 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
                 (3, [0xf800, 0x7e0, 0x1f]) => 6,
                 _ => return Err(unsupported(&header)),
             };
-            let lines = pixels.chunks(stride).flat_map(|line| line[..line.len().min(2 * header.width)].as_chunks::<2>().0);
+            let lines =
+                pixels.chunks(stride).flat_map(|line| line[..line.len().min(2 * header.width)].as_chunks::<2>().0);
             let rgb = lines.flat_map(|pair| expand16(u16::from_le_bytes(*pair), green_bits)).collect();
             (Samples::Bytes { step: 3, rgb: [0, 1, 2] }, rgb, 3 * header.width)
         }
@@ -186,9 +187,10 @@ fn run_lengths(bytes: &[u8], header: &Header) -> Option<Vec<u8>> {
                 let length = if four { count.div_ceil(2) } else { count };
                 let data = &bytes[at..(at + length).min(bytes.len())];
                 at += length;
-                out.extend((0..count.min(data.len() * if four { 2 } else { 1 })).map(|i| {
-                    if four { packed(data, i, 4) } else { data[i] }
-                }));
+                out.extend(
+                    (0..count.min(data.len() * if four { 2 } else { 1 }))
+                        .map(|i| if four { packed(data, i, 4) } else { data[i] }),
+                );
                 if data.len() < length || out.len() == total {
                     break;
                 }

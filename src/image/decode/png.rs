@@ -55,8 +55,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         (ColorType::GrayscaleAlpha, BitDepth::Sixteen) => Samples::Bytes { step: 4, rgb: [0; 3] },
         (ColorType::GrayscaleAlpha, _) => Samples::Bytes { step: 2, rgb: [0; 3] },
     };
-    fill_rows((width, height), out, kind, &samples, frame.line_size, false)
-        .ok_or_else(|| truncated("PNG", bytes.len()))
+    fill_rows((width, height), out, kind, &samples, frame.line_size, false).ok_or_else(|| truncated("PNG", bytes.len()))
 }
 
 /// Length, name and the rest from the data on.

@@ -95,9 +95,9 @@ impl<'a> Reader<'a> {
         let digits = self.bytes[self.at..].iter().take(11).take_while(|b| b.is_ascii_digit()).count();
         let text = std::str::from_utf8(&self.bytes[self.at..self.at + digits]).unwrap_or("");
         self.at += digits;
-        text.parse().map(Some).map_err(|_| {
-            Error::decode(format_args!("broken PNM: expected a number, found {:?}", char::from(first)))
-        })
+        text.parse()
+            .map(Some)
+            .map_err(|_| Error::decode(format_args!("broken PNM: expected a number, found {:?}", char::from(first))))
     }
 
     /// One pixel of a plain bitmap; white space between them is optional.

@@ -15,7 +15,9 @@ use crate::image::{Image, Layout, Limits};
 pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let failed = |error| match error {
         TiffError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => truncated("TIFF", bytes.len()),
-        TiffError::UnsupportedError(e) => Error::decode(format_args!("TIFF that is not supported: {e}; convert the file")),
+        TiffError::UnsupportedError(e) => {
+            Error::decode(format_args!("TIFF that is not supported: {e}; convert the file"))
+        }
         other => Error::decode(format_args!("broken TIFF: {other}")),
     };
     let mut own = Vec::new();
@@ -45,8 +47,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     tiff.read_image_to_buffer(&mut data).map_err(failed)?;
     let rows = |data: &[u8], step_bits: usize, samples: Samples<'_>, out: &mut Image| {
         let stride = (width * step_bits).div_ceil(8);
-        fill_rows((width, height), out, samples, data, stride, false)
-            .ok_or_else(|| truncated("TIFF", bytes.len()))
+        fill_rows((width, height), out, samples, data, stride, false).ok_or_else(|| truncated("TIFF", bytes.len()))
     };
     match (color, &data) {
         (ColorType::Gray(bits @ (1 | 2 | 4 | 8)), DecodingResult::U8(data)) if indexed.is_some() => {
