@@ -1,4 +1,5 @@
 //! Vector kernels against the scalar reference, and what operations must keep.
+#![allow(clippy::unwrap_used)]
 
 use std::collections::HashSet;
 

@@ -1,5 +1,7 @@
 //! Crops, flips and gray; and the random draws, kept apart from what they decide.
 
+#![forbid(unsafe_code)]
+
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 

@@ -48,6 +48,14 @@ impl Format {
 /// Alpha is dropped, not blended; palettes are looked up; 16-bit gray is clipped at 255 while 16-bit colour keeps its
 /// high bytes; CMYK goes through Pillow's own formula; only TIFF applies its orientation tag: all as Pillow does.
 ///
+/// What is not as in Pillow:
+/// - JPEG strips inside TIFF go through another inverse DCT: up to 4 levels per channel.
+/// - Not read, though Pillow does: JPEG 2000, AVIF, ICO, TGA and the other rare formats; in TIFF YCbCr, Lab, separate
+///   colour planes, CMYK with 16 bits, LZMA, WebP and Zstandard strips; PFM and Pillow's own PNM dialects.
+/// - Read, though Pillow refuses: a WebP whose headers have single wrong bits that do not matter for the pixels.
+/// - Refused, though Pillow reads them: a PNG cut within the last bits of its compressed pixels (up to 24 bytes before
+///   the end of the file), and a WebP with some wrong bits.
+///
 /// # Errors
 /// [`Error::Decode`] with the reason when the bytes are no image, broken or cut off, [`Error::TooLarge`] before any
 /// memory is taken for an image over `limits.pixels`. A panic inside a decoder comes back as [`Error::Panic`].

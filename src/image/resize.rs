@@ -1,5 +1,7 @@
 //! Pillow's 8-bit two-pass resampling: 22-bit fixed-point weights, exact 32-bit sums, one rounding per pass.
 
+#![forbid(unsafe_code)]
+
 use std::collections::HashMap;
 use std::f64::consts::PI;
 use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! A list of operations and a finish: what torchvision calls `Compose`.
 
+#![forbid(unsafe_code)]
+
 use super::augment::{Drawn, center_crop, flip_horizontal, flip_vertical, grayscale};
 use super::normalize::{self, Normalizer};
 use super::resize::{ResizeScratch, resize_with};

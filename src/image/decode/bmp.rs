@@ -1,5 +1,7 @@
 //! Windows and OS/2 bitmaps: 1, 4, 8, 16, 24 and 32 bits, the usual channel masks, RLE4 and RLE8.
 
+#![forbid(unsafe_code)]
+
 use super::{Samples, check_pixels, fill_rows, packed, truncated};
 use crate::error::{Error, Result};
 use crate::image::{Image, Limits};

@@ -1,5 +1,7 @@
 //! GIF: the first frame on its screen, in palette indices until the end, as Pillow keeps it.
 
+#![forbid(unsafe_code)]
+
 use ::gif::{ColorOutput, DecodeOptions, DecodingError, MemoryLimit};
 
 use super::{check_pixels, color_table, truncated};

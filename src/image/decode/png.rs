@@ -1,5 +1,7 @@
 //! PNG; the crate unfilters and deinterlaces, the samples are interpreted here, as Pillow does.
 
+#![forbid(unsafe_code)]
+
 use std::io::Cursor;
 
 use ::png::{BitDepth, ColorType, DecodeOptions, Decoder, DecodingError, Transformations};

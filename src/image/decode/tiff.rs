@@ -1,5 +1,7 @@
 //! TIFF: the first page, turned upright by its orientation tag, as Pillow does for this format only.
 
+#![forbid(unsafe_code)]
+
 use std::io::Cursor;
 
 use ::tiff::decoder::{Decoder, DecodingResult, Limits as TiffLimits};

@@ -1,5 +1,7 @@
 //! WebP, lossy and lossless; of an animation the first frame.
 
+#![forbid(unsafe_code)]
+
 use std::io::Cursor;
 
 use image_webp::{DecodingError, WebPDecoder};
