@@ -189,6 +189,22 @@ pub(super) fn op(spec: &Bound<'_, PyTuple>) -> PyResult<Op> {
             let (height, width) = rest.extract()?;
             Op::CenterCrop { height, width }
         }
+        "crop" => {
+            let (top, left, height, width) = rest.extract()?;
+            Op::Crop(image::Window { top, left, height, width })
+        }
+        "pad" => {
+            let (border, fill) = rest.extract()?;
+            Op::Pad { border, fill }
+        }
+        "random_crop" => {
+            let (height, width, pad_if_needed, fill) = rest.extract()?;
+            Op::RandomCrop { height, width, pad_if_needed, fill }
+        }
+        "random_resized_crop" => {
+            let (height, width, scale, ratio, filter): (_, _, _, _, String) = rest.extract()?;
+            Op::RandomResizedCrop { height, width, scale, ratio, filter: self::filter(&filter)? }
+        }
         "grayscale" => Op::Grayscale { channels: rest.get_item(0)?.extract()? },
         "horizontal_flip" => Op::HorizontalFlip { p: rest.get_item(0)?.extract()? },
         "vertical_flip" => Op::VerticalFlip { p: rest.get_item(0)?.extract()? },

@@ -212,6 +212,36 @@ def test_center_crop_equals_torchvision() -> None:
         assert_same(apply(image, "center_crop", *size), F.center_crop(image, size), (image.size, size))
 
 
+def test_crop_and_pad_equal_torchvision() -> None:
+    draw = random.Random(4)
+    for i in range(60):
+        image = photo(draw.randint(1, 40), draw.randint(1, 40), i)
+        height, width = draw.randint(1, image.height), draw.randint(1, image.width)
+        top, left = draw.randint(0, image.height - height), draw.randint(0, image.width - width)
+        expected = F.crop(image, top, left, height, width)
+        assert_same(apply(image, "crop", top, left, height, width), expected, (image.size, top, left, height, width))
+        border, fill = [draw.randint(0, 9) for _ in range(4)], [draw.randint(0, 255) for _ in range(3)]
+        assert_same(apply(image, "pad", border, fill), F.pad(image, border, tuple(fill)), (image.size, border))
+    with pytest.raises(ValueError, match="is larger than input image size"):
+        apply(image, "crop", 0, 0, image.height + 1, 1)
+
+
+def test_random_crops_that_leave_no_choice_equal_torchvision() -> None:
+    for i in range(12):
+        image = photo(30 + i, 50 - 3 * i, i)
+        size = (image.height, image.width)
+        whole = ((1.0, 1.0), (image.width / image.height,) * 2)
+        ours = apply(image, "random_resized_crop", 21, 17, *whole, "bilinear")
+        assert_same(ours, F.resized_crop(image, 0, 0, *size, [21, 17], InterpolationMode.BILINEAR), image.size)
+        # One pixel missing on each axis is padded on both sides: the window is one of four.
+        padded = F.pad(image, [1, 1], (7, 8, 9))
+        windows = [F.crop(padded, y, x, size[0] + 1, size[1] + 1) for y in (0, 1) for x in (0, 1)]
+        ours = apply(image, "random_crop", size[0] + 1, size[1] + 1, True, [7, 8, 9])
+        assert any(np.array_equal(ours, np.asarray(window)) for window in windows)
+    with pytest.raises(ValueError, match="is larger than input image size"):
+        apply(image, "random_crop", 99, 99, False, [0, 0, 0])
+
+
 def test_flips_and_gray_equal_torchvision() -> None:
     for i in range(20):
         image = photo(1 + 7 * i % 23, 1 + 5 * i % 19, i)
