@@ -32,6 +32,10 @@ pub enum Error {
     #[error("{layer}: {reason}")]
     Shape { layer: String, reason: String },
 
+    /// A class index that the model has no output for.
+    #[error("target {target} is out of bounds: the model has {classes} outputs, so classes are 0..={}", classes - 1)]
+    Target { target: i64, classes: i64 },
+
     // -- training's ------------------------------------------------------------------------------------------------------
     /// The loss is NaN or infinite.
     #[error("loss is {loss} in {phase} epoch {epoch}, batch {batch}; the last finite loss was {last}")]

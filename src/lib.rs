@@ -9,12 +9,10 @@
 pub mod error;
 pub mod threads;
 
-pub mod image;
-pub mod data;
-pub mod model;
 pub mod engine;
-pub mod preconv;
 pub mod fit;
+pub mod model;
+pub mod preconv;
 
 #[cfg(feature = "python")]
 mod py;

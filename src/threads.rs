@@ -1,7 +1,9 @@
 //! How many threads, and the pools they live in.
 
 use std::num::NonZero;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 
@@ -44,5 +46,32 @@ impl Drop for Pool {
             // The threads to join do not exist here; joining them would wait for ever.
             std::mem::forget(Arc::clone(&self.pool));
         }
+    }
+}
+
+/// The pool of the numeric kernels; `None` until first used.
+static COMPUTE: Mutex<Option<Arc<Pool>>> = Mutex::new(None);
+
+/// Sets how many threads [`for_each`] uses (PyTorch's own number, so that neither oversubscribes the other).
+///
+/// # Errors
+/// When the threads cannot be started.
+pub fn set_compute_threads(threads: usize) -> Result<()> {
+    let mut pool = COMPUTE.lock().unwrap_or_else(PoisonError::into_inner);
+    let fits = |p: &Arc<Pool>| p.survived_fork() && p.pool.current_num_threads() == threads.max(1);
+    if !pool.as_ref().is_some_and(fits) {
+        *pool = Some(Arc::new(Pool::new(threads)?));
+    }
+    Ok(())
+}
+
+/// Runs `work` on every item, on the compute pool where there is more than one item and more than one thread.
+pub fn for_each<T: Send>(items: Vec<T>, work: impl Fn(T) + Sync + Send) {
+    let pool = COMPUTE.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    match pool {
+        Some(pool) if items.len() > 1 && pool.survived_fork() && pool.pool.current_num_threads() > 1 => {
+            pool.pool.install(|| items.into_par_iter().for_each(work));
+        }
+        _ => items.into_iter().for_each(work),
     }
 }

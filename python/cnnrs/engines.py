@@ -1,0 +1,124 @@
+"""Which engine runs a model, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from cnnrs.errors import UnsupportedModelError
+from cnnrs.graph import Lowered, Unsupported, lower
+
+Engine = Literal["auto", "torch", "python"]
+
+
+def choose(model: nn.Module, engine: Engine) -> Lowered | None:
+    """The lowered model for engine ``torch``, or None for engine ``python``.
+
+    Args:
+        model: the module, in the mode it will run in.
+        engine: "auto" takes ``torch`` where the model can be lowered.
+
+    Raises:
+        UnsupportedModelError: engine is "torch" and the model cannot be lowered; the message gives the reasons.
+        ValueError: engine is not one of the three.
+        TypeError: model is no ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine must be one of {', '.join(map(repr, get_args(Engine)))}, got {engine!r}")
+    if engine == "python":
+        return None
+    try:
+        return lower(model)
+    except Unsupported as reasons:
+        if engine == "torch":
+            raise UnsupportedModelError(f"engine 'torch' cannot run this model:\n{reasons}") from None
+        return None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a model takes the engine it takes; prints as text.
+
+    Attributes:
+        engine: what ``engine="auto"`` picks, "torch" or "python".
+        operations: number of operations of the lowered graph, 0 for engine "python".
+        reasons: what keeps the model from being lowered; empty for engine "torch".
+    """
+
+    engine: str
+    operations: int
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.reasons:
+            return (
+                f"engine 'torch': all {self.operations} operations are lowered; forward, loss and backward run in "
+                "libtorch without Python, and SGD, Adam and AdamW update CPU weights in one pass over memory"
+            )
+        lines = "\n".join(f"  - {reason}" for reason in self.reasons)
+        return f"engine 'python': the model is called as it is, once per batch, because\n{lines}"
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Say in words which engine :func:`cnnrs.fit` and :func:`cnnrs.preconv` pick for ``model``, and why.
+
+    Args:
+        model: any module; it is looked at in its present mode (train or eval) and not changed.
+
+    Returns:
+        An object that prints as the explanation, with ``engine``, ``operations`` and ``reasons``.
+
+    Raises:
+        TypeError: model is no ``nn.Module``.
+
+    >>> import cnnrs
+    >>> cnnrs.explain(cnnrs.models.MnistNet()).engine
+    'torch'
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    try:
+        return Explanation("torch", len(lower(model).graph) - 1, ())
+    except Unsupported as reasons:
+        return Explanation("python", 0, tuple(str(reasons).split("\n")))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The one device that all parameters and buffers of ``model`` are on (CPU for a model without any).
+
+    Raises:
+        RuntimeError: they are on several devices, or on "meta", where there are no numbers.
+    """
+    places: dict[torch.device, str] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        places.setdefault(tensor.device, name)
+    if len(places) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in places.items())
+        raise RuntimeError(f"Expected all tensors of the model to be on the same device, but found {found}")
+    device = next(iter(places), torch.device("cpu"))
+    if device.type == "meta":
+        raise RuntimeError(f"the model is on device meta, which holds no numbers ({places[device]}): load weights first")
+    return device
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on the model's device; CPU batches are moved, anything else must be there already.
+
+    Raises:
+        RuntimeError: the batch is on another accelerator than the model.
+    """
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type != "cpu":
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but the model is on {device} and the data on "
+            f"{tensor.device}: move one of them, for example model.to({str(tensor.device)!r})"
+        )
+    return tensor.to(device, non_blocking=True)

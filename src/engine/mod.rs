@@ -1,0 +1,48 @@
+//! Who computes it. `fit` and `preconv` know this trait, not its implementors.
+
+#[cfg(feature = "torch")]
+pub mod torch;
+
+use crate::error::Result;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    Training,
+    Validation,
+}
+
+impl Phase {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Training => "training",
+            Self::Validation => "validation",
+        }
+    }
+}
+
+/// What one batch contributed to the epoch's metrics.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Step {
+    /// Sum of the samples' losses.
+    pub loss: f64,
+    /// Samples whose largest output is the target; `None` when targets are not class indices.
+    pub correct: Option<u64>,
+    pub samples: u64,
+}
+
+pub trait Engine {
+    /// Inputs and targets of one batch, in the form this engine reads.
+    type Batch;
+
+    /// Outputs and loss of one batch; in training also what [`Engine::step`] needs.
+    ///
+    /// # Errors
+    /// Whatever stops the computation: shapes that do not fit, targets out of range, no memory.
+    fn forward(&mut self, batch: Self::Batch, phase: Phase) -> Result<Step>;
+
+    /// Gradients of the last training loss, then one step of the optimizer.
+    ///
+    /// # Errors
+    /// As for [`Engine::forward`].
+    fn step(&mut self) -> Result<()>;
+}

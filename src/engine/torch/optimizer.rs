@@ -1,0 +1,154 @@
+//! Gradients by autograd, updates in place: parameters and state are the user's own tensors.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::fit::{Adam, AdamState, Sgd};
+
+pub trait Optimizer: Send {
+    /// Differentiates `loss` and takes one step.
+    ///
+    /// # Errors
+    /// libtorch's own.
+    fn step(&mut self, loss: &Tensor) -> Result<()>;
+}
+
+/// The derivative of `loss` by each of `parameters`; `None` where it does not depend on one.
+///
+/// # Errors
+/// When nothing in the loss requires a gradient.
+pub fn gradients(loss: &Tensor, parameters: &[&Tensor]) -> Result<Vec<Option<Tensor>>> {
+    if !loss.requires_grad() {
+        // Eager PyTorch's words for the same mistake.
+        return Err(Error::Torch(
+            "element 0 of tensors does not require grad and does not have a grad_fn: every parameter that the loss \
+             depends on is frozen"
+                .to_owned(),
+        ));
+    }
+    if parameters.is_empty() {
+        return Ok(Vec::new());
+    }
+    let grads = Tensor::f_run_backward(&[loss], parameters, false, false)?;
+    Ok(grads.into_iter().map(|grad| grad.defined().then_some(grad)).collect())
+}
+
+/// A parameter of the user's module with what its optimizer keeps for it.
+pub struct Parameter {
+    pub value: Tensor,
+    pub rule: Rule,
+}
+
+pub enum Rule {
+    /// `momentum`: the buffer and whether it has ever been used.
+    Sgd { options: Sgd, momentum: Option<(Tensor, bool)> },
+    /// `step`: a float32 scalar that counts the steps, as in PyTorch.
+    Adam { options: Adam, step: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Option<Tensor> },
+}
+
+/// SGD, Adam and AdamW on contiguous float32 CPU tensors.
+pub struct Native {
+    parameters: Vec<Parameter>,
+    gradients: Vec<Option<Tensor>>,
+}
+
+impl Native {
+    /// # Errors
+    /// `Argument` for a tensor that is not contiguous float32 in CPU memory.
+    pub fn new(parameters: Vec<Parameter>) -> Result<Self> {
+        for parameter in &parameters {
+            let state: Vec<&Tensor> = match &parameter.rule {
+                Rule::Sgd { momentum, .. } => momentum.iter().map(|(buffer, _)| buffer).collect(),
+                Rule::Adam { exp_avg, exp_avg_sq, max_exp_avg_sq, .. } => {
+                    [exp_avg, exp_avg_sq].into_iter().chain(max_exp_avg_sq).collect()
+                }
+            };
+            check(&parameter.value)?;
+            for tensor in state {
+                check(tensor)?;
+                if tensor.size() != parameter.value.size() {
+                    return Err(Error::Argument(format!(
+                        "optimizer state of shape {:?} for a parameter of shape {:?}",
+                        tensor.size(),
+                        parameter.value.size()
+                    )));
+                }
+            }
+        }
+        Ok(Self { parameters, gradients: Vec::new() })
+    }
+
+    /// The gradients of the last step, one per parameter; empty before the first.
+    pub fn take_gradients(&mut self) -> Vec<Option<Tensor>> {
+        std::mem::take(&mut self.gradients)
+    }
+}
+
+impl Optimizer for Native {
+    fn step(&mut self, loss: &Tensor) -> Result<()> {
+        let values: Vec<&Tensor> = self.parameters.iter().map(|p| &p.value).collect();
+        self.gradients = gradients(loss, &values)?;
+        for (parameter, grad) in self.parameters.iter_mut().zip(&self.gradients) {
+            if let Some(grad) = grad {
+                update(parameter, &grad.f_contiguous()?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn update(parameter: &mut Parameter, grad: &Tensor) -> Result<()> {
+    check(grad)?;
+    let (value, grad) = (floats_mut(&parameter.value), floats(grad));
+    match &mut parameter.rule {
+        Rule::Sgd { options, momentum: None } => options.update(value, grad, &mut [], false),
+        Rule::Sgd { options, momentum: Some((buffer, used)) } => {
+            options.update(value, grad, floats_mut(buffer), !*used);
+            *used = true;
+        }
+        Rule::Adam { options, step, exp_avg, exp_avg_sq, max_exp_avg_sq } => {
+            let _ = tch::no_grad(|| step.f_add_scalar_(1.0))?;
+            let state = AdamState {
+                exp_avg: floats_mut(exp_avg),
+                exp_avg_sq: floats_mut(exp_avg_sq),
+                max_exp_avg_sq: max_exp_avg_sq.as_ref().map_or(&mut [], floats_mut),
+            };
+            options.average(value, grad, state);
+            let _guard = tch::no_grad_guard();
+            let root = max_exp_avg_sq.as_ref().unwrap_or(exp_avg_sq).f_sqrt()?;
+            options.apply(value, floats(exp_avg), floats(&root), step.f_double_value(&[])?);
+        }
+    }
+    Ok(())
+}
+
+fn check(tensor: &Tensor) -> Result<()> {
+    if tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous() {
+        return Ok(());
+    }
+    Err(Error::Argument(format!(
+        "expected a contiguous float32 tensor on cpu, got {:?} on {:?}",
+        tensor.kind(),
+        tensor.device()
+    )))
+}
+
+/// The elements of a tensor that `check` accepted.
+fn floats(tensor: &Tensor) -> &[f32] {
+    if tensor.numel() == 0 {
+        return &[];
+    }
+    // SAFETY: `check` made sure of contiguous float32 in CPU memory, so `numel` floats start at `data_ptr`; the
+    // tensor outlives the slice, and nothing writes to a gradient while it is read.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<f32>(), tensor.numel()) }
+}
+
+#[allow(clippy::mut_from_ref)] // libtorch's tensors are shared handles: the borrow says nothing about who may write.
+fn floats_mut(tensor: &Tensor) -> &mut [f32] {
+    if tensor.numel() == 0 {
+        return &mut [];
+    }
+    // SAFETY: as in `floats`. Parameters and their state are distinct tensors and only the thread that runs the epoch
+    // touches them: `fit` holds them between the forward pass, which is over, and the next one.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<f32>(), tensor.numel()) }
+}

@@ -1,0 +1,78 @@
+//! What a layer costs and sees: floating-point operations and receptive field.
+
+use super::{Graph, Node, Op, Pair, Shape};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cost {
+    /// Multiplications and additions of one forward pass over the whole batch, a fused multiply-add counted as two.
+    pub flops: u64,
+    /// Side lengths of the input region one output value depends on; `None` once everything depends on everything.
+    pub receptive_field: Option<Pair>,
+}
+
+/// Receptive field of a node and the distance, in input pixels, between neighbouring outputs.
+#[derive(Clone, Copy)]
+struct Field {
+    size: Pair,
+    jump: Pair,
+}
+
+/// Receptive fields grow by `(kernel - 1) * dilation * jump`, jumps multiply by the stride (Dumoulin & Visin,
+/// "A guide to convolution arithmetic for deep learning", arXiv:1603.07285).
+pub fn costs(graph: &Graph, shapes: &[Shape]) -> Vec<Cost> {
+    let mut fields: Vec<Option<Field>> = Vec::with_capacity(graph.nodes.len());
+    let mut out = Vec::with_capacity(graph.nodes.len());
+    for (node, shape) in graph.nodes.iter().zip(shapes) {
+        let field = field(graph, node, &fields);
+        out.push(Cost { flops: flops(graph, node, shape, shapes), receptive_field: field.map(|f| f.size) });
+        fields.push(field);
+    }
+    out
+}
+
+fn field(graph: &Graph, node: &Node, known: &[Option<Field>]) -> Option<Field> {
+    if node.op == Op::Input {
+        return Some(Field { size: [1, 1], jump: [1, 1] });
+    }
+    // Where branches meet, the widest one decides.
+    let mut from = known.get(*node.inputs.first()?).copied()??;
+    for &input in &node.inputs[1..] {
+        let other = known.get(input).copied()??;
+        for i in 0..2 {
+            from.size[i] = from.size[i].max(other.size[i]);
+            from.jump[i] = from.jump[i].max(other.jump[i]);
+        }
+    }
+    let (kernel, stride, dilation) = match &node.op {
+        Op::Conv2d { weight, stride, dilation, .. } => {
+            ([graph.tensors[*weight][2], graph.tensors[*weight][3]], *stride, *dilation)
+        }
+        Op::MaxPool2d { kernel, stride, dilation, .. } => (*kernel, *stride, *dilation),
+        Op::AvgPool2d { kernel, stride, .. } => (*kernel, *stride, [1, 1]),
+        Op::AdaptiveAvgPool2d { .. } | Op::Linear { .. } | Op::Mean { .. } | Op::Softmax { .. } => {
+            return None;
+        }
+        Op::Flatten { .. } | Op::Reshape { .. } => return Some(from),
+        _ => return Some(from),
+    };
+    for i in 0..2 {
+        from.size[i] += (kernel[i] - 1) * dilation[i] * from.jump[i];
+        from.jump[i] *= stride[i];
+    }
+    Some(from)
+}
+
+fn flops(graph: &Graph, node: &Node, shape: &Shape, shapes: &[Shape]) -> u64 {
+    let count = |s: &[usize]| s.iter().map(|&d| d as u64).product::<u64>();
+    let (out, input) = (count(shape), node.inputs.first().map_or(0, |&i| count(&shapes[i])));
+    match &node.op {
+        Op::Conv2d { weight, bias, .. } => out * (2 * count(&graph.tensors[*weight][1..]) + u64::from(bias.is_some())),
+        Op::Linear { weight, bias } => out * (2 * graph.tensors[*weight][1] as u64 + u64::from(bias.is_some())),
+        Op::BatchNorm2d { .. } => 2 * out,
+        Op::MaxPool2d { kernel, .. } | Op::AvgPool2d { kernel, .. } => out * count(kernel),
+        Op::AdaptiveAvgPool2d { .. } | Op::Mean { .. } => input,
+        Op::Softmax { .. } => 3 * out,
+        Op::Activation { .. } | Op::Add { .. } | Op::Mul => out,
+        Op::Input | Op::Dropout { .. } | Op::Flatten { .. } | Op::Reshape { .. } | Op::Cat { .. } => 0,
+    }
+}

@@ -1,0 +1,182 @@
+//! A network as a list of operations in the order `forward` calls them.
+
+use super::Shape;
+
+/// (height, width)
+pub type Pair = [usize; 2];
+
+/// Index of a parameter or buffer in the list that travels beside the graph.
+pub type Tensor = usize;
+
+#[derive(Debug, Clone)]
+pub struct Graph {
+    /// Node 0 is the input; a node's inputs come before it.
+    pub nodes: Vec<Node>,
+    /// The node whose value `forward` returns.
+    pub output: usize,
+    /// Shapes of the parameters and buffers that the operations name.
+    pub tensors: Vec<Shape>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Node {
+    /// Qualified module name (`features.0`) or the function's name.
+    pub name: String,
+    pub op: Op,
+    pub inputs: Vec<usize>,
+}
+
+/// Names and arguments are PyTorch's. `inplace` matters to an engine that shares memory between nodes as PyTorch does.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Op {
+    Input,
+    Conv2d {
+        weight: Tensor,
+        bias: Option<Tensor>,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        groups: usize,
+    },
+    BatchNorm2d {
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
+        running_mean: Option<Tensor>,
+        running_var: Option<Tensor>,
+        num_batches_tracked: Option<Tensor>,
+        /// `None`: cumulative average, as in PyTorch.
+        momentum: Option<f64>,
+        eps: f64,
+        training: bool,
+    },
+    Activation {
+        function: Activation,
+        inplace: bool,
+    },
+    MaxPool2d {
+        kernel: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        ceil_mode: bool,
+    },
+    AvgPool2d {
+        kernel: Pair,
+        stride: Pair,
+        padding: Pair,
+        ceil_mode: bool,
+        count_include_pad: bool,
+        divisor: Option<usize>,
+    },
+    /// `None` keeps that side's input size.
+    AdaptiveAvgPool2d {
+        output: [Option<usize>; 2],
+    },
+    /// `channels`: zero whole channels (`Dropout2d`), which on a 2-D input means single elements.
+    Dropout {
+        p: f64,
+        training: bool,
+        channels: bool,
+        inplace: bool,
+    },
+    Flatten {
+        start: i64,
+        end: i64,
+    },
+    /// `view` and `reshape`.
+    Reshape {
+        dims: Vec<Dim>,
+    },
+    Linear {
+        weight: Tensor,
+        bias: Option<Tensor>,
+    },
+    Softmax {
+        dim: i64,
+        log: bool,
+    },
+    Mean {
+        dims: Vec<i64>,
+        keepdim: bool,
+    },
+    Add {
+        inplace: bool,
+    },
+    Mul,
+    Cat {
+        dim: i64,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Activation {
+    Relu,
+    Relu6,
+    LeakyRelu { negative_slope: f64 },
+    Silu,
+    Gelu { tanh: bool },
+    Hardswish,
+    Hardsigmoid,
+    Sigmoid,
+    Tanh,
+}
+
+/// One entry of a `view`'s shape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dim {
+    Fixed(usize),
+    /// `-1`
+    Infer,
+    /// `x.size(dim)` of an earlier node: the batch size, as a rule.
+    SizeOf {
+        node: usize,
+        dim: usize,
+    },
+}
+
+impl Op {
+    /// The PyTorch module that does the same.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Input => "Input",
+            Self::Conv2d { .. } => "Conv2d",
+            Self::BatchNorm2d { .. } => "BatchNorm2d",
+            Self::Activation { function, .. } => match function {
+                Activation::Relu => "ReLU",
+                Activation::Relu6 => "ReLU6",
+                Activation::LeakyRelu { .. } => "LeakyReLU",
+                Activation::Silu => "SiLU",
+                Activation::Gelu { .. } => "GELU",
+                Activation::Hardswish => "Hardswish",
+                Activation::Hardsigmoid => "Hardsigmoid",
+                Activation::Sigmoid => "Sigmoid",
+                Activation::Tanh => "Tanh",
+            },
+            Self::MaxPool2d { .. } => "MaxPool2d",
+            Self::AvgPool2d { .. } => "AvgPool2d",
+            Self::AdaptiveAvgPool2d { .. } => "AdaptiveAvgPool2d",
+            Self::Dropout { channels: false, .. } => "Dropout",
+            Self::Dropout { channels: true, .. } => "Dropout2d",
+            Self::Flatten { .. } => "Flatten",
+            Self::Reshape { .. } => "View",
+            Self::Linear { .. } => "Linear",
+            Self::Softmax { log: true, .. } => "LogSoftmax",
+            Self::Softmax { log: false, .. } => "Softmax",
+            Self::Mean { .. } => "Mean",
+            Self::Add { .. } => "Add",
+            Self::Mul => "Mul",
+            Self::Cat { .. } => "Cat",
+        }
+    }
+
+    /// The parameters (not the buffers) this operation reads.
+    pub fn parameters(&self) -> Vec<Tensor> {
+        match self {
+            Self::Conv2d { weight, bias, .. } | Self::Linear { weight, bias } => {
+                std::iter::once(*weight).chain(*bias).collect()
+            }
+            Self::BatchNorm2d { weight, bias, .. } => weight.iter().chain(bias).copied().collect(),
+            _ => Vec::new(),
+        }
+    }
+}

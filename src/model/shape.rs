@@ -1,0 +1,202 @@
+//! Output shapes: `(W - F + 2P) / S + 1` per side, rounded down unless `ceil_mode`.
+
+use super::{Dim, Graph, Node, Op, Pair};
+use crate::error::{Error, Result};
+
+/// Sizes in PyTorch's order, batch first: `[N, C, H, W]` or `[N, F]`.
+pub type Shape = Vec<usize>;
+
+/// The shape of every node's value for one input shape.
+///
+/// # Errors
+/// `Shape`, naming the layer, what it expects and what reaches it.
+pub fn shapes(graph: &Graph, input: &[usize]) -> Result<Vec<Shape>> {
+    let mut known: Vec<Shape> = Vec::with_capacity(graph.nodes.len());
+    for node in &graph.nodes {
+        let shape = output(graph, node, &known, input)?;
+        known.push(shape);
+    }
+    Ok(known)
+}
+
+fn output(graph: &Graph, node: &Node, known: &[Shape], input: &[usize]) -> Result<Shape> {
+    let from = |i: usize| -> Result<&Shape> {
+        node.inputs.get(i).and_then(|&n| known.get(n)).ok_or_else(|| fail(node, "has no input".to_owned()))
+    };
+    match &node.op {
+        Op::Input => Ok(input.to_vec()),
+        Op::Conv2d { weight, stride, padding, dilation, groups, .. } => {
+            let ([n, c, h, w], weight) = (image(node, from(0)?)?, &graph.tensors[*weight]);
+            if c != weight[1] * groups {
+                return Err(fail(node, format!("expects {} input channels, got {c}", weight[1] * groups)));
+            }
+            let kernel = [weight[2], weight[3]];
+            let out = window(node, [h, w], kernel, *stride, *padding, *dilation, false)?;
+            Ok(vec![n, weight[0], out[0], out[1]])
+        }
+        Op::BatchNorm2d { running_mean, weight, .. } => {
+            let shape = from(0)?;
+            let [_, c, _, _] = image(node, shape)?;
+            match running_mean.or(*weight).map(|t| graph.tensors[t][0]) {
+                Some(features) if features != c => Err(fail(node, format!("expects {features} channels, got {c}"))),
+                _ => Ok(shape.clone()),
+            }
+        }
+        Op::MaxPool2d { kernel, stride, padding, dilation, ceil_mode } => {
+            let [n, c, h, w] = image(node, from(0)?)?;
+            let out = window(node, [h, w], *kernel, *stride, *padding, *dilation, *ceil_mode)?;
+            Ok(vec![n, c, out[0], out[1]])
+        }
+        Op::AvgPool2d { kernel, stride, padding, ceil_mode, .. } => {
+            let [n, c, h, w] = image(node, from(0)?)?;
+            let out = window(node, [h, w], *kernel, *stride, *padding, [1, 1], *ceil_mode)?;
+            Ok(vec![n, c, out[0], out[1]])
+        }
+        Op::AdaptiveAvgPool2d { output } => {
+            let [n, c, h, w] = image(node, from(0)?)?;
+            Ok(vec![n, c, output[0].unwrap_or(h), output[1].unwrap_or(w)])
+        }
+        Op::Activation { .. } | Op::Dropout { .. } | Op::Softmax { .. } => Ok(from(0)?.clone()),
+        Op::Flatten { start, end } => {
+            let shape = from(0)?;
+            let (start, end) = (axis(node, *start, shape.len())?, axis(node, *end, shape.len())?);
+            let mut out = shape[..start].to_vec();
+            out.push(shape.get(start..=end).unwrap_or_default().iter().product());
+            out.extend_from_slice(shape.get(end + 1..).unwrap_or_default());
+            Ok(out)
+        }
+        Op::Reshape { dims } => reshape(node, dims, from(0)?, known),
+        Op::Linear { weight, .. } => {
+            let (shape, weight) = (from(0)?, &graph.tensors[*weight]);
+            match shape.split_last() {
+                Some((&features, rest)) if features == weight[1] => Ok([rest, &weight[..1]].concat()),
+                _ => Err(fail(node, format!("expects {} input features, got shape {shape:?}", weight[1]))),
+            }
+        }
+        Op::Mean { dims, keepdim } => {
+            let shape = from(0)?;
+            let axes = dims.iter().map(|&d| axis(node, d, shape.len())).collect::<Result<Vec<_>>>()?;
+            let kept = shape.iter().enumerate().filter_map(|(i, &size)| match axes.contains(&i) {
+                true => keepdim.then_some(1),
+                false => Some(size),
+            });
+            Ok(kept.collect())
+        }
+        Op::Add { .. } | Op::Mul => broadcast(node, from(0)?, from(1)?),
+        Op::Cat { dim } => {
+            let mut out = from(0)?.clone();
+            let dim = axis(node, *dim, out.len())?;
+            for i in 1..node.inputs.len() {
+                let other = from(i)?;
+                let fits = other.len() == out.len() && (0..out.len()).all(|d| d == dim || other[d] == out[d]);
+                if !fits {
+                    return Err(fail(node, format!("cannot concatenate {other:?} to {out:?} along dimension {dim}")));
+                }
+                out[dim] += other[dim];
+            }
+            Ok(out)
+        }
+    }
+}
+
+fn fail(node: &Node, reason: String) -> Error {
+    Error::Shape { layer: format!("{} ({})", node.name, node.op.kind()), reason }
+}
+
+fn image(node: &Node, shape: &[usize]) -> Result<[usize; 4]> {
+    shape.try_into().map_err(|_| fail(node, format!("expects an input of shape (N, C, H, W), got {shape:?}")))
+}
+
+fn axis(node: &Node, dim: i64, rank: usize) -> Result<usize> {
+    let positive = if dim < 0 { dim + rank as i64 } else { dim };
+    usize::try_from(positive)
+        .ok()
+        .filter(|&d| d < rank)
+        .ok_or_else(|| fail(node, format!("dimension {dim} is out of range for {rank} dimensions")))
+}
+
+fn window(
+    node: &Node,
+    size: Pair,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil: bool,
+) -> Result<Pair> {
+    let mut out = [0; 2];
+    for i in 0..2 {
+        let (reach, padded) = (dilation[i] * (kernel[i] - 1) + 1, size[i] + 2 * padding[i]);
+        let Some(room) = padded.checked_sub(reach) else {
+            return Err(fail(node, format!("a kernel of {reach} does not fit an input of {size:?} (H, W)")));
+        };
+        out[i] = room / stride[i] + 1;
+        // PyTorch's rule: the last window must start inside the input or its left padding.
+        if ceil && room % stride[i] != 0 && out[i] * stride[i] < size[i] + padding[i] {
+            out[i] += 1;
+        }
+    }
+    Ok(out)
+}
+
+fn reshape(node: &Node, dims: &[Dim], from: &Shape, known: &[Shape]) -> Result<Shape> {
+    let total: usize = from.iter().product();
+    let size = |dim: &Dim| match dim {
+        Dim::Fixed(size) => Some(*size),
+        Dim::SizeOf { node, dim } => known.get(*node).and_then(|s| s.get(*dim)).copied(),
+        Dim::Infer => None,
+    };
+    let fixed: usize = dims.iter().filter_map(size).product();
+    let out: Shape = dims.iter().map(|d| size(d).unwrap_or(total / fixed.max(1))).collect();
+    if out.iter().product::<usize>() == total {
+        Ok(out)
+    } else {
+        Err(fail(node, format!("shape {dims:?} is invalid for input of shape {from:?}")))
+    }
+}
+
+fn broadcast(node: &Node, a: &Shape, b: &Shape) -> Result<Shape> {
+    let rank = a.len().max(b.len());
+    let side = |s: &Shape, i: usize| (i + s.len()).checked_sub(rank).map_or(1, |i| s[i]);
+    (0..rank)
+        .map(|i| match (side(a, i), side(b, i)) {
+            (x, y) if x == y || y == 1 => Ok(x),
+            (1, y) => Ok(y),
+            _ => Err(fail(node, format!("shapes {a:?} and {b:?} do not broadcast"))),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn conv(kernel: usize, stride: usize, padding: usize) -> Graph {
+        let op = Op::Conv2d {
+            weight: 0,
+            bias: None,
+            stride: [stride; 2],
+            padding: [padding; 2],
+            dilation: [1; 2],
+            groups: 1,
+        };
+        let nodes = vec![
+            Node { name: "x".into(), op: Op::Input, inputs: vec![] },
+            Node { name: "conv".into(), op, inputs: vec![0] },
+        ];
+        Graph { nodes, output: 1, tensors: vec![vec![8, 3, kernel, kernel]] }
+    }
+
+    #[test]
+    fn the_tutorials_examples() {
+        // 4x4 through a 3x3 filter gives 2x2; with padding 1 it stays 4x4.
+        assert_eq!(shapes(&conv(3, 1, 0), &[1, 3, 4, 4]).unwrap()[1], [1, 8, 2, 2]);
+        assert_eq!(shapes(&conv(3, 1, 1), &[1, 3, 4, 4]).unwrap()[1], [1, 8, 4, 4]);
+    }
+
+    #[test]
+    fn wrong_channels_name_the_layer() {
+        let error = shapes(&conv(3, 1, 0), &[1, 1, 4, 4]).unwrap_err().to_string();
+        assert_eq!(error, "conv (Conv2d): expects 3 input channels, got 1");
+    }
+}

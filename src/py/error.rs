@@ -1,0 +1,53 @@
+//! The only file that knows Python's exceptions.
+
+use std::cell::RefCell;
+
+use pyo3::exceptions::{PyIndexError, PyOSError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+
+use crate::error::Error;
+
+thread_local! {
+    /// An exception raised by Python code that we called while the GIL was released around us.
+    static RAISED: RefCell<Option<PyErr>> = const { RefCell::new(None) };
+}
+
+/// Keeps a Python exception for [`convert`], while [`Error::Interrupted`] travels up through Rust.
+pub fn stash(error: PyErr) -> Error {
+    RAISED.with(|raised| *raised.borrow_mut() = Some(error));
+    Error::Interrupted
+}
+
+pub fn convert(py: Python<'_>, error: Error) -> PyErr {
+    let text = error.to_string();
+    match error {
+        Error::Io { path, source } => match source.raw_os_error() {
+            // OSError(errno, text, filename) picks FileNotFoundError, PermissionError, ... by itself.
+            Some(errno) => PyOSError::new_err((errno, describe(&source), path)),
+            None => PyOSError::new_err(text),
+        },
+        Error::Decode { .. } | Error::TooLarge { .. } => ours(py, "DecodeError", text),
+        Error::NotFinite { .. } => ours(py, "NonFiniteLossError", text),
+        Error::Panic(_) => ours(py, "CnnrsError", text),
+        Error::Argument(_) => PyValueError::new_err(text),
+        Error::Target { .. } => PyIndexError::new_err(text),
+        Error::Ragged { .. } | Error::Shape { .. } | Error::Torch(_) => PyRuntimeError::new_err(text),
+        Error::Interrupted => RAISED
+            .with(|raised| raised.borrow_mut().take())
+            .unwrap_or_else(|| PyRuntimeError::new_err("interrupted without an exception")),
+    }
+}
+
+/// The text without Rust's "(os error 2)".
+fn describe(source: &std::io::Error) -> String {
+    let text = source.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
+/// An exception class of `cnnrs.errors` (PyO3 cannot make classes with two bases).
+fn ours(py: Python<'_>, class: &str, text: String) -> PyErr {
+    let raise = || -> PyResult<PyErr> {
+        Ok(PyErr::from_value(py.import("cnnrs.errors")?.getattr(class)?.call1((text.as_str(),))?))
+    };
+    raise().unwrap_or_else(|error| error)
+}
