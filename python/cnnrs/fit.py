@@ -121,9 +121,7 @@ class Fit:
         return f"fit(optimizer={type(self.optimizer).__name__}, loss_fn={name}, engine={self.engine!r})"
 
 
-def compile(  # noqa: A001 - named after Keras's compile(optimizer, loss)
-    *, optimizer: Optimizer | None = None, loss_fn: Loss, engine: Engine = "auto", verbose: bool = True
-) -> Fit:
+def compile(*, optimizer: Optimizer | None = None, loss_fn: Loss, engine: Engine = "auto", verbose: bool = True) -> Fit:
     """Bind optimizer and loss, so that the tutorial's call works unchanged: ``fit(epoch, model, loader, phase)``.
 
     Args:
@@ -143,7 +141,7 @@ def compile(  # noqa: A001 - named after Keras's compile(optimizer, loss)
     return Fit(optimizer, loss_fn, engine, verbose)
 
 
-# -- both engines ---------------------------------------------------------------------------------------------------------
+# -- both engines --------------------------------------------------------------------------------------------
 
 
 def _run_lowered(
@@ -210,7 +208,7 @@ def _check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
         )
 
 
-# -- losses ---------------------------------------------------------------------------------------------------------------
+# -- losses --------------------------------------------------------------------------------------------------
 
 
 def _loss(loss_fn: Loss) -> tuple[Any, ...] | None:
@@ -235,9 +233,7 @@ def _summed(loss_fn: Loss, loss: torch.Tensor, outputs: torch.Tensor, targets: t
         return loss.item() * len(outputs)
     if known[0] == "nll":
         return F.nll_loss(outputs, targets, ignore_index=known[2], reduction="sum").item()
-    return F.cross_entropy(
-        outputs, targets, ignore_index=known[2], label_smoothing=known[3], reduction="sum"
-    ).item()
+    return F.cross_entropy(outputs, targets, ignore_index=known[2], label_smoothing=known[3], reduction="sum").item()
 
 
 def _correct(outputs: torch.Tensor, targets: torch.Tensor) -> int | None:

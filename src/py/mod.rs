@@ -1,10 +1,14 @@
 //! The only place where Python appears: each function validates, releases the GIL, makes one call and converts the error.
 
 mod batches;
+mod dlpack;
 mod enter;
 mod error;
 mod fit;
+mod folder;
 mod graph;
+mod loader;
+mod mnist;
 mod preconv;
 
 use pyo3::prelude::*;
@@ -15,7 +19,13 @@ mod _cnnrs {
     #[pymodule_export]
     use super::fit::{NativeOptimizer, fit_python, fit_torch};
     #[pymodule_export]
+    use super::folder::scan_folders;
+    #[pymodule_export]
     use super::graph::Graph;
+    #[pymodule_export]
+    use super::loader::{Loader, Memory, available_threads};
+    #[pymodule_export]
+    use super::mnist::read_idx;
     #[pymodule_export]
     use super::preconv::{extract_python, extract_torch};
 

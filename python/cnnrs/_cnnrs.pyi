@@ -1,0 +1,83 @@
+"""The Rust extension; `cnnrs` wraps it, nobody else should need to import it."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = [
+    "Graph",
+    "NativeOptimizer",
+    "__version__",
+    "extract_python",
+    "extract_torch",
+    "fit_python",
+    "fit_torch",
+]
+
+__version__: str
+
+@final
+class Graph:
+    """A network as a list of operations, in the order `forward` calls them."""
+
+    def __new__(
+        cls, nodes: Sequence[tuple[str, str, list[int], dict[str, Any]]], output: int, tensors: Sequence[list[int]]
+    ) -> Graph: ...
+    def __len__(self) -> int: ...
+    def shapes(self, input: Sequence[int]) -> list[list[int]]:
+        """Output shape of every node for one input shape (N, C, H, W)."""
+
+    def costs(self, shapes: Sequence[Sequence[int]]) -> list[tuple[int, tuple[int, int] | None]]:
+        """(FLOPs, receptive field (h, w) or None) of every node, from the shapes that `shapes` returned."""
+
+    def parameters(self) -> list[list[int]]:
+        """Indices of the parameters that each node reads."""
+
+@final
+class NativeOptimizer:
+    """SGD, Adam or AdamW over float32 CPU tensors that stay the user's."""
+
+    def __new__(cls, sgd: Sequence[Any], adam: Sequence[Any]) -> NativeOptimizer: ...
+    def take_gradients(self) -> list[torch.Tensor | None]:
+        """The last step's gradients, one per parameter in the order given, [] before the first step. Forgets them."""
+
+def fit_torch(
+    number: int,
+    phase: str,
+    graph: Graph,
+    tensors: Sequence[torch.Tensor],
+    loss: tuple[Any, ...] | Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    optimizer: NativeOptimizer | tuple[list[torch.Tensor], Callable[[list[torch.Tensor | None]], None]] | None,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[float, int | None, int]:
+    """One epoch of a lowered model through libtorch: (sum of losses, correct predictions or None, samples)."""
+
+def fit_python(
+    number: int,
+    phase: str,
+    forward: Callable[[torch.Tensor, torch.Tensor, bool], tuple[float, int | None, int]],
+    step: Callable[[], None],
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[float, int | None, int]:
+    """One epoch of any module: (sum of losses, correct predictions or None, samples)."""
+
+def extract_torch(
+    graph: Graph,
+    tensors: Sequence[torch.Tensor],
+    batches: Iterator[torch.Tensor],
+    path: os.PathLike[str] | None,
+    expected: int,
+) -> tuple[NDArray[np.uint8] | None, list[int], str | None]:
+    """Features of a lowered model: (bytes, or None when written to `path`; shape; NumPy type string)."""
+
+def extract_python(
+    model: Callable[[torch.Tensor], torch.Tensor],
+    batches: Iterator[torch.Tensor],
+    path: os.PathLike[str] | None,
+    expected: int,
+) -> tuple[NDArray[np.uint8] | None, list[int], str | None]:
+    """Features of any callable that maps inputs to a tensor: as `extract_torch`."""

@@ -1,0 +1,136 @@
+//! Crops, flips and gray; and the random draws, kept apart from what they decide.
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+use super::{Image, Layout, Op};
+
+/// Names one sample of one pass. The draws follow from it alone, so they are the same on any thread.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Key {
+    pub seed: u64,
+    pub sample: u64,
+    /// Where the sample stands in the epoch, or any number that tells its visits apart.
+    pub position: u64,
+}
+
+impl Key {
+    pub(super) fn rng(self) -> ChaCha8Rng {
+        let mut seed = [0; 32];
+        for (bytes, part) in seed.chunks_exact_mut(8).zip([self.seed, self.sample, self.position]) {
+            bytes.copy_from_slice(&part.to_le_bytes());
+        }
+        ChaCha8Rng::from_seed(seed)
+    }
+}
+
+/// What chance decided for one operation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Drawn {
+    /// Nothing to decide.
+    Sure,
+    Flip(bool),
+    Angle(f64),
+}
+
+impl Op {
+    /// Draws as torchvision does: `torch.rand(1) < p`, and angles from `[low, high)` in single precision.
+    pub(super) fn draw(&self, rng: &mut ChaCha8Rng) -> Drawn {
+        match *self {
+            Self::HorizontalFlip { p } | Self::VerticalFlip { p } => Drawn::Flip(f64::from(uniform(rng)) < p),
+            Self::Rotation { low, high, .. } => {
+                let (low, high) = (low as f32, high as f32);
+                Drawn::Angle(f64::from(uniform(rng) * (high - low) + low))
+            }
+            Self::Resize { .. } | Self::CenterCrop { .. } | Self::Grayscale { .. } => Drawn::Sure,
+        }
+    }
+
+    pub(super) fn is_random(&self) -> bool {
+        matches!(self, Self::HorizontalFlip { .. } | Self::VerticalFlip { .. } | Self::Rotation { .. })
+    }
+}
+
+/// One of the 2^24 evenly spaced numbers in `[0, 1)` that `torch.rand` can give.
+fn uniform(rng: &mut ChaCha8Rng) -> f32 {
+    (rng.next_u32() >> 8) as f32 / 16_777_216.0
+}
+
+pub fn flip_horizontal(image: &mut Image) {
+    let stride = image.stride();
+    if stride == 0 {
+        return;
+    }
+    for line in image.data.chunks_exact_mut(stride) {
+        match image.layout {
+            Layout::Gray => line.reverse(),
+            Layout::Rgbx => line.as_chunks_mut::<4>().0.reverse(),
+        }
+    }
+}
+
+pub fn flip_vertical(image: &mut Image) {
+    let stride = image.stride();
+    let (upper, lower) = image.data.split_at_mut(image.height / 2 * stride);
+    if stride > 0 {
+        for (a, b) in upper.chunks_exact_mut(stride).zip(lower.rchunks_exact_mut(stride)) {
+            a.swap_with_slice(b);
+        }
+    }
+}
+
+/// The middle `height x width` pixels; where the image is smaller it is centred on zeros first.
+pub fn center_crop(image: &Image, height: usize, width: usize, out: &mut Image) {
+    let pixel = image.layout.bytes_per_pixel();
+    out.reshape(width, height, image.layout);
+    let (padding_top, top, rows) = window(image.height, height);
+    let (padding_left, left, columns) = window(image.width, width);
+    if rows < height || columns < width {
+        out.data.fill(0);
+    }
+    for y in 0..rows {
+        let from = &image.data[((top + y) * image.width + left) * pixel..][..columns * pixel];
+        out.data[((padding_top + y) * width + padding_left) * pixel..][..columns * pixel].copy_from_slice(from);
+    }
+}
+
+/// Along one axis: zeros in front, first input position, positions taken.
+fn window(input: usize, output: usize) -> (usize, usize, usize) {
+    if output > input {
+        ((output - input) / 2, 0, input)
+    } else {
+        // Python's round: a half goes to the even neighbour.
+        let half = (input - output) / 2;
+        (0, half + usize::from((input - output) % 2 == 1 && half % 2 == 1), output)
+    }
+}
+
+/// Pillow's `convert("L")`, as one channel or repeated over three.
+pub fn grayscale(image: &mut Image, channels: usize) {
+    let (width, height) = (image.width, image.height);
+    match (image.layout, channels) {
+        (Layout::Rgbx, 1) => {
+            for i in 0..width * height {
+                image.data[i] = luma(&image.data[4 * i..]);
+            }
+            image.reshape(width, height, Layout::Gray);
+        }
+        (Layout::Rgbx, _) => {
+            for pixel in image.data.chunks_exact_mut(4) {
+                let luma = luma(pixel);
+                pixel.fill(luma);
+            }
+        }
+        (Layout::Gray, 1) => {}
+        (Layout::Gray, _) => {
+            let gray = std::mem::take(&mut image.data);
+            image.data = gray.iter().flat_map(|&v| [v; 4]).collect();
+            image.layout = Layout::Rgbx;
+        }
+    }
+}
+
+/// ITU-R 601-2 in 16-bit fixed point, as Pillow rounds it.
+fn luma(pixel: &[u8]) -> u8 {
+    ((u32::from(pixel[0]) * 19595 + u32::from(pixel[1]) * 38470 + u32::from(pixel[2]) * 7471 + 0x8000) >> 16) as u8
+}

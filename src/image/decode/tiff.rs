@@ -1,0 +1,140 @@
+//! TIFF: the first page, turned upright by its orientation tag, as Pillow does for this format only.
+
+use std::io::Cursor;
+
+use ::tiff::decoder::{Decoder, DecodingResult, Limits as TiffLimits};
+use ::tiff::tags::Tag;
+use ::tiff::{ColorType, TiffError};
+
+use super::jpeg::cmyk_to_rgb;
+use super::{Samples, check_pixels, clipped, fill_rows, truncated};
+use crate::error::{Error, Result};
+use crate::image::rotate::turn;
+use crate::image::{Image, Layout, Limits};
+
+pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
+    let failed = |error| match error {
+        TiffError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => truncated("TIFF", bytes.len()),
+        TiffError::UnsupportedError(e) => Error::decode(format_args!("TIFF that is not supported: {e}; convert the file")),
+        other => Error::decode(format_args!("broken TIFF: {other}")),
+    };
+    let mut tiff = Decoder::new(Cursor::new(bytes)).map_err(failed)?.with_limits(TiffLimits::unlimited());
+    let (width, height) = tiff.dimensions().map_err(failed)?;
+    check_pixels(width.into(), height.into(), limits)?;
+    let (width, height) = (width as usize, height as usize);
+    let color = tiff.colortype().map_err(failed)?;
+    let planar = tiff.find_tag_unsigned::<u16>(Tag::PlanarConfiguration).map_err(failed)? == Some(2);
+    let unsupported = || {
+        Error::decode(format_args!(
+            "TIFF with {color:?}{} is not supported: convert the file",
+            if planar { " in separate planes" } else { "" }
+        ))
+    };
+    if planar && !matches!(color, ColorType::Gray(_) | ColorType::Palette(_)) {
+        return Err(unsupported());
+    }
+    let mut data = DecodingResult::U8(Vec::new());
+    tiff.read_image_to_buffer(&mut data).map_err(failed)?;
+    let rows = |data: &[u8], step_bits: usize, samples: Samples<'_>, out: &mut Image| {
+        let stride = (width * step_bits).div_ceil(8);
+        fill_rows(width, height, out, samples, |y| data.get(y * stride..(y + 1) * stride))
+            .ok_or_else(|| truncated("TIFF", bytes.len()))
+    };
+    match (color, &data) {
+        (ColorType::Gray(bits @ (1 | 2 | 4 | 8)), DecodingResult::U8(data)) => {
+            rows(data, bits.into(), Samples::Gray { bits }, out)?;
+        }
+        (ColorType::Gray(_), data) => gray(data, width, height, out).ok_or_else(unsupported)?,
+        (ColorType::Palette(bits @ (1 | 2 | 4 | 8)), DecodingResult::U8(data)) => {
+            let map = tiff.get_tag_u16_vec(Tag::ColorMap).map_err(failed)?;
+            let count = map.len() / 3;
+            let mut colors = [[0; 3]; 256];
+            for (i, color) in colors.iter_mut().enumerate().take(count) {
+                *color = [map[i], map[count + i], map[2 * count + i]].map(|v| (v >> 8) as u8);
+            }
+            rows(data, bits.into(), Samples::Palette { bits, colors: &colors }, out)?;
+        }
+        (ColorType::Multiband { bit_depth: 8, num_samples: 2 }, DecodingResult::U8(data)) => {
+            rows(data, 16, Samples::Bytes { step: 2, rgb: [0; 3] }, out)?;
+        }
+        (ColorType::RGB(8), DecodingResult::U8(data)) => {
+            rows(data, 24, Samples::Bytes { step: 3, rgb: [0, 1, 2] }, out)?;
+        }
+        (ColorType::RGBA(8), DecodingResult::U8(data)) => {
+            rows(data, 32, Samples::Bytes { step: 4, rgb: [0, 1, 2] }, out)?;
+            if premultiplied(&mut tiff) {
+                divide_by_alpha(out, data.iter().skip(3).step_by(4).copied());
+            }
+        }
+        (ColorType::RGB(16) | ColorType::RGBA(16), DecodingResult::U16(data)) => {
+            let step = color.num_samples().into();
+            out.reshape(width, height, Layout::Rgbx);
+            for (pixel, sample) in out.data.as_chunks_mut::<4>().0.iter_mut().zip(data.chunks_exact(step)) {
+                *pixel = [sample[0], sample[1], sample[2], 0].map(|v| (v >> 8) as u8);
+            }
+            if step == 4 && premultiplied(&mut tiff) {
+                divide_by_alpha(out, data.iter().skip(3).step_by(4).map(|v| (v >> 8) as u8));
+            }
+        }
+        (ColorType::CMYK(8), DecodingResult::U8(data)) => {
+            out.reshape(width, height, Layout::Rgbx);
+            out.data.copy_from_slice(data.get(..4 * width * height).ok_or_else(|| truncated("TIFF", bytes.len()))?);
+            cmyk_to_rgb(&mut out.data, false);
+        }
+        _ => return Err(unsupported()),
+    }
+    let orientation = tiff.find_tag_unsigned::<u16>(Tag::Orientation).map_err(failed)?.unwrap_or(1);
+    upright(orientation, out);
+    Ok(())
+}
+
+/// Pillow's modes "I;16", "I" and "F": clipped to bytes, fractions cut off.
+fn gray(data: &DecodingResult, width: usize, height: usize, out: &mut Image) -> Option<()> {
+    let values: Vec<u8> = match data {
+        DecodingResult::U16(v) => v.iter().map(|&v| clipped(v.into())).collect(),
+        DecodingResult::U32(v) => v.iter().map(|&v| (v as i32).clamp(0, 255) as u8).collect(),
+        DecodingResult::I16(v) => v.iter().map(|&v| v.clamp(0, 255) as u8).collect(),
+        DecodingResult::I32(v) => v.iter().map(|&v| v.clamp(0, 255) as u8).collect(),
+        DecodingResult::F32(v) => v.iter().map(|&v| v as u8).collect(),
+        DecodingResult::F64(v) => v.iter().map(|&v| v as f32 as u8).collect(),
+        _ => return None,
+    };
+    out.reshape(width, height, Layout::Rgbx);
+    for (pixel, value) in out.data.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+        pixel.fill(value);
+    }
+    Some(())
+}
+
+fn premultiplied(tiff: &mut Decoder<Cursor<&[u8]>>) -> bool {
+    tiff.find_tag_unsigned_vec::<u16>(Tag::ExtraSamples).ok().flatten().and_then(|v| v.first().copied()) == Some(1)
+}
+
+fn divide_by_alpha(image: &mut Image, alpha: impl Iterator<Item = u8>) {
+    for (pixel, alpha) in image.data.as_chunks_mut::<4>().0.iter_mut().zip(alpha) {
+        for value in &mut pixel[..3] {
+            *value = match alpha {
+                0 => 0,
+                255 => *value,
+                a => (u32::from(*value) * 255 / u32::from(a)).min(255) as u8,
+            };
+        }
+    }
+}
+
+/// The eight EXIF orientations.
+fn upright(orientation: u16, image: &mut Image) {
+    let (h, w) = (image.height, image.width);
+    let mut turned = Image::default();
+    match orientation {
+        2 => turn(image, h, w, &mut turned, |y, x| (y, w - 1 - x)),
+        3 => turn(image, h, w, &mut turned, |y, x| (h - 1 - y, w - 1 - x)),
+        4 => turn(image, h, w, &mut turned, |y, x| (h - 1 - y, x)),
+        5 => turn(image, w, h, &mut turned, |y, x| (x, y)),
+        6 => turn(image, w, h, &mut turned, |y, x| (h - 1 - x, y)),
+        7 => turn(image, w, h, &mut turned, |y, x| (h - 1 - x, w - 1 - y)),
+        8 => turn(image, w, h, &mut turned, |y, x| (x, w - 1 - y)),
+        _ => return,
+    }
+    std::mem::swap(image, &mut turned);
+}

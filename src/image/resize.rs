@@ -1,0 +1,336 @@
+//! Pillow's 8-bit two-pass resampling: 22-bit fixed-point weights, exact 32-bit sums, one rounding per pass.
+
+use std::collections::HashMap;
+use std::f64::consts::PI;
+use std::sync::Arc;
+
+use super::{Image, Layout};
+use crate::error::{Error, Result};
+
+/// Pillow's resampling filters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Filter {
+    Nearest,
+    Bilinear,
+    Bicubic,
+    Box,
+    Hamming,
+    Lanczos,
+}
+
+/// Which pass runs first; each pass rounds to 8 bits, so the order shows in the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum PillowOrder {
+    /// Pillow before 13: always along the rows first.
+    HorizontalFirst,
+    /// Pillow 13: down the columns first when the height shrinks by more than twice what the width does.
+    #[default]
+    Pillow13,
+}
+
+/// Target size as torchvision's `Resize` spells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    Exact { height: usize, width: usize },
+    /// The shorter edge becomes `edge`, the other keeps the proportion and stays within `max_size`.
+    Shorter { edge: usize, max_size: Option<usize> },
+}
+
+impl Size {
+    /// `(height, width)` for an image of that size.
+    ///
+    /// # Errors
+    /// When an edge of the result would be zero, or `max_size` is not above `edge`.
+    pub fn resolve(self, height: usize, width: usize) -> Result<(usize, usize)> {
+        let (new_height, new_width) = match self {
+            Self::Exact { height, width } => (height, width),
+            Self::Shorter { edge, max_size } => {
+                let (short, long) = if width <= height { (width, height) } else { (height, width) };
+                // Python's int(a * b / c): the product is exact, the quotient is a float, the result is cut off.
+                let scale = |a: usize, b: usize, c: usize| ((a * b) as f64 / c as f64) as usize;
+                let (mut new_short, mut new_long) = (edge, scale(edge, long, short));
+                if let Some(max_size) = max_size {
+                    if max_size <= edge {
+                        return Err(Error::Argument(format!(
+                            "max_size = {max_size} must be strictly greater than the requested size for the smaller \
+                             edge size = {edge}"
+                        )));
+                    }
+                    if new_long > max_size {
+                        (new_short, new_long) = (scale(max_size, new_short, new_long), max_size);
+                    }
+                }
+                if width <= height { (new_long, new_short) } else { (new_short, new_long) }
+            }
+        };
+        if new_height == 0 || new_width == 0 {
+            return Err(Error::Argument(format!(
+                "cannot resize {width} x {height} to {new_width} x {new_height}: height and width must be > 0"
+            )));
+        }
+        Ok((new_height, new_width))
+    }
+}
+
+impl Filter {
+    fn support(self) -> f64 {
+        match self {
+            Self::Nearest => 0.0,
+            Self::Box => 0.5,
+            Self::Bilinear | Self::Hamming => 1.0,
+            Self::Bicubic => 2.0,
+            Self::Lanczos => 3.0,
+        }
+    }
+
+    fn weight(self, x: f64) -> f64 {
+        let sinc = |x: f64| if x == 0.0 { 1.0 } else { (x * PI).sin() / (x * PI) };
+        match self {
+            Self::Nearest => 0.0,
+            Self::Box => f64::from(u8::from(x > -0.5 && x <= 0.5)),
+            Self::Bilinear => (1.0 - x.abs()).max(0.0),
+            Self::Hamming => match x.abs() {
+                0.0 => 1.0,
+                a if a >= 1.0 => 0.0,
+                // The constants are floats in Pillow.
+                a => (a * PI).sin() / (a * PI) * (f64::from(0.54f32) + f64::from(0.46f32) * (a * PI).cos()),
+            },
+            Self::Bicubic => match (x.abs(), -0.5) {
+                (x, a) if x < 1.0 => ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0,
+                (x, a) if x < 2.0 => (((x - 5.0) * x + 8.0) * x - 4.0) * a,
+                _ => 0.0,
+            },
+            Self::Lanczos if (-3.0..3.0).contains(&x) => sinc(x) * sinc(x / 3.0),
+            Self::Lanczos => 0.0,
+        }
+    }
+}
+
+/// Bits behind the binary point of a weight: 32 minus 8 for the result minus 2 for sums below 0 and above 1.
+pub(super) const PRECISION: u32 = 22;
+
+/// One output position: `count` weights from `first` on, stored at `offset`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Window {
+    pub first: usize,
+    pub count: usize,
+    pub offset: usize,
+}
+
+/// The weights of one pass, for every output position.
+#[derive(Debug)]
+pub(super) struct Weights {
+    pub windows: Vec<Window>,
+    pub values: Vec<i32>,
+    #[cfg(target_arch = "x86_64")]
+    pub packed: super::resize_avx2::Packed,
+}
+
+impl Weights {
+    fn new(input: usize, output: usize, filter: Filter) -> Self {
+        // Pillow's box is a float.
+        let scale = f64::from(input as f32) / output as f64;
+        let filter_scale = scale.max(1.0);
+        let support = filter.support() * filter_scale;
+        let mut windows = Vec::with_capacity(output);
+        let mut values = Vec::new();
+        let mut window = Vec::new();
+        for x in 0..output {
+            let center = (x as f64 + 0.5) * scale;
+            let per_sample = 1.0 / filter_scale;
+            // `as` cuts towards zero and negative values end at 0, as Pillow's do.
+            let first = (center - support + 0.5) as usize;
+            let last = ((center + support + 0.5) as usize).min(input);
+            window.clear();
+            window.extend((first..last).map(|i| filter.weight((i as f64 - center + 0.5) * per_sample)));
+            let mut sum = 0.0;
+            window.iter().for_each(|w| sum += w);
+            windows.push(Window { first, count: window.len(), offset: values.len() });
+            values.extend(window.iter().map(|&w| {
+                let fixed = (if sum == 0.0 { w } else { w / sum }) * f64::from(1 << PRECISION);
+                (fixed + if fixed < 0.0 { -0.5 } else { 0.5 }) as i32
+            }));
+        }
+        Self {
+            #[cfg(target_arch = "x86_64")]
+            packed: super::resize_avx2::Packed::new(&windows, &values, input),
+            windows,
+            values,
+        }
+    }
+}
+
+/// Weights by (input, output, filter): photos of one folder share few sizes.
+#[derive(Debug, Default)]
+pub(super) struct WeightCache {
+    by_size: HashMap<(usize, usize, Filter), Arc<Weights>>,
+}
+
+impl WeightCache {
+    /// Some folders have a new size in every file; then keeping them all would only cost memory.
+    const CAPACITY: usize = 256;
+
+    fn get(&mut self, input: usize, output: usize, filter: Filter) -> Arc<Weights> {
+        if self.by_size.len() >= Self::CAPACITY && !self.by_size.contains_key(&(input, output, filter)) {
+            self.by_size.clear();
+        }
+        Arc::clone(
+            self.by_size.entry((input, output, filter)).or_insert_with(|| Arc::new(Weights::new(input, output, filter))),
+        )
+    }
+}
+
+/// Buffers and weights that resizing needs and the next image can use again.
+#[derive(Debug, Default)]
+pub(super) struct ResizeScratch {
+    weights: WeightCache,
+    between: Image,
+    result: Image,
+}
+
+/// Which implementation computes the passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResizePath {
+    /// The reference, and what runs where no kernel fits the processor.
+    Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+}
+
+impl ResizePath {
+    pub fn best() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if super::resize_avx2::available() {
+            return Self::Avx2;
+        }
+        Self::Scalar
+    }
+}
+
+/// Resizes in place as `PIL.Image.resize((width, height), filter)`; zero sizes are the caller's to refuse.
+pub fn resize(image: &mut Image, height: usize, width: usize, filter: Filter, order: PillowOrder) {
+    resize_on(ResizePath::best(), image, height, width, filter, order);
+}
+
+/// [`resize`] on a chosen implementation, for tests and benchmarks. `Avx2` needs a processor that has it.
+pub fn resize_on(path: ResizePath, image: &mut Image, height: usize, width: usize, filter: Filter, order: PillowOrder) {
+    resize_with(path, image, height, width, filter, order, &mut ResizeScratch::default());
+}
+
+pub(super) fn resize_with(
+    path: ResizePath,
+    image: &mut Image,
+    height: usize,
+    width: usize,
+    filter: Filter,
+    order: PillowOrder,
+    scratch: &mut ResizeScratch,
+) {
+    if (image.height, image.width) == (height, width) {
+        return;
+    }
+    let ResizeScratch { weights, between, result } = scratch;
+    if filter == Filter::Nearest {
+        nearest(image, height, width, result);
+        std::mem::swap(image, result);
+        return;
+    }
+    let shrinks_by = |from: usize, to: usize| from as i64 - to as i64;
+    let down = shrinks_by(image.height, height);
+    let vertical_first =
+        order == PillowOrder::Pillow13 && down > 0 && down > 2 * shrinks_by(image.width, width);
+    let rows = (image.width != width).then(|| weights.get(image.width, width, filter));
+    let columns = (image.height != height).then(|| weights.get(image.height, height, filter));
+    match (rows, columns) {
+        (Some(rows), None) => horizontal(path, image, 0..height, &rows, result),
+        (None, Some(columns)) => vertical(path, image, 0, &columns, result),
+        (Some(rows), Some(columns)) if vertical_first => {
+            vertical(path, image, 0, &columns, between);
+            horizontal(path, between, 0..height, &rows, result);
+        }
+        (Some(rows), Some(columns)) => {
+            // Only the rows that the second pass will read.
+            let first = columns.windows.first().map_or(0, |w| w.first);
+            let last = columns.windows.last().map_or(0, |w| w.first + w.count);
+            horizontal(path, image, first..last, &rows, between);
+            vertical(path, between, first, &columns, result);
+        }
+        (None, None) => return,
+    }
+    std::mem::swap(image, result);
+}
+
+fn horizontal(path: ResizePath, image: &Image, rows: std::ops::Range<usize>, weights: &Weights, out: &mut Image) {
+    out.reshape(weights.windows.len(), rows.len(), image.layout);
+    let stride = image.stride();
+    let input = &image.data[rows.start * stride..rows.end * stride];
+    #[cfg(target_arch = "x86_64")]
+    if path == ResizePath::Avx2 && image.layout == Layout::Rgbx && weights.packed.fits() {
+        return super::resize_avx2::horizontal(input, stride, weights, &mut out.data);
+    }
+    let _ = path;
+    let pixel = image.layout.bytes_per_pixel();
+    let out_stride = out.stride();
+    for (line, out_line) in input.chunks_exact(stride).zip(out.data.chunks_exact_mut(out_stride)) {
+        for (window, out_pixel) in weights.windows.iter().zip(out_line.chunks_exact_mut(pixel)) {
+            let k = &weights.values[window.offset..window.offset + window.count];
+            for (channel, value) in out_pixel.iter_mut().enumerate() {
+                let taps = line[window.first * pixel + channel..].iter().step_by(pixel);
+                *value = clip(k.iter().zip(taps).map(|(&k, &v)| k * i32::from(v)).sum());
+            }
+        }
+    }
+}
+
+/// `image` begins with row `first` of the picture the weights are for.
+fn vertical(path: ResizePath, image: &Image, first: usize, weights: &Weights, out: &mut Image) {
+    out.reshape(image.width, weights.windows.len(), image.layout);
+    let stride = image.stride();
+    for (window, out_line) in weights.windows.iter().zip(out.data.chunks_exact_mut(stride)) {
+        let k = &weights.values[window.offset..window.offset + window.count];
+        let input = &image.data[(window.first - first) * stride..][..window.count * stride];
+        #[cfg(target_arch = "x86_64")]
+        if path == ResizePath::Avx2 {
+            super::resize_avx2::vertical(input, stride, k, out_line);
+            continue;
+        }
+        let _ = path;
+        vertical_scalar(input, stride, 0, k, out_line);
+    }
+}
+
+/// Columns `from..` of one output row.
+pub(super) fn vertical_scalar(input: &[u8], stride: usize, from: usize, k: &[i32], out: &mut [u8]) {
+    for (x, value) in out.iter_mut().enumerate().skip(from) {
+        *value = clip(k.iter().zip(input[x..].iter().step_by(stride)).map(|(&k, &v)| k * i32::from(v)).sum());
+    }
+}
+
+/// Rounds a fixed-point sum to a byte.
+pub(super) fn clip(sum: i32) -> u8 {
+    ((sum + (1 << (PRECISION - 1))) >> PRECISION).clamp(0, 255) as u8
+}
+
+/// Pillow's nearest resize: positions are accumulated, so that they drift as its do.
+fn nearest(image: &Image, height: usize, width: usize, out: &mut Image) {
+    let positions = |input: usize, output: usize| {
+        let step = f64::from(input as f32) / output as f64;
+        let mut at = step * 0.5;
+        (0..output)
+            .map(|_| {
+                let position = at as usize;
+                at += step;
+                position.min(input - 1)
+            })
+            .collect::<Vec<_>>()
+    };
+    let columns = positions(image.width, width);
+    let pixel = image.layout.bytes_per_pixel();
+    out.reshape(width, height, image.layout);
+    for (y, line) in positions(image.height, height).into_iter().zip(out.data.chunks_exact_mut(width * pixel)) {
+        let row = &image.data[y * image.stride()..];
+        for (&x, value) in columns.iter().zip(line.chunks_exact_mut(pixel)) {
+            value.copy_from_slice(&row[x * pixel..][..pixel]);
+        }
+    }
+}

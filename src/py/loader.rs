@@ -1,0 +1,234 @@
+//! `Loader` and `Memory`: the threads behind `cnnrs.DataLoader`.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::{PyBytes, PyCapsule, PyList, PyTuple};
+
+use crate::data::{self, Finish, Input, Output, Plan, Raw, Ready, Rows, Sample};
+use crate::image::{self, Filter, Limits, Op, PillowOrder, Size, Transform};
+use crate::py::dlpack::{self, View};
+use crate::py::enter::enter;
+use crate::threads;
+
+/// How long a wait for a batch lasts before Python may look for Ctrl-C.
+const SLICE: Duration = Duration::from_millis(50);
+
+/// Buffers and scratch space that survive an epoch.
+#[pyclass(frozen, module = "cnnrs._cnnrs")]
+pub struct Memory {
+    memory: Mutex<(u32, Arc<data::Memory>)>,
+    batches: usize,
+}
+
+#[pymethods]
+impl Memory {
+    #[new]
+    fn new(batches: usize) -> Self {
+        Self { memory: Mutex::new((std::process::id(), data::Memory::new(batches))), batches }
+    }
+}
+
+impl Memory {
+    /// The memory of this process: after a fork the parent's may be locked by a thread that does not exist here.
+    fn get(&self) -> Arc<data::Memory> {
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        if memory.0 != std::process::id() {
+            *memory = (std::process::id(), data::Memory::new(self.batches));
+        }
+        Arc::clone(&memory.1)
+    }
+}
+
+/// Loads batches of samples in order, ahead of the consumer.
+///
+/// `ops` and `finish` are the tuples of `cnnrs.transforms`; `finish=None` returns pixels. `rows` is a DLPack capsule of
+/// (N, H, W) uint8 gray images, for `submit_rows`.
+#[pyclass(frozen, module = "cnnrs._cnnrs")]
+pub struct Loader {
+    loader: Mutex<data::Loader>,
+}
+
+#[pymethods]
+impl Loader {
+    #[new]
+    #[pyo3(signature = (ops, finish, pillow13, seed, threads, memory, rows=None))]
+    fn new(
+        ops: Vec<Bound<'_, PyTuple>>,
+        finish: Option<Bound<'_, PyTuple>>,
+        pillow13: bool,
+        seed: u64,
+        threads: usize,
+        memory: &Memory,
+        rows: Option<Bound<'_, PyCapsule>>,
+    ) -> PyResult<Self> {
+        let ops = ops.iter().map(op).collect::<PyResult<_>>()?;
+        let (finish, output) = self::finish(finish.as_ref())?;
+        let order = if pillow13 { PillowOrder::Pillow13 } else { PillowOrder::HorizontalFirst };
+        let transform = Transform { ops, finish, order };
+        let rows = match rows.as_ref().map(View::new).transpose()? {
+            Some(view) => match *view.shape.as_slice() {
+                [_, height, width] => Some(Rows { data: Box::new(view), height, width }),
+                ref other => return Err(PyValueError::new_err(format!("(N, H, W) images expected, got {other:?}"))),
+            },
+            None => None,
+        };
+        let plan = Plan { rows, transform, output, limits: Limits::default(), seed };
+        Ok(Self { loader: Mutex::new(data::Loader::new(plan, threads, memory.get(), memory.batches)) })
+    }
+
+    /// Asks for the batch of these files; `position` is the place of the first one in the epoch.
+    fn submit_files(&self, py: Python<'_>, indices: Vec<i64>, position: u64, paths: Vec<PathBuf>) -> PyResult<()> {
+        self.submit(py, indices, position, paths.into_iter().map(Input::File))
+    }
+
+    /// Asks for the batch of these rows of `rows`.
+    fn submit_rows(&self, py: Python<'_>, indices: Vec<i64>, position: u64) -> PyResult<()> {
+        let rows = indices.iter().map(|&i| Input::Row(usize::try_from(i).unwrap_or(usize::MAX)));
+        let rows: Vec<_> = rows.collect();
+        self.submit(py, indices, position, rows)
+    }
+
+    /// Asks for the batch of these images, each (height, width, channels, packed bytes).
+    fn submit_pixels(&self, py: Python<'_>, indices: Vec<i64>, position: u64, images: Vec<Pixels>) -> PyResult<()> {
+        self.submit(py, indices, position, images.into_iter().map(|image| Input::Pixels(raw(image))))
+    }
+
+    /// Waits for the oldest batch: ("batch", capsule), ("samples", capsules) when their shapes differ,
+    /// ("pixels", [(height, width, channels, bytes)]), or ("failed", [(place in the batch, exception)]).
+    fn poll<'py>(&self, py: Python<'py>) -> PyResult<(&'static str, Bound<'py, PyAny>)> {
+        let ready = loop {
+            let ready = enter(py, || self.loader.lock().unwrap_or_else(PoisonError::into_inner).poll(SLICE))?;
+            // Also after a quick success: a loop over many small batches must notice Ctrl-C too.
+            py.check_signals()?;
+            if let Some(ready) = ready {
+                break ready;
+            }
+        };
+        match ready {
+            Ready::Batch(batch) => Ok(("batch", dlpack::export(py, batch)?)),
+            Ready::Ragged(samples) => {
+                let samples = samples.into_iter().map(|sample| dlpack::export(py, sample));
+                Ok(("samples", PyList::new(py, samples.collect::<PyResult<Vec<_>>>()?)?.into_any()))
+            }
+            Ready::Pixels(images) => {
+                let images = images.into_iter().map(|raw| {
+                    (raw.height, raw.width, raw.channels, PyBytes::new(py, &raw.data)).into_pyobject(py)
+                });
+                Ok(("pixels", PyList::new(py, images.collect::<PyResult<Vec<_>>>()?)?.into_any()))
+            }
+            Ready::Failed(failures) => {
+                let failures = failures.into_iter().map(|failure| (failure.sample, PyErr::from(failure.error)));
+                let failures = failures.map(|(i, error)| (i, error.into_value(py)));
+                Ok(("failed", PyList::new(py, failures.collect::<Vec<_>>())?.into_any()))
+            }
+        }
+    }
+
+    /// Gives a failed sample of the oldest batch pixels that somebody else decoded.
+    fn retry(&self, py: Python<'_>, sample: usize, pixels: Pixels) -> PyResult<()> {
+        let raw = raw(pixels);
+        enter(py, || self.loader.lock().unwrap_or_else(PoisonError::into_inner).retry(sample, raw))
+    }
+
+    /// Forgets the oldest batch.
+    fn discard(&self) {
+        self.loader.lock().unwrap_or_else(PoisonError::into_inner).discard();
+    }
+}
+
+impl Loader {
+    fn submit(
+        &self,
+        py: Python<'_>,
+        indices: Vec<i64>,
+        position: u64,
+        inputs: impl IntoIterator<Item = Input> + Send,
+    ) -> PyResult<()> {
+        enter(py, || {
+            let samples = indices.into_iter().zip(inputs).zip(position..);
+            let samples = samples.map(|((index, input), position)| Sample {
+                index: index.cast_unsigned(),
+                position,
+                input,
+            });
+            self.loader.lock().unwrap_or_else(PoisonError::into_inner).submit(samples.collect())
+        })
+    }
+}
+
+/// Threads that `num_workers=None` means: the cores this process may use.
+#[pyfunction]
+pub fn available_threads() -> usize {
+    threads::available()
+}
+
+type Pixels = (usize, usize, usize, PyBackedBytes);
+
+fn raw((height, width, channels, data): Pixels) -> Raw {
+    Raw { height, width, channels, data: data.to_vec() }
+}
+
+fn op(spec: &Bound<'_, PyTuple>) -> PyResult<Op> {
+    let name: String = spec.get_item(0)?.extract()?;
+    let rest = spec.get_slice(1, spec.len());
+    Ok(match name.as_str() {
+        "resize" => {
+            let (height, width, filter): (_, _, String) = rest.extract()?;
+            Op::Resize { size: Size::Exact { height, width }, filter: self::filter(&filter)? }
+        }
+        "resize_shorter" => {
+            let (edge, max_size, filter): (_, _, String) = rest.extract()?;
+            Op::Resize { size: Size::Shorter { edge, max_size }, filter: self::filter(&filter)? }
+        }
+        "center_crop" => {
+            let (height, width) = rest.extract()?;
+            Op::CenterCrop { height, width }
+        }
+        "grayscale" => Op::Grayscale { channels: rest.get_item(0)?.extract()? },
+        "horizontal_flip" => Op::HorizontalFlip { p: rest.get_item(0)?.extract()? },
+        "vertical_flip" => Op::VerticalFlip { p: rest.get_item(0)?.extract()? },
+        "rotation" => {
+            let (low, high, filter, expand, center, fill): (_, _, String, _, _, _) = rest.extract()?;
+            Op::Rotation { low, high, filter: self::filter(&filter)?, expand, center, fill }
+        }
+        other => return Err(PyValueError::new_err(format!("unknown image operation {other:?}"))),
+    })
+}
+
+fn filter(name: &str) -> PyResult<Filter> {
+    Ok(match name {
+        "nearest" => Filter::Nearest,
+        "bilinear" => Filter::Bilinear,
+        "bicubic" => Filter::Bicubic,
+        "box" => Filter::Box,
+        "hamming" => Filter::Hamming,
+        "lanczos" => Filter::Lanczos,
+        other => return Err(PyValueError::new_err(format!("unknown resize filter {other:?}"))),
+    })
+}
+
+fn finish(spec: Option<&Bound<'_, PyTuple>>) -> PyResult<(image::Finish, Output)> {
+    let native = Output::Tensor(Finish::Transform);
+    let Some(spec) = spec else { return Ok((image::Finish::Uint8, Output::Pixels)) };
+    let name: String = spec.get_item(0)?.extract()?;
+    let rest = spec.get_slice(1, spec.len());
+    Ok(match name.as_str() {
+        "uint8" => (image::Finish::Uint8, native),
+        "float" => (image::Finish::Float, native),
+        "normalize" => {
+            let (mean, std) = rest.extract()?;
+            (image::Finish::Normalize { mean, std }, native)
+        }
+        "table" => {
+            let bytes: PyBackedBytes = rest.get_item(0)?.extract()?;
+            let values = bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
+            (image::Finish::Float, Output::Tensor(Finish::Table(values.collect())))
+        }
+        other => return Err(PyValueError::new_err(format!("unknown way to finish an image {other:?}"))),
+    })
+}
