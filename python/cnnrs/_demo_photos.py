@@ -36,7 +36,9 @@ def photos(data: Path, backbone: str, weights: Path | None, epochs: int, out: Pa
 
     heading(f"1/2: the features of {backbone}, once")
     stores = out / "features" / f"{data.resolve().name}-{backbone}"
-    train_features = cnnrs.preconv(cnnrs.DataLoader(train, batch_size=16), cnnrs.freeze(parts.body), out=stores / "train")
+    train_features = cnnrs.preconv(
+        cnnrs.DataLoader(train, batch_size=16), cnnrs.freeze(parts.body), out=stores / "train"
+    )
     valid_features = cnnrs.preconv(cnnrs.DataLoader(valid, batch_size=16), parts.body, out=stores / "valid")
     print(f"{tuple(train_features.features.shape)} training features are in {stores.resolve()}")
 

@@ -231,7 +231,9 @@ def heading(text: str) -> None:
 
 def report(name: str, accuracy: float, threshold: float) -> bool:
     """Print an accuracy beside what it must reach."""
-    return verdict(f"{name}: {accuracy:.2f} % validation accuracy, at least {threshold:.0f} % expected", accuracy >= threshold)
+    return verdict(
+        f"{name}: {accuracy:.2f} % validation accuracy, at least {threshold:.0f} % expected", accuracy >= threshold
+    )
 
 
 def verdict(text: str, good: bool) -> bool:

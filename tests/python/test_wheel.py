@@ -6,8 +6,9 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-import cnnrs._cnnrs
 import pytest
+
+import cnnrs._cnnrs
 
 MODULE = Path(cnnrs._cnnrs.__file__)
 
