@@ -1,6 +1,5 @@
 """The transfer road on the user's own photos: ``make demo DATA=folder BACKBONE=vgg16 WEIGHTS=file.pth``."""
 
-import pickle
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ def photos(data: Path, backbone: str, weights: Path | None, epochs: int, out: Pa
         parts.head,
         cnnrs.DataLoader(cnnrs.FeatureDataset(*train_features), batch_size=32, shuffle=True),
         cnnrs.DataLoader(cnnrs.FeatureDataset(*valid_features), batch_size=32),
-        torch.optim.SGD(parts.head.parameters(), lr=1e-3, momentum=0.9),
+        optimizer_for(parts.head),
         epochs,
         loss_fn=F.cross_entropy,
     )
@@ -94,7 +93,7 @@ def find_photos(data: Path) -> tuple[cnnrs.ImageFolder, cnnrs.ImageFolder]:
     return datasets
 
 
-# -- the backbone ----------------------------------------------------------------------------------------------------------
+# -- the backbone ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,12 +106,19 @@ class Parts:
 
 
 def split(model: nn.Module) -> Parts:
-    """The tutorial's cut for VGG (and AlexNet): convolutions and classifier. For any other: before the last linear layer."""
+    """VGG and AlexNet as in the tutorial, convolutions and classifier; any other before its last linear layer."""
     if isinstance(model, torchvision.models.VGG | torchvision.models.AlexNet):
         return Parts(nn.Sequential(model.features, model.avgpool, nn.Flatten()), model.classifier, lambda: None)
     parent, name, head = last_linear(model)
     setattr(parent, name, nn.Identity())
     return Parts(model, head, lambda: setattr(parent, name, head))
+
+
+def optimizer_for(head: nn.Module) -> torch.optim.Optimizer:
+    """Adam for a fresh linear layer, whatever the scale of its inputs; gentle SGD to tune layers that were trained."""
+    if isinstance(head, nn.Linear):
+        return torch.optim.Adam(head.parameters(), lr=1e-3)
+    return torch.optim.SGD(head.parameters(), lr=1e-3, momentum=0.9)
 
 
 def pretrained(backbone: str, path: Path | None) -> nn.Module:
@@ -160,8 +166,11 @@ def _file_name(weights: Any) -> str:
 def _read(path: Path) -> Mapping[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
+    except OSError:
+        raise
+    except Exception as error:
+        # Given another kind of file torch's unpickler raises whatever the bytes happen to mean: KeyError, IndexError
+        raise ValueError(f"{path} cannot be read as weights ({type(error).__name__}); a .pth file is wanted") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state_dict")
     return state

@@ -65,7 +65,7 @@ def digits(out: Path) -> int:
     return 0 if all(checks) else 1
 
 
-# -- road 1: train from scratch --------------------------------------------------------------------------------------------
+# -- road 1: train from scratch ----------------------------------------------------------------------------------------
 
 
 def from_scratch(folder: Path, out: Path, epochs: int = 12) -> float:
@@ -85,7 +85,7 @@ def from_scratch(folder: Path, out: Path, epochs: int = 12) -> float:
     return history.val_accuracy[-1]
 
 
-# -- road 2: features once, then only the head -----------------------------------------------------------------------------
+# -- road 2: features once, then only the head -------------------------------------------------------------------------
 
 
 def transfer(folder: Path, out: Path, epochs: int = 15) -> tuple[float, bool]:
@@ -126,7 +126,7 @@ def transfer(folder: Path, out: Path, epochs: int = 15) -> tuple[float, bool]:
     return history.val_accuracy[-1], torch.equal(from_pngs, from_features)
 
 
-# -- the digits ------------------------------------------------------------------------------------------------------------
+# -- the digits --------------------------------------------------------------------------------------------------------
 
 
 class Digits(cnnrs.ImageFolder):
@@ -186,7 +186,7 @@ def train_transform() -> transforms.Compose:
     return transforms.Compose([transforms.RandomRotation(8), *valid_transform().transforms])
 
 
-# -- used by both demos ----------------------------------------------------------------------------------------------------
+# -- used by both demos ------------------------------------------------------------------------------------------------
 
 
 def fit_all(
