@@ -671,8 +671,8 @@ def test_ctrl_c_stops_the_wait(tmp_path: Path) -> None:
                 next(iterator)
             except KeyboardInterrupt:
                 late = time.monotonic() - sent[0]
-                # A slice of the wait, and without threads the photo it is at: far below the seconds of the batch.
-                print(late < 1.0 or late)
+                # A slice of the wait, or without threads the photo it is at; the batch takes 9 s at least.
+                print(late < 3.0 or late)
             else:
                 print("not interrupted")
             del iterator
