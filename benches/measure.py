@@ -45,7 +45,7 @@ class Comparison:
         return self
 
     def table(self) -> str:
-        """A Markdown table: median, smallest and largest, and the median of the ratios to the baseline, round by round."""
+        """A Markdown table: median, smallest, largest, and the median of the single rounds' ratios to the baseline."""
         baseline = self.contenders[0]
         lines = [
             f"### {self.work}",
@@ -58,8 +58,9 @@ class Comparison:
         for contender in self.contenders:
             figures = [self.figure(contender, s) for s in contender.seconds]
             ratio = statistics.median(b / s for b, s in zip(baseline.seconds, contender.seconds, strict=True))
+            spread = f"{show(min(figures))} to {show(max(figures))}"
             lines.append(
-                f"| {contender.name} | {show(statistics.median(figures))} | {show(min(figures))} to {show(max(figures))} "
+                f"| {contender.name} | {show(statistics.median(figures))} | {spread} "
                 f"| {'baseline' if contender is baseline else f'{ratio:.2f}'} |"
             )
         return "\n".join([*lines, ""])
@@ -74,8 +75,8 @@ def show(figure: float) -> str:
     return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
 
 
-def machine() -> str:
-    """A Markdown list of what the figures depend on."""
+def machine(load: float) -> str:
+    """A Markdown list of what the figures depend on; ``load`` is the machine's load before the first measurement."""
     import torch
 
     cpu = platform.processor() or platform.machine()
@@ -88,11 +89,13 @@ def machine() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "pillow", "numpy"))
+    cores = len(os.sched_getaffinity(0))
     return "\n".join(
         [
-            f"- CPU: {cpu}, {len(os.sched_getaffinity(0))} cores usable, {memory:.0f} GiB; GPU: {gpu}; {platform.platform()}",
-            f"- Python {platform.python_version()}, {versions}, cnnrs {metadata.version('cnnrs')} ({git.stdout.strip()})",
-            f"- torch.get_num_threads() = {torch.get_num_threads()}; load before the run: {os.getloadavg()[0]:.1f}; "
-            f"{time.strftime('%Y-%m-%d')}",
+            f"- CPU: {cpu}, {cores} cores usable, {memory:.0f} GiB; GPU: {gpu}; {platform.platform()}",
+            f"- Python {platform.python_version()}, {versions}",
+            f"- cnnrs {metadata.version('cnnrs')} ({git.stdout.strip()}), {time.strftime('%Y-%m-%d')}",
+            f"- torch.get_num_threads() = {torch.get_num_threads()}; load before the run: {load:.1f}"
+            + (" (a busy machine: measure again)" if load > cores / 2 else ""),
         ]
     )

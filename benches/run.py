@@ -1,6 +1,7 @@
-"""All benchmarks: ``make bench`` writes RESULTS.md beside this file; ``python benches/run.py loader`` prints one of them."""
+"""``make bench`` writes RESULTS.md beside this file; ``python benches/run.py loader`` only prints that benchmark."""
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -17,10 +18,9 @@ BENCHMARKS = {"loader": loader.comparisons, "fit": fit.comparisons}
 def main() -> None:
     """Measure what the arguments name, or everything."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", choices=[[], *BENCHMARKS], help="which benchmarks; all of them, into RESULTS.md"
-    )
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="default: all, into RESULTS.md")
     names = parser.parse_args().names
+    load = os.getloadavg()[0]
     tables = [comparison.measure().table() for name in names or BENCHMARKS for comparison in BENCHMARKS[name]()]
     if names:
         print("\n".join(tables))
@@ -29,10 +29,10 @@ def main() -> None:
         [
             "# Benchmarks",
             "",
-            "Written by `make bench`; do not edit. Contenders are warmed and then measured in turn; a ratio is the median of",
-            "the ratios of single rounds. Compare figures within this file only.",
+            "Written by `make bench`; do not edit. Contenders are warmed up and then measured in turn; a ratio is the median",
+            "of the ratios of single rounds. Compare figures within this file only.",
             "",
-            machine(),
+            machine(load),
             "",
             *tables,
             import_time(),
