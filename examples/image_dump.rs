@@ -88,7 +88,12 @@ fn bench(spec: &str, files: &[String]) -> Result<(), Box<dyn std::error::Error>>
         let mut stage_times: Vec<f64> = times.iter().map(|t| t[stage]).collect();
         stage_times.sort_by(f64::total_cmp);
         let median = stage_times[stage_times.len() / 2];
-        writeln!(std::io::stdout(), "{name:>10} {median:.3} ms per image ({:.3} to {:.3})", stage_times[0], stage_times[rounds - 1])?;
+        writeln!(
+            std::io::stdout(),
+            "{name:>10} {median:.3} ms per image ({:.3} to {:.3})",
+            stage_times[0],
+            stage_times[rounds - 1]
+        )?;
     }
     Ok(())
 }

@@ -12,6 +12,8 @@ __all__ = [
     "Graph",
     "NativeOptimizer",
     "__version__",
+    "apply_op",
+    "decode_image",
     "extract_python",
     "extract_torch",
     "fit_python",
@@ -81,3 +83,9 @@ def extract_python(
     expected: int,
 ) -> tuple[NDArray[np.uint8] | None, list[int], str | None]:
     """Features of any callable that maps inputs to a tensor: as `extract_torch`."""
+
+def decode_image(data: bytes) -> tuple[int, int, bytes]:
+    """(height, width, height * width * 3 bytes of RGB) of an image file's bytes."""
+
+def apply_op(rgb: bytes, height: int, width: int, spec: tuple[Any, ...], order: str) -> tuple[int, int, bytes]:
+    """One operation, spelled as for `Loader`, on RGB: (height, width, bytes), 3 bytes per pixel or 1 if gray."""

@@ -1,8 +1,11 @@
-//! Crops, flips and gray; and the random draws, kept apart from what they decide.
+//! Flips and gray; and the random draws, kept apart from what they decide.
+
+#![forbid(unsafe_code)]
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
+use super::crop::{self, Window};
 use super::{Image, Layout, Op};
 
 /// Names one sample of one pass. The draws follow from it alone, so they are the same on any thread.
@@ -31,29 +34,56 @@ pub(super) enum Drawn {
     Sure,
     Flip(bool),
     Angle(f64),
+    Window(Window),
 }
 
 impl Op {
-    /// Draws as torchvision does: `torch.rand(1) < p`, and angles from `[low, high)` in single precision.
-    pub(super) fn draw(&self, rng: &mut ChaCha8Rng) -> Drawn {
+    /// Draws as torchvision does: `torch.rand(1) < p`, angles from `[low, high)` in single precision, windows that fit
+    /// the image.
+    pub(super) fn draw(&self, rng: &mut ChaCha8Rng, image: &Image) -> Drawn {
         match *self {
             Self::HorizontalFlip { p } | Self::VerticalFlip { p } => Drawn::Flip(f64::from(uniform(rng)) < p),
-            Self::Rotation { low, high, .. } => {
-                let (low, high) = (low as f32, high as f32);
-                Drawn::Angle(f64::from(uniform(rng) * (high - low) + low))
+            Self::Rotation { low, high, .. } => Drawn::Angle(f64::from(between(rng, low as f32, high as f32))),
+            Self::RandomCrop { height, width, pad_if_needed, .. } => {
+                let (rows, columns) = crop::padded_size(image, height, width, pad_if_needed);
+                Drawn::Window(crop::random_window(rng, rows, columns, height, width))
             }
-            Self::Resize { .. } | Self::CenterCrop { .. } | Self::Grayscale { .. } => Drawn::Sure,
+            Self::RandomResizedCrop { scale, ratio, .. } => {
+                Drawn::Window(crop::random_resized_window(rng, image.height, image.width, scale, ratio))
+            }
+            Self::Resize { .. }
+            | Self::CenterCrop { .. }
+            | Self::Crop(_)
+            | Self::Pad { .. }
+            | Self::Grayscale { .. } => Drawn::Sure,
         }
     }
 
     pub(super) fn is_random(&self) -> bool {
-        matches!(self, Self::HorizontalFlip { .. } | Self::VerticalFlip { .. } | Self::Rotation { .. })
+        matches!(
+            self,
+            Self::HorizontalFlip { .. }
+                | Self::VerticalFlip { .. }
+                | Self::Rotation { .. }
+                | Self::RandomCrop { .. }
+                | Self::RandomResizedCrop { .. }
+        )
     }
 }
 
 /// One of the 2^24 evenly spaced numbers in `[0, 1)` that `torch.rand` can give.
 fn uniform(rng: &mut ChaCha8Rng) -> f32 {
     (rng.next_u32() >> 8) as f32 / 16_777_216.0
+}
+
+/// `torch.empty(1).uniform_(low, high)`.
+pub(super) fn between(rng: &mut ChaCha8Rng, low: f32, high: f32) -> f32 {
+    uniform(rng) * (high - low) + low
+}
+
+/// `torch.randint(0, count)`.
+pub(super) fn below(rng: &mut ChaCha8Rng, count: usize) -> usize {
+    ((u64::from(rng.next_u32()) * count as u64) >> 32) as usize
 }
 
 pub fn flip_horizontal(image: &mut Image) {
@@ -76,32 +106,6 @@ pub fn flip_vertical(image: &mut Image) {
         for (a, b) in upper.chunks_exact_mut(stride).zip(lower.rchunks_exact_mut(stride)) {
             a.swap_with_slice(b);
         }
-    }
-}
-
-/// The middle `height x width` pixels; where the image is smaller it is centred on zeros first.
-pub fn center_crop(image: &Image, height: usize, width: usize, out: &mut Image) {
-    let pixel = image.layout.bytes_per_pixel();
-    out.reshape(width, height, image.layout);
-    let (padding_top, top, rows) = window(image.height, height);
-    let (padding_left, left, columns) = window(image.width, width);
-    if rows < height || columns < width {
-        out.data.fill(0);
-    }
-    for y in 0..rows {
-        let from = &image.data[((top + y) * image.width + left) * pixel..][..columns * pixel];
-        out.data[((padding_top + y) * width + padding_left) * pixel..][..columns * pixel].copy_from_slice(from);
-    }
-}
-
-/// Along one axis: zeros in front, first input position, positions taken.
-fn window(input: usize, output: usize) -> (usize, usize, usize) {
-    if output > input {
-        ((output - input) / 2, 0, input)
-    } else {
-        // Python's round: a half goes to the even neighbour.
-        let half = (input - output) / 2;
-        (0, half + usize::from((input - output) % 2 == 1 && half % 2 == 1), output)
     }
 }
 

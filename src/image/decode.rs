@@ -48,6 +48,14 @@ impl Format {
 /// Alpha is dropped, not blended; palettes are looked up; 16-bit gray is clipped at 255 while 16-bit colour keeps its
 /// high bytes; CMYK goes through Pillow's own formula; only TIFF applies its orientation tag: all as Pillow does.
 ///
+/// What is not as in Pillow:
+/// - JPEG strips inside TIFF go through another inverse DCT: up to 4 levels per channel.
+/// - Not read, though Pillow does: JPEG 2000, AVIF, ICO, TGA and the other rare formats; in TIFF YCbCr, Lab, separate
+///   colour planes, CMYK with 16 bits, LZMA, WebP and Zstandard strips; PFM and Pillow's own PNM dialects.
+/// - Read, though Pillow refuses: a WebP whose headers have single wrong bits that do not matter for the pixels.
+/// - Refused, though Pillow reads them: a PNG cut within the last bits of its compressed pixels (up to 24 bytes before
+///   the end of the file), and a WebP with some wrong bits.
+///
 /// # Errors
 /// [`Error::Decode`] with the reason when the bytes are no image, broken or cut off, [`Error::TooLarge`] before any
 /// memory is taken for an image over `limits.pixels`. A panic inside a decoder comes back as [`Error::Panic`].
@@ -102,7 +110,9 @@ fn check_pixels(width: u64, height: u64, limits: &Limits) -> Result<()> {
 }
 
 fn truncated(format: &str, length: usize) -> Error {
-    Error::decode(format_args!("the {format} file is truncated: it ends after {length} bytes, in the middle of the image"))
+    Error::decode(format_args!(
+        "the {format} file is truncated: it ends after {length} bytes, in the middle of the image"
+    ))
 }
 
 /// How one row of samples, as it lies in the file, becomes RGBX pixels.
@@ -117,6 +127,13 @@ enum Samples<'a> {
 }
 
 impl Samples<'_> {
+    fn row_bytes(self, width: usize) -> usize {
+        match self {
+            Self::Gray { bits } | Self::Palette { bits, .. } => (width * bits as usize).div_ceil(8),
+            Self::Bytes { step, .. } => width * step,
+        }
+    }
+
     /// `line` must hold at least one row of `out.len() / 4` pixels.
     fn unpack(self, line: &[u8], out: &mut [u8]) {
         let pixels = out.as_chunks_mut::<4>().0;
@@ -164,17 +181,20 @@ fn clipped(value: u32) -> u8 {
     value.min(255) as u8
 }
 
-/// `out` gets its shape, then every row is filled from `line(y)`.
-fn fill_rows<'a>(
-    width: usize,
-    height: usize,
+/// `out` gets its shape, then every row is filled from `data`, which has one row every `stride` bytes; padding behind
+/// the last row may be missing. `None` when a row is.
+fn fill_rows(
+    (width, height): (usize, usize),
     out: &mut Image,
     samples: Samples<'_>,
-    line: impl Fn(usize) -> Option<&'a [u8]>,
+    data: &[u8],
+    stride: usize,
+    bottom_up: bool,
 ) -> Option<()> {
     out.reshape(width, height, Layout::Rgbx);
     for (y, row) in out.data.chunks_exact_mut(4 * width).enumerate() {
-        samples.unpack(line(y)?, row);
+        let y = if bottom_up { height - 1 - y } else { y };
+        samples.unpack(data.get(y * stride..y * stride + samples.row_bytes(width))?, row);
     }
     Some(())
 }

@@ -6,6 +6,7 @@
 //! Everything equals what Pillow and torchvision compute, bit for bit; the exceptions are listed in [`decode()`].
 
 mod augment;
+mod crop;
 mod decode;
 mod normalize;
 #[cfg(target_arch = "x86_64")]
@@ -13,10 +14,13 @@ mod normalize_avx2;
 mod resize;
 #[cfg(target_arch = "x86_64")]
 mod resize_avx2;
+#[cfg(target_arch = "x86_64")]
+mod resize_avx512;
 mod rotate;
 mod transform;
 
-pub use augment::{Key, center_crop, flip_horizontal, flip_vertical, grayscale};
+pub use augment::{Key, flip_horizontal, flip_vertical, grayscale};
+pub use crop::{Window, center_crop, crop, pad};
 pub use decode::{Format, decode};
 pub use normalize::Normalizer;
 pub use resize::{Filter, PillowOrder, ResizePath, Size, resize, resize_on};

@@ -1,5 +1,7 @@
 //! Bytes to planes: `PILToTensor`, `ToTensor`, and `ToTensor` followed by `Normalize`, rounded as torch rounds.
 
+#![forbid(unsafe_code)]
+
 use super::{Finish, Image, Layout};
 use crate::error::{Error, Result};
 

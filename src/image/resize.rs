@@ -1,5 +1,7 @@
 //! Pillow's 8-bit two-pass resampling: 22-bit fixed-point weights, exact 32-bit sums, one rounding per pass.
 
+#![forbid(unsafe_code)]
+
 use std::collections::HashMap;
 use std::f64::consts::PI;
 use std::sync::Arc;
@@ -31,9 +33,15 @@ pub enum PillowOrder {
 /// Target size as torchvision's `Resize` spells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Size {
-    Exact { height: usize, width: usize },
+    Exact {
+        height: usize,
+        width: usize,
+    },
     /// The shorter edge becomes `edge`, the other keeps the proportion and stays within `max_size`.
-    Shorter { edge: usize, max_size: Option<usize> },
+    Shorter {
+        edge: usize,
+        max_size: Option<usize>,
+    },
 }
 
 impl Size {
@@ -122,12 +130,16 @@ pub(super) struct Window {
 pub(super) struct Weights {
     pub windows: Vec<Window>,
     pub values: Vec<i32>,
+    /// For [`ResizePath::Avx2`].
     #[cfg(target_arch = "x86_64")]
-    pub packed: super::resize_avx2::Packed,
+    pub pairs: super::resize_avx2::Packed,
+    /// For [`ResizePath::Avx512`].
+    #[cfg(target_arch = "x86_64")]
+    pub quads: super::resize_avx512::Packed,
 }
 
 impl Weights {
-    fn new(input: usize, output: usize, filter: Filter) -> Self {
+    fn new(path: ResizePath, input: usize, output: usize, filter: Filter) -> Self {
         // Pillow's box is a float.
         let scale = f64::from(input as f32) / output as f64;
         let filter_scale = scale.max(1.0);
@@ -151,32 +163,42 @@ impl Weights {
                 (fixed + if fixed < 0.0 { -0.5 } else { 0.5 }) as i32
             }));
         }
-        Self {
+        #[cfg(target_arch = "x86_64")]
+        let (mut pairs, mut quads) = Default::default();
+        match path {
+            ResizePath::Scalar => {}
             #[cfg(target_arch = "x86_64")]
-            packed: super::resize_avx2::Packed::new(&windows, &values, input),
+            ResizePath::Avx2 => pairs = super::resize_avx2::Packed::new(&windows, &values, input),
+            #[cfg(target_arch = "x86_64")]
+            ResizePath::Avx512 => quads = super::resize_avx512::Packed::new(&windows, &values, input),
+        }
+        Self {
             windows,
             values,
+            #[cfg(target_arch = "x86_64")]
+            pairs,
+            #[cfg(target_arch = "x86_64")]
+            quads,
         }
     }
 }
 
-/// Weights by (input, output, filter): photos of one folder share few sizes.
+/// Weights by (path, input, output, filter): photos of one folder share few sizes.
 #[derive(Debug, Default)]
 pub(super) struct WeightCache {
-    by_size: HashMap<(usize, usize, Filter), Arc<Weights>>,
+    by_size: HashMap<(ResizePath, usize, usize, Filter), Arc<Weights>>,
 }
 
 impl WeightCache {
     /// Some folders have a new size in every file; then keeping them all would only cost memory.
     const CAPACITY: usize = 256;
 
-    fn get(&mut self, input: usize, output: usize, filter: Filter) -> Arc<Weights> {
-        if self.by_size.len() >= Self::CAPACITY && !self.by_size.contains_key(&(input, output, filter)) {
+    fn get(&mut self, path: ResizePath, input: usize, output: usize, filter: Filter) -> Arc<Weights> {
+        let key = (path, input, output, filter);
+        if self.by_size.len() >= Self::CAPACITY && !self.by_size.contains_key(&key) {
             self.by_size.clear();
         }
-        Arc::clone(
-            self.by_size.entry((input, output, filter)).or_insert_with(|| Arc::new(Weights::new(input, output, filter))),
-        )
+        Arc::clone(self.by_size.entry(key).or_insert_with(|| Arc::new(Weights::new(path, input, output, filter))))
     }
 }
 
@@ -189,21 +211,32 @@ pub(super) struct ResizeScratch {
 }
 
 /// Which implementation computes the passes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ResizePath {
     /// The reference, and what runs where no kernel fits the processor.
     Scalar,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// With VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
 }
 
 impl ResizePath {
+    /// The fastest that this processor has.
     pub fn best() -> Self {
+        Self::all().last().copied().unwrap_or(Self::Scalar)
+    }
+
+    /// Those that this processor has, slowest first.
+    pub fn all() -> Vec<Self> {
+        let mut all = vec![Self::Scalar];
         #[cfg(target_arch = "x86_64")]
-        if super::resize_avx2::available() {
-            return Self::Avx2;
+        {
+            all.extend(super::resize_avx2::available().then_some(Self::Avx2));
+            all.extend(super::resize_avx512::available().then_some(Self::Avx512));
         }
-        Self::Scalar
+        all
     }
 }
 
@@ -212,7 +245,7 @@ pub fn resize(image: &mut Image, height: usize, width: usize, filter: Filter, or
     resize_on(ResizePath::best(), image, height, width, filter, order);
 }
 
-/// [`resize`] on a chosen implementation, for tests and benchmarks. `Avx2` needs a processor that has it.
+/// [`resize`] on a chosen implementation, for tests and benchmarks: one of [`ResizePath::all`].
 pub fn resize_on(path: ResizePath, image: &mut Image, height: usize, width: usize, filter: Filter, order: PillowOrder) {
     resize_with(path, image, height, width, filter, order, &mut ResizeScratch::default());
 }
@@ -237,10 +270,9 @@ pub(super) fn resize_with(
     }
     let shrinks_by = |from: usize, to: usize| from as i64 - to as i64;
     let down = shrinks_by(image.height, height);
-    let vertical_first =
-        order == PillowOrder::Pillow13 && down > 0 && down > 2 * shrinks_by(image.width, width);
-    let rows = (image.width != width).then(|| weights.get(image.width, width, filter));
-    let columns = (image.height != height).then(|| weights.get(image.height, height, filter));
+    let vertical_first = order == PillowOrder::Pillow13 && down > 0 && down > 2 * shrinks_by(image.width, width);
+    let rows = (image.width != width).then(|| weights.get(path, image.width, width, filter));
+    let columns = (image.height != height).then(|| weights.get(path, image.height, height, filter));
     match (rows, columns) {
         (Some(rows), None) => horizontal(path, image, 0..height, &rows, result),
         (None, Some(columns)) => vertical(path, image, 0, &columns, result),
@@ -264,11 +296,17 @@ fn horizontal(path: ResizePath, image: &Image, rows: std::ops::Range<usize>, wei
     out.reshape(weights.windows.len(), rows.len(), image.layout);
     let stride = image.stride();
     let input = &image.data[rows.start * stride..rows.end * stride];
-    #[cfg(target_arch = "x86_64")]
-    if path == ResizePath::Avx2 && image.layout == Layout::Rgbx && weights.packed.fits() {
-        return super::resize_avx2::horizontal(input, stride, weights, &mut out.data);
+    match (path, image.layout) {
+        #[cfg(target_arch = "x86_64")]
+        (ResizePath::Avx2, Layout::Rgbx) if weights.pairs.fits() => {
+            return super::resize_avx2::horizontal(input, stride, weights, &mut out.data);
+        }
+        #[cfg(target_arch = "x86_64")]
+        (ResizePath::Avx512, Layout::Rgbx) if weights.quads.fits() => {
+            return super::resize_avx512::horizontal(input, stride, weights, &mut out.data);
+        }
+        _ => {}
     }
-    let _ = path;
     let pixel = image.layout.bytes_per_pixel();
     let out_stride = out.stride();
     for (line, out_line) in input.chunks_exact(stride).zip(out.data.chunks_exact_mut(out_stride)) {
@@ -286,23 +324,26 @@ fn horizontal(path: ResizePath, image: &Image, rows: std::ops::Range<usize>, wei
 fn vertical(path: ResizePath, image: &Image, first: usize, weights: &Weights, out: &mut Image) {
     out.reshape(image.width, weights.windows.len(), image.layout);
     let stride = image.stride();
-    for (window, out_line) in weights.windows.iter().zip(out.data.chunks_exact_mut(stride)) {
-        let k = &weights.values[window.offset..window.offset + window.count];
+    for (y, (window, out_line)) in weights.windows.iter().zip(out.data.chunks_exact_mut(stride)).enumerate() {
         let input = &image.data[(window.first - first) * stride..][..window.count * stride];
-        #[cfg(target_arch = "x86_64")]
-        if path == ResizePath::Avx2 {
-            super::resize_avx2::vertical(input, stride, k, out_line);
+        let done = match path {
+            ResizePath::Scalar => false,
+            #[cfg(target_arch = "x86_64")]
+            ResizePath::Avx2 => {
+                super::resize_avx2::vertical(input, stride, window.count, weights.pairs.down(y), out_line)
+            }
+            #[cfg(target_arch = "x86_64")]
+            ResizePath::Avx512 => {
+                super::resize_avx512::vertical(input, stride, window.count, weights.quads.down(y), out_line)
+            }
+        };
+        if done {
             continue;
         }
-        let _ = path;
-        vertical_scalar(input, stride, 0, k, out_line);
-    }
-}
-
-/// Columns `from..` of one output row.
-pub(super) fn vertical_scalar(input: &[u8], stride: usize, from: usize, k: &[i32], out: &mut [u8]) {
-    for (x, value) in out.iter_mut().enumerate().skip(from) {
-        *value = clip(k.iter().zip(input[x..].iter().step_by(stride)).map(|(&k, &v)| k * i32::from(v)).sum());
+        let k = &weights.values[window.offset..window.offset + window.count];
+        for (x, value) in out_line.iter_mut().enumerate() {
+            *value = clip(k.iter().zip(input[x..].iter().step_by(stride)).map(|(&k, &v)| k * i32::from(v)).sum());
+        }
     }
 }
 

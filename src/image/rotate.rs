@@ -1,5 +1,7 @@
 //! `PIL.Image.rotate`: shortcuts for right angles, 16.16 fixed point for nearest, doubles for bilinear.
 
+#![forbid(unsafe_code)]
+
 use super::{Filter, Image};
 use crate::error::{Error, Result};
 
@@ -49,7 +51,13 @@ pub fn rotate(
 }
 
 /// Whole pixels moved: output (y, x) takes input `from(y, x)`.
-pub(super) fn turn(image: &Image, height: usize, width: usize, out: &mut Image, from: impl Fn(usize, usize) -> (usize, usize)) {
+pub(super) fn turn(
+    image: &Image,
+    height: usize,
+    width: usize,
+    out: &mut Image,
+    from: impl Fn(usize, usize) -> (usize, usize),
+) {
     let pixel = image.layout.bytes_per_pixel();
     out.reshape(width, height, image.layout);
     for (y, line) in out.data.chunks_exact_mut(width * pixel).enumerate() {
@@ -99,13 +107,12 @@ fn round15(x: f64) -> f64 {
 fn affine<const N: usize>(image: &Image, m: &[f64; 6], filter: Filter, fill: [u8; N], out: &mut Image) {
     let (width, height) = (out.width, out.height);
     let pixels = |y: usize, x: usize| -> [u8; N] { std::array::from_fn(|c| image.data[(y * image.width + x) * N + c]) };
-    let fits = |x: f64, y: f64| {
-        (x * m[0] + y * m[1] + m[2]).abs() < 32768.0 && (x * m[3] + y * m[4] + m[5]).abs() < 32768.0
-    };
+    let fits =
+        |x: f64, y: f64| (x * m[0] + y * m[1] + m[2]).abs() < 32768.0 && (x * m[3] + y * m[4] + m[5]).abs() < 32768.0;
     let (w, h) = (width as f64, height as f64);
-    let lines = out.data.chunks_exact_mut(width * N).enumerate();
+    let lines = out.data.chunks_exact_mut(width * N);
     if filter == Filter::Bilinear {
-        for (y, line) in lines {
+        for (y, line) in lines.enumerate() {
             for (x, value) in line.chunks_exact_mut(N).enumerate() {
                 let (x, y) = (x as f64 + 0.5, y as f64 + 0.5);
                 let at = (m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]);
@@ -120,7 +127,7 @@ fn affine<const N: usize>(image: &Image, m: &[f64; 6], filter: Filter, fill: [u8
         };
         let columns = table(m[2] + m[0] * 0.5, m[0], width, image.width);
         let rows = table(m[5] + m[4] * 0.5, m[4], height, image.height);
-        for (y, line) in lines {
+        for (y, line) in lines.enumerate() {
             for (column, value) in columns.iter().zip(line.chunks_exact_mut(N)) {
                 value.copy_from_slice(&rows[y].zip(*column).map_or(fill, |(y, x)| pixels(y, x)));
             }
@@ -129,7 +136,7 @@ fn affine<const N: usize>(image: &Image, m: &[f64; 6], filter: Filter, fill: [u8
         let fix = |v: f64| (v * 65536.0 + 0.5).floor() as i32;
         let step = [m[0], m[1], m[3], m[4]].map(fix);
         let mut start = [fix(m[2] + m[0] * 0.5 + m[1] * 0.5), fix(m[5] + m[3] * 0.5 + m[4] * 0.5)];
-        for (_, line) in lines {
+        for line in lines {
             let [mut xx, mut yy] = start;
             for value in line.chunks_exact_mut(N) {
                 let (x, y) = ((xx >> 16) as usize, (yy >> 16) as usize);
@@ -142,7 +149,7 @@ fn affine<const N: usize>(image: &Image, m: &[f64; 6], filter: Filter, fill: [u8
         }
     } else {
         let mut start = (m[2] + m[1] * 0.5 + m[0] * 0.5, m[5] + m[4] * 0.5 + m[3] * 0.5);
-        for (_, line) in lines {
+        for line in lines {
             let (mut xx, mut yy) = start;
             for value in line.chunks_exact_mut(N) {
                 let at = inside(yy, image.height).zip(inside(xx, image.width));

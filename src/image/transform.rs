@@ -1,6 +1,9 @@
 //! A list of operations and a finish: what torchvision calls `Compose`.
 
-use super::augment::{Drawn, center_crop, flip_horizontal, flip_vertical, grayscale};
+#![forbid(unsafe_code)]
+
+use super::augment::{Drawn, flip_horizontal, flip_vertical, grayscale};
+use super::crop::{self, Window, center_crop, pad};
 use super::normalize::{self, Normalizer};
 use super::resize::{ResizeScratch, resize_with};
 use super::{Filter, Image, Key, PillowOrder, ResizePath, Size, rotate};
@@ -9,14 +12,54 @@ use crate::error::{Error, Result};
 /// One operation on a uint8 image, parameters as torchvision spells them.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
-    Resize { size: Size, filter: Filter },
-    CenterCrop { height: usize, width: usize },
+    Resize {
+        size: Size,
+        filter: Filter,
+    },
+    CenterCrop {
+        height: usize,
+        width: usize,
+    },
+    Crop(Window),
+    /// A border of one colour: left, top, right, bottom.
+    Pad {
+        border: [usize; 4],
+        fill: [u8; 3],
+    },
+    /// Any window of that size; torchvision's `padding` is a [`Op::Pad`] in front.
+    RandomCrop {
+        height: usize,
+        width: usize,
+        pad_if_needed: bool,
+        fill: [u8; 3],
+    },
+    /// A window of drawn area and aspect ratio, resized.
+    RandomResizedCrop {
+        height: usize,
+        width: usize,
+        scale: (f64, f64),
+        ratio: (f64, f64),
+        filter: Filter,
+    },
     /// One channel, or three equal ones.
-    Grayscale { channels: usize },
-    HorizontalFlip { p: f64 },
-    VerticalFlip { p: f64 },
+    Grayscale {
+        channels: usize,
+    },
+    HorizontalFlip {
+        p: f64,
+    },
+    VerticalFlip {
+        p: f64,
+    },
     /// Degrees counter-clockwise, drawn from `[low, high)`.
-    Rotation { low: f64, high: f64, filter: Filter, expand: bool, center: Option<(f64, f64)>, fill: [u8; 3] },
+    Rotation {
+        low: f64,
+        high: f64,
+        filter: Filter,
+        expand: bool,
+        center: Option<(f64, f64)>,
+        fill: [u8; 3],
+    },
 }
 
 /// How bytes become the numbers of the tensor.
@@ -52,8 +95,13 @@ impl Transform {
         let mut size = None;
         for op in &self.ops {
             match *op {
-                Op::Resize { size: Size::Exact { height, width }, .. } | Op::CenterCrop { height, width } => {
-                    size = Some((height, width));
+                Op::Resize { size: Size::Exact { height, width }, .. }
+                | Op::CenterCrop { height, width }
+                | Op::Crop(Window { height, width, .. })
+                | Op::RandomCrop { height, width, .. }
+                | Op::RandomResizedCrop { height, width, .. } => size = Some((height, width)),
+                Op::Pad { border: [left, top, right, bottom], .. } => {
+                    size = size.map(|(height, width)| (top + height + bottom, left + width + right));
                 }
                 Op::Resize { size: shorter @ Size::Shorter { .. }, .. } => {
                     size = size.and_then(|(height, width)| shorter.resolve(height, width).ok());
@@ -73,7 +121,7 @@ impl Transform {
     pub fn pixels(&self, image: &mut Image, key: Key, scratch: &mut Scratch) -> Result<()> {
         let mut rng = self.ops.iter().any(Op::is_random).then(|| key.rng());
         for op in &self.ops {
-            let drawn = rng.as_mut().map_or(Drawn::Sure, |rng| op.draw(rng));
+            let drawn = rng.as_mut().map_or(Drawn::Sure, |rng| op.draw(rng, image));
             op.apply(drawn, image, self.order, scratch)?;
         }
         Ok(())
@@ -148,6 +196,29 @@ impl Op {
                     std::mem::swap(image, &mut scratch.spare);
                 }
             }
+            Self::Crop(window) => cut(image, window, scratch)?,
+            Self::Pad { border, fill } => {
+                pad(image, border, fill, &mut scratch.spare);
+                std::mem::swap(image, &mut scratch.spare);
+            }
+            Self::RandomCrop { height, width, pad_if_needed, fill } => {
+                let (rows, columns) = crop::padded_size(image, height, width, pad_if_needed);
+                if (rows, columns) != (image.height, image.width) {
+                    let (y, x) = ((rows - image.height) / 2, (columns - image.width) / 2);
+                    pad(image, [x, y, x, y], fill, &mut scratch.spare);
+                    std::mem::swap(image, &mut scratch.spare);
+                }
+                if let Drawn::Window(window) = drawn {
+                    cut(image, window, scratch)?;
+                }
+            }
+            Self::RandomResizedCrop { height, width, filter, .. } => {
+                if let Drawn::Window(window) = drawn {
+                    cut(image, window, scratch)?;
+                }
+                let (height, width) = Size::Exact { height, width }.resolve(image.height, image.width)?;
+                resize_with(ResizePath::best(), image, height, width, filter, order, &mut scratch.resize);
+            }
             Self::Grayscale { channels } => grayscale(image, channels),
             Self::HorizontalFlip { .. } => {
                 if drawn == Drawn::Flip(true) {
@@ -168,4 +239,16 @@ impl Op {
         }
         Ok(())
     }
+}
+
+fn cut(image: &mut Image, window: Window, scratch: &mut Scratch) -> Result<()> {
+    if !window.lies_in(image) {
+        return Err(Error::Argument(format!(
+            "Required crop size ({}, {}) is larger than input image size ({}, {}), or its corner ({}, {}) is too far",
+            window.height, window.width, image.height, image.width, window.top, window.left
+        )));
+    }
+    crop::crop(image, window, &mut scratch.spare);
+    std::mem::swap(image, &mut scratch.spare);
+    Ok(())
 }

@@ -173,7 +173,7 @@ fn raw((height, width, channels, data): Pixels) -> Raw {
     Raw { height, width, channels, data: data.to_vec() }
 }
 
-fn op(spec: &Bound<'_, PyTuple>) -> PyResult<Op> {
+pub(super) fn op(spec: &Bound<'_, PyTuple>) -> PyResult<Op> {
     let name: String = spec.get_item(0)?.extract()?;
     let rest = spec.get_slice(1, spec.len());
     Ok(match name.as_str() {
@@ -188,6 +188,22 @@ fn op(spec: &Bound<'_, PyTuple>) -> PyResult<Op> {
         "center_crop" => {
             let (height, width) = rest.extract()?;
             Op::CenterCrop { height, width }
+        }
+        "crop" => {
+            let (top, left, height, width) = rest.extract()?;
+            Op::Crop(image::Window { top, left, height, width })
+        }
+        "pad" => {
+            let (border, fill) = rest.extract()?;
+            Op::Pad { border, fill }
+        }
+        "random_crop" => {
+            let (height, width, pad_if_needed, fill) = rest.extract()?;
+            Op::RandomCrop { height, width, pad_if_needed, fill }
+        }
+        "random_resized_crop" => {
+            let (height, width, scale, ratio, filter): (_, _, _, _, String) = rest.extract()?;
+            Op::RandomResizedCrop { height, width, scale, ratio, filter: self::filter(&filter)? }
         }
         "grayscale" => Op::Grayscale { channels: rest.get_item(0)?.extract()? },
         "horizontal_flip" => Op::HorizontalFlip { p: rest.get_item(0)?.extract()? },

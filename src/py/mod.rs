@@ -7,6 +7,7 @@ mod error;
 mod fit;
 mod folder;
 mod graph;
+mod image;
 mod loader;
 mod mnist;
 mod preconv;
@@ -22,6 +23,8 @@ mod _cnnrs {
     use super::folder::scan_folders;
     #[pymodule_export]
     use super::graph::Graph;
+    #[pymodule_export]
+    use super::image::{apply_op, decode_image};
     #[pymodule_export]
     use super::loader::{Loader, Memory, available_threads};
     #[pymodule_export]

@@ -1,5 +1,7 @@
 //! Windows and OS/2 bitmaps: 1, 4, 8, 16, 24 and 32 bits, the usual channel masks, RLE4 and RLE8.
 
+#![forbid(unsafe_code)]
+
 use super::{Samples, check_pixels, fill_rows, packed, truncated};
 use crate::error::{Error, Result};
 use crate::image::{Image, Limits};
@@ -39,7 +41,8 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
                 (3, [0xf800, 0x7e0, 0x1f]) => 6,
                 _ => return Err(unsupported(&header)),
             };
-            let lines = pixels.chunks_exact(stride).flat_map(|line| line[..2 * header.width].as_chunks::<2>().0);
+            let lines =
+                pixels.chunks(stride).flat_map(|line| line[..line.len().min(2 * header.width)].as_chunks::<2>().0);
             let rgb = lines.flat_map(|pair| expand16(u16::from_le_bytes(*pair), green_bits)).collect();
             (Samples::Bytes { step: 3, rgb: [0, 1, 2] }, rgb, 3 * header.width)
         }
@@ -61,12 +64,8 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         }
         _ => return Err(unsupported(&header)),
     };
-    let Header { width, height, top_down, .. } = header;
-    let line = |y: usize| {
-        let row = if top_down { y } else { height - 1 - y };
-        data.get(row * stride..(row + 1) * stride)
-    };
-    fill_rows(width, height, out, samples, line).ok_or_else(|| truncated("BMP", bytes.len()))
+    fill_rows((header.width, header.height), out, samples, &data, stride, !header.top_down)
+        .ok_or_else(|| truncated("BMP", bytes.len()))
 }
 
 fn unsupported(header: &Header) -> Error {
@@ -190,9 +189,10 @@ fn run_lengths(bytes: &[u8], header: &Header) -> Option<Vec<u8>> {
                 let length = if four { count.div_ceil(2) } else { count };
                 let data = &bytes[at..(at + length).min(bytes.len())];
                 at += length;
-                out.extend((0..count.min(data.len() * if four { 2 } else { 1 })).map(|i| {
-                    if four { packed(data, i, 4) } else { data[i] }
-                }));
+                out.extend(
+                    (0..count.min(data.len() * if four { 2 } else { 1 }))
+                        .map(|i| if four { packed(data, i, 4) } else { data[i] }),
+                );
                 if data.len() < length || out.len() == total {
                     break;
                 }

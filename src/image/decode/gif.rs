@@ -1,14 +1,17 @@
 //! GIF: the first frame on its screen, in palette indices until the end, as Pillow keeps it.
 
+#![forbid(unsafe_code)]
+
 use ::gif::{ColorOutput, DecodeOptions, DecodingError, MemoryLimit};
 
 use super::{check_pixels, color_table, truncated};
 use crate::error::{Error, Result};
 use crate::image::{Image, Layout, Limits};
 
-pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
+pub fn decode(file: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
+    let bytes = whole_blocks(file);
     let failed = |error: DecodingError| match error {
-        DecodingError::Io(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => truncated("GIF", bytes.len()),
+        DecodingError::Io(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => truncated("GIF", file.len()),
         other => Error::decode(format_args!("broken GIF: {other}")),
     };
     let mut options = DecodeOptions::new();
@@ -45,4 +48,32 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The file without a data block that its end cuts short: Pillow starts no block that is not complete.
+fn whole_blocks(bytes: &[u8]) -> &[u8] {
+    let color_table = |flags: u8| if flags & 0x80 == 0 { 0 } else { 6 << (flags & 7) };
+    let mut at = 13 + color_table(bytes.get(10).copied().unwrap_or(0));
+    loop {
+        let frame = match bytes.get(at) {
+            Some(b'!') => false,
+            Some(b',') => true,
+            _ => return bytes,
+        };
+        at += 2;
+        if frame {
+            at += 9 + color_table(bytes.get(at + 7).copied().unwrap_or(0));
+        }
+        while let Some(&length @ 1..) = bytes.get(at) {
+            let next = at + 1 + usize::from(length);
+            if next > bytes.len() {
+                return &bytes[..at];
+            }
+            at = next;
+        }
+        at += 1;
+        if frame {
+            return bytes;
+        }
+    }
 }

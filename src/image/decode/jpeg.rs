@@ -1,5 +1,7 @@
 //! JPEG through libjpeg-turbo, the library inside Pillow.
 
+#![forbid(unsafe_code)]
+
 use super::libjpeg::{Decoder, Failure, JCS_CMYK, JCS_EXT_RGBX};
 use super::{check_pixels, truncated};
 use crate::error::{Error, Result};

@@ -219,8 +219,7 @@ impl<'a> Decoder<'a> {
         cinfo.err = unsafe { jpeg_std_error(&raw mut *error) };
         error.error_exit = Some(error_exit);
         error.output_message = Some(ignore);
-        let mut decoder =
-            Self { cinfo, _error: error, source, created: false, _bytes: std::marker::PhantomData };
+        let mut decoder = Self { cinfo, _error: error, source, created: false, _bytes: std::marker::PhantomData };
         decoder.call(|cinfo| {
             // SAFETY: the size is that of the struct behind the pointer; libjpeg checks it against its own.
             unsafe { jpeg_CreateDecompress(cinfo, JPEG_LIB_VERSION, size_of::<Decompress>()) }

@@ -1,25 +1,31 @@
 //! PNG; the crate unfilters and deinterlaces, the samples are interpreted here, as Pillow does.
 
+#![forbid(unsafe_code)]
+
 use std::io::Cursor;
 
-use ::png::{BitDepth, ColorType, Decoder, DecodingError, Transformations};
+use ::png::{BitDepth, ColorType, DecodeOptions, Decoder, DecodingError, Transformations};
 
 use super::{Samples, check_pixels, clipped, color_table, fill_rows, truncated};
 use crate::error::{Error, Result};
 use crate::image::{Image, Layout, Limits};
 
 pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
-    check_header_chunks(bytes)?;
+    let pixels_at = check_header_chunks(bytes)?;
+    let repaired = complete_tail(bytes, pixels_at);
+    let source = repaired.as_deref().unwrap_or(bytes);
     let failed = |error| match error {
         DecodingError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => truncated("PNG", bytes.len()),
         other => Error::decode(format_args!("broken PNG: {other}")),
     };
-    let mut decoder = Decoder::new(Cursor::new(bytes));
+    let mut options = DecodeOptions::default();
+    // Pillow compares chunk checksums up to the first IDAT (done above), and the one of the compressed pixels.
+    options.set_ignore_crc(true);
+    options.set_ignore_adler32(repaired.is_some());
+    options.set_ignore_text_chunk(true);
+    options.set_ignore_iccp_chunk(true);
+    let mut decoder = Decoder::new_with_options(Cursor::new(source), options);
     decoder.set_transformations(Transformations::IDENTITY);
-    // Pillow compares checksums up to the first IDAT (done above), not those of the pixels.
-    decoder.ignore_checksums(true);
-    decoder.set_ignore_text_chunk(true);
-    decoder.set_ignore_iccp_chunk(true);
     let header = decoder.read_header_info().map_err(failed)?;
     check_pixels(header.width.into(), header.height.into(), limits)?;
     let mut reader = decoder.read_info().map_err(failed)?;
@@ -28,7 +34,6 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let mut samples = vec![0; size];
     let frame = reader.next_frame(&mut samples).map_err(failed)?;
     let bits = frame.bit_depth as u8;
-    let lines = |y: usize| samples.get(y * frame.line_size..(y + 1) * frame.line_size);
     let kind = match (frame.color_type, frame.bit_depth) {
         (ColorType::Grayscale, BitDepth::Sixteen) => {
             out.reshape(width, height, Layout::Rgbx);
@@ -40,7 +45,8 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         (ColorType::Indexed, _) => {
             let palette = reader.info().palette.as_deref().ok_or_else(|| Error::decode("broken PNG: no palette"))?;
             let colors = color_table(palette);
-            return fill_rows(width, height, out, Samples::Palette { bits, colors: &colors }, lines)
+            let kind = Samples::Palette { bits, colors: &colors };
+            return fill_rows((width, height), out, kind, &samples, frame.line_size, false)
                 .ok_or_else(|| truncated("PNG", bytes.len()));
         }
         (ColorType::Grayscale, _) => Samples::Gray { bits },
@@ -51,29 +57,28 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         (ColorType::GrayscaleAlpha, BitDepth::Sixteen) => Samples::Bytes { step: 4, rgb: [0; 3] },
         (ColorType::GrayscaleAlpha, _) => Samples::Bytes { step: 2, rgb: [0; 3] },
     };
-    fill_rows(width, height, out, kind, lines).ok_or_else(|| truncated("PNG", bytes.len()))
+    fill_rows((width, height), out, kind, &samples, frame.line_size, false).ok_or_else(|| truncated("PNG", bytes.len()))
 }
 
-/// Checksums of the chunks in front of the pixels: a wrong palette or size would go unnoticed.
-fn check_header_chunks(bytes: &[u8]) -> Result<()> {
-    let mut rest = &bytes[8..];
+/// Length, name and the rest from the data on.
+fn chunk(bytes: &[u8]) -> Option<(usize, &[u8], &[u8])> {
+    let (head, rest) = bytes.split_first_chunk::<8>()?;
+    let (length, name) = head.split_at(4);
+    Some((length.iter().fold(0, |n, &b| n << 8 | b as usize), name, rest))
+}
+
+/// Checksums of the chunks in front of the pixels: a wrong palette or size would go unnoticed. Gives the position of
+/// the first chunk of pixels.
+fn check_header_chunks(bytes: &[u8]) -> Result<usize> {
+    let mut at = 8;
+    let cut = || truncated("PNG", bytes.len());
     loop {
-        let Some(([length, name], body)) = rest.split_first_chunk::<8>().map(|(head, body)| {
-            let (length, name) = head.split_at(4);
-            ([length, name], body)
-        }) else {
-            return Err(truncated("PNG", bytes.len()));
-        };
+        let (length, name, rest) = chunk(&bytes[at..]).ok_or_else(cut)?;
         if name == b"IDAT" {
-            return Ok(());
+            return Ok(at);
         }
-        let length = length.iter().fold(0usize, |n, &b| n << 8 | b as usize);
-        let Some((data, after)) = body.split_at_checked(length) else {
-            return Err(truncated("PNG", bytes.len()));
-        };
-        let Some((sum, after)) = after.split_first_chunk::<4>() else {
-            return Err(truncated("PNG", bytes.len()));
-        };
+        let (data, rest) = rest.split_at_checked(length).ok_or_else(cut)?;
+        let sum = rest.first_chunk::<4>().ok_or_else(cut)?;
         let mut crc = flate2::Crc::new();
         crc.update(name);
         crc.update(data);
@@ -83,6 +88,30 @@ fn check_header_chunks(bytes: &[u8]) -> Result<()> {
                 String::from_utf8_lossy(name)
             )));
         }
-        rest = after;
+        at += 12 + length;
     }
+}
+
+/// Pillow does not miss what follows the last pixel: the checksums and the end chunk. When the file ends there, this is
+/// the file with a made-up tail.
+fn complete_tail(bytes: &[u8], mut at: usize) -> Option<Vec<u8>> {
+    /// The checksum that closes the compressed pixels.
+    const ADLER32: usize = 4;
+    let mut end = at;
+    let mut missing = 0;
+    while let Some((length, b"IDAT", rest)) = chunk(&bytes[at..]) {
+        missing = length.saturating_sub(rest.len());
+        end = at + 8 + length - missing;
+        at = end + 4;
+        if at > bytes.len() || missing > 0 {
+            break;
+        }
+    }
+    let complete = at <= bytes.len() && chunk(&bytes[at..]).is_some();
+    (!complete && missing <= ADLER32).then(|| {
+        let mut whole = bytes[..end].to_vec();
+        whole.resize(end + missing + 4, 0);
+        whole.extend_from_slice(b"\0\0\0\0IEND\xae\x42\x60\x82");
+        whole
+    })
 }

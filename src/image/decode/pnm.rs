@@ -1,5 +1,7 @@
 //! PBM, PGM and PPM, plain and raw.
 
+#![forbid(unsafe_code)]
+
 use super::{check_pixels, clipped, truncated};
 use crate::error::{Error, Result};
 use crate::image::{Image, Layout, Limits};
@@ -31,7 +33,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     for row in out.data.chunks_exact_mut(4 * width) {
         let packed_row = if kind == b'4' { reader.take(width.div_ceil(8)).ok_or_else(cut)? } else { &[] };
         for (x, pixel) in row.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            for channel in 0..channels {
+            for sample in &mut pixel[..channels] {
                 let value = match kind {
                     b'1' => reader.digit()?.ok_or_else(cut)?,
                     b'4' => u32::from(packed_row[x / 8] >> (7 - x % 8) & 1),
@@ -42,7 +44,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
                 if value > maxval && matches!(kind, b'2' | b'3') {
                     return Err(Error::decode(format_args!("broken PNM: value {value} is above its maximum {maxval}")));
                 }
-                pixel[channel] = scale(value);
+                *sample = scale(value);
             }
             if channels == 1 {
                 *pixel = [pixel[0]; 4];
@@ -95,9 +97,9 @@ impl<'a> Reader<'a> {
         let digits = self.bytes[self.at..].iter().take(11).take_while(|b| b.is_ascii_digit()).count();
         let text = std::str::from_utf8(&self.bytes[self.at..self.at + digits]).unwrap_or("");
         self.at += digits;
-        text.parse().map(Some).map_err(|_| {
-            Error::decode(format_args!("broken PNM: expected a number, found {:?}", char::from(first)))
-        })
+        text.parse()
+            .map(Some)
+            .map_err(|_| Error::decode(format_args!("broken PNM: expected a number, found {:?}", char::from(first))))
     }
 
     /// One pixel of a plain bitmap; white space between them is optional.

@@ -1,5 +1,7 @@
 //! TIFF: the first page, turned upright by its orientation tag, as Pillow does for this format only.
 
+#![forbid(unsafe_code)]
+
 use std::io::Cursor;
 
 use ::tiff::decoder::{Decoder, DecodingResult, Limits as TiffLimits};
@@ -15,10 +17,20 @@ use crate::image::{Image, Layout, Limits};
 pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let failed = |error| match error {
         TiffError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => truncated("TIFF", bytes.len()),
-        TiffError::UnsupportedError(e) => Error::decode(format_args!("TIFF that is not supported: {e}; convert the file")),
+        TiffError::UnsupportedError(e) => {
+            Error::decode(format_args!("TIFF that is not supported: {e}; convert the file"))
+        }
         other => Error::decode(format_args!("broken TIFF: {other}")),
     };
-    let mut tiff = Decoder::new(Cursor::new(bytes)).map_err(failed)?.with_limits(TiffLimits::unlimited());
+    let mut own = Vec::new();
+    let indexed = photometric_at(bytes).filter(|&(_, value)| value == PALETTE);
+    if let Some((at, _)) = indexed {
+        // The crate refuses palettes, but reads their indices if they call themselves gray (1).
+        own.extend_from_slice(bytes);
+        own[at..at + 2].copy_from_slice(if bytes[0] == b'I' { &[1, 0] } else { &[0, 1] });
+    }
+    let source = if own.is_empty() { bytes } else { &own };
+    let mut tiff = Decoder::new(Cursor::new(source)).map_err(failed)?.with_limits(TiffLimits::unlimited());
     let (width, height) = tiff.dimensions().map_err(failed)?;
     check_pixels(width.into(), height.into(), limits)?;
     let (width, height) = (width as usize, height as usize);
@@ -30,22 +42,17 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
             if planar { " in separate planes" } else { "" }
         ))
     };
-    if planar && !matches!(color, ColorType::Gray(_) | ColorType::Palette(_)) {
+    if planar && !matches!(color, ColorType::Gray(_)) {
         return Err(unsupported());
     }
     let mut data = DecodingResult::U8(Vec::new());
     tiff.read_image_to_buffer(&mut data).map_err(failed)?;
     let rows = |data: &[u8], step_bits: usize, samples: Samples<'_>, out: &mut Image| {
         let stride = (width * step_bits).div_ceil(8);
-        fill_rows(width, height, out, samples, |y| data.get(y * stride..(y + 1) * stride))
-            .ok_or_else(|| truncated("TIFF", bytes.len()))
+        fill_rows((width, height), out, samples, data, stride, false).ok_or_else(|| truncated("TIFF", bytes.len()))
     };
     match (color, &data) {
-        (ColorType::Gray(bits @ (1 | 2 | 4 | 8)), DecodingResult::U8(data)) => {
-            rows(data, bits.into(), Samples::Gray { bits }, out)?;
-        }
-        (ColorType::Gray(_), data) => gray(data, width, height, out).ok_or_else(unsupported)?,
-        (ColorType::Palette(bits @ (1 | 2 | 4 | 8)), DecodingResult::U8(data)) => {
+        (ColorType::Gray(bits @ (1 | 2 | 4 | 8)), DecodingResult::U8(data)) if indexed.is_some() => {
             let map = tiff.get_tag_u16_vec(Tag::ColorMap).map_err(failed)?;
             let count = map.len() / 3;
             let mut colors = [[0; 3]; 256];
@@ -54,6 +61,10 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
             }
             rows(data, bits.into(), Samples::Palette { bits, colors: &colors }, out)?;
         }
+        (ColorType::Gray(bits @ (1 | 2 | 4 | 8)), DecodingResult::U8(data)) => {
+            rows(data, bits.into(), Samples::Gray { bits }, out)?;
+        }
+        (ColorType::Gray(_), data) => gray(data, width, height, out).ok_or_else(unsupported)?,
         (ColorType::Multiband { bit_depth: 8, num_samples: 2 }, DecodingResult::U8(data)) => {
             rows(data, 16, Samples::Bytes { step: 2, rgb: [0; 3] }, out)?;
         }
@@ -86,6 +97,23 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let orientation = tiff.find_tag_unsigned::<u16>(Tag::Orientation).map_err(failed)?.unwrap_or(1);
     upright(orientation, out);
     Ok(())
+}
+
+/// Photometric interpretation of colours by index.
+const PALETTE: u16 = 3;
+
+/// Where the first directory of a classic TIFF keeps its photometric interpretation (tag 262), and its value.
+fn photometric_at(bytes: &[u8]) -> Option<(usize, u16)> {
+    let little = bytes.starts_with(b"II*");
+    let short = |at: usize| {
+        let pair = *bytes.get(at..)?.first_chunk()?;
+        Some(if little { u16::from_le_bytes(pair) } else { u16::from_be_bytes(pair) })
+    };
+    let (a, b) = (u32::from(short(4)?), u32::from(short(6)?));
+    let directory = (if little { a | b << 16 } else { a << 16 | b }) as usize;
+    let entry = |i: u16| directory + 2 + 12 * usize::from(i);
+    let found = (0..short(directory)?).map(entry).find(|&at| short(at) == Some(262))?;
+    Some((found + 8, short(found + 8)?))
 }
 
 /// Pillow's modes "I;16", "I" and "F": clipped to bytes, fractions cut off.

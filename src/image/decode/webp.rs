@@ -1,5 +1,7 @@
 //! WebP, lossy and lossless; of an animation the first frame.
 
+#![forbid(unsafe_code)]
+
 use std::io::Cursor;
 
 use image_webp::{DecodingError, WebPDecoder};
@@ -14,6 +16,11 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         DecodingError::BitStreamError => truncated("WebP", bytes.len()),
         other => Error::decode(format_args!("broken WebP: {other}")),
     };
+    let promised = bytes.get(4..).and_then(|rest| rest.first_chunk()).map_or(0, |size| u32::from_le_bytes(*size));
+    if bytes.len() < 8 + promised as usize {
+        // The pixels may be complete without the last bytes; libwebp refuses the file all the same.
+        return Err(truncated("WebP", bytes.len()));
+    }
     let mut decoder = WebPDecoder::new(Cursor::new(bytes)).map_err(failed)?;
     let (width, height) = decoder.dimensions();
     check_pixels(width.into(), height.into(), limits)?;
@@ -21,8 +28,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let mut samples = vec![0; size];
     decoder.read_image(&mut samples).map_err(failed)?;
     let step = if decoder.has_alpha() { 4 } else { 3 };
-    let (width, height) = (width as usize, height as usize);
-    let line = |y: usize| samples.get(y * width * step..(y + 1) * width * step);
-    fill_rows(width, height, out, Samples::Bytes { step, rgb: [0, 1, 2] }, line)
+    let size = (width as usize, height as usize);
+    fill_rows(size, out, Samples::Bytes { step, rgb: [0, 1, 2] }, &samples, size.0 * step, false)
         .ok_or_else(|| truncated("WebP", bytes.len()))
 }
