@@ -29,7 +29,7 @@ def main() -> None:
         [
             "# Benchmarks",
             "",
-            "Written by `make bench`; do not edit. Contenders are warmed up and then measured in turn; a ratio is the median",
+            "Written by `make bench`; do not edit. Contenders are warmed up, then measured in turn; a ratio is the median",
             "of the ratios of single rounds. Compare figures within this file only.",
             "",
             machine(load),
