@@ -96,9 +96,9 @@ fn ends_with_one_of(name: &OsStr, extensions: &[String]) -> bool {
         return extensions.iter().any(|extension| {
             let start = bytes.len().checked_sub(extension.len());
             // The name is lower-cased, the extension is not.
-            start.and_then(|start| bytes.get(start..)).is_some_and(|end| {
-                end.iter().map(u8::to_ascii_lowercase).eq(extension.bytes())
-            })
+            start
+                .and_then(|start| bytes.get(start..))
+                .is_some_and(|end| end.iter().map(u8::to_ascii_lowercase).eq(extension.bytes()))
         });
     }
     let lower = name.to_string_lossy().to_lowercase();

@@ -91,14 +91,7 @@ impl Job {
     }
 
     /// Sample `i` with its pixels from `input`.
-    pub fn run_as(
-        &self,
-        i: usize,
-        input: &Input,
-        plan: &Plan,
-        memory: &Memory,
-        worker: &mut Worker,
-    ) -> Result<()> {
+    pub fn run_as(&self, i: usize, input: &Input, plan: &Plan, memory: &Memory, worker: &mut Worker) -> Result<()> {
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             load(input, plan, worker)?;
             self.finish(i, input, plan, memory, worker)
@@ -139,12 +132,10 @@ impl Job {
             });
         }
         transform.pixels(image, key, scratch)?;
-        self.fill(i, [image.layout.channels(), image.height, image.width], dtype, memory, |slot| {
-            match finish {
-                Finish::Transform if byte => transform.finish_u8(image, slot.u8()),
-                Finish::Transform => transform.finish_f32(image, scratch, slot.f32()),
-                Finish::Table(table) => look_up(image, table, slot.f32()),
-            }
+        self.fill(i, [image.layout.channels(), image.height, image.width], dtype, memory, |slot| match finish {
+            Finish::Transform if byte => transform.finish_u8(image, slot.u8()),
+            Finish::Transform => transform.finish_f32(image, scratch, slot.f32()),
+            Finish::Table(table) => look_up(image, table, slot.f32()),
         })
     }
 

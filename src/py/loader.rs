@@ -116,9 +116,9 @@ impl Loader {
                 Ok(("samples", PyList::new(py, samples.collect::<PyResult<Vec<_>>>()?)?.into_any()))
             }
             Ready::Pixels(images) => {
-                let images = images.into_iter().map(|raw| {
-                    (raw.height, raw.width, raw.channels, PyBytes::new(py, &raw.data)).into_pyobject(py)
-                });
+                let images = images
+                    .into_iter()
+                    .map(|raw| (raw.height, raw.width, raw.channels, PyBytes::new(py, &raw.data)).into_pyobject(py));
                 Ok(("pixels", PyList::new(py, images.collect::<PyResult<Vec<_>>>()?)?.into_any()))
             }
             Ready::Failed(failures) => {
@@ -151,11 +151,8 @@ impl Loader {
     ) -> PyResult<()> {
         enter(py, || {
             let samples = indices.into_iter().zip(inputs).zip(position..);
-            let samples = samples.map(|((index, input), position)| Sample {
-                index: index.cast_unsigned(),
-                position,
-                input,
-            });
+            let samples =
+                samples.map(|((index, input), position)| Sample { index: index.cast_unsigned(), position, input });
             self.loader.lock().unwrap_or_else(PoisonError::into_inner).submit(samples.collect())
         })
     }
