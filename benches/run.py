@@ -29,8 +29,8 @@ def main() -> None:
         [
             "# Benchmarks",
             "",
-            "Written by `make bench`; do not edit. Contenders are warmed up, then measured in turn; a ratio is the median",
-            "of the ratios of single rounds. Compare figures within this file only.",
+            "Written by `make bench`; do not edit. Contenders are warmed up and measured in turn; a ratio is the",
+            "median of the ratios of single rounds. Compare figures within this file only.",
             "",
             machine(load),
             "",

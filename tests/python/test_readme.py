@@ -1,4 +1,4 @@
-"""Every Python block of the READMEs runs, in order, in one namespace per file, in a folder that looks like the text's."""
+"""Every Python block of the READMEs runs, in order, one namespace per file, in a folder as the text describes it."""
 
 import re
 from pathlib import Path
@@ -54,12 +54,8 @@ def test_examples_run(name: str, number: int, cats_and_dogs: Path, capsys: pytes
 def test_commands_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     for name in ("README.md", "README.zh.md", "CONTRIBUTING.md"):
-        named = set(
-            re.findall(
-                r"\bmake ([a-z-]+)\b",
-                "\n".join(re.findall(r"`[^`]*`|^make .*$", (ROOT / name).read_text(), flags=re.M)),
-            )
-        )
+        code = "\n".join(re.findall(r"`[^`]*`|^make .*$", (ROOT / name).read_text(), flags=re.M))
+        named = set(re.findall(r"\bmake ([a-z-]+)\b", code))
         assert named and named <= targets, named - targets
 
 
