@@ -103,11 +103,20 @@ def _note(steps: Iterable[Step]) -> None:
     new = [name for name in dict.fromkeys(names) if name not in _noted]
     _noted.update(new)
     if new:
-        warnings.warn(
+        note(
             f"cnnrs.DataLoader: {', '.join(new)} {'runs' if len(new) == 1 else 'run'} in Python, one sample at a time; "
-            "the rest of the transform runs in threads",
-            stacklevel=2,
+            "the rest of the transform runs in threads"
         )
+
+
+def note(message: str) -> None:
+    """A warning at the user's line, however deep in cnnrs and torch it is found out."""
+    level = 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("cnnrs", "torch"):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, stacklevel=level)
 
 
 def _name(step: Step) -> str:
@@ -286,7 +295,7 @@ def _resize(step: Any, _channels: int) -> Spec | None:
     if size is None or name is None or not _sizes(size):
         return None
     if step.antialias is False:
-        warnings.warn("Anti-alias option is always applied for PIL Image input. Argument antialias is ignored.")
+        note("Anti-alias option is always applied for PIL Image input. Argument antialias is ignored.")
     if len(size) == 2:
         return ("resize", size[0], size[1], name) if step.max_size is None else None
     if step.max_size is not None and not (type(step.max_size) is int and step.max_size > size[0]):

@@ -20,7 +20,6 @@ from conftest import write_idx
 from torch.utils.data import DataLoader as TorchDataLoader
 from torchvision import datasets, transforms
 
-from cnnrs import _cnnrs
 from cnnrs.errors import DecodeError
 from cnnrs.loader import DataLoader
 from cnnrs.mnist import FILES, MNIST
@@ -93,7 +92,7 @@ def test_damaged_files_are_named(
 def test_files_that_do_not_belong_together(mnist_root: Path, tmp_path: Path) -> None:
     shutil.copytree(mnist_root / "MNIST", tmp_path / "MNIST")
     write_idx(tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte", np.zeros(12, np.uint8))
-    with pytest.raises(ValueError, match="300 images.*12 labels"):
+    with pytest.raises(ValueError, match=r"300 images.*12 labels"):
         MNIST(tmp_path)
 
 
@@ -106,7 +105,9 @@ def test_files_that_do_not_belong_together(mnist_root: Path, tmp_path: Path) -> 
         transforms.ToTensor(),
         transforms.PILToTensor(),
         transforms.Compose([transforms.Resize(32), transforms.ToTensor()]),
-        transforms.Compose([transforms.Grayscale(3), transforms.ToTensor(), transforms.Normalize([0.1] * 3, [0.3] * 3)]),
+        transforms.Compose(
+            [transforms.Grayscale(3), transforms.ToTensor(), transforms.Normalize([0.1] * 3, [0.3] * 3)]
+        ),
         transforms.Compose([transforms.CenterCrop(20), transforms.Grayscale(), transforms.ToTensor()]),
     ],
     ids=["tutorial", "float", "uint8", "resize", "three channels", "crop"],
@@ -195,7 +196,7 @@ def test_download(mirror: Path, mnist_root: Path, tmp_path: Path) -> None:
 
 def test_a_wrong_checksum_is_refused(mirror: Path, tmp_path: Path) -> None:
     (mirror / "train-images-idx3-ubyte.gz").write_bytes(b"something else")
-    with pytest.raises(ConnectionError, match="MD5 sum is .*, expected") as caught:
+    with pytest.raises(ConnectionError, match=r"MD5 sum is .*, expected") as caught:
         MNIST(tmp_path / "data", download=True)
     assert "gone/" in str(caught.value) and "404" in str(caught.value)
     assert not list((tmp_path / "data" / "MNIST" / "raw").iterdir())
@@ -203,5 +204,5 @@ def test_a_wrong_checksum_is_refused(mirror: Path, tmp_path: Path) -> None:
 
 def test_offline_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    with pytest.raises(ConnectionError, match="put the file into .*raw yourself"):
+    with pytest.raises(ConnectionError, match=r"put the file into .*raw yourself"):
         MNIST(tmp_path, download=True)
