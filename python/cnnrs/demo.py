@@ -88,7 +88,7 @@ def from_scratch(folder: Path, out: Path, epochs: int = 14) -> float:
 # -- road 2: features once, then only the head -------------------------------------------------------------------------
 
 
-def transfer(folder: Path, out: Path, epochs: int = 15) -> tuple[float, bool]:
+def transfer(folder: Path, out: Path, epochs: int = 15, base_epochs: int = 6) -> tuple[float, bool]:
     """Convolutions learned on 0-4 classify 5-9; returns accuracy in percent, and whether both ways to predict agree."""
     heading("Transfer 1/3: learn convolutions on the digits 0-4")
     model = cnnrs.set_dropout(cnnrs.replace_head(MnistNet(), 5), 0.2)
@@ -97,7 +97,7 @@ def transfer(folder: Path, out: Path, epochs: int = 15) -> tuple[float, bool]:
         cnnrs.DataLoader(Digits(folder / "train", range(5), transform=train_transform()), 32, shuffle=True),
         cnnrs.DataLoader(Digits(folder / "valid", range(5), transform=valid_transform()), 100),
         torch.optim.Adam(model.parameters(), lr=3e-3),
-        epochs=6,
+        base_epochs,
     )
 
     heading("Transfer 2/3: freeze them and compute the features of the digits 5-9, once")

@@ -69,8 +69,8 @@ def fit(
     >>> sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     >>> loss, accuracy = cnnrs.fit(0, model, batches, optimizer=sgd, loss_fn=torch.nn.functional.cross_entropy,
     ...                            verbose=False)
-    >>> accuracy
-    100.0
+    >>> loss < 0.5 and accuracy > 90
+    True
     """
     if phase not in _PHASES:
         raise ValueError(f"phase must be 'training' or 'validation', got {phase!r}")

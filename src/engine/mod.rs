@@ -1,7 +1,11 @@
 //! Who computes it. `fit` and `preconv` know this trait, not its implementors.
 
+mod features;
+pub mod optimizer;
 #[cfg(feature = "torch")]
 pub mod torch;
+
+pub use features::{Dtype, Extract, Rows};
 
 use crate::error::Result;
 

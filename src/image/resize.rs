@@ -326,6 +326,8 @@ fn vertical(path: ResizePath, image: &Image, first: usize, weights: &Weights, ou
     let stride = image.stride();
     for (y, (window, out_line)) in weights.windows.iter().zip(out.data.chunks_exact_mut(stride)).enumerate() {
         let input = &image.data[(window.first - first) * stride..][..window.count * stride];
+        // Read by the kernels only, which not every target has.
+        let _ = y;
         let done = match path {
             ResizePath::Scalar => false,
             #[cfg(target_arch = "x86_64")]

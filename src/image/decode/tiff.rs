@@ -30,7 +30,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         own[at..at + 2].copy_from_slice(if bytes[0] == b'I' { &[1, 0] } else { &[0, 1] });
     }
     let source = if own.is_empty() { bytes } else { &own };
-    let mut tiff = Decoder::new(Cursor::new(source)).map_err(failed)?.with_limits(TiffLimits::unlimited());
+    let mut tiff = Decoder::new(Cursor::new(source)).map_err(failed)?.with_limits(memory(limits));
     let (width, height) = tiff.dimensions().map_err(failed)?;
     check_pixels(width.into(), height.into(), limits)?;
     let (width, height) = (width as usize, height as usize);
@@ -97,6 +97,14 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let orientation = tiff.find_tag_unsigned::<u16>(Tag::Orientation).map_err(failed)?.unwrap_or(1);
     upright(orientation, out);
     Ok(())
+}
+
+/// What headers may make the crate allocate: eight bytes per allowed pixel for the image and for one of its strips.
+fn memory(limits: &Limits) -> TiffLimits {
+    let mut memory = TiffLimits::default();
+    memory.decoding_buffer_size = usize::try_from(limits.pixels.saturating_mul(8)).unwrap_or(usize::MAX);
+    memory.intermediate_buffer_size = memory.decoding_buffer_size;
+    memory
 }
 
 /// Photometric interpretation of colours by index.
