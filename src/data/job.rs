@@ -9,7 +9,9 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use crate::data::batch::{Batch, DType, Slot, Slots, single};
-use crate::data::loader::{Failure, Finish, Input, Memory, Output, Plan, Raw, Ready, Rows, Sample};
+use crate::data::cache::Stamp;
+use crate::data::loader::{Failure, Memory, Ready};
+use crate::data::plan::{Finish, Input, Kept, Output, Plan, Raw, Rows, Sample};
 use crate::error::{Error, Result};
 use crate::image::{self, Image, Key, Layout, Limits, Scratch};
 
@@ -33,6 +35,7 @@ pub struct Job {
     slots: RwLock<Option<Slots>>,
     loose: Mutex<Vec<(usize, Loose)>>,
     failures: Mutex<Vec<Failure>>,
+    dropped: Mutex<Vec<usize>>,
     done: Mutex<usize>,
     all_done: Condvar,
 }
@@ -45,6 +48,7 @@ impl Job {
             slots: RwLock::default(),
             loose: Mutex::default(),
             failures: Mutex::default(),
+            dropped: Mutex::default(),
             done: Mutex::default(),
             all_done: Condvar::new(),
         }
@@ -96,7 +100,7 @@ impl Job {
             if let Some((rows, row)) = plan.rows.as_ref().zip(plan.row_only(input)) {
                 return self.finish_row(i, rows, row, plan, memory);
             }
-            load(input, plan, worker)?;
+            load(input, self.samples.get(i).map(|sample| &sample.input), plan, worker)?;
             self.finish(i, input, plan, memory, worker)
         }));
         outcome.unwrap_or_else(|panic| {
@@ -124,7 +128,7 @@ impl Job {
         let byte = plan.is_bytes();
         let dtype = if byte { DType::Uint8 } else { DType::Float32 };
         let color = !matches!(input, Input::Row(_)) && matches!(image.layout, Layout::Rgbx);
-        if let (Finish::Transform, true, Some((c, h, w))) = (finish, color, transform.output_shape()) {
+        if let (Finish::Transform, true, Some((c, h, w))) = (finish, color, plan.shape()) {
             // Known beforehand: the last pass over the pixels may write into the batch.
             return self.fill(i, [c, h, w], dtype, memory, |slot| {
                 if byte {
@@ -149,7 +153,7 @@ impl Job {
         let dtype = if table.is_some() { DType::Float32 } else { DType::Uint8 };
         self.fill(i, shape, dtype, memory, |slot| {
             match table {
-                Some(table) => slot.f32().iter_mut().zip(pixels).for_each(|(out, &v)| *out = table[usize::from(v)]),
+                Some(table) => spread(pixels, table, slot.f32()),
                 None => slot.u8().copy_from_slice(pixels),
             }
             Ok(())
@@ -193,6 +197,10 @@ impl Job {
         self.loose.lock().unwrap_or_else(PoisonError::into_inner).push((i, result));
     }
 
+    pub fn drop_samples(&self, samples: &[usize]) {
+        self.dropped.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(samples);
+    }
+
     /// The results, once `wait` said that every sample is done.
     pub fn collect(&self, plan: &Plan, memory: &Memory) -> Ready {
         let mut failures = std::mem::take(&mut *self.failures.lock().unwrap_or_else(PoisonError::into_inner));
@@ -212,21 +220,24 @@ impl Job {
         let slots = self.slots.write().unwrap_or_else(PoisonError::into_inner).take();
         match slots {
             Some(slots) if loose.is_empty() => Ready::Batch(slots.into_batch()),
-            Some(slots) => Ready::Ragged(apart(slots, loose, memory)),
+            Some(slots) => {
+                let dropped = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
+                Ready::Ragged(apart(slots, loose, &dropped, memory))
+            }
             None => Ready::Ragged(Vec::new()),
         }
     }
 }
 
-/// One array per sample, those from the slots and those beside them, in sample order.
-fn apart(slots: Slots, loose: Vec<(usize, Loose)>, memory: &Memory) -> Vec<Batch> {
+/// One array per sample but the `dropped`, those from the slots and those beside them, in sample order.
+fn apart(slots: Slots, loose: Vec<(usize, Loose)>, dropped: &[usize], memory: &Memory) -> Vec<Batch> {
     let (shape, dtype) = (slots.sample, slots.dtype);
     let batch = slots.into_batch();
     let bytes = shape.iter().product::<usize>() * dtype.bytes();
     let samples = batch.shape.first().copied().unwrap_or_default();
     let mut beside = loose.into_iter().peekable();
     let mut all = Vec::with_capacity(samples);
-    for i in 0..samples {
+    for i in (0..samples).filter(|i| !dropped.contains(i)) {
         match beside.next_if(|(at, _)| *at == i) {
             Some((_, Loose::Tensor(shape, data))) => {
                 all.push(single(&memory.loose, shape.to_vec(), dtype, |slot| slot.copy_from_slice(&data)));
@@ -240,21 +251,48 @@ fn apart(slots: Slots, loose: Vec<(usize, Loose)>, memory: &Memory) -> Vec<Batch
     all
 }
 
-/// Brings the pixels of a sample into the worker.
-fn load(input: &Input, plan: &Plan, worker: &mut Worker) -> Result<()> {
-    match input {
-        Input::File(path) => {
-            read(path, &plan.limits, &mut worker.file)?;
-            image::decode(&worker.file, &plan.limits, &mut worker.image).map_err(|error| error.at(path))
-        }
-        Input::Row(row) => {
+/// Brings the pixels of a sample into the worker. `file` is where they would have come from.
+fn load(input: &Input, file: Option<&Input>, plan: &Plan, worker: &mut Worker) -> Result<()> {
+    match (input, &plan.kept) {
+        (Input::File(path), Some(kept)) => load_kept(path, kept, plan, worker),
+        (Input::File(path), None) => decode(path, plan, worker),
+        (Input::Row(row), _) => {
             let Some(rows) = &plan.rows else {
                 return Err(Error::Argument(format!("image {row} is a row of nothing")));
             };
             unpack(rows.height, rows.width, 1, rows.get(*row)?, &mut worker.image)
         }
-        Input::Pixels(raw) => unpack(raw.height, raw.width, raw.channels, &raw.data, &mut worker.image),
+        (Input::Pixels(raw), kept) => {
+            let stamp = match (kept, file) {
+                // Before its pixels are used: when the file changes meanwhile, the stamp is the old one.
+                (Some(kept), Some(Input::File(path))) => Some((kept, path, Stamp::of(path)?)),
+                _ => None,
+            };
+            unpack(raw.height, raw.width, raw.channels, &raw.data, &mut worker.image)?;
+            stamp.map_or(Ok(()), |(kept, path, stamp)| keep(path, stamp, kept, worker))
+        }
     }
+}
+
+fn decode(path: &Path, plan: &Plan, worker: &mut Worker) -> Result<()> {
+    read(path, &plan.limits, &mut worker.file)?;
+    image::decode(&worker.file, &plan.limits, &mut worker.image).map_err(|error| error.at(path))
+}
+
+/// The image behind the operations of `kept.prefix`, from the cache if the file is still the one it was made from.
+fn load_kept(path: &Path, kept: &Kept, plan: &Plan, worker: &mut Worker) -> Result<()> {
+    let stamp = Stamp::of(path)?;
+    if kept.cache.get(path, stamp, &mut worker.image) {
+        return Ok(());
+    }
+    decode(path, plan, worker)?;
+    keep(path, stamp, kept, worker)
+}
+
+fn keep(path: &Path, stamp: Stamp, kept: &Kept, worker: &mut Worker) -> Result<()> {
+    kept.prefix.pixels(&mut worker.image, Key::default(), &mut worker.scratch)?;
+    kept.cache.put(path, stamp, &worker.image);
+    Ok(())
 }
 
 /// The bytes of a file, into memory that is there already.
@@ -274,7 +312,7 @@ fn read(path: &Path, limits: &Limits, bytes: &mut Vec<u8>) -> Result<()> {
 }
 
 /// Packed rows to the layout the image operations work on.
-fn unpack(height: usize, width: usize, channels: usize, data: &[u8], image: &mut Image) -> Result<()> {
+pub(super) fn unpack(height: usize, width: usize, channels: usize, data: &[u8], image: &mut Image) -> Result<()> {
     if data.len() != height * width * channels || !matches!(channels, 1 | 3) {
         return Err(Error::Argument(format!(
             "{height} x {width} pixels of {channels} bytes expected, got {} bytes",
@@ -283,13 +321,16 @@ fn unpack(height: usize, width: usize, channels: usize, data: &[u8], image: &mut
     }
     image.height = height;
     image.width = width;
-    image.data.clear();
     if channels == 1 {
         image.layout = Layout::Gray;
+        image.data.clear();
         image.data.extend_from_slice(data);
     } else {
         image.layout = Layout::Rgbx;
-        image.data.extend(data.chunks_exact(3).flat_map(|p| [p[0], p[1], p[2], 255]));
+        image.data.resize(height * width * 4, 255);
+        for (pixel, &[r, g, b]) in image.data.as_chunks_mut::<4>().0.iter_mut().zip(data.as_chunks::<3>().0) {
+            *pixel = [r, g, b, 255];
+        }
     }
     Ok(())
 }
@@ -297,6 +338,19 @@ fn unpack(height: usize, width: usize, channels: usize, data: &[u8], image: &mut
 fn packed(image: &Image) -> Raw {
     let (height, width, channels) = (image.height, image.width, image.layout.channels());
     Raw { height, width, channels, data: image.to_packed() }
+}
+
+/// Each byte as its value of `table`, eight at a time: the bytes are loaded once, and nothing depends on its neighbour.
+fn spread(bytes: &[u8], table: &[f32; 256], out: &mut [f32]) {
+    let (blocks, rest) = bytes.as_chunks::<8>();
+    let (outs, last) = out.as_chunks_mut::<8>();
+    for (out, &block) in outs.iter_mut().zip(blocks) {
+        let word = u64::from_le_bytes(block);
+        *out = std::array::from_fn(|i| table[(word >> (8 * i) & 0xff) as usize]);
+    }
+    for (out, &byte) in last.iter_mut().zip(rest) {
+        *out = table[usize::from(byte)];
+    }
 }
 
 /// Pixels to planes through `channels x 256` values.

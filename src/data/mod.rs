@@ -5,10 +5,14 @@
 //! ```
 
 pub mod batch;
+pub mod cache;
 pub mod folder;
 mod job;
 pub mod loader;
 pub mod mnist;
+mod plan;
 
 pub use batch::{Batch, DType};
-pub use loader::{Failure, Finish, Input, Loader, Memory, Output, Plan, Raw, Ready, Rows, Sample};
+pub use cache::Cache;
+pub use loader::{Failure, Loader, Memory, Ready};
+pub use plan::{Finish, Input, Output, Plan, Raw, Rows, Sample};
