@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 __all__ = [
+    "Cache",
     "Graph",
     "Loader",
     "Memory",
@@ -16,6 +17,7 @@ __all__ = [
     "__version__",
     "apply_op",
     "available_threads",
+    "check_files",
     "decode_image",
     "extract_python",
     "extract_torch",
@@ -103,6 +105,19 @@ class Memory:
         """Keeps up to ``batches`` buffers for re-use."""
 
 @final
+class Cache:
+    """Images that are decoded once: in memory, or in a file. At most ``limit`` bytes."""
+
+    def __new__(cls, limit: int, path: str | os.PathLike[str] | None = None, key: bytes | None = None) -> Cache:
+        """``key`` names everything that shaped the images besides their own files."""
+
+    def refresh(self) -> None:
+        """Takes in what other processes have added."""
+
+    def status(self) -> tuple[int, int, int, int, str | None]:
+        """(images, bytes, limit in bytes, images without room, why nothing can be stored any more)."""
+
+@final
 class Loader:
     """Loads batches of samples in order, ahead of the consumer."""
 
@@ -115,15 +130,22 @@ class Loader:
         threads: int,
         memory: Memory,
         rows: Any = None,
-    ) -> Loader: ...
-    def submit_files(self, indices: Sequence[int], position: int, paths: Sequence[str | os.PathLike[str]]) -> None:
-        """Asks for the batch of these files; ``position`` is the place of the first one in the epoch."""
+        limits: tuple[int | None, int | None] | None = None,
+        cache: Cache | None = None,
+        cached_ops: int = 0,
+    ) -> Loader:
+        """``limits`` are pixels and bytes per file; ``cache`` keeps images behind the first ``cached_ops`` of ``ops``."""
+
+    def submit_files(
+        self, indices: Sequence[int], positions: Sequence[int], paths: Sequence[str | os.PathLike[str]]
+    ) -> None:
+        """Asks for the batch of these files; ``positions`` are their places in the epoch."""
 
     def submit_rows(self, indices: Sequence[int], position: int) -> None:
-        """Asks for the batch of these rows of ``rows``."""
+        """Asks for the batch of these rows of ``rows``; ``position`` is the place of the first one in the epoch."""
 
     def submit_pixels(
-        self, indices: Sequence[int], position: int, images: Sequence[tuple[int, int, int, bytes]]
+        self, indices: Sequence[int], positions: Sequence[int], images: Sequence[tuple[int, int, int, bytes]]
     ) -> None:
         """Asks for the batch of these images, each (height, width, channels, packed bytes)."""
 
@@ -132,6 +154,12 @@ class Loader:
 
     def retry(self, sample: int, pixels: tuple[int, int, int, bytes]) -> None:
         """Gives a failed sample of the oldest batch pixels that somebody else decoded."""
+
+    def drop_samples(self, samples: Sequence[int]) -> None:
+        """Does without these failed samples of the oldest batch."""
+
+    def ready(self) -> bool:
+        """Whether :meth:`poll` would not wait."""
 
     def discard(self) -> None:
         """Forgets the oldest batch."""
@@ -143,6 +171,19 @@ def read_idx(path: str | os.PathLike[str], labels: bool) -> Any:
     """The uint8 array of an IDX file as a capsule for ``torch.from_dlpack``."""
 
 def scan_folders(
-    folders: Sequence[str | os.PathLike[str]], extensions: Sequence[str] | None = None
-) -> list[list[str] | None]:
-    """The files below each folder in torchvision's order, or None for a folder that does not exist."""
+    folders: Sequence[str | os.PathLike[str]],
+    numbers: Sequence[int],
+    extensions: Sequence[str] | None = None,
+    skip_hidden: bool = False,
+) -> tuple[list[tuple[str, int]], list[int | None], list[os.PathLike[str]]]:
+    """The files below each folder in torchvision's order: ([(path, number of the folder)], [files per folder, or None
+    for a folder that does not exist], [links that lead back and were not followed]).
+    """
+
+def check_files(
+    paths: Sequence[str | os.PathLike[str]],
+    progress: Callable[[int], object],
+    threads: int,
+    limits: tuple[int | None, int | None] | None = None,
+) -> list[tuple[str | None, int, int, int, int, Exception | None]]:
+    """Per file: (format, width, height, bytes, hash of the contents, what is wrong with it)."""

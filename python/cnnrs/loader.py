@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader as TorchDataLoader
-from torch.utils.data import (
-    Dataset,
-    IterDataPipe,
-    MapDataPipe,
-    Sampler,
-    Subset,
-    TensorDataset,
-    default_collate,
-    graph_settings,
-)
-from torch.utils.data._utils.pin_memory import pin_memory as pin
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _DatasetKind
-from torch.utils.dlpack import from_dlpack
 
-from cnnrs import _cnnrs
-from cnnrs.errors import DecodeError
-from cnnrs.feature_dataset import FeatureDataset
-from cnnrs.sources import Rows, Source, Values, find_source
-from cnnrs.transforms import Native, lower, lower_rest, note, pillow13, wants_info
-
-# The random draws of the operations behind a Python step must not repeat those before it.
-REST_SEED = 0x9E37_79B9_7F4A_7C15
+from cnnrs import _cnnrs, resume
+from cnnrs.cache import ImageCache
+from cnnrs.faults import Faults
+from cnnrs.images import ImagesIter
+from cnnrs.iterators import CalledIter, RowsIter, columns, is_rows, unwrap
+from cnnrs.skipping import SkippingIter
+from cnnrs.sources import Rows, find_source
+from cnnrs.transforms import note
 
 
 class DataLoader(TorchDataLoader[Any]):
@@ -59,8 +46,27 @@ class DataLoader(TorchDataLoader[Any]):
         drop_last: Whether a last, smaller batch is left out.
         generator: The source of the random order and of `base_seed`, instead of torch's global one.
         prefetch_factor: Batches that are prepared ahead, 2 by default.
+        on_error: What happens when a file cannot be read or decoded. "raise": the batch raises. "skip": the sample is
+            left out, the batch filled up with the next ones, the file listed in `errors` and not tried again.
+        truncated: What happens to files that end too early. "error", or "accept": they are read as far as they go, as
+            Pillow does with `ImageFile.LOAD_TRUNCATED_IMAGES`.
+        max_pixels: Images with more pixels are errors, before memory is taken for them. Without it as in Pillow:
+            178,956,970.
+        max_bytes: Files with more bytes are errors. Without it 1 GiB.
+        cache: "ram" keeps images in memory, a folder keeps them in one file there, for later processes too: from the
+            second epoch on they are not decoded again. Kept is what the transform makes of an image before its first
+            random step. A file that changes is decoded again.
+        cache_bytes: How much may be kept; a warning tells when it is not enough. Without it half of the free memory, or
+            all but 1 GiB of what is free on the disk.
+        device: Where the batches are delivered, "cuda" for example. Bytes cross the bus and become numbers there, with
+            the same bits as on the CPU; copies run beside the computation.
+        rank, world_size: This process's share, as with `sampler=DistributedSampler(dataset, world_size, rank,
+            shuffle=shuffle, drop_last=drop_last)`.
         timeout, worker_init_fn, multiprocessing_context, persistent_workers, pin_memory_device, in_order: Accepted and
             ignored, with one note: they are about worker processes.
+
+    Attributes:
+        errors: (path, reason) of each file that `on_error="skip"` has left out. Clear it to have them tried again.
 
     Raises:
         cnnrs.DecodeError: At the batch with a file that is no image; names the file and the reason.
@@ -92,7 +98,36 @@ class DataLoader(TorchDataLoader[Any]):
         persistent_workers: bool = False,
         pin_memory_device: str = "",
         in_order: bool = True,
+        on_error: str = "raise",
+        truncated: str = "error",
+        max_pixels: int | None = None,
+        max_bytes: int | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
+        device: str | torch.device | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
+        _check_choice("on_error", on_error, ("raise", "skip"))
+        _check_choice("truncated", truncated, ("error", "accept"))
+        for name, limit in (("max_pixels", max_pixels), ("max_bytes", max_bytes)):
+            if limit is not None and limit <= 0:
+                raise ValueError(f"{name} must be positive, got {limit}")
+        if cache is None and cache_bytes is not None:
+            raise ValueError('cache_bytes limits a cache: give cache="ram" or cache=<folder> as well')
+        self.on_error = on_error
+        self.truncated = truncated
+        self.max_pixels = max_pixels
+        self.max_bytes = max_bytes
+        self.device = None if device is None else torch.device(device)
+        self.epoch = 0
+        self._cache = None if cache is None else ImageCache(cache, cache_bytes, truncated)
+        self._faults = Faults()
+        self._progress: resume.Progress | None = None
+        self._resume: dict[str, Any] | None = None
+        if rank is not None or world_size is not None:
+            sampler = _share(dataset, rank, world_size, sampler, batch_sampler, bool(shuffle), drop_last)
+            shuffle = None
         super().__init__(
             dataset,
             batch_size,
@@ -125,16 +160,94 @@ class DataLoader(TorchDataLoader[Any]):
     def check_worker_number_rationality(self) -> None:
         """Torch's advice on the number of worker processes; threads need none."""
 
+    @property
+    def errors(self) -> list[tuple[str, str]]:
+        """(path, reason) of each file that was left out."""
+        return self._faults.errors
+
+    @property
+    def cached(self) -> dict[str, int]:
+        """What the cache holds: "images", "bytes", "limit" in bytes, and "refused", the images without room."""
+        return self._cache.status() if self._cache is not None else {"images": 0, "bytes": 0, "limit": 0, "refused": 0}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the random augmentation and the sampler (a `DistributedSampler` needs it) which epoch comes next."""
+        self.epoch = epoch
+        for owner in (*resume.samplers(self), self.dataset):
+            if hasattr(owner, "set_epoch"):
+                owner.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the latest iterator stands: save it with the model, and `load_state_dict` goes on from there.
+
+        Holds the state of the random generators before the epoch's order was drawn, the number of batches that were
+        delivered, and `errors`. `torch.save` and `torch.load(weights_only=True)` take it.
+
+        Raises:
+            TypeError: For an `IterableDataset`, which has no places to go on from.
+        """
+        if self._dataset_kind == _DatasetKind.Iterable:
+            raise TypeError("an IterableDataset has no state_dict here: it has no places to go on from")
+        progress = self._progress
+        if self._resume is not None:
+            return {**self._resume, "epoch": self.epoch, "errors": list(self.errors)}
+        if progress is None or progress.finished:
+            progress = resume.Progress()
+        return {
+            "version": resume.VERSION,
+            "epoch": self.epoch,
+            "generators": progress.generators,
+            "seed": progress.seed,
+            "batches": progress.batches,
+            "samples": progress.samples,
+            "errors": list(self.errors),
+            **resume.described(self),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iterator continues the epoch of `state`: same order, same augmentation, nothing decoded twice.
+
+        Raises:
+            ValueError: When the state is that of another kind of loader; says what differs.
+        """
+        resume.check(self, state)
+        self.set_epoch(state["epoch"])
+        self.errors[:] = [(path, reason) for path, reason in state["errors"]]
+        self._resume = dict(state) if state["generators"] else None
+        self._progress = None
+
+    def __iter__(self) -> _BaseDataLoaderIter:
+        state, self._resume = self._resume, None
+        if state is not None:
+            # Of persistent workers.
+            self._iterator = None
+        progress = resume.Progress(state["generators"] if state is not None else resume.states(self))
+        with resume.replay(self, state):
+            iterator: Any = super().__iter__()
+            iterator.begin(self, progress, state)
+        self._progress = progress
+        return iterator  # type: ignore[no-any-return]
+
     def _get_iterator(self) -> _BaseDataLoaderIter:
         if self._dataset_kind != _DatasetKind.Map:
-            return _CalledIter(self)
-        if _is_rows(_unwrap(self.dataset)[0]):
-            return _RowsIter(self) if _columns(self) is not None else _CalledIter(self)
+            return self._called("it is an IterableDataset")
+        if is_rows(unwrap(self.dataset)[0]):
+            return RowsIter(self) if columns(self) is not None else CalledIter(self)
         source = find_source(self.dataset)
         if isinstance(source, str):
             _note_called(self.dataset, source)
-            return _CalledIter(self)
-        return _ThreadsIter(self)
+            return self._called(source)
+        skips = self.on_error == "skip" and not isinstance(source, Rows)
+        return SkippingIter(self) if skips else ImagesIter(self)
+
+    def _called(self, reason: str) -> _BaseDataLoaderIter:
+        if self.on_error == "skip" or self._cache is not None:
+            given = 'on_error="skip"' if self.on_error == "skip" else "cache"
+            raise ValueError(
+                f"{given} is for data sets whose files this loader reads itself (ImageFolder, ImageList and "
+                f"torchvision's); it cannot read those of {type(self.dataset).__name__}: {reason}"
+            )
+        return CalledIter(self)
 
     def _ahead(self) -> int:
         """Batches in flight, the one that is waited for included."""
@@ -151,7 +264,7 @@ class DataLoader(TorchDataLoader[Any]):
         return self._memory
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_memory": None, "_iterator": None}
+        return {**self.__dict__, "_memory": None, "_iterator": None, "_progress": None}
 
 
 _noted: set[str] = set()
@@ -173,298 +286,22 @@ def _note_called(dataset: object, reason: str) -> None:
         )
 
 
-class _Iter(_BaseDataLoaderIter):
-    """What all three kinds need from torch's base, which draws `base_seed` and checks `pin_memory`."""
-
-    def _index(self) -> Any:
-        return self._next_index()  # type: ignore[no-untyped-call]
-
-    def __next__(self) -> Any:
-        if torch.autograd.profiler._is_profiler_enabled:
-            return super().__next__()
-        # torch's bookkeeping for a profiler costs as much as a batch of digits.
-        data: Any = self._next_data()
-        self._num_yielded += 1
-        return data
-
-    def _pinned(self, data: Any) -> Any:
-        return pin(data, self._pin_memory_device) if self._pin_memory else data  # type: ignore[no-untyped-call]
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
-class _CalledIter(_Iter):
-    """torch's own way with `num_workers=0`, whatever the number of threads is."""
-
-    def __init__(self, loader: DataLoader) -> None:
-        super().__init__(loader)
-        if isinstance(self._dataset, (IterDataPipe, MapDataPipe)):
-            graph_settings.apply_sharding(self._dataset, self._world_size, self._rank)
-        self._make_fetcher()
-
-    def _make_fetcher(self) -> None:
-        self._dataset_fetcher = _DatasetKind.create_fetcher(  # type: ignore[no-untyped-call]
-            self._dataset_kind, self._dataset, self._auto_collation, self._collate_fn, self._drop_last
-        )
-
-    def _reset(self, loader: DataLoader, first_iter: bool = False) -> None:
-        super()._reset(loader, first_iter)
-        self._make_fetcher()
-
-    def _next_data(self) -> Any:
-        data = self._dataset_fetcher.fetch(self._index())
-        return self._pinned(data)
-
-
-# -- rows of tensors and arrays ----------------------------------------------------------------------------------------
-
-
-class _RowsIter(_Iter):
-    """All rows of a batch in one gather, instead of row by row and a stack."""
-
-    def __init__(self, loader: DataLoader) -> None:
-        super().__init__(loader)
-        self._columns = _columns(loader) or []
-        self._base = Source(*_unwrap(loader.dataset)).base
-
-    def _next_data(self) -> Any:
-        indices = self._base(self._index())
-        data = [_gather(column, indices) for column in self._columns]
-        return self._pinned(data)
-
-
-def _unwrap(dataset: Any) -> tuple[Any, list[Any]]:
-    subsets = []
-    while type(dataset) is Subset:
-        subsets.append(dataset.indices)
-        dataset = dataset.dataset
-    return dataset, subsets
-
-
-def _is_rows(dataset: Any) -> bool:
-    ours = isinstance(dataset, FeatureDataset) and type(dataset).__getitem__ is FeatureDataset.__getitem__
-    return ours or type(dataset) is TensorDataset
-
-
-def _columns(loader: DataLoader) -> list[Any] | None:
-    """The columns of a data set of rows, when gathering them gives what the default collation gives."""
-    if loader.collate_fn is not default_collate or not loader._auto_collation:
-        return None
-    dataset, _ = _unwrap(loader.dataset)
-    if not _is_rows(dataset):
-        return None
-    is_tensors = type(dataset) is TensorDataset
-    columns: Sequence[Any] = dataset.tensors if is_tensors else (dataset.features, dataset.labels)
-    plain = (type(c) is torch.Tensor and c.layout is torch.strided and c.dim() > 0 for c in columns)
-    rows = (isinstance(c, (np.ndarray, list)) for c in columns)
-    return list(columns) if all(a or b for a, b in zip(plain, rows, strict=True)) else None
-
-
-def _collate(values: Iterable[Any]) -> Any:
-    # A tuple, as when torch has transposed its list of samples: strings come back as they are.
-    column: Any = tuple(values)
-    return default_collate(column)
-
-
-def _gather(column: Any, indices: list[int]) -> Any:
-    if isinstance(column, torch.Tensor):
-        size = len(column)
-        rows = torch.tensor([i + size if i < 0 else i for i in indices], dtype=torch.int64, device=column.device)
-        return column.index_select(0, rows)
-    if isinstance(column, np.ndarray) and column.ndim > 1 and column.dtype.kind in "fiub" and column.dtype.isnative:
-        return torch.from_numpy(np.asarray(column)[indices])
-    # Numbers and anything else: torch decides about the type.
-    return _collate([column[i] for i in indices])
-
-
-# -- images ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Batch:
-    """A batch on its way."""
-
-    indices: list[int]
-    position: int
-    targets: Any = field(default_factory=list)
-    # What the sampler or the look-up of the samples raised: it is due when the batches before it are delivered.
-    error: BaseException | None = None
-
-
-class _ThreadsIter(_Iter):
-    """Batches of images: samples go to the threads ahead of time, results come back in order."""
-
-    def __init__(self, loader: DataLoader) -> None:
-        super().__init__(loader)
-        self._epoch = 0
-        self._begin(loader)
-
-    def _reset(self, loader: DataLoader, first_iter: bool = False) -> None:
-        super()._reset(loader, first_iter)
-        self._epoch += 1
-        self._begin(loader)
-
-    def _begin(self, loader: DataLoader) -> None:
-        source = find_source(loader.dataset)
-        if isinstance(source, str):
-            raise TypeError(f"the data set changed during the epoch: {source}")
-        self._source = source
-        self._lowered = lower(source.transform, source.channels)
-        self._default = self._collate_fn is default_collate and self._auto_collation
-        self._whole = self._default and not self._lowered.python and self._lowered.first.finish is not None
-        self._wants_info = wants_info(self._lowered)
-        self._memory = loader._kept()
-        self._ahead = loader._ahead()
-        self._first: _cnnrs.Loader | None = self._loader(self._lowered.first, 0, source.rows())
-        self._rests: dict[int, tuple[Native, _cnnrs.Loader] | None] = {}
-        self._pending: deque[_Batch] = deque()
-        self._position = 0
-        self._exhausted = False
-
-    def _loader(self, native: Native, mix: int, rows: Any = None) -> _cnnrs.Loader:
-        seed = (int(self._base_seed) + self._epoch) ^ mix
-        ops = list(native.ops)
-        return _cnnrs.Loader(ops, native.finish, pillow13(), seed, self._num_workers, self._memory, rows)
-
-    def _next_data(self) -> Any:
-        while not self._exhausted and len(self._pending) < self._ahead:
-            self._submit()
-        if not self._pending:
-            # The threads end here, also when somebody keeps the iterator.
-            self._first, self._rests = None, {}
-            raise StopIteration
-        batch = self._pending.popleft()
-        if batch.error is not None:
-            try:
-                raise batch.error
-            finally:
-                # A local variable would tie the traceback, this frame and the threads together in a cycle.
-                del batch
-        data = self._collate(batch)
-        return self._pinned(data)
-
-    def _submit(self) -> None:
-        batch = _Batch([], self._position)
-        try:
-            index = self._index()
-        except StopIteration:
-            self._exhausted = True
-            return
-        except BaseException as error:
-            self._exhausted = True
-            batch.error = error
-            self._pending.append(batch)
-            return
-        try:
-            batch.indices = self._source.base(index if self._auto_collation else [index])
-            assert self._first is not None
-            batch.targets = self._source.submit(self._first, batch.indices, batch.position, tensors=self._whole)
-        except Exception as error:
-            batch.error = error
-        self._position += len(batch.indices)
-        self._pending.append(batch)
-
-    def _collate(self, batch: _Batch) -> Any:
-        values = self._values(batch)
-        target_transform = self._source.target_transform
-        if isinstance(values, torch.Tensor) and self._whole:
-            targets = batch.targets
-            if target_transform is not None:
-                targets = [target_transform(target) for target in targets]
-            return [values, targets if isinstance(targets, torch.Tensor) else _collate(targets)]
-        samples: Any = self._finish(list(values), batch)
-        return self._collate_fn(samples if self._auto_collation else samples[0])
-
-    def _values(self, batch: _Batch) -> Values:
-        """What the first part of the transform makes of the batch: one tensor, tensors, or PIL images."""
-        if not batch.indices or self._first is None:
-            return []
-        kind, value = self._poll(self._first, batch)
-        if kind == "batch":
-            images = from_dlpack(value)
-            return images if self._whole else self._wrap(images.unbind(0), self._lowered.first)
-        if kind == "samples":
-            tensors = [from_dlpack(sample) for sample in value]
-            return self._wrap(tensors, self._lowered.first)
-        return [self._pil(pixels, batch.indices[i]) for i, pixels in enumerate(value)]
-
-    def _wrap(self, tensors: Iterable[torch.Tensor], native: Native) -> list[Any]:
-        if native.wraps:
-            from torchvision.tv_tensors import Image
-
-            return [Image(tensor) for tensor in tensors]
-        return list(tensors)
-
-    def _poll(self, loader: _cnnrs.Loader, batch: _Batch) -> tuple[str, Any]:
-        value: Any = None
-        error: Any = None
-        while True:
-            try:
-                kind, value = loader.poll()
-                if kind != "failed":
-                    return kind, value
-                for i, error in value:
-                    loader.retry(i, self._second_opinion(batch.indices[i], error))
-            except BaseException:
-                # Ctrl-C included: the batch is lost, as with torch, and the next one is the next one.
-                loader.discard()
-                raise
-            finally:
-                # As above: no cycle of an error, its traceback and this frame.
-                value = error = None
-
-    def _second_opinion(self, index: int, error: Any) -> tuple[int, int, int, bytes]:
-        """The pixels of a file that Rust cannot decode, when Pillow can: it knows more formats and has plug-ins."""
-        try:
-            if not isinstance(error, DecodeError) or isinstance(self._source, Rows):
-                raise error
-            try:
-                image = self._source.load(index)
-            except Exception as pillows:
-                raise error from pillows
-            return image.height, image.width, 3, image.tobytes()
-        finally:
-            error = None
-
-    def _pil(self, pixels: tuple[int, int, int, bytes], index: int) -> Any:
-        from PIL import Image
-
-        height, width, channels, data = pixels
-        image = Image.frombytes("L" if channels == 1 else "RGB", (width, height), data)
-        if self._wants_info:
-            image.info = self._source.info(index)
-        return image
-
-    def _finish(self, values: list[Any], batch: _Batch) -> list[tuple[Any, Any]]:
-        """The parts of the transform that run in Python, in sample order, and what follows them."""
-        lowered, target_transform = self._lowered, self._source.target_transform
-        targets = batch.targets
-        samples = []
-        for value, target in zip(values, targets, strict=True):
-            for step in lowered.python:
-                value = step(value)
-            if target_transform is not None:
-                target = target_transform(target)
-            samples.append((value, target))
-        if not lowered.rest:
-            return samples
-        finished = self._rest([value for value, _ in samples], batch)
-        return [(value, target) for value, (_, target) in zip(finished, samples, strict=True)]
-
-    def _rest(self, values: list[Any], batch: _Batch) -> list[Any]:
-        from PIL import Image
-
-        modes = {value.mode if type(value) is Image.Image else None for value in values}
-        channels = 3 if modes == {"RGB"} else 1 if modes == {"L"} else 0
-        if channels and channels not in self._rests:
-            native = lower_rest(self._lowered.rest, channels)
-            self._rests[channels] = None if native is None else (native, self._loader(native, REST_SEED))
-        known = self._rests.get(channels)
-        if known is None:
-            for step in self._lowered.rest:
-                values = [step(value) for value in values]
-            return values
-        native, loader = known
-        images = [(value.height, value.width, channels, value.tobytes()) for value in values]
-        loader.submit_pixels(batch.indices, batch.position, images)
-        kind, value = self._poll(loader, batch)
-        tensors = from_dlpack(value).unbind(0) if kind == "batch" else [from_dlpack(one) for one in value]
-        return self._wrap(tensors, native)
+def _share(
+    dataset: Dataset[Any],
+    rank: int | None,
+    world_size: int | None,
+    sampler: Any,
+    batches: Any,
+    shuffle: bool,
+    drop: bool,
+) -> Sampler[Any]:
+    if rank is None or world_size is None:
+        raise ValueError(f"rank and world_size belong together, got rank={rank}, world_size={world_size}")
+    if sampler is not None or batches is not None:
+        raise ValueError("rank and world_size make a DistributedSampler: give them, or a sampler, not both")
+    return DistributedSampler(dataset, world_size, rank, shuffle=shuffle, drop_last=drop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import Subset
 
 from cnnrs import _cnnrs
-from cnnrs.folder import ImageFolder
+from cnnrs.folder import ImageList
 from cnnrs.mnist import MNIST
 
 # A whole batch, or one value per sample.
@@ -49,7 +50,7 @@ class Source:
         """A capsule of images that are in memory."""
         return None
 
-    def submit(self, loader: _cnnrs.Loader, indices: list[int], position: int, *, tensors: bool) -> Any:
+    def submit(self, loader: _cnnrs.Loader, indices: list[int], positions: list[int], *, tensors: bool) -> Any:
         """Asks for the images of a batch; returns its targets, as an int64 tensor if `tensors` and that is cheaper."""
         raise NotImplementedError
 
@@ -61,17 +62,26 @@ class Source:
         """Pillow's `Image.info`, where a user's function looks for EXIF."""
         return {}
 
+    def path(self, index: int) -> str:
+        """The file of a sample."""
+        raise NotImplementedError
+
 
 class Files(Source):
-    """`ImageFolder`s: (path, class number) in `samples`."""
+    """`ImageFolder`s and `ImageList`s: (path, class number) in `samples`."""
 
-    def submit(self, loader: _cnnrs.Loader, indices: list[int], position: int, *, tensors: bool) -> Any:
+    def submit(self, loader: _cnnrs.Loader, indices: list[int], positions: list[int], *, tensors: bool) -> Any:
         """Asks for the files; returns their class numbers."""
         # Looked up now and not at the start: `samples` may have been edited, and a copy of a large list costs memory.
         samples = self.dataset.samples
         chosen = [samples[i] for i in indices]
-        loader.submit_files(indices, position, [path for path, _ in chosen])
+        loader.submit_files(indices, positions, [path for path, _ in chosen])
         return [target for _, target in chosen]
+
+    def path(self, index: int) -> str:
+        """The file of a sample."""
+        path: str = os.fspath(self.dataset.samples[index][0])
+        return path
 
     def load(self, index: int) -> Any:
         """The image as Pillow reads it."""
@@ -94,13 +104,13 @@ class Rows(Source):
         """A capsule of `data`."""
         return torch.utils.dlpack.to_dlpack(self.dataset.data)  # type: ignore[attr-defined]
 
-    def submit(self, loader: _cnnrs.Loader, indices: list[int], position: int, *, tensors: bool) -> Any:
+    def submit(self, loader: _cnnrs.Loader, indices: list[int], positions: list[int], *, tensors: bool) -> Any:
         """Asks for the images; returns their targets."""
         size = len(self.dataset.data)
         if indices and not -size <= min(indices) <= max(indices) < size:
             raise IndexError(f"an index of this batch is out of range for {size} images: {indices}")
         rows = [i + size if i < 0 else i for i in indices]
-        loader.submit_rows(rows, position)
+        loader.submit_rows(rows, positions[0])
         targets = self.dataset.targets
         plain = type(targets) is torch.Tensor and targets.dtype == torch.int64 and targets.device.type == "cpu"
         if tensors and plain and self.target_transform is None:
@@ -121,9 +131,9 @@ def find_source(dataset: Any) -> Source | str:
     folders = _torchvision("torchvision.datasets.folder")
     digits = _torchvision("torchvision.datasets.mnist")
     found: Any = dataset
-    if isinstance(dataset, (ImageFolder, getattr(folders, "DatasetFolder", ImageFolder))):
-        ours = isinstance(dataset, ImageFolder)
-        if kind.__getitem__ is not (ImageFolder if ours else folders.DatasetFolder).__getitem__:
+    if isinstance(dataset, (ImageList, getattr(folders, "DatasetFolder", ImageList))):
+        ours = isinstance(dataset, ImageList)
+        if kind.__getitem__ is not (ImageList if ours else folders.DatasetFolder).__getitem__:
             return "it has its own __getitem__"
         if folders is None or found.loader not in (folders.default_loader, folders.pil_loader):
             return "it has its own loader"

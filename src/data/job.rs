@@ -18,8 +18,8 @@ use crate::image::{self, Image, Key, Layout, Limits, Scratch};
 /// What a thread needs for itself; recycled, because its pages are expensive to get.
 #[derive(Default)]
 pub struct Worker {
-    file: Vec<u8>,
-    image: Image,
+    pub(super) file: Vec<u8>,
+    pub(super) image: Image,
     scratch: Scratch,
 }
 
@@ -296,7 +296,7 @@ fn keep(path: &Path, stamp: Stamp, kept: &Kept, worker: &mut Worker) -> Result<(
 }
 
 /// The bytes of a file, into memory that is there already.
-fn read(path: &Path, limits: &Limits, bytes: &mut Vec<u8>) -> Result<()> {
+pub(super) fn read(path: &Path, limits: &Limits, bytes: &mut Vec<u8>) -> Result<()> {
     let io = |source| Error::Io { path: path.into(), source };
     let file = File::open(path).map_err(io)?;
     let size = file.metadata().map_err(io)?.len();

@@ -157,6 +157,11 @@ impl Loader {
         Ok(Some(ready))
     }
 
+    /// Whether [`Loader::poll`] has the oldest batch without waiting.
+    pub fn is_ready(&self) -> bool {
+        self.queue.front().is_some_and(|job| job.wait(Duration::ZERO))
+    }
+
     /// Gives sample `i` of the oldest batch pixels that somebody else decoded.
     ///
     /// # Errors

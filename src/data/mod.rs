@@ -6,6 +6,7 @@
 
 pub mod batch;
 pub mod cache;
+pub mod check;
 pub mod folder;
 mod job;
 pub mod loader;

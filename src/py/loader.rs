@@ -11,6 +11,7 @@ use pyo3::types::{PyBytes, PyCapsule, PyList, PyTuple};
 
 use crate::data::{self, Finish, Input, Output, Plan, Raw, Ready, Rows, Sample};
 use crate::image::{self, Filter, Limits, Op, PillowOrder, Size, Transform};
+use crate::py::cache::Cache;
 use crate::py::dlpack::{self, View};
 use crate::py::enter::enter;
 use crate::threads;
@@ -56,7 +57,9 @@ pub struct Loader {
 #[pymethods]
 impl Loader {
     #[new]
-    #[pyo3(signature = (ops, finish, pillow13, seed, threads, memory, rows=None))]
+    #[pyo3(signature = (ops, finish, pillow13, seed, threads, memory, rows=None, limits=None, cache=None, cached_ops=0))]
+    // One argument for each decision of `cnnrs.DataLoader`.
+    #[allow(clippy::too_many_arguments)]
     fn new(
         ops: Vec<Bound<'_, PyTuple>>,
         finish: Option<Bound<'_, PyTuple>>,
@@ -65,6 +68,9 @@ impl Loader {
         threads: usize,
         memory: &Memory,
         rows: Option<Bound<'_, PyCapsule>>,
+        limits: Option<(Option<u64>, Option<u64>)>,
+        cache: Option<&Cache>,
+        cached_ops: usize,
     ) -> PyResult<Self> {
         let ops = ops.iter().map(op).collect::<PyResult<_>>()?;
         let (finish, output) = self::finish(finish.as_ref())?;
@@ -77,25 +83,43 @@ impl Loader {
             },
             None => None,
         };
-        let plan = Plan { rows, transform, output, limits: Limits::default(), seed };
+        let (pixels, bytes) = limits.unwrap_or_default();
+        let default = Limits::default();
+        let limits = Limits { pixels: pixels.unwrap_or(default.pixels), bytes: bytes.unwrap_or(default.bytes) };
+        let mut plan = Plan { rows, transform, output, limits, seed, kept: None };
+        if let Some(cache) = cache {
+            plan = plan.keeping(cache.get(), cached_ops);
+        }
         Ok(Self { loader: Mutex::new(data::Loader::new(plan, threads, memory.get(), memory.batches)) })
     }
 
-    /// Asks for the batch of these files; `position` is the place of the first one in the epoch.
-    fn submit_files(&self, py: Python<'_>, indices: Vec<i64>, position: u64, paths: Vec<PathBuf>) -> PyResult<()> {
-        self.submit(py, indices, position, paths.into_iter().map(Input::File))
+    /// Asks for the batch of these files; `positions` are their places in the epoch.
+    fn submit_files(
+        &self,
+        py: Python<'_>,
+        indices: Vec<i64>,
+        positions: Vec<u64>,
+        paths: Vec<PathBuf>,
+    ) -> PyResult<()> {
+        self.submit(py, indices, positions, paths.into_iter().map(Input::File))
     }
 
-    /// Asks for the batch of these rows of `rows`.
+    /// Asks for the batch of these rows of `rows`; `position` is the place of the first one in the epoch.
     fn submit_rows(&self, py: Python<'_>, indices: Vec<i64>, position: u64) -> PyResult<()> {
         let rows = indices.iter().map(|&i| Input::Row(usize::try_from(i).unwrap_or(usize::MAX)));
         let rows: Vec<_> = rows.collect();
-        self.submit(py, indices, position, rows)
+        self.submit(py, indices, position.., rows)
     }
 
     /// Asks for the batch of these images, each (height, width, channels, packed bytes).
-    fn submit_pixels(&self, py: Python<'_>, indices: Vec<i64>, position: u64, images: Vec<Pixels>) -> PyResult<()> {
-        self.submit(py, indices, position, images.into_iter().map(|image| Input::Pixels(raw(image))))
+    fn submit_pixels(
+        &self,
+        py: Python<'_>,
+        indices: Vec<i64>,
+        positions: Vec<u64>,
+        images: Vec<Pixels>,
+    ) -> PyResult<()> {
+        self.submit(py, indices, positions, images.into_iter().map(|image| Input::Pixels(raw(image))))
     }
 
     /// Waits for the oldest batch: ("batch", capsule), ("samples", capsules) when their shapes differ,
@@ -129,10 +153,20 @@ impl Loader {
         }
     }
 
+    /// Whether `poll` would not wait.
+    fn ready(&self) -> bool {
+        self.loader.lock().unwrap_or_else(PoisonError::into_inner).is_ready()
+    }
+
     /// Gives a failed sample of the oldest batch pixels that somebody else decoded.
     fn retry(&self, py: Python<'_>, sample: usize, pixels: Pixels) -> PyResult<()> {
         let raw = raw(pixels);
         enter(py, || self.loader.lock().unwrap_or_else(PoisonError::into_inner).retry(sample, raw))
+    }
+
+    /// Does without these failed samples of the oldest batch: rows of a "batch" without meaning, absent otherwise.
+    fn drop_samples(&self, samples: Vec<usize>) {
+        self.loader.lock().unwrap_or_else(PoisonError::into_inner).drop_samples(&samples);
     }
 
     /// Forgets the oldest batch.
@@ -146,11 +180,11 @@ impl Loader {
         &self,
         py: Python<'_>,
         indices: Vec<i64>,
-        position: u64,
+        positions: impl IntoIterator<Item = u64> + Send,
         inputs: impl IntoIterator<Item = Input> + Send,
     ) -> PyResult<()> {
         enter(py, || {
-            let samples = indices.into_iter().zip(inputs).zip(position..);
+            let samples = indices.into_iter().zip(inputs).zip(positions);
             let samples =
                 samples.map(|((index, input), position)| Sample { index: index.cast_unsigned(), position, input });
             self.loader.lock().unwrap_or_else(PoisonError::into_inner).submit(samples.collect())

@@ -1,6 +1,8 @@
 //! The only place where Python appears: each function validates, releases the GIL, makes one call and converts the error.
 
 mod batches;
+mod cache;
+mod check;
 mod dlpack;
 mod enter;
 mod error;
@@ -17,6 +19,10 @@ use pyo3::prelude::*;
 /// The whole Python surface of the extension.
 #[pymodule]
 mod _cnnrs {
+    #[pymodule_export]
+    use super::cache::Cache;
+    #[pymodule_export]
+    use super::check::check_files;
     #[pymodule_export]
     use super::fit::{NativeOptimizer, fit_python, fit_torch};
     #[pymodule_export]

@@ -105,14 +105,6 @@ def test_names_sort_as_python_strings(tmp_path: Path) -> None:
     assert len(ours) == 2 * 16
 
 
-# A symlink loop is followed until the system refuses (ELOOP, 40 links): torchvision lists the files again and again.
-def test_a_symlink_loop_ends_where_torchvisions_does(tmp_path: Path) -> None:
-    (tmp_path / "class").mkdir()
-    picture(8, 8, 0).save(tmp_path / "class" / "a.png")
-    (tmp_path / "class" / "loop").symlink_to(tmp_path / "class")
-    same(*both(str(tmp_path)))
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.sets(st.binary(min_size=1, max_size=5).filter(lambda b: not set(b) & set(b"/\0")), max_size=12))
 def test_any_names(tmp_path_factory: pytest.TempPathFactory, names: set[bytes]) -> None:

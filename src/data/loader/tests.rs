@@ -143,7 +143,10 @@ fn a_panic_is_the_failure_of_its_sample() {
         assert_eq!(text, "injected");
         loader.drop_samples(&[1]);
         let Ready::Batch(batch) = wait(&mut loader) else { panic!("the others are well") };
-        assert_eq!((&batch.bytes()[..4], &batch.bytes()[8..]), (&(7.0_f32 / 255.0).to_ne_bytes()[..], &(7.0_f32 / 255.0).to_ne_bytes()[..]));
+        assert_eq!(
+            (&batch.bytes()[..4], &batch.bytes()[8..]),
+            (&(7.0_f32 / 255.0).to_ne_bytes()[..], &(7.0_f32 / 255.0).to_ne_bytes()[..])
+        );
     }
 }
 
