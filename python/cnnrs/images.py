@@ -100,7 +100,6 @@ class ImagesIter(Iter):
                 return
             self._position += len(index) if self._auto_collation else 1
         self._progress.batches, self._progress.samples = state["batches"], self._position
-        self._draw_now()
 
     def _next_data(self) -> Any:
         if self._mover is None or self._mover.stream is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -44,6 +44,7 @@ class Iter(_BaseDataLoaderIter):
         self._mover = None if device is None else Mover(device, None)
         if state is not None and state["generators"]:
             self._skip(state)
+        self._draw_now()
 
     def _skip(self, state: dict[str, Any]) -> None:
         for _ in range(state["batches"]):
@@ -51,12 +52,10 @@ class Iter(_BaseDataLoaderIter):
                 self._index()
             except StopIteration:
                 return
-        self._draw_now()
 
     def _draw_now(self) -> None:
-        """Lets the sampler draw its order while the generators are those of the saved epoch."""
-        first = list(zip(range(1), self._sampler_iter, strict=False))
-        self._sampler_iter = chain([index for _, index in first], self._sampler_iter)
+        """Lets the sampler draw its order while the generators are as `state_dict` has saved them."""
+        self._sampler_iter = begun(self._sampler_iter)
 
     def _index(self) -> Any:
         index = self._next_index()  # type: ignore[no-untyped-call]
@@ -111,6 +110,21 @@ class RowsIter(Iter):
     def _next_data(self) -> Any:
         indices = self._base(self._index())
         return self._delivered([_gather(column, indices) for column in self._columns])
+
+
+def begun(indices: Iterator[Any]) -> Iterator[Any]:
+    """The same indices; the first is drawn now."""
+    try:
+        first = [index for _, index in zip(range(1), indices, strict=False)]
+    except Exception as error:
+        return _raising(error)
+    return chain(first, indices)
+
+
+def _raising(error: Exception) -> Iterator[Any]:
+    # It is due where the index would be used.
+    raise error
+    yield
 
 
 def unwrap(dataset: Any) -> tuple[Any, list[Any]]:

@@ -198,6 +198,7 @@ class DataLoader(TorchDataLoader[Any]):
             "epoch": self.epoch,
             "generators": progress.generators,
             "seed": progress.seed,
+            "again": progress.again,
             "batches": progress.batches,
             "samples": progress.samples,
             "errors": list(self.errors),
@@ -221,9 +222,13 @@ class DataLoader(TorchDataLoader[Any]):
         if state is not None:
             # Of persistent workers.
             self._iterator = None
-        progress = resume.Progress(state["generators"] if state is not None else resume.states(self))
+        again = state["again"] if state is not None else self.persistent_workers and self._iterator is not None
+        progress = resume.Progress(state["generators"] if state is not None else resume.states(self), again=again)
         with resume.replay(self, state):
             iterator: Any = super().__iter__()
+            if state is not None and again:
+                resume.restore(self, state)
+                iterator._sampler_iter = iter(iterator._index_sampler)
             iterator.begin(self, progress, state)
         self._progress = progress
         return iterator  # type: ignore[no-any-return]

@@ -24,6 +24,8 @@ class Progress:
     # Places of the sampler's order that are behind the consumer.
     samples: int = 0
     finished: bool = False
+    # The iterator was there from the epoch before (persistent workers) and drew no new base seed.
+    again: bool = False
 
 
 def generators(loader: Any) -> list[torch.Generator | None]:
@@ -65,14 +67,19 @@ def replay(loader: Any, state: dict[str, Any] | None) -> Iterator[None]:
         )
     before = torch.get_rng_state()
     try:
-        for generator, saved in zip(now, state["generators"], strict=True):
-            if generator is None:
-                torch.set_rng_state(saved)
-            else:
-                generator.set_state(saved)
+        restore(loader, state)
         yield
     finally:
         torch.set_rng_state(before)
+
+
+def restore(loader: Any, state: dict[str, Any]) -> None:
+    """Puts all generators where they were before the order of the epoch of `state` was drawn."""
+    for generator, saved in zip(generators(loader), state["generators"], strict=True):
+        if generator is None:
+            torch.set_rng_state(saved)
+        else:
+            generator.set_state(saved)
 
 
 def described(loader: Any) -> dict[str, Any]:

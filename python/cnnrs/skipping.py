@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils.data import BatchSampler
 
 from cnnrs.faults import Faults
 from cnnrs.images import Batch, ImagesIter
+from cnnrs.iterators import begun
 from cnnrs.resume import Progress
 
 
@@ -43,12 +43,17 @@ class SkippingIter(ImagesIter):
         behind = state["samples"]
         if self._flat is not None:
             self._position = sum(1 for _ in zip(range(behind), self._flat, strict=False))
-            # As `_draw_now`.
-            self._flat = chain([index for _, index in zip(range(1), self._flat, strict=False)], self._flat)
         else:
             self._skip_lists(behind, state["batches"])
-            self._draw_now()
+        # An epoch that has begun has had good samples.
+        self._faults.good = state["batches"]
         self._progress.batches, self._progress.samples = state["batches"], behind
+
+    def _draw_now(self) -> None:
+        if self._flat is None:
+            super()._draw_now()
+        else:
+            self._flat = begun(self._flat)
 
     def _skip_lists(self, behind: int, batches: int) -> None:
         while self._position < behind:

@@ -60,7 +60,14 @@ def test_every_fault_is_in_its_list(sick: Path, num_workers: int) -> None:
 def test_the_summary_names_what_is_wrong(sick: Path) -> None:
     text = repr(check(sick))
     assert text.splitlines()[0] == f"{sick}: 15 images, 3 cannot be loaded"
-    for part in ("corrupt (2)", "truncated (1)", "duplicates (1)", "rotated by EXIF (1)", "hidden (1)", "30 x 20 to 50 x"):
+    for part in (
+        "corrupt (2)",
+        "truncated (1)",
+        "duplicates (1)",
+        "rotated by EXIF (1)",
+        "hidden (1)",
+        "30 x 20 to 50 x",
+    ):
         assert part in text
 
 

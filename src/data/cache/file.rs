@@ -116,8 +116,9 @@ impl LogFile {
     }
 
     fn forget(&self, path: &Path) {
-        if let (Ok(path), Ok(mut index)) = (std::path::absolute(path), self.index.try_write()) {
-            index.entries.remove(&path);
+        let Ok(path) = std::path::absolute(path) else { return };
+        if self.pid == std::process::id() {
+            self.index.write().unwrap_or_else(PoisonError::into_inner).entries.remove(&path);
         }
     }
 
