@@ -134,7 +134,7 @@ class Loader:
         cache: Cache | None = None,
         cached_ops: int = 0,
     ) -> Loader:
-        """``limits`` are pixels and bytes per file; ``cache`` keeps images behind the first ``cached_ops`` of ``ops``."""
+        """``limits``: pixels and bytes per file; ``cache`` keeps images behind the first ``cached_ops`` operations."""
 
     def submit_files(
         self, indices: Sequence[int], positions: Sequence[int], paths: Sequence[str | os.PathLike[str]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ class Batch:
 
     indices: list[int] = field(default_factory=list)
     # Places in the sampler's order.
-    positions: list[int] = field(default_factory=list)
+    positions: Sequence[int] = ()
     targets: Any = field(default_factory=list)
     # One tensor, or one value per sample, once they are there.
     values: Any = None
@@ -170,7 +170,7 @@ class ImagesIter(Iter):
     def _draw(self) -> Batch:
         index = self._index()
         indices = index if self._auto_collation else [index]
-        positions = list(range(self._position, self._position + len(indices)))
+        positions = range(self._position, self._position + len(indices))
         self._position += len(indices)
         return Batch(indices, positions)
 

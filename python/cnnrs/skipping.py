@@ -71,14 +71,15 @@ class SkippingIter(ImagesIter):
             self._sizes.popleft()
 
     def _draw(self) -> Batch:
-        batch = Batch()
+        positions: list[int] = []
+        batch = Batch([], positions)
         for index in self._drawn():
             position = self._position
             self._position += 1
             if self._known_bad(index):
                 continue
             batch.indices.append(index)
-            batch.positions.append(position)
+            positions.append(position)
             if self._flat is not None and (self._held + len(batch.indices)) % self._size == 0:
                 break
         if self._flat is not None and not batch.indices:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Source:
         """A capsule of images that are in memory."""
         return None
 
-    def submit(self, loader: _cnnrs.Loader, indices: list[int], positions: list[int], *, tensors: bool) -> Any:
+    def submit(self, loader: _cnnrs.Loader, indices: list[int], positions: Sequence[int], *, tensors: bool) -> Any:
         """Asks for the images of a batch; returns its targets, as an int64 tensor if `tensors` and that is cheaper."""
         raise NotImplementedError
 
@@ -70,7 +70,7 @@ class Source:
 class Files(Source):
     """`ImageFolder`s and `ImageList`s: (path, class number) in `samples`."""
 
-    def submit(self, loader: _cnnrs.Loader, indices: list[int], positions: list[int], *, tensors: bool) -> Any:
+    def submit(self, loader: _cnnrs.Loader, indices: list[int], positions: Sequence[int], *, tensors: bool) -> Any:
         """Asks for the files; returns their class numbers."""
         # Looked up now and not at the start: `samples` may have been edited, and a copy of a large list costs memory.
         samples = self.dataset.samples
@@ -104,7 +104,7 @@ class Rows(Source):
         """A capsule of `data`."""
         return torch.utils.dlpack.to_dlpack(self.dataset.data)  # type: ignore[attr-defined]
 
-    def submit(self, loader: _cnnrs.Loader, indices: list[int], positions: list[int], *, tensors: bool) -> Any:
+    def submit(self, loader: _cnnrs.Loader, indices: list[int], positions: Sequence[int], *, tensors: bool) -> Any:
         """Asks for the images; returns their targets."""
         size = len(self.dataset.data)
         if indices and not -size <= min(indices) <= max(indices) < size:

@@ -141,7 +141,7 @@ impl Job {
         transform.pixels(image, key, scratch)?;
         self.fill(i, [image.layout.channels(), image.height, image.width], dtype, memory, |slot| match finish {
             Finish::Transform if byte => transform.finish_u8(image, slot.u8()),
-            Finish::Transform => transform.finish_f32(image, scratch, slot.f32()),
+            Finish::Transform | Finish::Spread(_) => transform.finish_f32(image, scratch, slot.f32()),
             Finish::Table(table) => look_up(image, table, slot.f32()),
         })
     }
@@ -149,11 +149,11 @@ impl Job {
     /// A gray image straight from where it lies: nothing but a table is between it and the batch.
     fn finish_row(&self, i: usize, rows: &Rows, row: usize, plan: &Plan, memory: &Memory) -> Result<()> {
         let pixels = rows.get(row)?;
-        let (shape, table) = ([1, rows.height, rows.width], plan.table());
-        let dtype = if table.is_some() { DType::Float32 } else { DType::Uint8 };
+        let (shape, spread) = ([1, rows.height, rows.width], plan.spread());
+        let dtype = if spread.is_some() { DType::Float32 } else { DType::Uint8 };
         self.fill(i, shape, dtype, memory, |slot| {
-            match table {
-                Some(table) => spread(pixels, table, slot.f32()),
+            match spread {
+                Some(spread) => spread.run(pixels, slot.f32()),
                 None => slot.u8().copy_from_slice(pixels),
             }
             Ok(())
@@ -338,19 +338,6 @@ pub(super) fn unpack(height: usize, width: usize, channels: usize, data: &[u8], 
 fn packed(image: &Image) -> Raw {
     let (height, width, channels) = (image.height, image.width, image.layout.channels());
     Raw { height, width, channels, data: image.to_packed() }
-}
-
-/// Each byte as its value of `table`, eight at a time: the bytes are loaded once, and nothing depends on its neighbour.
-fn spread(bytes: &[u8], table: &[f32; 256], out: &mut [f32]) {
-    let (blocks, rest) = bytes.as_chunks::<8>();
-    let (outs, last) = out.as_chunks_mut::<8>();
-    for (out, &block) in outs.iter_mut().zip(blocks) {
-        let word = u64::from_le_bytes(block);
-        *out = std::array::from_fn(|i| table[(word >> (8 * i) & 0xff) as usize]);
-    }
-    for (out, &byte) in last.iter_mut().zip(rest) {
-        *out = table[usize::from(byte)];
-    }
 }
 
 /// Pixels to planes through `channels x 256` values.

@@ -12,6 +12,7 @@ mod job;
 pub mod loader;
 pub mod mnist;
 mod plan;
+mod spread;
 
 pub use batch::{Batch, DType};
 pub use cache::Cache;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::data::cache::Cache;
+use crate::data::spread::Spread;
 use crate::error::{Error, Result};
 use crate::image::{self, Image, Layout, Limits, Scratch, Transform};
 
@@ -37,6 +38,8 @@ pub struct Sample {
 pub enum Finish {
     /// As the transform says.
     Transform,
+    /// As the transform says, on gray rows.
+    Spread(Spread),
     /// `channels x 256` values: any chain of point operations, as its owner computed it.
     Table(Vec<f32>),
 }
@@ -107,15 +110,15 @@ impl Plan {
     /// The row that `input` is, when there is nothing to do but to look its pixels up.
     pub(super) fn row_only(&self, input: &Input) -> Option<usize> {
         match input {
-            Input::Row(row) if self.is_trivial() && (self.table().is_some() || self.is_bytes()) => Some(*row),
+            Input::Row(row) if self.is_trivial() && (self.spread().is_some() || self.is_bytes()) => Some(*row),
             _ => None,
         }
     }
 
     /// What each byte of a gray image becomes.
-    pub(super) fn table(&self) -> Option<&[f32; 256]> {
+    pub(super) fn spread(&self) -> Option<&Spread> {
         match &self.output {
-            Output::Tensor(Finish::Table(values)) => values.as_slice().try_into().ok(),
+            Output::Tensor(Finish::Spread(spread)) => Some(spread),
             _ => None,
         }
     }
@@ -126,13 +129,26 @@ impl Plan {
 
     /// The same plan with the finish of gray rows as a table, in the transform's own numbers.
     pub(super) fn tabulated(mut self) -> Self {
-        if self.is_trivial() && matches!(self.output, Output::Tensor(Finish::Transform)) && !self.is_bytes() {
-            let every = Image { width: 256, height: 1, layout: Layout::Gray, data: (0..=255).collect() };
-            let mut values = vec![0.0; 256];
-            // An error is due when a sample meets it.
-            if self.transform.finish_f32(&every, &mut Scratch::default(), &mut values).is_ok() {
-                self.output = Output::Tensor(Finish::Table(values));
+        if !self.is_trivial() || self.is_bytes() {
+            return self;
+        }
+        let known = match &self.output {
+            Output::Tensor(Finish::Table(values)) => values.as_slice().try_into().ok().map(|table| (table, None)),
+            Output::Tensor(Finish::Transform) => {
+                let every = Image { width: 256, height: 1, layout: Layout::Gray, data: (0..=255).collect() };
+                let mut table = [0.0; 256];
+                let mean_std = match &self.transform.finish {
+                    image::Finish::Normalize { mean, std } => mean.first().copied().zip(std.first().copied()),
+                    image::Finish::Float | image::Finish::Uint8 => Some((0.0, 1.0)),
+                };
+                // An error is due when a sample meets it.
+                let outcome = self.transform.finish_f32(&every, &mut Scratch::default(), &mut table);
+                outcome.is_ok().then_some((table, mean_std))
             }
+            _ => None,
+        };
+        if let Some((table, mean_std)) = known {
+            self.output = Output::Tensor(Finish::Spread(Spread::new(table, mean_std)));
         }
         self
     }
