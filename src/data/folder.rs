@@ -46,7 +46,14 @@ impl Names {
 
     fn sort(&mut self) {
         let mut spans = std::mem::take(&mut self.spans);
-        spans.sort_unstable_by(|&a, &b| python_order(OsStr::from_bytes(self.get(a)), OsStr::from_bytes(self.get(b))));
+        if self.bytes.is_ascii() || spans.iter().all(|&span| std::str::from_utf8(self.get(span)).is_ok()) {
+            // The bytes of UTF-8 are in the order of the code points.
+            spans.sort_unstable_by(|&a, &b| self.get(a).cmp(self.get(b)));
+        } else {
+            spans.sort_unstable_by(|&a, &b| {
+                python_order(OsStr::from_bytes(self.get(a)), OsStr::from_bytes(self.get(b)))
+            });
+        }
         self.spans = spans;
     }
 
