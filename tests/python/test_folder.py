@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision import datasets, transforms
 
-from cnnrs.folder import ImageFolder, make_dataset
+from cnnrs.folder import ImageFolder, ImageList, make_dataset
+from cnnrs.loader import DataLoader
 
 
 def both(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -178,3 +179,100 @@ def test_scans_from_several_python_threads(folder: Path) -> None:
     for thread in threads:
         thread.join()
     assert found == [expected] * 4
+
+
+# -- beyond torchvision ------------------------------------------------------------------------------------------------
+
+
+def tree(root: Path, *names: str) -> None:
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(8, 9, i).save(root / name)
+
+
+def relative(dataset: Any, root: Path) -> list[tuple[str, int]]:
+    return [(os.path.relpath(path, root), label) for path, label in dataset.samples]
+
+
+def test_links_that_lead_back_are_not_followed(tmp_path: Path) -> None:
+    # torchvision lists a.png 41 times with one such link, and does not come to an end with two.
+    tree(tmp_path, "class/a.png", "class/deep/b.png", "other/c.png")
+    for link in ("class/loop", "class/again", "class/deep/up"):
+        (tmp_path / link).symlink_to(tmp_path / "class")
+    (tmp_path / "class" / "beside").symlink_to(tmp_path / "other")
+    with pytest.warns(UserWarning, match=r"and 2 more: a link to a folder that it lies in, not followed"):
+        dataset = ImageFolder(tmp_path)
+    expected = [("class/a.png", 0), ("class/beside/c.png", 0), ("class/deep/b.png", 0), ("other/c.png", 1)]
+    assert relative(dataset, tmp_path) == expected
+
+
+def test_hidden_folders_are_warned_about_or_skipped(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    tree(tmp_path, "cat/a.png", "cat/._a.png", "dog/b.png", "dog/.thumbs/c.png", ".ipynb_checkpoints/d.png")
+    same(*both(str(tmp_path)))
+    (note,) = [str(warning.message) for warning in recwarn]
+    assert ".ipynb_checkpoints" in note and "skip_hidden=True" in note
+    recwarn.clear()
+    dataset = ImageFolder(tmp_path, skip_hidden=True)
+    assert relative(dataset, tmp_path) == [("cat/a.png", 0), ("dog/b.png", 1)]
+    assert dataset.classes == ["cat", "dog"] and not recwarn.list
+
+
+def test_some_classes_in_an_order(tmp_path: Path) -> None:
+    tree(tmp_path, "cat/a.png", "dog/b.png", "emu/c.png")
+    dataset = ImageFolder(tmp_path, classes=["emu", "cat"])
+    assert dataset.classes == ["emu", "cat"] and dataset.class_to_idx == {"emu": 0, "cat": 1}
+    assert relative(dataset, tmp_path) == [("cat/a.png", 1), ("emu/c.png", 0)]
+    with pytest.raises(FileNotFoundError, match=r"no class folder cow; it has cat, dog, emu"):
+        ImageFolder(tmp_path, classes=["cat", "cow"])
+    for wrong in ([], "cat", ["cat", "cat"]):
+        with pytest.raises(ValueError, match="classes must be"):
+            ImageFolder(tmp_path, classes=wrong)
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    tree(tmp_path, "b.PNG", "a.png", "deep/c.jpg", ".d.png")
+    (tmp_path / "notes.txt").write_text("")
+    images = ImageFolder.flat(tmp_path, transforms.ToTensor())
+    assert relative(images, tmp_path) == [(".d.png", -1), ("a.png", -1), ("b.PNG", -1), ("deep/c.jpg", -1)]
+    assert len(ImageFolder.flat(str(tmp_path), skip_hidden=True)) == 3
+    assert len(ImageFolder.flat(tmp_path, is_valid_file=lambda path: path.endswith("txt"))) == 1
+    assert images[1][1] == -1 and images[1][0].shape == (3, 8, 9) and images.classes == []
+    assert f"Root location: {tmp_path}" in repr(images)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        ImageFolder.flat(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="Found no valid file"):
+        ImageFolder.flat(tmp_path / "empty")
+
+
+def test_a_list_of_paths_and_labels(tmp_path: Path) -> None:
+    tree(tmp_path, "a.png", "b.png", "c.png")
+    a, b, c = (tmp_path / f"{name}.png" for name in "abc")
+    names = ImageList([(a, "dog"), (str(b), "cat"), (c, "dog")], transforms.ToTensor())
+    assert names.classes == ["cat", "dog"] and names.targets == [1, 0, 1]
+    assert ImageList([(a, 7), (b, 3)]).targets == [7, 3] and ImageList([a, b]).targets == [-1, -1]
+    images, labels = next(iter(DataLoader(names, 3)))
+    assert torch.equal(images, torch.stack([names[i][0] for i in range(3)])) and labels.tolist() == [1, 0, 1]
+    first, second = ImageList([(a, 0)] * 4 + [(b, 1)] * 4).split(0.5)
+    assert first.targets == second.targets == [0, 0, 1, 1]
+    assert pickle.loads(pickle.dumps(names)).samples == names.samples
+    assert repr(names).startswith("Dataset ImageList\n    Number of datapoints: 3")
+    for wrong in ([3], [(a, 1, 2)], [(a, "cat"), (b, 1)], [(a, 1.5)]):
+        with pytest.raises(TypeError):
+            ImageList(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:cnnrs.DataLoader skips files")
+def test_names_that_are_not_utf8_load(tmp_path: Path) -> None:
+    tree(tmp_path, "cl/a.png", "cl/é🐱.png")
+    strange = os.fsencode(tmp_path / "cl") + b"/\xff\xfe.png"
+    os.link(os.fsencode(tmp_path / "cl" / "a.png"), strange)
+    ours, theirs = both(str(tmp_path), transforms.ToTensor())
+    same(ours, theirs)
+    assert os.fsdecode(strange) in [path for path, _ in ours.samples]
+    images, _ = next(iter(DataLoader(ours, 3)))
+    assert torch.equal(images, torch.stack([image for image, _ in theirs]))
+    os.remove(strange)
+    skipping = DataLoader(ours, 3, on_error="skip")
+    assert [len(images) for images, _ in skipping] == [2]
+    assert skipping.errors[0][0] == os.fsdecode(strange)

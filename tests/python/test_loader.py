@@ -618,7 +618,8 @@ def test_after_a_fork(folder: Path) -> None:
     assert run(code, str(folder)) == "True 0\n"
 
 
-def test_inside_torchs_worker_processes(folder: Path) -> None:
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_inside_torchs_worker_processes(folder: Path, tmp_path: Path, context: str) -> None:
     code = """
         import sys
         import torch
@@ -639,45 +640,213 @@ def test_inside_torchs_worker_processes(folder: Path) -> None:
 
         if __name__ == "__main__":
             nested = Nested(sys.argv[1])
-            for images in TorchDataLoader(nested, 1, num_workers=2, multiprocessing_context="fork"):
+            for images in TorchDataLoader(nested, 1, num_workers=2, multiprocessing_context=sys.argv[2]):
                 assert torch.equal(images[0], nested[0])
             print("done")
     """
-    assert run(code, str(folder)) == "done\n"
+    # A file: spawned processes import it, which they cannot do with the text behind -c.
+    script = tmp_path / "nested.py"
+    script.write_text(textwrap.dedent(code))
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), context], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
-def test_ctrl_c_stops_the_wait(tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_wait_and_leaves_no_thread(tmp_path: Path) -> None:
     # Photos that take seconds per batch; the signal arrives in the middle of one.
     (tmp_path / "class").mkdir()
-    picture(2600, 3400, 0).save(tmp_path / "class" / "0.jpg", quality=95)
-    for i in range(1, 300):
+    picture(1300, 1700, 0).save(tmp_path / "class" / "0.jpg", quality=95)
+    for i in range(1, 400):
         os.link(tmp_path / "class" / "0.jpg", tmp_path / "class" / f"{i}.jpg")
     code = """
         import os, signal, sys, threading, time
+        from pathlib import Path
         import torch
         from torchvision import transforms
         from cnnrs.folder import ImageFolder
         from cnnrs.loader import DataLoader
+
+        def threads():
+            found = 0
+            for task in Path("/proc/self/task").iterdir():
+                try:
+                    found += (task / "comm").read_text().startswith("cnnrs-")
+                except OSError:
+                    pass
+            return found
+
         transform = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()])
         dataset = ImageFolder(sys.argv[1], transform)
         for num_workers in (2, 0):
-            iterator = iter(DataLoader(dataset, 300, num_workers=num_workers))
-            sent = []
-            def interrupt():
-                sent.append(time.monotonic())
-                os.kill(os.getpid(), signal.SIGINT)
-            threading.Timer(0.5, interrupt).start()
-            try:
-                next(iterator)
-            except KeyboardInterrupt:
-                late = time.monotonic() - sent[0]
-                # A slice of the wait, or without threads the photo it is at; the batch takes 9 s at least.
-                print(late < 3.0 or late)
-            else:
-                print("not interrupted")
-            del iterator
+            late = []
+            for _ in range(3):
+                iterator = iter(DataLoader(dataset, 400, num_workers=num_workers))
+                sent = []
+                def interrupt():
+                    sent.append(time.monotonic())
+                    os.kill(os.getpid(), signal.SIGINT)
+                threading.Timer(0.3, interrupt).start()
+                try:
+                    next(iterator)
+                except KeyboardInterrupt:
+                    late.append(time.monotonic() - sent[0])
+                del iterator
+                deadline = time.monotonic() + 10
+                while threads() and time.monotonic() < deadline:
+                    time.sleep(0.002)
+            # A slice of the wait (50 ms), or without threads the photo it is at (about 30 ms); a batch takes 5 s. The
+            # promise is 100 ms; the best of three, because other programs run as well.
+            print(len(late), min(late) < 0.1 or late, threads())
     """
-    assert run(code, str(tmp_path)) == "True\nTrue\n"
+    assert run(code, str(tmp_path)) == "3 True 0\n3 True 0\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_memory_stays_flat(folder: Path, tmp_path: Path) -> None:
+    code = """
+        import sys
+        from torchvision import transforms
+        from cnnrs.folder import ImageFolder
+        from cnnrs.loader import DataLoader
+
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+        transform = transforms.Compose(
+            [transforms.Resize((64, 64)), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+        )
+        dataset = ImageFolder(sys.argv[1], transform)
+        # A file that fails leaves nothing behind either.
+        open(dataset.samples[4][0], "w").close()
+        loaders = [
+            DataLoader(dataset, 4, shuffle=True, num_workers=2, on_error="skip"),
+            DataLoader(dataset, 4, shuffle=True, num_workers=2, on_error="skip", cache=sys.argv[2]),
+            DataLoader(dataset, 4, shuffle=True, num_workers=2, on_error="skip", cache="ram"),
+        ]
+        after = []
+        for i in range(100):
+            for loader in loaders:
+                for _ in loader:
+                    pass
+            if i in (9, 99):
+                after.append(resident())
+        # 300 epochs; a leak of one batch (200 KB) each would be 53 MB.
+        print((after[1] - after[0]) >> 20)
+    """
+    root = tmp_path / "images"
+    shutil.copytree(folder, root)
+    assert int(run(code, str(root), str(tmp_path / "cache"))) < 8
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_the_peak_is_the_batches_in_flight(tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    picture(60, 60, 0).save(tmp_path / "class" / "0.png")
+    for i in range(1, 640):
+        os.link(tmp_path / "class" / "0.png", tmp_path / "class" / f"{i}.png")
+    code = """
+        import re, sys
+        import torch
+        from torchvision import transforms
+        from cnnrs.folder import ImageFolder
+        from cnnrs.loader import DataLoader
+
+        def peak():
+            return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+        dataset = ImageFolder(sys.argv[1], transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor()]))
+        list(DataLoader(dataset, 1, sampler=[0]))
+        before = peak()
+        for images, _ in DataLoader(dataset, 32, num_workers=2, prefetch_factor=2):
+            pass
+        batch = 32 * 3 * 224 * 224 * 4
+        print((peak() - before) / batch)
+    """
+    # prefetch_factor + 1 in flight and the one that the consumer holds, and the threads' images.
+    assert float(run(code, str(tmp_path))) < 2 + 1 + 1 + 1
+
+
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+FINISHES = {
+    "normalize": TUTORIAL,
+    "float": transforms.Compose([transforms.Resize((20, 21)), transforms.ToTensor()]),
+    "bytes": transforms.Compose([transforms.Resize((20, 21)), transforms.PILToTensor()]),
+    "table": transforms.Compose(
+        [
+            transforms.Resize((20, 21)),
+            transforms.ToTensor(),
+            transforms.Normalize(0.5, 0.2),
+            transforms.Normalize(0.1, 3.0),
+        ]
+    ),
+    "gray": transforms.Compose([transforms.Resize((20, 21)), transforms.Grayscale(), transforms.ToTensor()]),
+    "python": transforms.Compose([transforms.Resize((20, 21)), transforms.ToTensor(), lambda image: image * 2]),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", FINISHES)
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_numbers_made_on_a_device_have_the_same_bits(folder: Path, device: str, name: str, on_error: str) -> None:
+    dataset = ImageFolder(folder, FINISHES[name])
+    expected = list(DataLoader(dataset, 4))
+    loader = DataLoader(dataset, 4, num_workers=2, device=device, on_error=on_error)
+    for _ in range(2):
+        found = list(loader)
+        assert len(found) == len(expected)
+        for (images, labels), (other, numbers) in zip(found, expected, strict=True):
+            assert images.device.type == labels.device.type == device
+            assert images.dtype == other.dtype
+            assert torch.equal(images.cpu(), other) and torch.equal(labels.cpu(), numbers)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bytes_cross_the_bus(folder: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnnrs.device import Mover
+
+    crossed = []
+    copy = Mover._copy
+
+    def watch(self: Mover, tensor: torch.Tensor, sources: list[torch.Tensor]) -> torch.Tensor:
+        crossed.append(tensor.dtype)
+        return copy(self, tensor, sources)
+
+    monkeypatch.setattr(Mover, "_copy", watch)
+    list(DataLoader(ImageFolder(folder, TUTORIAL), 26, device=device))
+    assert crossed == [torch.uint8, torch.int64]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_batches_move_as_they_are(folder: Path, device: str) -> None:
+    rows = torch.utils.data.TensorDataset(torch.arange(6.0).view(3, 2), torch.arange(3))
+    (found,) = list(DataLoader(rows, 3, device=device))
+    assert torch.equal(found[0].cpu(), rows.tensors[0]) and found[0].device.type == device
+
+    def collate(samples: list[Any]) -> dict[str, Any]:
+        return {"images": [image for image, _ in samples], "labels": torch.tensor([i for _, i in samples]), "n": 2}
+
+    batch = next(iter(DataLoader(ImageFolder(folder, TUTORIAL), 2, collate_fn=collate, device=device)))
+    assert batch["n"] == 2 and batch["labels"].device.type == batch["images"][1].device.type == device
+
+
+def test_several_loaders_at_once(folder: Path, assert_equal: Check) -> None:
+    dataset = ImageFolder(folder, TUTORIAL)
+    expected = list(DataLoader(dataset, 4, num_workers=0))
+    found: dict[int, Any] = {}
+
+    def work(i: int) -> None:
+        found[i] = [batch for _ in range(3) for batch in DataLoader(dataset, 4, num_workers=2)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        assert_equal(found[i], expected * 3)
 
 
 def test_other_python_threads_run_during_the_wait(tmp_path: Path) -> None:
