@@ -125,6 +125,7 @@ def test_batches_are_torchs(
         assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.filterwarnings("ignore:cnnrs.DataLoader cannot read")
 def test_batches_follow_edits_of_the_data(mnist_root: Path, assert_equal: Callable[..., None]) -> None:
     for make in (MNIST, datasets.MNIST):
         dataset = make(mnist_root, transform=TUTORIAL)

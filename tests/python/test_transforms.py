@@ -20,6 +20,7 @@ from cnnrs.folder import ImageFolder
 from cnnrs.loader import DataLoader
 from cnnrs.transforms import lower
 
+pytestmark = pytest.mark.filterwarnings("ignore:cnnrs.DataLoader.* in Python")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 NATIVE: dict[str, Any] = {
