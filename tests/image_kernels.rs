@@ -155,7 +155,7 @@ proptest! {
     ) {
         let image = noise(width, height, Layout::Rgbx, seed);
         let transform =
-            Transform { ops: vec![], finish: Finish::Normalize { mean, std }, order: PillowOrder::Pillow13 };
+            Transform { ops: vec![], finish: Finish::Normalize { mean, std }, erase: None, order: PillowOrder::Pillow13 };
         let size = 3 * width * height;
         let (mut vector, mut table) = (vec![0f32; size], vec![1f32; size]);
         transform.finish_f32(&image, &mut Scratch::default(), &mut vector)?;
@@ -183,6 +183,7 @@ fn photo_transform() -> Transform {
             Op::Rotation { low: -30.0, high: 30.0, filter: Filter::Nearest, expand: false, center: None, fill: [0; 3] },
         ],
         finish: Finish::Normalize { mean: vec![0.485, 0.456, 0.406], std: vec![0.229, 0.224, 0.225] },
+        erase: None,
         order: PillowOrder::Pillow13,
     }
 }
@@ -214,8 +215,12 @@ fn draws_follow_the_key_and_nothing_else() {
 
 #[test]
 fn flips_and_angles_are_spread_as_they_should() {
-    let flip =
-        Transform { ops: vec![Op::HorizontalFlip { p: 0.3 }], finish: Finish::Uint8, order: PillowOrder::Pillow13 };
+    let flip = Transform {
+        ops: vec![Op::HorizontalFlip { p: 0.3 }],
+        finish: Finish::Uint8,
+        erase: None,
+        order: PillowOrder::Pillow13,
+    };
     let original = Image { width: 2, height: 1, layout: Layout::Gray, data: vec![0, 1] };
     let flipped = (0..20_000)
         .filter(|&sample| {
@@ -230,7 +235,8 @@ fn flips_and_angles_are_spread_as_they_should() {
 
 #[test]
 fn output_shapes_are_known_where_they_can_be() {
-    let shape = |ops| Transform { ops, finish: Finish::Float, order: PillowOrder::Pillow13 }.output_shape();
+    let shape =
+        |ops| Transform { ops, finish: Finish::Float, erase: None, order: PillowOrder::Pillow13 }.output_shape();
     let exact = Op::Resize { size: Size::Exact { height: 5, width: 6 }, filter: Filter::Box };
     let shorter = Op::Resize { size: Size::Shorter { edge: 10, max_size: None }, filter: Filter::Box };
     let turned =
@@ -248,7 +254,7 @@ fn output_shapes_are_known_where_they_can_be() {
 fn wrong_arguments_are_told_apart() {
     let mut image = noise(4, 4, Layout::Rgbx, 1);
     let mut run = |ops: Vec<Op>, finish: Finish, room: usize| {
-        let transform = Transform { ops, finish, order: PillowOrder::Pillow13 };
+        let transform = Transform { ops, finish, erase: None, order: PillowOrder::Pillow13 };
         let result = transform.apply_f32(&mut image, Key::default(), &mut Scratch::default(), &mut vec![0.0; room]);
         result.unwrap_err().to_string()
     };

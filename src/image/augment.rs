@@ -5,6 +5,7 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
+use super::affine::Affine;
 use super::crop::{self, Window};
 use super::{Image, Layout, Op};
 
@@ -28,22 +29,38 @@ impl Key {
 }
 
 /// What chance decided for one operation.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) enum Drawn {
     /// Nothing to decide.
     Sure,
-    Flip(bool),
-    Angle(f64),
+    Yes(bool),
+    /// An angle or a factor.
+    Number(f64),
     Window(Window),
+    Map(Affine),
+    Branch(usize),
+    Order(Vec<usize>),
 }
 
 impl Op {
-    /// Draws as torchvision does: `torch.rand(1) < p`, angles from `[low, high)` in single precision, windows that fit
+    /// Draws as torchvision does: `torch.rand(1) < p`, numbers from `[low, high)` in single precision, windows that fit
     /// the image.
     pub(super) fn draw(&self, rng: &mut ChaCha8Rng, image: &Image) -> Drawn {
+        let mut number = |(low, high): (f64, f64)| f64::from(between(rng, low as f32, high as f32));
         match *self {
-            Self::HorizontalFlip { p } | Self::VerticalFlip { p } => Drawn::Flip(f64::from(uniform(rng)) < p),
-            Self::Rotation { low, high, .. } => Drawn::Angle(f64::from(between(rng, low as f32, high as f32))),
+            Self::HorizontalFlip { p } | Self::VerticalFlip { p } | Self::RandomApply { p, .. } => {
+                Drawn::Yes(f64::from(uniform(rng)) < p)
+            }
+            Self::Rotation { low, high, .. } | Self::Adjust { low, high, .. } => Drawn::Number(number((low, high))),
+            Self::Affine { degrees, translate, scale, shear, .. } => {
+                let mut shift = |share: f64, length: usize| {
+                    let most = share * length as f64;
+                    number((-most, most)).round_ties_even()
+                };
+                let translate = (shift(translate.0, image.width), shift(translate.1, image.height));
+                let shear = (number(shear[0]), number(shear[1]));
+                Drawn::Map(Affine { angle: number(degrees), translate, scale: number(scale), shear })
+            }
             Self::RandomCrop { height, width, pad_if_needed, .. } => {
                 let (rows, columns) = crop::padded_size(image, height, width, pad_if_needed);
                 Drawn::Window(crop::random_window(rng, rows, columns, height, width))
@@ -51,28 +68,38 @@ impl Op {
             Self::RandomResizedCrop { scale, ratio, .. } => {
                 Drawn::Window(crop::random_resized_window(rng, image.height, image.width, scale, ratio))
             }
+            Self::RandomChoice { ref weights, .. } => {
+                let mut left = number((0.0, 1.0)) * weights.iter().sum::<f64>();
+                let chosen = weights.iter().position(|weight| {
+                    left -= weight;
+                    left < 0.0
+                });
+                Drawn::Branch(chosen.unwrap_or(weights.len().saturating_sub(1)))
+            }
+            Self::RandomOrder { ref parts } => {
+                let mut order: Vec<usize> = (0..parts.len()).collect();
+                for i in (1..order.len()).rev() {
+                    order.swap(i, below(rng, i + 1));
+                }
+                Drawn::Order(order)
+            }
             Self::Resize { .. }
             | Self::CenterCrop { .. }
             | Self::Crop(_)
             | Self::Pad { .. }
-            | Self::Grayscale { .. } => Drawn::Sure,
+            | Self::Grayscale { .. }
+            | Self::Sharpness { .. }
+            | Self::Invert
+            | Self::Solarize { .. }
+            | Self::Posterize { .. }
+            | Self::Equalize
+            | Self::AutoContrast => Drawn::Sure,
         }
-    }
-
-    pub(super) fn is_random(&self) -> bool {
-        matches!(
-            self,
-            Self::HorizontalFlip { .. }
-                | Self::VerticalFlip { .. }
-                | Self::Rotation { .. }
-                | Self::RandomCrop { .. }
-                | Self::RandomResizedCrop { .. }
-        )
     }
 }
 
 /// One of the 2^24 evenly spaced numbers in `[0, 1)` that `torch.rand` can give.
-fn uniform(rng: &mut ChaCha8Rng) -> f32 {
+pub(super) fn uniform(rng: &mut ChaCha8Rng) -> f32 {
     (rng.next_u32() >> 8) as f32 / 16_777_216.0
 }
 
@@ -135,6 +162,6 @@ pub fn grayscale(image: &mut Image, channels: usize) {
 }
 
 /// ITU-R 601-2 in 16-bit fixed point, as Pillow rounds it.
-fn luma(pixel: &[u8]) -> u8 {
+pub(super) fn luma(pixel: &[u8]) -> u8 {
     ((u32::from(pixel[0]) * 19595 + u32::from(pixel[1]) * 38470 + u32::from(pixel[2]) * 7471 + 0x8000) >> 16) as u8
 }

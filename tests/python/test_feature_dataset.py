@@ -88,7 +88,7 @@ def test_batches_are_those_of_the_default_collation(kind: str, shuffle: bool) ->
 
 def test_items_are_as_given() -> None:
     dataset = FeatureDataset(features, list(labels))
-    assert dataset[3][0].base is features and dataset[3][1] is list(labels)[3] or dataset[3][1] == labels[3]
+    assert (dataset[3][0].base is features and dataset[3][1] is list(labels)[3]) or dataset[3][1] == labels[3]
     assert len(dataset) == 23
     with pytest.raises(ValueError, match="23 features and 5 labels"):
         FeatureDataset(features, labels[:5])

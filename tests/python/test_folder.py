@@ -19,6 +19,7 @@ from torchvision import datasets, transforms
 
 from cnnrs.folder import ImageFolder, make_dataset
 
+
 def both(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
     return ImageFolder(*args, **kwargs), datasets.ImageFolder(*args, **kwargs)
 

@@ -20,7 +20,6 @@ from conftest import write_idx
 from torch.utils.data import DataLoader as TorchDataLoader
 from torchvision import datasets, transforms
 
-from cnnrs import _cnnrs
 from cnnrs.errors import DecodeError
 from cnnrs.loader import DataLoader
 from cnnrs.mnist import FILES, MNIST

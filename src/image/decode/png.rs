@@ -61,7 +61,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
 }
 
 /// Length, name and the rest from the data on.
-fn chunk(bytes: &[u8]) -> Option<(usize, &[u8], &[u8])> {
+pub(super) fn chunk(bytes: &[u8]) -> Option<(usize, &[u8], &[u8])> {
     let (head, rest) = bytes.split_first_chunk::<8>()?;
     let (length, name) = head.split_at(4);
     Some((length.iter().fold(0, |n, &b| n << 8 | b as usize), name, rest))
@@ -69,7 +69,7 @@ fn chunk(bytes: &[u8]) -> Option<(usize, &[u8], &[u8])> {
 
 /// Checksums of the chunks in front of the pixels: a wrong palette or size would go unnoticed. Gives the position of
 /// the first chunk of pixels.
-fn check_header_chunks(bytes: &[u8]) -> Result<usize> {
+pub(super) fn check_header_chunks(bytes: &[u8]) -> Result<usize> {
     let mut at = 8;
     let cut = || truncated("PNG", bytes.len());
     loop {

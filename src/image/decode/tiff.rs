@@ -11,7 +11,7 @@ use ::tiff::{ColorType, TiffError};
 use super::jpeg::cmyk_to_rgb;
 use super::{Samples, check_pixels, clipped, fill_rows, truncated};
 use crate::error::{Error, Result};
-use crate::image::rotate::turn;
+use crate::image::rotate::upright;
 use crate::image::{Image, Layout, Limits};
 
 pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
@@ -95,7 +95,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         _ => return Err(unsupported()),
     }
     let orientation = tiff.find_tag_unsigned::<u16>(Tag::Orientation).map_err(failed)?.unwrap_or(1);
-    upright(orientation, out);
+    upright(u8::try_from(orientation).unwrap_or(1), out);
     Ok(())
 }
 
@@ -156,21 +156,4 @@ fn divide_by_alpha(image: &mut Image, alpha: impl Iterator<Item = u8>) {
             };
         }
     }
-}
-
-/// The eight EXIF orientations.
-fn upright(orientation: u16, image: &mut Image) {
-    let (h, w) = (image.height, image.width);
-    let mut turned = Image::default();
-    match orientation {
-        2 => turn(image, h, w, &mut turned, |y, x| (y, w - 1 - x)),
-        3 => turn(image, h, w, &mut turned, |y, x| (h - 1 - y, w - 1 - x)),
-        4 => turn(image, h, w, &mut turned, |y, x| (h - 1 - y, x)),
-        5 => turn(image, w, h, &mut turned, |y, x| (x, y)),
-        6 => turn(image, w, h, &mut turned, |y, x| (h - 1 - x, y)),
-        7 => turn(image, w, h, &mut turned, |y, x| (h - 1 - x, w - 1 - y)),
-        8 => turn(image, w, h, &mut turned, |y, x| (x, w - 1 - y)),
-        _ => return,
-    }
-    std::mem::swap(image, &mut turned);
 }
