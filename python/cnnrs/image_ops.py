@@ -1,6 +1,6 @@
 """torchvision's operations on one PIL image, as the tuples that Rust reads.
 
-One function per class of torchvision, v1 or v2: it gets the user's object and the number of channels of the image (3 or 1)
+One function per class of torchvision, v1 or v2: it gets the object and the number of channels of the image (3 or 1)
 and returns what Rust runs instead, or None where that would not be exactly the same.
 """
 

@@ -115,8 +115,8 @@ pub fn decode_with(bytes: &[u8], options: &Options, out: &mut Image) -> Result<S
             Format::Tiff => tiff::decode(bytes, limits, out),
             Format::Pnm => pnm::decode(bytes, limits, out),
         };
-        if matches!(whole, Err(Error::Decode { .. })) && options.truncated == Truncated::Accept {
-            damaged::decode(bytes, format, limits, out).unwrap_or(whole)?;
+        if matches!(whole, Err(Error::Decode { .. })) {
+            damaged::decode(bytes, format, limits, options.truncated == Truncated::Accept, out).unwrap_or(whole)?;
         } else {
             whole?;
         }

@@ -1,4 +1,5 @@
-//! Files that end too early or are broken inside, shown as far as they go: Pillow under `LOAD_TRUNCATED_IMAGES`.
+//! Files that end too early or are broken inside: those that Pillow reads all the same, and those that it shows as far as
+//! they go under `LOAD_TRUNCATED_IMAGES`.
 
 #![forbid(unsafe_code)]
 
@@ -7,15 +8,20 @@ use flate2::{Decompress, FlushDecompress, Status};
 use super::jpeg::cmyk_to_rgb;
 use super::libjpeg::{Decoder, JCS_CMYK, JCS_EXT_RGBX};
 use super::png::{check_header_chunks, chunk};
-use super::{Format, Samples, check_pixels, color_table};
+use super::{Format, Samples, check_pixels, clipped, color_table};
 use crate::error::{Error, Result};
 use crate::image::{Image, Layout, Limits};
 
-/// Decodes what there is; the rest is black (gray in JPEG). `None` for formats where Pillow refuses such files.
-pub fn decode(bytes: &[u8], format: Format, limits: &Limits, out: &mut Image) -> Option<Result<()>> {
+/// What Pillow makes of a file that the decoders above refuse; `None` where it refuses too. With `accept`, pixels that
+/// are missing are black (gray in JPEG).
+pub fn decode(bytes: &[u8], format: Format, limits: &Limits, accept: bool, out: &mut Image) -> Option<Result<()>> {
     match format {
-        Format::Jpeg => Some(jpeg(bytes, limits, out)),
-        Format::Png => Some(png(bytes, limits, out)),
+        Format::Jpeg if accept => Some(jpeg(bytes, limits, out)),
+        // Pillow does not look behind the last pixel: checksums and the end of the file may be missing.
+        Format::Png => match png(bytes, limits, out) {
+            Ok(complete) => (complete || accept).then_some(Ok(())),
+            Err(error) => accept.then_some(Err(error)),
+        },
         _ => None,
     }
 }
@@ -48,8 +54,8 @@ fn jpeg(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
 const ADAM7: [[usize; 4]; 7] =
     [[0, 8, 0, 8], [4, 8, 0, 8], [0, 4, 4, 8], [2, 4, 0, 4], [0, 2, 2, 4], [1, 2, 0, 2], [0, 1, 1, 2]];
 
-/// Row by row as the compressed data allows.
-fn png(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
+/// Row by row as the compressed data allows. Whether Pillow would find nothing missing.
+fn png(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<bool> {
     let broken = || Error::decode("the PNG ends or breaks before its first pixel");
     let start = check_header_chunks(bytes)?;
     let (13, b"IHDR", header) = bytes.get(8..).and_then(chunk).ok_or_else(broken)? else { return Err(broken()) };
@@ -62,35 +68,43 @@ fn png(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         // Pillow clips 16-bit gray.
         (0, 16) => (None, 16),
         (0, 1 | 2 | 4 | 8) => (Some(Samples::Gray { bits: depth }), usize::from(depth)),
-        (3, 1 | 2 | 4 | 8) => (Some(Samples::Palette { bits: depth, colors: &palette }), usize::from(depth)),
+        (3, 1 | 2 | 4 | 8) => {
+            let colors = palette.as_ref().ok_or_else(|| Error::decode("broken PNG: no palette"))?;
+            (Some(Samples::Palette { bits: depth, colors }), usize::from(depth))
+        }
         (2, 8 | 16) => (Some(Samples::Bytes { step: 3 * wide, rgb: [0, wide, 2 * wide] }), 24 * wide),
         (4, 8 | 16) => (Some(Samples::Bytes { step: 2 * wide, rgb: [0; 3] }), 16 * wide),
         (6, 8 | 16) => (Some(Samples::Bytes { step: 4 * wide, rgb: [0, wide, 2 * wide] }), 32 * wide),
         _ => return Err(broken()),
     };
     out.reshape(width, height, Layout::Rgbx);
-    let unreached = if color == 3 { palette[0] } else { [0; 3] };
+    let unreached = palette.filter(|_| color == 3).map_or([0; 3], |colors| colors[0]);
     out.data.as_chunks_mut::<4>().0.fill([unreached[0], unreached[1], unreached[2], 0]);
     let data = pixel_data(bytes, start);
-    let mut inflate = Inflate { stream: Decompress::new(true), data: &data };
+    let mut inflate = Inflate { stream: Decompress::new(true), data: &data, ended: false };
     let whole = [[0, 1, 0, 1]];
-    for &[x0, dx, y0, dy] in if interlaced { &ADAM7[..] } else { &whole[..] } {
-        let columns = width.saturating_sub(x0).div_ceil(dx);
-        if columns == 0 {
-            continue;
-        }
-        let mut line = vec![0; 1 + (columns * bits).div_ceil(8)];
+    let passes = if interlaced { &ADAM7[..] } else { &whole[..] };
+    let columns = |&[x0, dx, ..]: &[usize; 4]| width.saturating_sub(x0).div_ceil(dx);
+    let rows = |pass: &[usize; 4]| if columns(pass) > 0 { height.saturating_sub(pass[2]).div_ceil(pass[3]) } else { 0 };
+    let mut left: usize = passes.iter().map(rows).sum();
+    for pass in passes.iter().filter(|pass| rows(pass) > 0) {
+        let [x0, dx, y0, dy] = *pass;
+        let mut line = vec![0; 1 + (columns(pass) * bits).div_ceil(8)];
         let mut above = vec![0; line.len()];
-        let mut pixels = vec![0; 4 * columns];
+        let mut pixels = vec![0; 4 * columns(pass)];
         for y in (y0..height).step_by(dy) {
-            if inflate.fill(&mut line).is_none() || unfilter(&mut line, &above, bits.div_ceil(8)).is_none() {
-                return Ok(());
+            left -= 1;
+            if inflate.fill(&mut line).is_none()
+                || (left == 0 && inflate.is_broken_behind())
+                || unfilter(&mut line, &above, bits.div_ceil(8)).is_none()
+            {
+                return Ok(false);
             }
             match samples {
                 Some(samples) => samples.unpack(&line[1..], &mut pixels),
                 None => {
                     for (pixel, value) in pixels.as_chunks_mut::<4>().0.iter_mut().zip(line[1..].as_chunks::<2>().0) {
-                        pixel.fill(super::clipped(u16::from_be_bytes(*value).into()));
+                        pixel.fill(clipped(u16::from_be_bytes(*value).into()));
                     }
                 }
             }
@@ -98,22 +112,25 @@ fn png(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
             for (target, pixel) in row.iter_mut().skip(x0).step_by(dx).zip(pixels.as_chunks::<4>().0) {
                 *target = *pixel;
             }
+            if inflate.ended {
+                // A stream that ends with a row ends the picture, wherever that is.
+                return Ok(true);
+            }
             std::mem::swap(&mut line, &mut above);
         }
     }
-    Ok(())
+    Ok(true)
 }
 
-fn palette(bytes: &[u8], end: usize) -> [[u8; 3]; 256] {
+fn palette(bytes: &[u8], end: usize) -> Option<[[u8; 3]; 256]> {
     let mut at = 8;
     while at < end {
-        match bytes.get(at..).and_then(chunk) {
-            Some((length, b"PLTE", rest)) => return color_table(rest.get(..length).unwrap_or_default()),
-            Some((length, ..)) => at += 12 + length,
-            None => break,
+        match chunk(bytes.get(at..)?)? {
+            (length, b"PLTE", rest) => return rest.get(..length).map(color_table),
+            (length, ..) => at += 12 + length,
         }
     }
-    color_table(&[])
+    None
 }
 
 /// The contents of the consecutive IDAT chunks, the last one as far as it goes.
@@ -129,6 +146,7 @@ fn pixel_data(bytes: &[u8], mut at: usize) -> Vec<u8> {
 struct Inflate<'a> {
     stream: Decompress,
     data: &'a [u8],
+    ended: bool,
 }
 
 impl Inflate<'_> {
@@ -141,11 +159,17 @@ impl Inflate<'_> {
             let (taken, made) = (self.stream.total_in() - before_in, self.stream.total_out() - before_out);
             self.data = &self.data[taken as usize..];
             filled += made as usize;
-            if filled < line.len() && (status == Status::StreamEnd || taken + made == 0) {
+            self.ended = status == Status::StreamEnd;
+            if filled < line.len() && (self.ended || taken + made == 0) {
                 return None;
             }
         }
         Some(())
+    }
+
+    /// Whether the checksum behind the last row, as far as it is there, does not match: zlib looks at once.
+    fn is_broken_behind(&mut self) -> bool {
+        self.stream.decompress(self.data, &mut [0], FlushDecompress::None).is_err()
     }
 }
 
