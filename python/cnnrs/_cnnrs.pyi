@@ -97,6 +97,6 @@ def apply_op(
     width: int,
     spec: tuple[Any, ...],
     order: str,
-    key: tuple[int, int, int] = (0, 0, 0),
+    key: tuple[int, int, int] | None = None,
 ) -> tuple[int, int, bytes]:
     """One operation, spelled as for `Loader`, on RGB: (height, width, bytes), 3 bytes per pixel or 1 if gray."""

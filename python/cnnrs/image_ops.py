@@ -61,7 +61,10 @@ def _range(pair: Any) -> tuple[float, float] | None:
 
 def _note_antialias(step: Any) -> None:
     if step.antialias is False:
-        warnings.warn("Anti-alias option is always applied for PIL Image input. Argument antialias is ignored.")
+        # torchvision's words: filters that users have set keep working.
+        warnings.warn(
+            "Anti-alias option is always applied for PIL Image input. Argument antialias is ignored.", stacklevel=2
+        )
 
 
 # -- sizes and windows -------------------------------------------------------------------------------------------------

@@ -51,13 +51,7 @@ impl Format {
 /// Alpha is dropped, not blended; palettes are looked up; 16-bit gray is clipped at 255 while 16-bit colour keeps its
 /// high bytes; CMYK goes through Pillow's own formula; only TIFF applies its orientation tag: all as Pillow does.
 ///
-/// What is not as in Pillow:
-/// - JPEG strips inside TIFF go through another inverse DCT: up to 4 levels per channel.
-/// - Not read, though Pillow does: JPEG 2000, AVIF, ICO, TGA and the other rare formats; in TIFF YCbCr, Lab, separate
-///   colour planes, CMYK with 16 bits, LZMA, WebP and Zstandard strips; PFM and Pillow's own PNM dialects.
-/// - Damaged files other than JPEG: of 75,000 files with turned bits, zeroed runs or missing tails, 220 were read where
-///   Pillow refuses them or the other way round (189 of them PNGs cut within the last bits of their pixels, which Pillow
-///   accepts), and 6 lossless WebP with wrong bits showed other wrong pixels. JPEG: none.
+/// What is not as in Pillow is listed in `docs/parity.md`, each exception with its largest difference and its test.
 ///
 /// # Errors
 /// [`Error::Decode`] with the reason when the bytes are no image, broken or cut off, [`Error::TooLarge`] before any

@@ -197,11 +197,9 @@ impl Op {
                 let (height, width) = size.resolve(image.height, image.width)?;
                 resize_with(ResizePath::best(), image, height, width, filter, order, &mut scratch.resize);
             }
-            (&Self::CenterCrop { height, width }, _) => {
-                if (image.height, image.width) != (height, width) {
-                    center_crop(image, height, width, &mut scratch.spare);
-                    std::mem::swap(image, &mut scratch.spare);
-                }
+            (&Self::CenterCrop { height, width }, _) if (image.height, image.width) != (height, width) => {
+                center_crop(image, height, width, &mut scratch.spare);
+                std::mem::swap(image, &mut scratch.spare);
             }
             (&Self::Crop(window), _) => cut(image, window, scratch)?,
             (&Self::Pad { border, fill, mode }, _) => {
@@ -245,7 +243,7 @@ impl Op {
             (&Self::Posterize { bits }, _) => color::posterize(image, bits),
             (Self::Equalize, _) => color::equalize(image),
             (Self::AutoContrast, _) => color::autocontrast(image),
-            // Flips and groups that the draw decided against.
+            // Crops to the size that is there, flips and groups that the draw decided against.
             _ => {}
         }
         Ok(())

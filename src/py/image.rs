@@ -43,7 +43,7 @@ pub fn image_orientation(data: PyBackedBytes) -> u8 {
 /// One operation on an RGB image: `(height, width, bytes)`, three bytes per pixel or one if it is gray afterwards.
 /// `key` is (seed, sample, position) of the draws.
 #[pyfunction]
-#[pyo3(signature = (rgb, height, width, spec, order, key=(0, 0, 0)))]
+#[pyo3(signature = (rgb, height, width, spec, order, key=None))]
 pub fn apply_op<'py>(
     py: Python<'py>,
     rgb: PyBackedBytes,
@@ -51,7 +51,7 @@ pub fn apply_op<'py>(
     width: usize,
     spec: &Bound<'py, PyTuple>,
     order: &str,
-    key: (u64, u64, u64),
+    key: Option<(u64, u64, u64)>,
 ) -> PyResult<Pixels<'py>> {
     if height.checked_mul(width).and_then(|n| n.checked_mul(3)) != Some(rgb.len()) || rgb.is_empty() {
         return Err(PyValueError::new_err(format!(
@@ -68,7 +68,7 @@ pub fn apply_op<'py>(
             )));
         }
     };
-    let key = Key { seed: key.0, sample: key.1, position: key.2 };
+    let key = key.map_or(Key::default(), |(seed, sample, position)| Key { seed, sample, position });
     let transform = Transform { ops: vec![op(spec)?], finish: Finish::Uint8, erase: None, order };
     let image = enter(py, || {
         let mut image = Image::from_rgb(width, height, &rgb);

@@ -1,4 +1,4 @@
-"""Augmentation: with the same parameters the same bytes as torchvision on PIL images, and parameters drawn as it draws."""
+"""Augmentation: with the same parameters the bytes of torchvision on PIL images, and parameters drawn as it draws."""
 
 from __future__ import annotations
 

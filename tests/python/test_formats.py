@@ -143,7 +143,8 @@ def test_orientations_are_applied_as_exif_transpose_does(format: str, orientatio
     for i, size in enumerate([(7, 4), (1, 9), (16, 16), (33, 17)]):
         rgb = image_files.picture(*size, np.random.default_rng(orientation))
         exif = exif_with(orientation, little=i % 2 == 0)
-        data = encoded(rgb, format, exif=exif) if format != "TIFF" else encoded(rgb, format, tiffinfo={274: orientation})
+        options: dict[str, Any] = {"tiffinfo": {274: orientation}} if format == "TIFF" else {"exif": exif}
+        data = encoded(rgb, format, **options)
         # Pillow turns TIFF upright by itself, always.
         assert_upright(data, 1 if format == "TIFF" else orientation, (format, orientation, size))
 
@@ -273,7 +274,7 @@ def test_what_is_not_truncated_is_the_same_in_both_ways() -> None:
         decode_image(b"", truncated="maybe")
 
 
-# -- what is not as in Pillow: docs/parity.md says so, with the largest difference ---------------------------------------
+# -- what is not as in Pillow: docs/parity.md says so, with the largest difference -------------------------------------
 
 
 def test_jpeg_strips_in_tiff_differ_by_at_most_four() -> None:
@@ -414,8 +415,11 @@ def test_any_size_to_any_size_equals_pillow(
     assert_same(apply(image, "resize", new_height, new_width, filter), expected, (image.size, expected.size, filter))
 
 
+MAGIC = [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF\x40\0\0\0WEBPVP8X", b"BM", b"II*\0", b"P6 "]
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.binary(max_size=64), st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"P6 "]))
+@given(st.binary(max_size=64), st.sampled_from(MAGIC))
 def test_bytes_behind_a_magic_number_are_an_error_or_an_image(tail: bytes, magic: bytes) -> None:
     for truncated in ("error", "accept"):
         try:

@@ -101,9 +101,7 @@ NATIVE: dict[str, Any] = {
             v1.ToTensor(),
         ]
     ),
-    "v2 crop without choice": v2.Compose(
-        [v2.Resize((24, 20)), v2.RandomCrop((28, 22), (1, 2), fill=5), v2.ToImage()]
-    ),
+    "v2 crop without choice": v2.Compose([v2.Resize((24, 20)), v2.RandomCrop((28, 22), (1, 2), fill=5), v2.ToImage()]),
     "certain map": v1.Compose(
         [
             v1.Resize((24, 20)),
