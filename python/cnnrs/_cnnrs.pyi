@@ -10,15 +10,20 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Graph",
+    "Loader",
+    "Memory",
     "NativeOptimizer",
     "__version__",
     "apply_op",
+    "available_threads",
     "decode_image",
     "extract_python",
     "extract_torch",
     "fit_python",
     "fit_torch",
     "image_orientation",
+    "read_idx",
+    "scan_folders",
 ]
 
 __version__: str
@@ -100,3 +105,55 @@ def apply_op(
     key: tuple[int, int, int] | None = None,
 ) -> tuple[int, int, bytes]:
     """One operation, spelled as for `Loader`, on RGB: (height, width, bytes), 3 bytes per pixel or 1 if gray."""
+
+@final
+class Memory:
+    """Batch buffers and scratch space that survive an epoch."""
+
+    def __new__(cls, batches: int) -> Memory:
+        """Keeps up to ``batches`` buffers for re-use."""
+
+@final
+class Loader:
+    """Loads batches of samples in order, ahead of the consumer."""
+
+    def __new__(
+        cls,
+        ops: Sequence[tuple[Any, ...]],
+        finish: tuple[Any, ...] | None,
+        pillow13: bool,
+        seed: int,
+        threads: int,
+        memory: Memory,
+        rows: Any = None,
+    ) -> Loader: ...
+    def submit_files(self, indices: Sequence[int], position: int, paths: Sequence[str | os.PathLike[str]]) -> None:
+        """Asks for the batch of these files; ``position`` is the place of the first one in the epoch."""
+
+    def submit_rows(self, indices: Sequence[int], position: int) -> None:
+        """Asks for the batch of these rows of ``rows``."""
+
+    def submit_pixels(
+        self, indices: Sequence[int], position: int, images: Sequence[tuple[int, int, int, bytes]]
+    ) -> None:
+        """Asks for the batch of these images, each (height, width, channels, packed bytes)."""
+
+    def poll(self) -> tuple[str, Any]:
+        """Waits for the oldest batch: ("batch", capsule) and the like."""
+
+    def retry(self, sample: int, pixels: tuple[int, int, int, bytes]) -> None:
+        """Gives a failed sample of the oldest batch pixels that somebody else decoded."""
+
+    def discard(self) -> None:
+        """Forgets the oldest batch."""
+
+def available_threads() -> int:
+    """Threads that ``num_workers=None`` means: the cores this process may use."""
+
+def read_idx(path: str | os.PathLike[str], labels: bool) -> Any:
+    """The uint8 array of an IDX file as a capsule for ``torch.from_dlpack``."""
+
+def scan_folders(
+    folders: Sequence[str | os.PathLike[str]], extensions: Sequence[str] | None = None
+) -> list[list[str] | None]:
+    """The files below each folder in torchvision's order, or None for a folder that does not exist."""

@@ -55,6 +55,7 @@ class VisionDataset(Dataset[tuple[Any, Any]]):
         return "\n".join([f"Dataset {type(self).__name__}", *(" " * self._repr_indent + line for line in body)])
 
     def extra_repr(self) -> str:
+        """Lines for `repr`, below the root."""
         return ""
 
 
@@ -88,7 +89,7 @@ def make_dataset(
     samples: list[tuple[str, int]] = []
     empty = []
     for name, paths in zip(names, found, strict=True):
-        files = [os.fspath(path) for path in paths or ()]
+        files = paths or []
         if is_valid_file is not None:
             files = [path for path in files if is_valid_file(path)]
         if not files:
@@ -153,7 +154,9 @@ class ImageFolder(VisionDataset):
             allow_empty=allow_empty,
         )
         if loader is None:
-            from torchvision.datasets.folder import default_loader as loader
+            from torchvision.datasets.folder import default_loader
+
+            loader = default_loader
         self.loader: Callable[[str], Any] = loader
         self.extensions = extensions
         self.classes = classes

@@ -6,9 +6,10 @@ and returns what Rust runs instead, or None where that would not be exactly the 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
+
+from cnnrs._notes import note
 
 Spec = tuple[Any, ...]
 Specs = tuple[Spec, ...]
@@ -62,9 +63,7 @@ def _range(pair: Any) -> tuple[float, float] | None:
 def _note_antialias(step: Any) -> None:
     if step.antialias is False:
         # torchvision's words: filters that users have set keep working.
-        warnings.warn(
-            "Anti-alias option is always applied for PIL Image input. Argument antialias is ignored.", stacklevel=2
-        )
+        note("Anti-alias option is always applied for PIL Image input. Argument antialias is ignored.")
 
 
 # -- sizes and windows -------------------------------------------------------------------------------------------------

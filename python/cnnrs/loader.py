@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +22,13 @@ from torch.utils.data import (
 )
 from torch.utils.data._utils.pin_memory import pin_memory as pin
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _DatasetKind
+from torch.utils.dlpack import from_dlpack
 
 from cnnrs import _cnnrs
 from cnnrs.errors import DecodeError
 from cnnrs.feature_dataset import FeatureDataset
 from cnnrs.sources import Rows, Source, Values, find_source
-from cnnrs.transforms import Native, lower, lower_rest, pillow13, wants_info
+from cnnrs.transforms import Native, lower, lower_rest, note, pillow13, wants_info
 
 # The random draws of the operations behind a Python step must not repeat those before it.
 REST_SEED = 0x9E37_79B9_7F4A_7C15
@@ -128,8 +128,8 @@ class DataLoader(TorchDataLoader[Any]):
     def _get_iterator(self) -> _BaseDataLoaderIter:
         if self._dataset_kind != _DatasetKind.Map:
             return _CalledIter(self)
-        if _columns(self) is not None:
-            return _RowsIter(self)
+        if _is_rows(_unwrap(self.dataset)[0]):
+            return _RowsIter(self) if _columns(self) is not None else _CalledIter(self)
         source = find_source(self.dataset)
         if isinstance(source, str):
             _note_called(self.dataset, source)
@@ -161,22 +161,37 @@ def _note_ignored(**given: bool) -> None:
     names = [name for name, is_given in given.items() if is_given]
     if names and "ignored" not in _noted:
         _noted.add("ignored")
-        warnings.warn(
-            f"cnnrs.DataLoader uses threads, not worker processes, and ignores {', '.join(names)}", stacklevel=3
-        )
+        note(f"cnnrs.DataLoader uses threads, not worker processes, and ignores {', '.join(names)}")
 
 
 def _note_called(dataset: object, reason: str) -> None:
     if "called" not in _noted:
         _noted.add("called")
-        warnings.warn(
-            f"cnnrs.DataLoader cannot read the samples of {type(dataset).__name__} itself ({reason}) and calls it sample "
-            "by sample in this process, as torch does with num_workers=0",
-            stacklevel=3,
+        note(
+            f"cnnrs.DataLoader cannot read the samples of {type(dataset).__name__} itself ({reason}) and calls it "
+            "sample by sample in this process, as torch does with num_workers=0"
         )
 
 
-class _CalledIter(_BaseDataLoaderIter):
+class _Iter(_BaseDataLoaderIter):
+    """What all three kinds need from torch's base, which draws `base_seed` and checks `pin_memory`."""
+
+    def _index(self) -> Any:
+        return self._next_index()  # type: ignore[no-untyped-call]
+
+    def __next__(self) -> Any:
+        if torch.autograd.profiler._is_profiler_enabled:
+            return super().__next__()
+        # torch's bookkeeping for a profiler costs as much as a batch of digits.
+        data: Any = self._next_data()
+        self._num_yielded += 1
+        return data
+
+    def _pinned(self, data: Any) -> Any:
+        return pin(data, self._pin_memory_device) if self._pin_memory else data  # type: ignore[no-untyped-call]
+
+
+class _CalledIter(_Iter):
     """torch's own way with `num_workers=0`, whatever the number of threads is."""
 
     def __init__(self, loader: DataLoader) -> None:
@@ -186,7 +201,7 @@ class _CalledIter(_BaseDataLoaderIter):
         self._make_fetcher()
 
     def _make_fetcher(self) -> None:
-        self._dataset_fetcher = _DatasetKind.create_fetcher(
+        self._dataset_fetcher = _DatasetKind.create_fetcher(  # type: ignore[no-untyped-call]
             self._dataset_kind, self._dataset, self._auto_collation, self._collate_fn, self._drop_last
         )
 
@@ -195,14 +210,14 @@ class _CalledIter(_BaseDataLoaderIter):
         self._make_fetcher()
 
     def _next_data(self) -> Any:
-        data = self._dataset_fetcher.fetch(self._next_index())
-        return pin(data, self._pin_memory_device) if self._pin_memory else data
+        data = self._dataset_fetcher.fetch(self._index())
+        return self._pinned(data)
 
 
 # -- rows of tensors and arrays ----------------------------------------------------------------------------------------
 
 
-class _RowsIter(_BaseDataLoaderIter):
+class _RowsIter(_Iter):
     """All rows of a batch in one gather, instead of row by row and a stack."""
 
     def __init__(self, loader: DataLoader) -> None:
@@ -211,9 +226,9 @@ class _RowsIter(_BaseDataLoaderIter):
         self._base = Source(*_unwrap(loader.dataset)).base
 
     def _next_data(self) -> Any:
-        indices = self._base(self._next_index())
+        indices = self._base(self._index())
         data = [_gather(column, indices) for column in self._columns]
-        return pin(data, self._pin_memory_device) if self._pin_memory else data
+        return self._pinned(data)
 
 
 def _unwrap(dataset: Any) -> tuple[Any, list[Any]]:
@@ -224,21 +239,29 @@ def _unwrap(dataset: Any) -> tuple[Any, list[Any]]:
     return dataset, subsets
 
 
+def _is_rows(dataset: Any) -> bool:
+    ours = isinstance(dataset, FeatureDataset) and type(dataset).__getitem__ is FeatureDataset.__getitem__
+    return ours or type(dataset) is TensorDataset
+
+
 def _columns(loader: DataLoader) -> list[Any] | None:
     """The columns of a data set of rows, when gathering them gives what the default collation gives."""
     if loader.collate_fn is not default_collate or not loader._auto_collation:
         return None
     dataset, _ = _unwrap(loader.dataset)
-    columns: Sequence[Any]
-    if type(dataset) is TensorDataset:
-        columns = dataset.tensors
-    elif isinstance(dataset, FeatureDataset) and type(dataset).__getitem__ is FeatureDataset.__getitem__:
-        columns = (dataset.features, dataset.labels)
-    else:
+    if not _is_rows(dataset):
         return None
+    is_tensors = type(dataset) is TensorDataset
+    columns: Sequence[Any] = dataset.tensors if is_tensors else (dataset.features, dataset.labels)
     plain = (type(c) is torch.Tensor and c.layout is torch.strided and c.dim() > 0 for c in columns)
     rows = (isinstance(c, (np.ndarray, list)) for c in columns)
     return list(columns) if all(a or b for a, b in zip(plain, rows, strict=True)) else None
+
+
+def _collate(values: Iterable[Any]) -> Any:
+    # A tuple, as when torch has transposed its list of samples: strings come back as they are.
+    column: Any = tuple(values)
+    return default_collate(column)
 
 
 def _gather(column: Any, indices: list[int]) -> Any:
@@ -249,7 +272,7 @@ def _gather(column: Any, indices: list[int]) -> Any:
     if isinstance(column, np.ndarray) and column.ndim > 1 and column.dtype.kind in "fiub" and column.dtype.isnative:
         return torch.from_numpy(np.asarray(column)[indices])
     # Numbers and anything else: torch decides about the type.
-    return default_collate([column[i] for i in indices])
+    return _collate([column[i] for i in indices])
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -266,7 +289,7 @@ class _Batch:
     error: BaseException | None = None
 
 
-class _ThreadsIter(_BaseDataLoaderIter):
+class _ThreadsIter(_Iter):
     """Batches of images: samples go to the threads ahead of time, results come back in order."""
 
     def __init__(self, loader: DataLoader) -> None:
@@ -290,42 +313,54 @@ class _ThreadsIter(_BaseDataLoaderIter):
         self._wants_info = wants_info(self._lowered)
         self._memory = loader._kept()
         self._ahead = loader._ahead()
-        self._first = self._loader(self._lowered.first, 0, source.rows())
+        self._first: _cnnrs.Loader | None = self._loader(self._lowered.first, 0, source.rows())
         self._rests: dict[int, tuple[Native, _cnnrs.Loader] | None] = {}
         self._pending: deque[_Batch] = deque()
         self._position = 0
         self._exhausted = False
 
     def _loader(self, native: Native, mix: int, rows: Any = None) -> _cnnrs.Loader:
-        seed = (self._base_seed + self._epoch) ^ mix
+        seed = (int(self._base_seed) + self._epoch) ^ mix
         ops = list(native.ops)
         return _cnnrs.Loader(ops, native.finish, pillow13(), seed, self._num_workers, self._memory, rows)
 
     def _next_data(self) -> Any:
         while not self._exhausted and len(self._pending) < self._ahead:
-            self._pending.append(self._submit())
+            self._submit()
+        if not self._pending:
+            # The threads end here, also when somebody keeps the iterator.
+            self._first, self._rests = None, {}
+            raise StopIteration
         batch = self._pending.popleft()
         if batch.error is not None:
-            # A traceback per raise, not one that grows.
-            raise batch.error.with_traceback(None)
+            try:
+                raise batch.error
+            finally:
+                # A local variable would tie the traceback, this frame and the threads together in a cycle.
+                del batch
         data = self._collate(batch)
-        return pin(data, self._pin_memory_device) if self._pin_memory else data
+        return self._pinned(data)
 
-    def _submit(self) -> _Batch:
-        try:
-            index = self._next_index()
-        except BaseException as error:
-            # StopIteration included.
-            self._exhausted = True
-            return _Batch([], self._position, error=error)
+    def _submit(self) -> None:
         batch = _Batch([], self._position)
         try:
+            index = self._index()
+        except StopIteration:
+            self._exhausted = True
+            return
+        except BaseException as error:
+            self._exhausted = True
+            batch.error = error
+            self._pending.append(batch)
+            return
+        try:
             batch.indices = self._source.base(index if self._auto_collation else [index])
+            assert self._first is not None
             batch.targets = self._source.submit(self._first, batch.indices, batch.position, tensors=self._whole)
         except Exception as error:
             batch.error = error
         self._position += len(batch.indices)
-        return batch
+        self._pending.append(batch)
 
     def _collate(self, batch: _Batch) -> Any:
         values = self._values(batch)
@@ -334,22 +369,20 @@ class _ThreadsIter(_BaseDataLoaderIter):
             targets = batch.targets
             if target_transform is not None:
                 targets = [target_transform(target) for target in targets]
-            return [values, targets if isinstance(targets, torch.Tensor) else default_collate(targets)]
-        samples = self._finish(list(values), batch)
-        if not self._auto_collation:
-            return self._collate_fn(samples[0])
-        return self._collate_fn(samples)
+            return [values, targets if isinstance(targets, torch.Tensor) else _collate(targets)]
+        samples: Any = self._finish(list(values), batch)
+        return self._collate_fn(samples if self._auto_collation else samples[0])
 
     def _values(self, batch: _Batch) -> Values:
         """What the first part of the transform makes of the batch: one tensor, tensors, or PIL images."""
-        if not batch.indices:
+        if not batch.indices or self._first is None:
             return []
         kind, value = self._poll(self._first, batch)
         if kind == "batch":
-            images = torch.from_dlpack(value)
+            images = from_dlpack(value)
             return images if self._whole else self._wrap(images.unbind(0), self._lowered.first)
         if kind == "samples":
-            tensors = [torch.from_dlpack(sample) for sample in value]
+            tensors = [from_dlpack(sample) for sample in value]
             return self._wrap(tensors, self._lowered.first)
         return [self._pil(pixels, batch.indices[i]) for i, pixels in enumerate(value)]
 
@@ -361,26 +394,35 @@ class _ThreadsIter(_BaseDataLoaderIter):
         return list(tensors)
 
     def _poll(self, loader: _cnnrs.Loader, batch: _Batch) -> tuple[str, Any]:
+        value: Any = None
+        error: Any = None
         while True:
-            kind, value = loader.poll()
-            if kind != "failed":
-                return kind, value
             try:
+                kind, value = loader.poll()
+                if kind != "failed":
+                    return kind, value
                 for i, error in value:
                     loader.retry(i, self._second_opinion(batch.indices[i], error))
             except BaseException:
+                # Ctrl-C included: the batch is lost, as with torch, and the next one is the next one.
                 loader.discard()
                 raise
+            finally:
+                # As above: no cycle of an error, its traceback and this frame.
+                value = error = None
 
-    def _second_opinion(self, index: int, error: Exception) -> tuple[int, int, int, bytes]:
+    def _second_opinion(self, index: int, error: Any) -> tuple[int, int, int, bytes]:
         """The pixels of a file that Rust cannot decode, when Pillow can: it knows more formats and has plug-ins."""
-        if not isinstance(error, DecodeError) or isinstance(self._source, Rows):
-            raise error
         try:
-            image = self._source.load(index)
-        except Exception as pillows:
-            raise error from pillows
-        return image.height, image.width, 3, image.tobytes()
+            if not isinstance(error, DecodeError) or isinstance(self._source, Rows):
+                raise error
+            try:
+                image = self._source.load(index)
+            except Exception as pillows:
+                raise error from pillows
+            return image.height, image.width, 3, image.tobytes()
+        finally:
+            error = None
 
     def _pil(self, pixels: tuple[int, int, int, bytes], index: int) -> Any:
         from PIL import Image
@@ -411,7 +453,7 @@ class _ThreadsIter(_BaseDataLoaderIter):
         from PIL import Image
 
         modes = {value.mode if type(value) is Image.Image else None for value in values}
-        channels = {("RGB",): 3, ("L",): 1}.get(tuple(str(mode) for mode in modes), 0)
+        channels = 3 if modes == {"RGB"} else 1 if modes == {"L"} else 0
         if channels and channels not in self._rests:
             native = lower_rest(self._lowered.rest, channels)
             self._rests[channels] = None if native is None else (native, self._loader(native, REST_SEED))
@@ -424,5 +466,5 @@ class _ThreadsIter(_BaseDataLoaderIter):
         images = [(value.height, value.width, channels, value.tobytes()) for value in values]
         loader.submit_pixels(batch.indices, batch.position, images)
         kind, value = self._poll(loader, batch)
-        tensors = torch.from_dlpack(value).unbind(0) if kind == "batch" else [torch.from_dlpack(one) for one in value]
+        tensors = from_dlpack(value).unbind(0) if kind == "batch" else [from_dlpack(one) for one in value]
         return self._wrap(tensors, native)

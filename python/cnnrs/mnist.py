@@ -8,9 +8,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from cnnrs import _cnnrs
 from cnnrs.folder import VisionDataset
@@ -46,7 +47,7 @@ class MNIST(VisionDataset):
         >>> digits = MNIST("data", train=True, transform=transform)  # doctest: +SKIP
     """
 
-    classes = [
+    classes: ClassVar[list[str]] = [
         f"{digit} - {name}"
         for digit, name in enumerate(
             ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
@@ -72,8 +73,8 @@ class MNIST(VisionDataset):
                 f"MNIST is not in {self.root}. Looked for {', '.join(FILES)} (each also with .gz) in "
                 f"{' and '.join(self._folders())}. Put them there, or use download=True."
             )
-        self.data: torch.Tensor = torch.from_dlpack(_cnnrs.read_idx(images, False))
-        self.targets: torch.Tensor = torch.from_dlpack(_cnnrs.read_idx(labels, True)).long()
+        self.data: torch.Tensor = from_dlpack(_cnnrs.read_idx(images, False))
+        self.targets: torch.Tensor = from_dlpack(_cnnrs.read_idx(labels, True)).long()
         if len(self.data) != len(self.targets):
             raise ValueError(
                 f"{images} holds {len(self.data)} images, {labels} holds {len(self.targets)} labels: "
@@ -82,10 +83,12 @@ class MNIST(VisionDataset):
 
     @property
     def raw_folder(self) -> str:
+        """Where torchvision keeps the files, and downloads go."""
         return os.path.join(self.root, "MNIST", "raw")
 
     @property
     def class_to_idx(self) -> dict[str, int]:
+        """Class name -> digit."""
         return {name: i for i, name in enumerate(self.classes)}
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
@@ -103,6 +106,7 @@ class MNIST(VisionDataset):
         return len(self.data)
 
     def extra_repr(self) -> str:
+        """The split, for `repr`."""
         return f"Split: {'Train' if self.train is True else 'Test'}"
 
     def download(self) -> None:

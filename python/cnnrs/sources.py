@@ -29,11 +29,13 @@ class Source:
 
     @property
     def transform(self) -> Callable[[Any], Any] | None:
+        """The data set's, as it is now."""
         transform: Callable[[Any], Any] | None = self.dataset.transform
         return transform
 
     @property
     def target_transform(self) -> Callable[[Any], Any] | None:
+        """The data set's, as it is now."""
         transform: Callable[[Any], Any] | None = self.dataset.target_transform
         return transform
 
@@ -41,7 +43,7 @@ class Source:
         """Indices of the outermost data set as indices of the innermost."""
         for subset in self.subsets:
             indices = [subset[i] for i in indices]
-        return [operator.index(i) for i in indices]
+        return list(map(operator.index, indices))
 
     def rows(self) -> Any:
         """A capsule of images that are in memory."""
@@ -64,6 +66,7 @@ class Files(Source):
     """`ImageFolder`s: (path, class number) in `samples`."""
 
     def submit(self, loader: _cnnrs.Loader, indices: list[int], position: int, *, tensors: bool) -> Any:
+        """Asks for the files; returns their class numbers."""
         # Looked up now and not at the start: `samples` may have been edited, and a copy of a large list costs memory.
         samples = self.dataset.samples
         chosen = [samples[i] for i in indices]
@@ -71,9 +74,11 @@ class Files(Source):
         return [target for _, target in chosen]
 
     def load(self, index: int) -> Any:
+        """The image as Pillow reads it."""
         return self.dataset.loader(self.dataset.samples[index][0]).convert("RGB")
 
     def info(self, index: int) -> dict[Any, Any]:
+        """What Pillow reads from the file's header."""
         from PIL import Image
 
         with Image.open(self.dataset.samples[index][0]) as image:
@@ -86,17 +91,21 @@ class Rows(Source):
     channels = 1
 
     def rows(self) -> Any:
+        """A capsule of `data`."""
         return torch.utils.dlpack.to_dlpack(self.dataset.data)  # type: ignore[attr-defined]
 
     def submit(self, loader: _cnnrs.Loader, indices: list[int], position: int, *, tensors: bool) -> Any:
+        """Asks for the images; returns their targets."""
         size = len(self.dataset.data)
         if indices and not -size <= min(indices) <= max(indices) < size:
             raise IndexError(f"an index of this batch is out of range for {size} images: {indices}")
         rows = [i + size if i < 0 else i for i in indices]
         loader.submit_rows(rows, position)
         targets = self.dataset.targets
-        if tensors and self.target_transform is None and type(targets) is torch.Tensor and targets.dtype == torch.int64:
-            return targets[torch.tensor(rows)]
+        plain = type(targets) is torch.Tensor and targets.dtype == torch.int64 and targets.device.type == "cpu"
+        if tensors and plain and self.target_transform is None:
+            # Several times faster than indexing the tensor, for the few rows of a batch.
+            return torch.from_numpy(targets.numpy().take(rows))
         return [int(targets[i]) for i in indices]
 
 
@@ -110,21 +119,22 @@ def find_source(dataset: Any) -> Source | str:
     if hasattr(dataset, "__getitems__"):
         return "it has __getitems__"
     folders = _torchvision("torchvision.datasets.folder")
+    digits = _torchvision("torchvision.datasets.mnist")
+    found: Any = dataset
     if isinstance(dataset, (ImageFolder, getattr(folders, "DatasetFolder", ImageFolder))):
         ours = isinstance(dataset, ImageFolder)
         if kind.__getitem__ is not (ImageFolder if ours else folders.DatasetFolder).__getitem__:
             return "it has its own __getitem__"
-        if folders is None or dataset.loader not in (folders.default_loader, folders.pil_loader):
+        if folders is None or found.loader not in (folders.default_loader, folders.pil_loader):
             return "it has its own loader"
         if sys.modules["torchvision"].get_image_backend() != "PIL":
             return "torchvision's image backend is not PIL"
         return Files(dataset, subsets)
-    digits = _torchvision("torchvision.datasets.mnist")
     if isinstance(dataset, (MNIST, getattr(digits, "MNIST", MNIST))):
         originals = {MNIST.__getitem__, getattr(digits, "MNIST", MNIST).__getitem__}
         if kind.__getitem__ not in originals:
             return "it has its own __getitem__"
-        data = dataset.data
+        data = found.data
         if type(data) is not torch.Tensor or data.dtype != torch.uint8 or data.dim() != 3 or data.device.type != "cpu":
             return "its data is not an (N, H, W) uint8 tensor in CPU memory"
         if not data.is_contiguous():

@@ -7,7 +7,6 @@ Rust can run. It is right to refuse: whatever is not lowered runs as the user's 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cnnrs._notes import note as note
 from cnnrs.image_ops import OPS
 
 # ("resize", height, width, filter) and the like, or ("normalize", mean, std) and the like: what `_cnnrs.Loader` reads.
@@ -92,10 +92,9 @@ def _note(steps: Iterable[Step]) -> None:
     new = [name for name in dict.fromkeys(names) if name not in _noted]
     _noted.update(new)
     if new:
-        warnings.warn(
+        note(
             f"cnnrs.DataLoader: {', '.join(new)} {'runs' if len(new) == 1 else 'run'} in Python, one sample at a time; "
-            "the rest of the transform runs in threads",
-            stacklevel=2,
+            "the rest of the transform runs in threads"
         )
 
 

@@ -43,9 +43,11 @@ impl Buffers {
     fn take(self: &Arc<Self>, bytes: usize) -> Buffer {
         let lines = bytes.div_ceil(size_of::<Line>()).max(1);
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        // Last in, first out: the buffer that is still in the caches. Lengths are exact, so that a last, smaller batch
-        // does not keep a large one from its buffer.
-        let found = free.iter().rposition(|spare| spare.len() == lines).map(|i| free.remove(i));
+        // Last in, first out: the buffer that is still in the caches. One of another length only when none fits exactly
+        // and little of it is wasted: batches of samples that all differ in size would never meet the same length.
+        let fits = free.iter().rposition(|spare| spare.len() == lines);
+        let roomy = || free.iter().rposition(|spare| spare.len() >= lines && spare.len() / 2 < lines);
+        let found = fits.or_else(roomy).map(|i| free.remove(i));
         drop(free);
         let memory = found.unwrap_or_else(|| vec![Line([0; 64]); lines]);
         Buffer { memory, home: Arc::downgrade(self) }
@@ -203,6 +205,19 @@ mod tests {
         let epoch: Vec<_> = (0..8).map(|_| Slots::new(&buffers, 2, [1, 8, 8], DType::Uint8).into_batch()).collect();
         drop(epoch);
         assert_eq!(buffers.free.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_buffer_of_about_the_size_is_used_again() {
+        let buffers = Buffers::new(4);
+        let mut large = Slots::new(&buffers, 1, [1, 64, 64], DType::Uint8).into_batch();
+        let address = large.as_mut_ptr();
+        drop(large);
+        let mut tiny = Slots::new(&buffers, 1, [1, 8, 8], DType::Uint8).into_batch();
+        assert_ne!(tiny.as_mut_ptr(), address, "64 bytes do not occupy 4096");
+        let mut less = Slots::new(&buffers, 1, [1, 64, 60], DType::Uint8).into_batch();
+        assert_eq!(less.as_mut_ptr(), address);
+        assert_eq!(less.bytes().len(), 64 * 60);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use crate::data::batch::{Batch, DType, Slot, Slots, single};
-use crate::data::loader::{Failure, Finish, Input, Memory, Output, Plan, Raw, Ready, Sample};
+use crate::data::loader::{Failure, Finish, Input, Memory, Output, Plan, Raw, Ready, Rows, Sample};
 use crate::error::{Error, Result};
 use crate::image::{self, Image, Key, Layout, Limits, Scratch};
 
@@ -93,6 +93,9 @@ impl Job {
     /// Sample `i` with its pixels from `input`.
     pub fn run_as(&self, i: usize, input: &Input, plan: &Plan, memory: &Memory, worker: &mut Worker) -> Result<()> {
         let outcome = catch_unwind(AssertUnwindSafe(|| {
+            if let Some((rows, row)) = plan.rows.as_ref().zip(plan.row_only(input)) {
+                return self.finish_row(i, rows, row, plan, memory);
+            }
             load(input, plan, worker)?;
             self.finish(i, input, plan, memory, worker)
         }));
@@ -118,7 +121,7 @@ impl Job {
             }
             Output::Tensor(finish) => finish,
         };
-        let byte = matches!((finish, &transform.finish), (Finish::Transform, image::Finish::Uint8));
+        let byte = plan.is_bytes();
         let dtype = if byte { DType::Uint8 } else { DType::Float32 };
         let color = !matches!(input, Input::Row(_)) && matches!(image.layout, Layout::Rgbx);
         if let (Finish::Transform, true, Some((c, h, w))) = (finish, color, transform.output_shape()) {
@@ -139,6 +142,20 @@ impl Job {
                 Finish::Table(table) => look_up(image, table, slot.f32())?,
             }
             if byte { transform.erase_u8(image, key, slot.u8()) } else { transform.erase_f32(image, key, slot.f32()) }
+        })
+    }
+
+    /// A gray image straight from where it lies: nothing but a table is between it and the batch.
+    fn finish_row(&self, i: usize, rows: &Rows, row: usize, plan: &Plan, memory: &Memory) -> Result<()> {
+        let pixels = rows.get(row)?;
+        let (shape, table) = ([1, rows.height, rows.width], plan.table());
+        let dtype = if table.is_some() { DType::Float32 } else { DType::Uint8 };
+        self.fill(i, shape, dtype, memory, |slot| {
+            match table {
+                Some(table) => slot.f32().iter_mut().zip(pixels).for_each(|(out, &v)| *out = table[usize::from(v)]),
+                None => slot.u8().copy_from_slice(pixels),
+            }
+            Ok(())
         })
     }
 
@@ -234,15 +251,10 @@ fn load(input: &Input, plan: &Plan, worker: &mut Worker) -> Result<()> {
             image::decode(&worker.file, &plan.limits, &mut worker.image).map_err(|error| error.at(path))
         }
         Input::Row(row) => {
-            let pixels = plan.rows.as_ref().and_then(|rows| {
-                let size = rows.height * rows.width;
-                let data = (*rows.data).as_ref().get(row * size..(row + 1) * size)?;
-                Some((rows.height, rows.width, data))
-            });
-            let Some((height, width, data)) = pixels else {
-                return Err(Error::Argument(format!("image {row} is outside the data it was to be read from")));
+            let Some(rows) = &plan.rows else {
+                return Err(Error::Argument(format!("image {row} is a row of nothing")));
             };
-            unpack(height, width, 1, data, &mut worker.image)
+            unpack(rows.height, rows.width, 1, rows.get(*row)?, &mut worker.image)
         }
         Input::Pixels(raw) => unpack(raw.height, raw.width, raw.channels, &raw.data, &mut worker.image),
     }

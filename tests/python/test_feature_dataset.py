@@ -87,8 +87,9 @@ def test_batches_are_those_of_the_default_collation(kind: str, shuffle: bool) ->
 
 
 def test_items_are_as_given() -> None:
-    dataset = FeatureDataset(features, list(labels))
-    assert (dataset[3][0].base is features and dataset[3][1] is list(labels)[3]) or dataset[3][1] == labels[3]
+    numbers = list(labels)
+    dataset = FeatureDataset(features, numbers)
+    assert dataset[3][0].base is features and dataset[3][1] is numbers[3]
     assert len(dataset) == 23
     with pytest.raises(ValueError, match="23 features and 5 labels"):
         FeatureDataset(features, labels[:5])
@@ -107,7 +108,9 @@ def test_gradients_flow_as_with_torch() -> None:
     rows = torch.arange(8.0).view(4, 2).requires_grad_()
     batch, _ = next(iter(DataLoader(FeatureDataset(rows, torch.zeros(4)), batch_size=2)))
     batch.sum().backward()
-    assert torch.equal(rows.grad if rows.grad is not None else torch.empty(0), torch.tensor([[1.0, 1], [1, 1], [0, 0], [0, 0]]))
+    assert torch.equal(
+        rows.grad if rows.grad is not None else torch.empty(0), torch.tensor([[1.0, 1], [1, 1], [0, 0], [0, 0]])
+    )
 
 
 def test_a_batch_is_a_copy() -> None:
@@ -139,7 +142,9 @@ def test_custom_collation_gets_the_items() -> None:
     assert [label for _, label in batch] == [7, 8, 9]
     singles = list(DataLoader(dataset, batch_size=None))
     expected = list(TorchDataLoader(dataset, batch_size=None))
-    assert all(torch.equal(a[0], b[0]) and a[1] == b[1] and type(a) is type(b) for a, b in zip(singles, expected))
+    assert all(
+        torch.equal(a[0], b[0]) and a[1] == b[1] and type(a) is type(b) for a, b in zip(singles, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

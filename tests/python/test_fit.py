@@ -1,4 +1,4 @@
-"""`cnnrs.fit` against the tutorial's loop: the same bits, on either engine; and what it says when something is wrong."""
+"""`cnnrs.fit` against the tutorial's loop: the same bits on either engine; what it says when something is wrong."""
 
 from __future__ import annotations
 
@@ -148,9 +148,7 @@ def test_optimizers_step_to_the_same_bits_and_keep_their_state(name: str, engine
         torch.manual_seed(epoch)
         expected = tutorial.fit(theirs, data, "training", their_optimizer, F.nll_loss)
         torch.manual_seed(epoch)
-        got = cnnrs.fit(
-            epoch, ours, data, optimizer=our_optimizer, loss_fn=F.nll_loss, engine=engine, verbose=False
-        )
+        got = cnnrs.fit(epoch, ours, data, optimizer=our_optimizer, loss_fn=F.nll_loss, engine=engine, verbose=False)
         assert got == expected
         assert tutorial.same(ours.state_dict(), theirs.state_dict())
         assert tutorial.same(our_optimizer.state_dict(), their_optimizer.state_dict())
@@ -170,7 +168,9 @@ def test_which_optimizers_run_compiled() -> None:
     from cnnrs.optimizers import Step
 
     model = MnistNet()
-    native = {name: Step(make(model.parameters()), list(model.parameters())).native for name, make in OPTIMIZERS.items()}
+    native = {
+        name: Step(make(model.parameters()), list(model.parameters())).native for name, make in OPTIMIZERS.items()
+    }
     assert {name for name, is_native in native.items() if not is_native} == {n for n in OPTIMIZERS if "left" in n}
     hooked = sgd(model.parameters())
     hooked.register_step_post_hook(lambda *_: None)
@@ -317,7 +317,7 @@ def test_wrong_arguments_are_named() -> None:
     data = batches((1, 28, 28), 10, 4, 1)
     with pytest.raises(ValueError, match="phase must be 'training' or 'validation', got 'train'"):
         mnist_fit(data, phase="train")
-    with pytest.raises(ValueError, match="engine must be one of 'auto', .*, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"engine must be one of 'auto', .*, got 'gpu'"):
         mnist_fit(data, engine="gpu")
     with pytest.raises(TypeError, match=r"training needs optimizer="):
         mnist_fit(data, optimizer=None)

@@ -171,7 +171,9 @@ def test_split_is_stratified_and_complete(folder: Path) -> None:
 
 
 def test_torchvision_is_not_imported_before_it_is_needed() -> None:
-    code = "import sys, cnnrs.folder, cnnrs.mnist, cnnrs.loader; print(any('torchvision' in name for name in sys.modules))"
+    code = (
+        "import sys, cnnrs.folder, cnnrs.mnist, cnnrs.loader; print(any('torchvision' in name for name in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -156,7 +156,8 @@ def test_functions_and_methods_are_the_layers_they_stand_for() -> None:
     functions = {
         "relu": lambda x: x.relu(), "add": lambda x: x + x, "iadd": lambda x: operator.iadd(x, x.sigmoid()),
         "mul": lambda x: torch.mul(x, x), "cat": lambda x: torch.cat([x, x], dim=1), "mean": lambda x: x.mean([2, 3]),
-        "flatten": lambda x: x.flatten(1), "view": lambda x: x.view(x.size(0), -1), "shape": lambda x: x.view(x.shape[0], 8, -1),
+        "flatten": lambda x: x.flatten(1), "view": lambda x: x.view(x.size(0), -1),
+        "shape": lambda x: x.view(x.shape[0], 8, -1),
         "tanh": torch.tanh, "leaky": lambda x: F.leaky_relu(x, 0.2), "avg": lambda x: F.avg_pool2d(x, 2),
         "adaptive": lambda x: F.adaptive_avg_pool2d(x, (1, 3)), "log_softmax": lambda x: x.log_softmax(1),
         "softmax": lambda x: F.softmax(x, dim=1), "keepdim": lambda x: torch.mean(x, dim=1, keepdim=True),

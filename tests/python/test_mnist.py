@@ -92,7 +92,7 @@ def test_damaged_files_are_named(
 def test_files_that_do_not_belong_together(mnist_root: Path, tmp_path: Path) -> None:
     shutil.copytree(mnist_root / "MNIST", tmp_path / "MNIST")
     write_idx(tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte", np.zeros(12, np.uint8))
-    with pytest.raises(ValueError, match="300 images.*12 labels"):
+    with pytest.raises(ValueError, match=r"300 images.*12 labels"):
         MNIST(tmp_path)
 
 
@@ -105,7 +105,9 @@ def test_files_that_do_not_belong_together(mnist_root: Path, tmp_path: Path) -> 
         transforms.ToTensor(),
         transforms.PILToTensor(),
         transforms.Compose([transforms.Resize(32), transforms.ToTensor()]),
-        transforms.Compose([transforms.Grayscale(3), transforms.ToTensor(), transforms.Normalize([0.1] * 3, [0.3] * 3)]),
+        transforms.Compose(
+            [transforms.Grayscale(3), transforms.ToTensor(), transforms.Normalize([0.1] * 3, [0.3] * 3)]
+        ),
         transforms.Compose([transforms.CenterCrop(20), transforms.Grayscale(), transforms.ToTensor()]),
     ],
     ids=["tutorial", "float", "uint8", "resize", "three channels", "crop"],
@@ -123,6 +125,7 @@ def test_batches_are_torchs(
         assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.filterwarnings("ignore:cnnrs.DataLoader cannot read")
 def test_batches_follow_edits_of_the_data(mnist_root: Path, assert_equal: Callable[..., None]) -> None:
     for make in (MNIST, datasets.MNIST):
         dataset = make(mnist_root, transform=TUTORIAL)
@@ -194,7 +197,7 @@ def test_download(mirror: Path, mnist_root: Path, tmp_path: Path) -> None:
 
 def test_a_wrong_checksum_is_refused(mirror: Path, tmp_path: Path) -> None:
     (mirror / "train-images-idx3-ubyte.gz").write_bytes(b"something else")
-    with pytest.raises(ConnectionError, match="MD5 sum is .*, expected") as caught:
+    with pytest.raises(ConnectionError, match=r"MD5 sum is .*, expected") as caught:
         MNIST(tmp_path / "data", download=True)
     assert "gone/" in str(caught.value) and "404" in str(caught.value)
     assert not list((tmp_path / "data" / "MNIST" / "raw").iterdir())
@@ -202,5 +205,5 @@ def test_a_wrong_checksum_is_refused(mirror: Path, tmp_path: Path) -> None:
 
 def test_offline_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    with pytest.raises(ConnectionError, match="put the file into .*raw yourself"):
+    with pytest.raises(ConnectionError, match=r"put the file into .*raw yourself"):
         MNIST(tmp_path, download=True)

@@ -98,7 +98,9 @@ def test_no_samples_and_unequal_images(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no samples: there are no features"):
             cnnrs.preconv([], backbone(), out=out)
     sizes = [(torch.zeros(1, 3, side, side), torch.zeros(1)) for side in (10, 12)]
-    with pytest.raises(ValueError, match=r"features changed from \[6, 4, 4\] .* to \[6, 5, 5\] .* at sample 1: .*Resize"):
+    with pytest.raises(
+        ValueError, match=r"features changed from \[6, 4, 4\] .* to \[6, 5, 5\] .* at sample 1: .*Resize"
+    ):
         cnnrs.preconv(sizes, backbone())
     with pytest.raises(TypeError, match=r"must yield pairs \(inputs, targets\), got a Tensor"):
         cnnrs.preconv([torch.zeros(1, 3, 8, 8)], backbone())
@@ -160,7 +162,9 @@ def test_whatever_shapes_the_numbers_makes_them_new(
     assert run().endswith("because the model or its weights changed")
     model[1].running_mean += 1
     assert run().endswith("because the model or its weights changed")
-    other = transforms.Compose([transforms.Resize((24, 24), transforms.InterpolationMode.NEAREST), transforms.ToTensor()])
+    other = transforms.Compose(
+        [transforms.Resize((24, 24), transforms.InterpolationMode.NEAREST), transforms.ToTensor()]
+    )
     assert run(other).endswith("because the transform changed")
     victim = next(images.rglob("*.png"))
     shutil.copy(next(images.rglob("*.jpg")), victim)

@@ -22,6 +22,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         }
         other => Error::decode(format_args!("broken TIFF: {other}")),
     };
+    check_counts(bytes)?;
     let mut own = Vec::new();
     let indexed = photometric_at(bytes).filter(|&(_, value)| value == PALETTE);
     if let Some((at, _)) = indexed {
@@ -96,6 +97,43 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     }
     let orientation = tiff.find_tag_unsigned::<u16>(Tag::Orientation).map_err(failed)?.unwrap_or(1);
     upright(u8::try_from(orientation).unwrap_or(1), out);
+    Ok(())
+}
+
+/// The crate takes memory for as many values as a tag of the first directory announces, up to 256 MiB, and then reads
+/// them: no tag may announce more than the file has. Private tags are never read.
+fn check_counts(bytes: &[u8]) -> Result<()> {
+    const PRIVATE: u64 = 32768;
+    let little = bytes.starts_with(b"II");
+    let big = bytes.get(if little { 2 } else { 3 }) == Some(&b'+');
+    let number = |at: u64, size: u64| -> Option<u64> {
+        let at = usize::try_from(at).ok()?;
+        let field = bytes.get(at..at.checked_add(size as usize)?)?;
+        let join = |n: u64, &b: &u8| n << 8 | u64::from(b);
+        Some(if little { field.iter().rev().fold(0, join) } else { field.iter().fold(0, join) })
+    };
+    // Sizes of offsets and counts, of the number of entries, and of an entry.
+    let (wide, head, entry) = if big { (8, 8, 20) } else { (4, 2, 12) };
+    let directory = number(if big { 8 } else { 4 }, wide).unwrap_or(u64::MAX);
+    let entries = number(directory, head).unwrap_or(0);
+    let ats = (0..entries).map_while(|i| directory.checked_add(head)?.checked_add(i.checked_mul(entry)?));
+    for at in ats.take_while(|&at| at < bytes.len() as u64) {
+        let (Some(tag), Some(kind), Some(count)) = (number(at, 2), number(at + 2, 2), number(at + 4, wide)) else {
+            break;
+        };
+        let size = match kind {
+            3 | 8 => 2,
+            4 | 9 | 11 | 13 => 4,
+            5 | 10 | 12 | 16..=18 => 8,
+            _ => 1,
+        };
+        if tag < PRIVATE && count.saturating_mul(size) > bytes.len() as u64 {
+            return Err(Error::decode(format_args!(
+                "broken TIFF: its tag {tag} announces {count} values, the file has {} bytes",
+                bytes.len()
+            )));
+        }
+    }
     Ok(())
 }
 
