@@ -135,10 +135,13 @@ impl Job {
             });
         }
         transform.pixels(image, key, scratch)?;
-        self.fill(i, [image.layout.channels(), image.height, image.width], dtype, memory, |slot| match finish {
-            Finish::Transform if byte => transform.finish_u8(image, slot.u8()),
-            Finish::Transform => transform.finish_f32(image, scratch, slot.f32()),
-            Finish::Table(table) => look_up(image, table, slot.f32()),
+        self.fill(i, [image.layout.channels(), image.height, image.width], dtype, memory, |slot| {
+            match finish {
+                Finish::Transform if byte => transform.finish_u8(image, slot.u8())?,
+                Finish::Transform => transform.finish_f32(image, scratch, slot.f32())?,
+                Finish::Table(table) => look_up(image, table, slot.f32())?,
+            }
+            if byte { transform.erase_u8(image, key, slot.u8()) } else { transform.erase_f32(image, key, slot.f32()) }
         })
     }
 

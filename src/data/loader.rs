@@ -84,7 +84,8 @@ pub struct Plan {
 impl Plan {
     /// Whether a sample is a table look-up, which costs less than handing it to another thread.
     fn is_trivial(&self) -> bool {
-        self.rows.is_some() && self.transform.ops.is_empty() && matches!(self.output, Output::Tensor(_))
+        let only_finish = self.transform.ops.is_empty() && self.transform.erase.is_none();
+        self.rows.is_some() && only_finish && matches!(self.output, Output::Tensor(_))
     }
 
     /// The row that `input` is, when there is nothing to do but to look its pixels up.

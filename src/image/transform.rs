@@ -2,65 +2,11 @@
 
 #![forbid(unsafe_code)]
 
-use super::augment::{Drawn, flip_horizontal, flip_vertical, grayscale};
-use super::crop::{self, Window, center_crop, pad};
 use super::normalize::{self, Normalizer};
-use super::resize::{ResizeScratch, resize_with};
-use super::{Filter, Image, Key, PillowOrder, ResizePath, Size, rotate};
+use super::op::shape_behind;
+use super::resize::ResizeScratch;
+use super::{Erasing, Image, Key, Op, PillowOrder};
 use crate::error::{Error, Result};
-
-/// One operation on a uint8 image, parameters as torchvision spells them.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Op {
-    Resize {
-        size: Size,
-        filter: Filter,
-    },
-    CenterCrop {
-        height: usize,
-        width: usize,
-    },
-    Crop(Window),
-    /// A border of one colour: left, top, right, bottom.
-    Pad {
-        border: [usize; 4],
-        fill: [u8; 3],
-    },
-    /// Any window of that size; torchvision's `padding` is a [`Op::Pad`] in front.
-    RandomCrop {
-        height: usize,
-        width: usize,
-        pad_if_needed: bool,
-        fill: [u8; 3],
-    },
-    /// A window of drawn area and aspect ratio, resized.
-    RandomResizedCrop {
-        height: usize,
-        width: usize,
-        scale: (f64, f64),
-        ratio: (f64, f64),
-        filter: Filter,
-    },
-    /// One channel, or three equal ones.
-    Grayscale {
-        channels: usize,
-    },
-    HorizontalFlip {
-        p: f64,
-    },
-    VerticalFlip {
-        p: f64,
-    },
-    /// Degrees counter-clockwise, drawn from `[low, high)`.
-    Rotation {
-        low: f64,
-        high: f64,
-        filter: Filter,
-        expand: bool,
-        center: Option<(f64, f64)>,
-        fill: [u8; 3],
-    },
-}
 
 /// How bytes become the numbers of the tensor.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,40 +23,23 @@ pub enum Finish {
 pub struct Transform {
     pub ops: Vec<Op>,
     pub finish: Finish,
+    /// Runs on the finished tensor.
+    pub erase: Option<Erasing>,
     pub order: PillowOrder,
 }
 
 /// What one thread keeps between images: buffers and tables. Never part of a result.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    resize: ResizeScratch,
-    spare: Image,
+    pub(super) resize: ResizeScratch,
+    pub(super) spare: Image,
     normalizer: Option<(Finish, usize, Normalizer)>,
 }
 
 impl Transform {
     /// `(channels, height, width)` if every image comes out the same.
     pub fn output_shape(&self) -> Option<(usize, usize, usize)> {
-        let mut channels = 3;
-        let mut size = None;
-        for op in &self.ops {
-            match *op {
-                Op::Resize { size: Size::Exact { height, width }, .. }
-                | Op::CenterCrop { height, width }
-                | Op::Crop(Window { height, width, .. })
-                | Op::RandomCrop { height, width, .. }
-                | Op::RandomResizedCrop { height, width, .. } => size = Some((height, width)),
-                Op::Pad { border: [left, top, right, bottom], .. } => {
-                    size = size.map(|(height, width)| (top + height + bottom, left + width + right));
-                }
-                Op::Resize { size: shorter @ Size::Shorter { .. }, .. } => {
-                    size = size.and_then(|(height, width)| shorter.resolve(height, width).ok());
-                }
-                Op::Grayscale { channels: n } => channels = n,
-                Op::HorizontalFlip { .. } | Op::VerticalFlip { .. } | Op::Rotation { expand: false, .. } => {}
-                Op::Rotation { .. } => size = None,
-            }
-        }
+        let (channels, size) = shape_behind(&self.ops, (3, None));
         size.map(|(height, width)| (channels, height, width))
     }
 
@@ -119,12 +48,8 @@ impl Transform {
     /// # Errors
     /// When an operation's arguments make no sense for this image.
     pub fn pixels(&self, image: &mut Image, key: Key, scratch: &mut Scratch) -> Result<()> {
-        let mut rng = self.ops.iter().any(Op::is_random).then(|| key.rng());
-        for op in &self.ops {
-            let drawn = rng.as_mut().map_or(Drawn::Sure, |rng| op.draw(rng, image));
-            op.apply(drawn, image, self.order, scratch)?;
-        }
-        Ok(())
+        let mut rng = key.rng();
+        self.ops.iter().try_for_each(|op| op.run(&mut rng, image, self.order, scratch))
     }
 
     /// Operations and finish, into the `channels x height x width` floats of `out`.
@@ -133,7 +58,8 @@ impl Transform {
     /// As [`Transform::pixels`]; and when `out` has another length than the image needs.
     pub fn apply_f32(&self, image: &mut Image, key: Key, scratch: &mut Scratch, out: &mut [f32]) -> Result<()> {
         self.pixels(image, key, scratch)?;
-        self.finish_f32(image, scratch, out)
+        self.finish_f32(image, scratch, out)?;
+        self.erase_f32(image, key, out)
     }
 
     /// Operations, then the bytes plane by plane into `out`.
@@ -142,7 +68,8 @@ impl Transform {
     /// As [`Transform::pixels`]; and when `out` has another length than the image needs.
     pub fn apply_u8(&self, image: &mut Image, key: Key, scratch: &mut Scratch, out: &mut [u8]) -> Result<()> {
         self.pixels(image, key, scratch)?;
-        self.finish_u8(image, out)
+        self.finish_u8(image, out)?;
+        self.erase_u8(image, key, out)
     }
 
     /// The finish alone, for an image whose operations are done.
@@ -172,6 +99,38 @@ impl Transform {
     }
 }
 
+impl Transform {
+    /// What comes behind the finish; `image` gives the shape of `out`.
+    ///
+    /// # Errors
+    /// When the values to erase with do not fit the channels.
+    pub fn erase_f32(&self, image: &Image, key: Key, out: &mut [f32]) -> Result<()> {
+        self.erase(image, key, out, |value| value)
+    }
+
+    /// [`Transform::erase_f32`] for bytes.
+    ///
+    /// # Errors
+    /// As [`Transform::erase_f32`].
+    pub fn erase_u8(&self, image: &Image, key: Key, out: &mut [u8]) -> Result<()> {
+        self.erase(image, key, out, |value| value as u8)
+    }
+
+    fn erase<T: Copy>(&self, image: &Image, key: Key, out: &mut [T], from: impl Fn(f32) -> T) -> Result<()> {
+        let Some(erasing) = &self.erase else { return Ok(()) };
+        check_length(image, out.len())?;
+        // A stream of its own: whoever computes the pixels elsewhere gets the same rectangle.
+        let mut rng = key.rng();
+        rng.set_stream(1);
+        match erasing.draw(&mut rng, image.height, image.width) {
+            Some(window) => {
+                erasing.fill(window, &mut rng, [image.layout.channels(), image.height, image.width], out, from)
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 fn check_length(image: &Image, length: usize) -> Result<()> {
     let (channels, height, width) = (image.layout.channels(), image.height, image.width);
     if length == channels * height * width {
@@ -181,74 +140,4 @@ fn check_length(image: &Image, length: usize) -> Result<()> {
         "the image is {channels} x {height} x {width}, but there is room for {length} values: images of one batch need \
          one size, add Resize((height, width)) or CenterCrop to the transform"
     )))
-}
-
-impl Op {
-    fn apply(&self, drawn: Drawn, image: &mut Image, order: PillowOrder, scratch: &mut Scratch) -> Result<()> {
-        match *self {
-            Self::Resize { size, filter } => {
-                let (height, width) = size.resolve(image.height, image.width)?;
-                resize_with(ResizePath::best(), image, height, width, filter, order, &mut scratch.resize);
-            }
-            Self::CenterCrop { height, width } => {
-                if (image.height, image.width) != (height, width) {
-                    center_crop(image, height, width, &mut scratch.spare);
-                    std::mem::swap(image, &mut scratch.spare);
-                }
-            }
-            Self::Crop(window) => cut(image, window, scratch)?,
-            Self::Pad { border, fill } => {
-                pad(image, border, fill, &mut scratch.spare);
-                std::mem::swap(image, &mut scratch.spare);
-            }
-            Self::RandomCrop { height, width, pad_if_needed, fill } => {
-                let (rows, columns) = crop::padded_size(image, height, width, pad_if_needed);
-                if (rows, columns) != (image.height, image.width) {
-                    let (y, x) = ((rows - image.height) / 2, (columns - image.width) / 2);
-                    pad(image, [x, y, x, y], fill, &mut scratch.spare);
-                    std::mem::swap(image, &mut scratch.spare);
-                }
-                if let Drawn::Window(window) = drawn {
-                    cut(image, window, scratch)?;
-                }
-            }
-            Self::RandomResizedCrop { height, width, filter, .. } => {
-                if let Drawn::Window(window) = drawn {
-                    cut(image, window, scratch)?;
-                }
-                let (height, width) = Size::Exact { height, width }.resolve(image.height, image.width)?;
-                resize_with(ResizePath::best(), image, height, width, filter, order, &mut scratch.resize);
-            }
-            Self::Grayscale { channels } => grayscale(image, channels),
-            Self::HorizontalFlip { .. } => {
-                if drawn == Drawn::Flip(true) {
-                    flip_horizontal(image);
-                }
-            }
-            Self::VerticalFlip { .. } => {
-                if drawn == Drawn::Flip(true) {
-                    flip_vertical(image);
-                }
-            }
-            Self::Rotation { filter, expand, center, fill, .. } => {
-                if let Drawn::Angle(angle) = drawn {
-                    rotate(image, angle, filter, expand, center, fill, &mut scratch.spare)?;
-                    std::mem::swap(image, &mut scratch.spare);
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-fn cut(image: &mut Image, window: Window, scratch: &mut Scratch) -> Result<()> {
-    if !window.lies_in(image) {
-        return Err(Error::Argument(format!(
-            "Required crop size ({}, {}) is larger than input image size ({}, {}), or its corner ({}, {}) is too far",
-            window.height, window.width, image.height, image.width, window.top, window.left
-        )));
-    }
-    crop::crop(image, window, &mut scratch.spare);
-    std::mem::swap(image, &mut scratch.spare);
-    Ok(())
 }

@@ -11,6 +11,7 @@ mod image;
 mod loader;
 mod mnist;
 mod preconv;
+mod transform;
 
 use pyo3::prelude::*;
 
@@ -24,7 +25,7 @@ mod _cnnrs {
     #[pymodule_export]
     use super::graph::Graph;
     #[pymodule_export]
-    use super::image::{apply_op, decode_image};
+    use super::image::{apply_op, decode_image, image_orientation};
     #[pymodule_export]
     use super::loader::{Loader, Memory, available_threads};
     #[pymodule_export]
