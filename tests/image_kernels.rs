@@ -42,14 +42,14 @@ fn side(top: usize) -> impl Strategy<Value = usize> {
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn this_processor_runs_the_vector_path() {
-    let vnni = ["avx512f", "avx512bw", "avx512vnni"].map(|feature| match feature {
-        "avx512f" => is_x86_feature_detected!("avx512f"),
-        "avx512bw" => is_x86_feature_detected!("avx512bw"),
-        _ => is_x86_feature_detected!("avx512vnni"),
-    });
-    let expected = match (is_x86_feature_detected!("avx2"), vnni) {
-        (_, [true, true, true]) => ResizePath::Avx512,
-        (true, _) => ResizePath::Avx2,
+    let avx2 = is_x86_feature_detected!("avx2");
+    let vnni = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vnni");
+    let expected = match (avx2, vnni, is_x86_feature_detected!("avx512vbmi")) {
+        (_, true, true) => ResizePath::Vbmi,
+        (_, true, _) => ResizePath::Avx512,
+        (true, ..) => ResizePath::Avx2,
         _ => ResizePath::Scalar,
     };
     assert_eq!(ResizePath::best(), expected);

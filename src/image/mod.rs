@@ -16,6 +16,9 @@ mod resize;
 mod resize_avx2;
 #[cfg(target_arch = "x86_64")]
 mod resize_avx512;
+mod resize_passes;
+#[cfg(target_arch = "x86_64")]
+mod resize_vbmi;
 mod rotate;
 mod transform;
 

@@ -35,29 +35,30 @@ impl Arithmetic {
         (exact && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self { channels })
     }
 
-    /// RGBX pixels to three planes of equal length.
-    pub fn planes(&self, pixels: &[u8], tables: &[[f32; 256]], out: &mut [f32]) {
-        let size = pixels.len() / 4;
-        assert!(out.len() == 3 * size && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
-        // SAFETY: the instructions are there (just asserted) and the lengths agree.
-        unsafe { self.eights(pixels, size, out) }
-        for i in size / 8 * 8..size {
+    /// RGBX pixels to three planes of `size` values, from value `at` on.
+    pub fn part(&self, pixels: &[u8], tables: &[[f32; 256]], at: usize, size: usize, out: &mut [f32]) {
+        let count = pixels.len() / 4;
+        assert!(out.len() == 3 * size && at + count <= size);
+        assert!(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
+        // SAFETY: the instructions are there and the lengths agree (just asserted).
+        unsafe { self.eights(&pixels[..4 * count], at, size, out) }
+        for i in count / 8 * 8..count {
             for (c, table) in tables.iter().enumerate() {
-                out[c * size + i] = table[pixels[4 * i + c] as usize];
+                out[c * size + at + i] = table[pixels[4 * i + c] as usize];
             }
         }
     }
 
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn eights(&self, pixels: &[u8], size: usize, out: &mut [f32]) {
+    unsafe fn eights(&self, pixels: &[u8], at: usize, size: usize, out: &mut [f32]) {
         let by_255 = _mm256_set1_ps(BY_255);
         let minus_255 = _mm256_set1_ps(-255.0);
         let byte = _mm256_set1_epi32(0xff);
         let constants = self.channels.map(|channel| {
             (_mm256_set1_ps(channel.mean), _mm256_set1_ps(-channel.std), _mm256_set1_ps(channel.reciprocal))
         });
-        for i in (0..size / 8 * 8).step_by(8) {
-            // SAFETY: i + 8 <= size, and `pixels` has 4 * size bytes.
+        for i in (0..pixels.len() / 32 * 8).step_by(8) {
+            // SAFETY: pixel i + 7 is one of `pixels`.
             let eight = unsafe { _mm256_loadu_si256(pixels.as_ptr().add(4 * i).cast()) };
             let bytes = [
                 _mm256_and_si256(eight, byte),
@@ -71,8 +72,8 @@ impl Arithmetic {
                 let centred = _mm256_sub_ps(unit, mean);
                 let q = _mm256_mul_ps(centred, reciprocal);
                 let value = _mm256_fmadd_ps(_mm256_fmadd_ps(q, minus_std, centred), reciprocal, q);
-                // SAFETY: c < 3 and i + 8 <= size, and `out` has 3 * size values.
-                unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(c * size + i), value) }
+                // SAFETY: c < 3, the caller promises at + i + 8 <= size, and `out` has 3 * size values.
+                unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(c * size + at + i), value) }
             }
         }
     }

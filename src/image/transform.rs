@@ -6,7 +6,8 @@ use super::augment::{Drawn, flip_horizontal, flip_vertical, grayscale};
 use super::crop::{self, Window, center_crop, pad};
 use super::normalize::{self, Normalizer};
 use super::resize::{ResizeScratch, resize_with};
-use super::{Filter, Image, Key, PillowOrder, ResizePath, Size, rotate};
+use super::resize_passes::{BLOCK, Rows, resize_into};
+use super::{Filter, Image, Key, Layout, PillowOrder, ResizePath, Size, rotate};
 use crate::error::{Error, Result};
 
 /// One operation on a uint8 image, parameters as torchvision spells them.
@@ -84,6 +85,7 @@ pub struct Transform {
 #[derive(Debug, Default)]
 pub struct Scratch {
     resize: ResizeScratch,
+    rows: Vec<u8>,
     spare: Image,
     normalizer: Option<(Finish, usize, Normalizer)>,
 }
@@ -119,8 +121,12 @@ impl Transform {
     /// # Errors
     /// When an operation's arguments make no sense for this image.
     pub fn pixels(&self, image: &mut Image, key: Key, scratch: &mut Scratch) -> Result<()> {
-        let mut rng = self.ops.iter().any(Op::is_random).then(|| key.rng());
-        for op in &self.ops {
+        self.run(&self.ops, image, key, scratch)
+    }
+
+    fn run(&self, ops: &[Op], image: &mut Image, key: Key, scratch: &mut Scratch) -> Result<()> {
+        let mut rng = ops.iter().any(Op::is_random).then(|| key.rng());
+        for op in ops {
             let drawn = rng.as_mut().map_or(Drawn::Sure, |rng| op.draw(rng, image));
             op.apply(drawn, image, self.order, scratch)?;
         }
@@ -132,8 +138,35 @@ impl Transform {
     /// # Errors
     /// As [`Transform::pixels`]; and when `out` has another length than the image needs.
     pub fn apply_f32(&self, image: &mut Image, key: Key, scratch: &mut Scratch, out: &mut [f32]) -> Result<()> {
-        self.pixels(image, key, scratch)?;
-        self.finish_f32(image, scratch, out)
+        let Some((&Op::Resize { size, filter }, before)) = self.ops.split_last() else {
+            self.pixels(image, key, scratch)?;
+            return self.finish_f32(image, scratch, out);
+        };
+        self.run(before, image, key, scratch)?;
+        let (height, width) = size.resolve(image.height, image.width)?;
+        if filter == Filter::Nearest || (image.height, image.width) == (height, width) {
+            self.run(&self.ops[before.len()..], image, key, scratch)?;
+            return self.finish_f32(image, scratch, out);
+        }
+        // In one go: the rows are normalised while they are in the cache, and `image` keeps its large buffer.
+        check_length((image.layout, height, width), out.len())?;
+        let normalizer = self.normalizer(image.layout, scratch)?;
+        let Scratch { resize, rows, .. } = scratch;
+        let stride = width * image.layout.bytes_per_pixel();
+        rows.resize(BLOCK * stride, 0);
+        let layout = image.layout;
+        let mut sink = Normalized { rows, stride, layout, normalizer: &normalizer, size: height * width, out };
+        resize_into(ResizePath::best(), image, (height, width), filter, self.order, resize, &mut sink);
+        scratch.normalizer = Some((self.finish.clone(), layout.channels(), normalizer));
+        Ok(())
+    }
+
+    /// The one in `scratch`, taken out of it, if it fits.
+    fn normalizer(&self, layout: Layout, scratch: &mut Scratch) -> Result<Normalizer> {
+        match scratch.normalizer.take() {
+            Some((finish, c, normalizer)) if finish == self.finish && c == layout.channels() => Ok(normalizer),
+            _ => Normalizer::new(&self.finish, layout.channels()),
+        }
     }
 
     /// Operations, then the bytes plane by plane into `out`.
@@ -150,14 +183,10 @@ impl Transform {
     /// # Errors
     /// When mean and std do not fit the channels, or `out` has another length than the image needs.
     pub fn finish_f32(&self, image: &Image, scratch: &mut Scratch, out: &mut [f32]) -> Result<()> {
-        check_length(image, out.len())?;
-        let channels = image.layout.channels();
-        let normalizer = match scratch.normalizer.take() {
-            Some((finish, c, normalizer)) if finish == self.finish && c == channels => normalizer,
-            _ => Normalizer::new(&self.finish, channels)?,
-        };
+        check_length((image.layout, image.height, image.width), out.len())?;
+        let normalizer = self.normalizer(image.layout, scratch)?;
         normalizer.planes(image, out);
-        scratch.normalizer = Some((self.finish.clone(), channels, normalizer));
+        scratch.normalizer = Some((self.finish.clone(), image.layout.channels(), normalizer));
         Ok(())
     }
 
@@ -166,14 +195,14 @@ impl Transform {
     /// # Errors
     /// When `out` has another length than the image needs.
     pub fn finish_u8(&self, image: &Image, out: &mut [u8]) -> Result<()> {
-        check_length(image, out.len())?;
+        check_length((image.layout, image.height, image.width), out.len())?;
         normalize::bytes(image, out);
         Ok(())
     }
 }
 
-fn check_length(image: &Image, length: usize) -> Result<()> {
-    let (channels, height, width) = (image.layout.channels(), image.height, image.width);
+fn check_length((layout, height, width): (Layout, usize, usize), length: usize) -> Result<()> {
+    let channels = layout.channels();
     if length == channels * height * width {
         return Ok(());
     }
@@ -181,6 +210,27 @@ fn check_length(image: &Image, length: usize) -> Result<()> {
         "the image is {channels} x {height} x {width}, but there is room for {length} values: images of one batch need \
          one size, add Resize((height, width)) or CenterCrop to the transform"
     )))
+}
+
+/// Rows of the result on their way to the planes of the tensor.
+struct Normalized<'a> {
+    rows: &'a mut [u8],
+    stride: usize,
+    layout: Layout,
+    normalizer: &'a Normalizer,
+    size: usize,
+    out: &'a mut [f32],
+}
+
+impl Rows for Normalized<'_> {
+    fn room(&mut self, _: usize, count: usize) -> &mut [u8] {
+        &mut self.rows[..count * self.stride]
+    }
+
+    fn done(&mut self, y: usize, count: usize) {
+        let at = y * self.stride / self.layout.bytes_per_pixel();
+        self.normalizer.part(&self.rows[..count * self.stride], self.layout, at, self.size, self.out);
+    }
 }
 
 impl Op {
