@@ -2,6 +2,7 @@
 
 mod bmp;
 mod gif;
+mod huffman;
 mod jpeg;
 mod libjpeg;
 mod png;

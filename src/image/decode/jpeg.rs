@@ -8,30 +8,55 @@ use crate::error::{Error, Result};
 use crate::image::{Image, Layout, Limits};
 
 pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
-    let failed = |failure| match failure {
-        Failure::Truncated => truncated("JPEG", bytes.len()),
-        Failure::Corrupt(reason) => Error::decode(format_args!("broken JPEG: {reason}")),
+    let outcome = match decode_with(bytes, true, limits, out) {
+        Err(Failed::Jpeg(Failure::Again)) => decode_with(bytes, false, limits, out),
+        outcome => outcome,
     };
-    let mut decoder = Decoder::new(bytes).map_err(failed)?;
-    let header = decoder.header().map_err(failed)?;
+    outcome.map_err(|failed| match failed {
+        Failed::Other(error) => error,
+        Failed::Jpeg(Failure::Truncated | Failure::Again) => truncated("JPEG", bytes.len()),
+        Failed::Jpeg(Failure::Corrupt(reason)) => Error::decode(format_args!("broken JPEG: {reason}")),
+    })
+}
+
+enum Failed {
+    Jpeg(Failure),
+    Other(Error),
+}
+
+impl From<Failure> for Failed {
+    fn from(failure: Failure) -> Self {
+        Self::Jpeg(failure)
+    }
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+fn decode_with(bytes: &[u8], fast: bool, limits: &Limits, out: &mut Image) -> std::result::Result<(), Failed> {
+    let mut decoder = Decoder::new(bytes)?;
+    let header = decoder.header()?;
     check_pixels(header.width as u64, header.height as u64, limits)?;
     if header.precision != 8 {
-        return Err(Error::decode(format_args!(
+        return Err(Failed::Other(Error::decode(format_args!(
             "JPEG with {} bits per sample; only 8 are supported: convert the file",
             header.precision
-        )));
+        ))));
     }
     let color_space = match header.components {
         1 | 3 => JCS_EXT_RGBX,
         4 => JCS_CMYK,
         other => {
-            return Err(Error::decode(format_args!(
+            return Err(Failed::Other(Error::decode(format_args!(
                 "JPEG with {other} components; 1 (gray), 3 (colour) and 4 (CMYK) are supported: convert the file"
-            )));
+            ))));
         }
     };
     out.reshape(header.width, header.height, Layout::Rgbx);
-    decoder.pixels(color_space, &mut out.data).map_err(failed)?;
+    decoder.pixels(color_space, fast, &mut out.data)?;
     if color_space == JCS_CMYK {
         cmyk_to_rgb(&mut out.data, true);
     }
