@@ -11,10 +11,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use cnnrs::image::{Filter, Finish, Image, Key, Limits, Op, PillowOrder, Scratch, Size, Transform, decode};
+use cnnrs::image::{
+    Filter, Finish, Image, Key, Limits, Op, PillowOrder, Scratch, Size, Transform, decode, decode_scaled,
+};
 
 const ROUNDS: usize = 9;
-const STAGES: [&str; 5] = ["read", "decode", "resize", "normalise", "fused"];
+/// The last two instead of the three before them: resize and normalise in one go; decode with `decode_scaled`.
+const STAGES: [&str; 6] = ["read", "decode", "resize", "normalise", "fused", "scaled"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     // `cargo bench` adds `--bench`.
@@ -46,7 +49,8 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
 
 /// Mean over the files of the median over the rounds: a busy moment of the machine hits single rounds only.
 fn stages(files: &[PathBuf]) -> Result<[f64; STAGES.len()], Box<dyn Error>> {
-    let resize = Op::Resize { size: Size::Exact { height: 224, width: 224 }, filter: Filter::Bilinear };
+    let size = Size::Exact { height: 224, width: 224 };
+    let resize = Op::Resize { size, filter: Filter::Bilinear };
     let finish = Finish::Normalize { mean: vec![0.485, 0.456, 0.406], std: vec![0.229, 0.224, 0.225] };
     let transform = Transform { ops: vec![resize], finish, order: PillowOrder::Pillow13 };
     let (mut image, mut scratch, mut bytes) = (Image::default(), Scratch::default(), Vec::new());
@@ -66,6 +70,8 @@ fn stages(files: &[PathBuf]) -> Result<[f64; STAGES.len()], Box<dyn Error>> {
             decode(&bytes, &Limits::default(), &mut image)?;
             transform.apply_f32(&mut image, Key::default(), &mut scratch, &mut out)?;
             at[5] = Instant::now();
+            decode_scaled(&bytes, &Limits::default(), Some(size), &mut image)?;
+            at[6] = Instant::now();
             // Round 0 warms up.
             if let Some(round) = round.checked_sub(1) {
                 for (stage, two) in seconds.iter_mut().zip(at.windows(2)) {

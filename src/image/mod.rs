@@ -8,6 +8,7 @@
 mod augment;
 mod crop;
 mod decode;
+mod fused;
 mod normalize;
 #[cfg(target_arch = "x86_64")]
 mod normalize_avx2;
@@ -24,7 +25,7 @@ mod transform;
 
 pub use augment::{Key, flip_horizontal, flip_vertical, grayscale};
 pub use crop::{Window, center_crop, crop, pad};
-pub use decode::{Format, decode};
+pub use decode::{Entropy, Format, decode, decode_jpeg, decode_scaled};
 pub use normalize::Normalizer;
 pub use resize::{Filter, PillowOrder, ResizePath, Size, resize, resize_on};
 pub use rotate::rotate;

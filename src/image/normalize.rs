@@ -46,8 +46,8 @@ impl Normalizer {
     /// `pixels`, which begin `at` pixels behind the first one, to their places in planes of `size` values.
     pub(super) fn part(&self, pixels: &[u8], layout: Layout, at: usize, size: usize, out: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
-        if let (Some(arithmetic), Layout::Rgbx) = (&self.arithmetic, layout) {
-            return arithmetic.part(pixels, &self.tables, at, size, out);
+        if let Some(arithmetic) = &self.arithmetic {
+            return arithmetic.part(pixels, layout, &self.tables, at, size, out);
         }
         let step = layout.bytes_per_pixel();
         for (channel, (plane, table)) in out.chunks_exact_mut(size.max(1)).zip(&self.tables).enumerate() {

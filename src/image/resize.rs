@@ -219,6 +219,8 @@ pub(super) struct ResizeScratch {
     pub weights: WeightCache,
     /// Rows after the first pass that the second one still reads.
     pub between: Vec<u8>,
+    /// Rows of the result that go on to the tensor.
+    pub rows: Vec<u8>,
     result: Image,
 }
 

@@ -4,9 +4,9 @@
 
 use super::augment::{Drawn, flip_horizontal, flip_vertical, grayscale};
 use super::crop::{self, Window, center_crop, pad};
+use super::fused::resize_normalized;
 use super::normalize::{self, Normalizer};
 use super::resize::{ResizeScratch, resize_with};
-use super::resize_passes::{BLOCK, Rows, resize_into};
 use super::{Filter, Image, Key, Layout, PillowOrder, ResizePath, Size, rotate};
 use crate::error::{Error, Result};
 
@@ -85,7 +85,6 @@ pub struct Transform {
 #[derive(Debug, Default)]
 pub struct Scratch {
     resize: ResizeScratch,
-    rows: Vec<u8>,
     spare: Image,
     normalizer: Option<(Finish, usize, Normalizer)>,
 }
@@ -144,21 +143,15 @@ impl Transform {
         };
         self.run(before, image, key, scratch)?;
         let (height, width) = size.resolve(image.height, image.width)?;
-        if filter == Filter::Nearest || (image.height, image.width) == (height, width) {
-            self.run(&self.ops[before.len()..], image, key, scratch)?;
-            return self.finish_f32(image, scratch, out);
-        }
-        // In one go: the rows are normalised while they are in the cache, and `image` keeps its large buffer.
         check_length((image.layout, height, width), out.len())?;
         let normalizer = self.normalizer(image.layout, scratch)?;
-        let Scratch { resize, rows, .. } = scratch;
-        let stride = width * image.layout.bytes_per_pixel();
-        rows.resize(BLOCK * stride, 0);
-        let layout = image.layout;
-        let mut sink = Normalized { rows, stride, layout, normalizer: &normalizer, size: height * width, out };
-        resize_into(ResizePath::best(), image, (height, width), filter, self.order, resize, &mut sink);
-        scratch.normalizer = Some((self.finish.clone(), layout.channels(), normalizer));
-        Ok(())
+        let done = resize_normalized(image, (height, width), filter, self.order, &normalizer, &mut scratch.resize, out);
+        scratch.normalizer = Some((self.finish.clone(), image.layout.channels(), normalizer));
+        if done {
+            return Ok(());
+        }
+        self.run(&self.ops[before.len()..], image, key, scratch)?;
+        self.finish_f32(image, scratch, out)
     }
 
     /// The one in `scratch`, taken out of it, if it fits.
@@ -210,27 +203,6 @@ fn check_length((layout, height, width): (Layout, usize, usize), length: usize) 
         "the image is {channels} x {height} x {width}, but there is room for {length} values: images of one batch need \
          one size, add Resize((height, width)) or CenterCrop to the transform"
     )))
-}
-
-/// Rows of the result on their way to the planes of the tensor.
-struct Normalized<'a> {
-    rows: &'a mut [u8],
-    stride: usize,
-    layout: Layout,
-    normalizer: &'a Normalizer,
-    size: usize,
-    out: &'a mut [f32],
-}
-
-impl Rows for Normalized<'_> {
-    fn room(&mut self, _: usize, count: usize) -> &mut [u8] {
-        &mut self.rows[..count * self.stride]
-    }
-
-    fn done(&mut self, y: usize, count: usize) {
-        let at = y * self.stride / self.layout.bytes_per_pixel();
-        self.normalizer.part(&self.rows[..count * self.stride], self.layout, at, self.size, self.out);
-    }
 }
 
 impl Op {

@@ -180,8 +180,6 @@ unsafe extern "C-unwind" fn skip(cinfo: *mut Decompress, count: c_long) {
 
 /// Why there are no pixels.
 pub enum Failure {
-    /// The fast entropy decoder gave up: decode again without it.
-    Again,
     /// libjpeg wanted more bytes than the file has.
     Truncated,
     /// libjpeg's own words.
@@ -268,18 +266,44 @@ impl<'a> Decoder<'a> {
         })
     }
 
-    /// All rows, four bytes per pixel, into `pixels` of exactly `4 * width * height` bytes. `fast`: with our own entropy
-    /// decoder, where it knows the file.
-    pub fn pixels(&mut self, color_space: c_int, fast: bool, pixels: &mut [u8]) -> Result<(), Failure> {
+    /// Decodes at one `denominator`th of width and height (1, 2, 4 or 8); returns both.
+    pub fn scale(&mut self, denominator: usize) -> (usize, usize) {
+        let (width, height) = (self.cinfo.image_width as usize, self.cinfo.image_height as usize);
+        self.cinfo.scale_num = 1;
+        self.cinfo.scale_denom = u32::try_from(denominator).unwrap_or(1);
+        (width.div_ceil(denominator), height.div_ceil(denominator))
+    }
+
+    /// All rows, four bytes per pixel, into `pixels` of exactly `4 * width * height` bytes, with libjpeg alone.
+    pub fn pixels(&mut self, color_space: c_int, pixels: &mut [u8]) -> Result<(), Failure> {
+        self.start(color_space)?;
+        self.rows(pixels)
+    }
+
+    /// [`Decoder::pixels`] with our own entropy decoder. Whether it was used: it does not know all kinds of JPEG. `None`
+    /// when it met something unsound, which a new decoder without it has to judge.
+    pub fn pixels_fast(&mut self, color_space: c_int, pixels: &mut [u8]) -> Result<Option<bool>, Failure> {
+        self.start(color_space)?;
+        // SAFETY: started just now; `self` keeps the result until libjpeg's object is destroyed.
+        self.huffman = unsafe { Huffman::install(&raw mut *self.cinfo) }.unwrap_or(null_mut());
+        let outcome = self.rows(pixels);
+        // SAFETY: null or alive until `self` is dropped.
+        match unsafe { self.huffman.as_ref() } {
+            Some(huffman) if huffman.gave_up => Ok(None),
+            used => outcome.map(|()| Some(used.is_some())),
+        }
+    }
+
+    fn start(&mut self, color_space: c_int) -> Result<(), Failure> {
         self.cinfo.out_color_space = color_space;
         // SAFETY: the header has been read and the file's bytes outlive `self`.
         if self.call(|cinfo| unsafe { jpeg_start_decompress(cinfo) })? == 0 {
             return Err(Failure::Truncated);
         }
-        if fast {
-            // SAFETY: started just now; `self` keeps the result until libjpeg's object is destroyed.
-            self.huffman = unsafe { Huffman::install(&raw mut *self.cinfo) }.unwrap_or(null_mut());
-        }
+        Ok(())
+    }
+
+    fn rows(&mut self, pixels: &mut [u8]) -> Result<(), Failure> {
         let stride = 4 * self.cinfo.output_width as usize;
         let height = self.cinfo.output_height as usize;
         if self.cinfo.output_components != 4 || pixels.len() != stride * height {
@@ -296,9 +320,7 @@ impl<'a> Decoder<'a> {
             // SAFETY: `count` rows of `stride` bytes each are writable; libjpeg writes no further than its own width.
             let done = self.call(|cinfo| unsafe { jpeg_read_scanlines(cinfo, rows.as_mut_ptr(), count as c_uint) })?;
             if done == 0 {
-                // SAFETY: null or alive until `self` is dropped.
-                let again = unsafe { self.huffman.as_ref() }.is_some_and(|huffman| huffman.gave_up);
-                return Err(if again { Failure::Again } else { Failure::Truncated });
+                return Err(Failure::Truncated);
             }
             y += done as usize;
         }
