@@ -145,8 +145,9 @@ impl Transform {
         let (height, width) = size.resolve(image.height, image.width)?;
         check_length((image.layout, height, width), out.len())?;
         let normalizer = self.normalizer(image.layout, scratch)?;
-        let done = resize_normalized(image, (height, width), filter, self.order, &normalizer, &mut scratch.resize, out);
-        scratch.normalizer = Some((self.finish.clone(), image.layout.channels(), normalizer));
+        let done =
+            resize_normalized(image, (height, width), filter, self.order, &normalizer.2, &mut scratch.resize, out);
+        scratch.normalizer = Some(normalizer);
         if done {
             return Ok(());
         }
@@ -155,10 +156,11 @@ impl Transform {
     }
 
     /// The one in `scratch`, taken out of it, if it fits.
-    fn normalizer(&self, layout: Layout, scratch: &mut Scratch) -> Result<Normalizer> {
+    fn normalizer(&self, layout: Layout, scratch: &mut Scratch) -> Result<(Finish, usize, Normalizer)> {
+        let channels = layout.channels();
         match scratch.normalizer.take() {
-            Some((finish, c, normalizer)) if finish == self.finish && c == layout.channels() => Ok(normalizer),
-            _ => Normalizer::new(&self.finish, layout.channels()),
+            Some(kept) if kept.0 == self.finish && kept.1 == channels => Ok(kept),
+            _ => Ok((self.finish.clone(), channels, Normalizer::new(&self.finish, channels)?)),
         }
     }
 
@@ -178,8 +180,8 @@ impl Transform {
     pub fn finish_f32(&self, image: &Image, scratch: &mut Scratch, out: &mut [f32]) -> Result<()> {
         check_length((image.layout, image.height, image.width), out.len())?;
         let normalizer = self.normalizer(image.layout, scratch)?;
-        normalizer.planes(image, out);
-        scratch.normalizer = Some((self.finish.clone(), image.layout.channels(), normalizer));
+        normalizer.2.planes(image, out);
+        scratch.normalizer = Some(normalizer);
         Ok(())
     }
 
