@@ -44,14 +44,14 @@ fn side(top: usize) -> impl Strategy<Value = usize> {
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn this_processor_runs_the_vector_path() {
-    let vnni = ["avx512f", "avx512bw", "avx512vnni"].map(|feature| match feature {
-        "avx512f" => is_x86_feature_detected!("avx512f"),
-        "avx512bw" => is_x86_feature_detected!("avx512bw"),
-        _ => is_x86_feature_detected!("avx512vnni"),
-    });
-    let expected = match (is_x86_feature_detected!("avx2"), vnni) {
-        (_, [true, true, true]) => ResizePath::Avx512,
-        (true, _) => ResizePath::Avx2,
+    let avx2 = is_x86_feature_detected!("avx2");
+    let vnni = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vnni");
+    let expected = match (avx2, vnni, is_x86_feature_detected!("avx512vbmi")) {
+        (_, true, true) => ResizePath::Vbmi,
+        (_, true, _) => ResizePath::Avx512,
+        (true, ..) => ResizePath::Avx2,
         _ => ResizePath::Scalar,
     };
     assert_eq!(ResizePath::best(), expected);
@@ -80,6 +80,28 @@ proptest! {
             // The fourth byte of a pixel is nobody's, yet all paths filter it alike.
             prop_assert!(vector.data == scalar.data, "{:?}", path);
         }
+    }
+
+    #[test]
+    fn resize_straight_into_the_tensor_equals_resize_then_normalize(
+        (width, height) in (side(700), side(700)),
+        (new_width, new_height) in (side(300), side(300)),
+        filter in prop::sample::select(&FILTERS[..]),
+        std in 0.05..3.0f32,
+        layout in layouts(),
+        seed: u64,
+    ) {
+        let mut image = noise(width, height, layout, seed);
+        let op = Op::Resize { size: Size::Exact { height: new_height, width: new_width }, filter };
+        let finish = Finish::Normalize { mean: vec![0.4], std: vec![std] };
+        let transform = Transform { ops: vec![op], finish: finish.clone(), order: PillowOrder::Pillow13 };
+        let mut expected = image.clone();
+        resize_on(ResizePath::Scalar, &mut expected, new_height, new_width, filter, PillowOrder::Pillow13);
+        let mut planes = vec![0.0; layout.channels() * new_width * new_height];
+        Normalizer::new(&finish, layout.channels())?.planes_scalar(&expected, &mut planes);
+        let mut fused = vec![0.0; planes.len()];
+        transform.apply_f32(&mut image, Key::default(), &mut Scratch::default(), &mut fused)?;
+        prop_assert!(fused.iter().zip(&planes).all(|(a, b)| a.to_bits() == b.to_bits()));
     }
 
     #[test]
@@ -193,9 +215,11 @@ fn photo_transform() -> Transform {
 #[test]
 fn imagenet_constants_need_no_table() {
     let normalizer = Normalizer::new(&photo_transform().finish, 3).unwrap();
+    let gray = Normalizer::new(&Finish::Float, 1).unwrap();
     #[cfg(target_arch = "x86_64")]
-    assert_eq!(normalizer.is_vectorized(), is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
-    assert!(!Normalizer::new(&Finish::Float, 1).unwrap().is_vectorized());
+    for normalizer in [normalizer, gray] {
+        assert_eq!(normalizer.is_vectorized(), is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
+    }
 }
 
 #[test]

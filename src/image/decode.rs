@@ -4,6 +4,7 @@ mod bmp;
 mod damaged;
 mod exif;
 mod gif;
+mod huffman;
 mod jpeg;
 mod libjpeg;
 mod png;
@@ -14,8 +15,10 @@ mod webp;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
+pub use jpeg::{Entropy, decode_jpeg};
+
 use super::rotate::upright;
-use super::{Image, Layout, Limits};
+use super::{Image, Layout, Limits, Size};
 use crate::error::{Error, Result};
 
 /// The formats that are read.
@@ -67,6 +70,10 @@ pub struct Options {
     /// Turns the image upright, as `PIL.ImageOps.exif_transpose` does.
     pub exif: bool,
     pub truncated: Truncated,
+    /// A JPEG that is to become this size is decoded at a half, a quarter or an eighth of its width and height where that
+    /// is still at least as large: as `PIL.Image.draft("RGB", size)` does. Much faster for large photos; the pixels
+    /// differ from those of the whole image.
+    pub scaled: Option<Size>,
 }
 
 /// What becomes of a file that ends too early.
@@ -101,7 +108,7 @@ pub fn decode_with(bytes: &[u8], options: &Options, out: &mut Image) -> Result<S
     let format = Format::of(bytes).ok_or_else(|| not_an_image(bytes))?;
     let run = || {
         let whole = match format {
-            Format::Jpeg => jpeg::decode(bytes, limits, out),
+            Format::Jpeg => jpeg::decode(bytes, limits, options.scaled, out),
             Format::Png => png::decode(bytes, limits, out),
             Format::Gif => gif::decode(bytes, limits, out),
             Format::WebP => webp::decode(bytes, limits, out),

@@ -11,6 +11,7 @@ mod color;
 mod crop;
 mod decode;
 mod erase;
+mod fused;
 mod normalize;
 #[cfg(target_arch = "x86_64")]
 mod normalize_avx2;
@@ -20,6 +21,9 @@ mod resize;
 mod resize_avx2;
 #[cfg(target_arch = "x86_64")]
 mod resize_avx512;
+mod resize_passes;
+#[cfg(target_arch = "x86_64")]
+mod resize_vbmi;
 mod rotate;
 mod transform;
 
@@ -29,7 +33,7 @@ pub use color::{
     autocontrast, brightness, contrast, equalize, hue, invert, posterize, saturation, sharpness, solarize,
 };
 pub use crop::{PadMode, Window, center_crop, crop, pad};
-pub use decode::{Format, Options, Seen, Truncated, decode, decode_with, orientation};
+pub use decode::{Entropy, Format, Options, Seen, Truncated, decode, decode_jpeg, decode_with, orientation};
 pub use erase::Erasing;
 pub use normalize::Normalizer;
 pub use op::{Op, Property};

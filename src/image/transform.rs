@@ -2,10 +2,11 @@
 
 #![forbid(unsafe_code)]
 
+use super::fused::resize_normalized;
 use super::normalize::{self, Normalizer};
 use super::op::shape_behind;
 use super::resize::ResizeScratch;
-use super::{Erasing, Image, Key, Op, PillowOrder};
+use super::{Erasing, Image, Key, Layout, Op, PillowOrder};
 use crate::error::{Error, Result};
 
 /// How bytes become the numbers of the tensor.
@@ -48,8 +49,12 @@ impl Transform {
     /// # Errors
     /// When an operation's arguments make no sense for this image.
     pub fn pixels(&self, image: &mut Image, key: Key, scratch: &mut Scratch) -> Result<()> {
+        self.run(&self.ops, image, key, scratch)
+    }
+
+    fn run(&self, ops: &[Op], image: &mut Image, key: Key, scratch: &mut Scratch) -> Result<()> {
         let mut rng = key.rng();
-        self.ops.iter().try_for_each(|op| op.run(&mut rng, image, self.order, scratch))
+        ops.iter().try_for_each(|op| op.run(&mut rng, image, self.order, scratch))
     }
 
     /// Operations and finish, into the `channels x height x width` floats of `out`.
@@ -57,9 +62,32 @@ impl Transform {
     /// # Errors
     /// As [`Transform::pixels`]; and when `out` has another length than the image needs.
     pub fn apply_f32(&self, image: &mut Image, key: Key, scratch: &mut Scratch, out: &mut [f32]) -> Result<()> {
-        self.pixels(image, key, scratch)?;
-        self.finish_f32(image, scratch, out)?;
-        self.erase_f32(image, key, out)
+        let (Some((&Op::Resize { size, filter }, before)), None) = (self.ops.split_last(), &self.erase) else {
+            self.pixels(image, key, scratch)?;
+            self.finish_f32(image, scratch, out)?;
+            return self.erase_f32(image, key, out);
+        };
+        self.run(before, image, key, scratch)?;
+        let (height, width) = size.resolve(image.height, image.width)?;
+        check_length((image.layout, height, width), out.len())?;
+        let normalizer = self.normalizer(image.layout, scratch)?;
+        let done =
+            resize_normalized(image, (height, width), filter, self.order, &normalizer.2, &mut scratch.resize, out);
+        scratch.normalizer = Some(normalizer);
+        if done {
+            return Ok(());
+        }
+        self.run(&self.ops[before.len()..], image, key, scratch)?;
+        self.finish_f32(image, scratch, out)
+    }
+
+    /// The one in `scratch`, taken out of it, if it fits.
+    fn normalizer(&self, layout: Layout, scratch: &mut Scratch) -> Result<(Finish, usize, Normalizer)> {
+        let channels = layout.channels();
+        match scratch.normalizer.take() {
+            Some(kept) if kept.0 == self.finish && kept.1 == channels => Ok(kept),
+            _ => Ok((self.finish.clone(), channels, Normalizer::new(&self.finish, channels)?)),
+        }
     }
 
     /// Operations, then the bytes plane by plane into `out`.
@@ -77,14 +105,10 @@ impl Transform {
     /// # Errors
     /// When mean and std do not fit the channels, or `out` has another length than the image needs.
     pub fn finish_f32(&self, image: &Image, scratch: &mut Scratch, out: &mut [f32]) -> Result<()> {
-        check_length(image, out.len())?;
-        let channels = image.layout.channels();
-        let normalizer = match scratch.normalizer.take() {
-            Some((finish, c, normalizer)) if finish == self.finish && c == channels => normalizer,
-            _ => Normalizer::new(&self.finish, channels)?,
-        };
-        normalizer.planes(image, out);
-        scratch.normalizer = Some((self.finish.clone(), channels, normalizer));
+        check_length((image.layout, image.height, image.width), out.len())?;
+        let normalizer = self.normalizer(image.layout, scratch)?;
+        normalizer.2.planes(image, out);
+        scratch.normalizer = Some(normalizer);
         Ok(())
     }
 
@@ -93,7 +117,7 @@ impl Transform {
     /// # Errors
     /// When `out` has another length than the image needs.
     pub fn finish_u8(&self, image: &Image, out: &mut [u8]) -> Result<()> {
-        check_length(image, out.len())?;
+        check_length((image.layout, image.height, image.width), out.len())?;
         normalize::bytes(image, out);
         Ok(())
     }
@@ -118,7 +142,7 @@ impl Transform {
 
     fn erase<T: Copy>(&self, image: &Image, key: Key, out: &mut [T], from: impl Fn(f32) -> T) -> Result<()> {
         let Some(erasing) = &self.erase else { return Ok(()) };
-        check_length(image, out.len())?;
+        check_length((image.layout, image.height, image.width), out.len())?;
         // A stream of its own: whoever computes the pixels elsewhere gets the same rectangle.
         let mut rng = key.rng();
         rng.set_stream(1);
@@ -131,8 +155,8 @@ impl Transform {
     }
 }
 
-fn check_length(image: &Image, length: usize) -> Result<()> {
-    let (channels, height, width) = (image.layout.channels(), image.height, image.width);
+fn check_length((layout, height, width): (Layout, usize, usize), length: usize) -> Result<()> {
+    let channels = layout.channels();
     if length == channels * height * width {
         return Ok(());
     }
