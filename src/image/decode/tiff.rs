@@ -101,9 +101,10 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
 }
 
 /// The crate takes memory for as many values as a tag of the first directory announces, up to 256 MiB, and then reads
-/// them: no tag may announce more than the file has. Private tags are never read.
+/// them: no tag may announce more than the file has. Tags before the first of the standard and private ones are never
+/// read.
 fn check_counts(bytes: &[u8]) -> Result<()> {
-    const PRIVATE: u64 = 32768;
+    const STANDARD: std::ops::Range<u64> = 254..32768;
     let little = bytes.starts_with(b"II");
     let big = bytes.get(if little { 2 } else { 3 }) == Some(&b'+');
     let number = |at: u64, size: u64| -> Option<u64> {
@@ -127,7 +128,7 @@ fn check_counts(bytes: &[u8]) -> Result<()> {
             5 | 10 | 12 | 16..=18 => 8,
             _ => 1,
         };
-        if tag < PRIVATE && count.saturating_mul(size) > bytes.len() as u64 {
+        if STANDARD.contains(&tag) && count.saturating_mul(size) > bytes.len() as u64 {
             return Err(Error::decode(format_args!(
                 "broken TIFF: its tag {tag} announces {count} values, the file has {} bytes",
                 bytes.len()
