@@ -86,7 +86,8 @@ def images(folder: Path, kind: str, peers: bool = True, scaled: bool = False) ->
     ours = cnnrs.ImageFolder(folder, TUTORIAL)
     made = contenders(torchvision.datasets.ImageFolder(folder, TUTORIAL), ours)
     if scaled and "decode" in inspect.signature(cnnrs.DataLoader.__init__).parameters:
-        loader = cnnrs.DataLoader(ours, BATCH, num_workers=THREADS, decode="scaled")
+        options: dict[str, Any] = {"decode": "scaled"}
+        loader = cnnrs.DataLoader(ours, BATCH, num_workers=THREADS, **options)
         made.append(Contender(f'{OURS}, decode="scaled"', epoch(loader)))
     program = stages_program()
     made.append(Process(DECODING, [program, str(folder), "--decode", str(THREADS)]).contender())
@@ -104,7 +105,7 @@ def images(folder: Path, kind: str, peers: bool = True, scaled: bool = False) ->
 
 
 def contenders(theirs: torch.utils.data.Dataset[Any], ours: torch.utils.data.Dataset[Any]) -> list[Contender]:
-    """torchvision without and with workers, and cnnrs; raises if they disagree."""
+    """Torchvision without and with workers, and cnnrs; raises if they disagree."""
     for (batch, labels), (same, same_labels) in zip(
         cnnrs.DataLoader(ours, BATCH), torch.utils.data.DataLoader(theirs, BATCH), strict=True
     ):
@@ -127,7 +128,7 @@ class Process:
 
     def __init__(self, name: str, command: list[str]) -> None:
         self.name = name
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, bufsize=1
         )

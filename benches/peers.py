@@ -62,7 +62,8 @@ def batches(folder: str, threads: int, load: Callable[[list[str]], Any]) -> Call
 
 def normalized(images: Iterator[np.ndarray]) -> np.ndarray:
     """(H, W, 3) uint8 arrays as one float32 (N, 3, H, W) array."""
-    return ((np.stack(list(images)).astype(np.float32) / 255 - MEAN) / STD).transpose(0, 3, 1, 2)
+    batch: np.ndarray = (np.stack(list(images)).astype(np.float32) / 255 - MEAN) / STD
+    return batch.transpose(0, 3, 1, 2)
 
 
 def spdl(folder: str, threads: int) -> Callable[[], int]:
@@ -115,7 +116,7 @@ def datago(folder: str, threads: int) -> Callable[[], int]:
 
 
 def torchcodec(folder: str, threads: int) -> Callable[[], int]:
-    """torchcodec's JPEG decoder and torchvision's resize of tensors in threads."""
+    """Torchcodec's JPEG decoder and torchvision's resize of tensors in threads."""
     import torch
     from torchcodec.decoders import decode_jpeg
     from torchvision.transforms.v2 import functional
