@@ -56,6 +56,7 @@ fn photo_transform(height: usize, width: usize) -> Transform {
     Transform {
         ops: vec![Op::Resize { size: Size::Exact { height, width }, filter: Filter::Bilinear }],
         finish: Finish::Normalize { mean: vec![0.485, 0.456, 0.406], std: vec![0.229, 0.224, 0.225] },
+        erase: None,
         order: PillowOrder::Pillow13,
     }
 }

@@ -3,9 +3,11 @@
 
 use std::collections::HashSet;
 
+use cnnrs::error::Error;
 use cnnrs::image::{
-    Filter, Finish, Image, Key, Layout, Limits, Normalizer, Op, PillowOrder, ResizePath, Scratch, Size, Transform,
-    center_crop, decode, flip_horizontal, flip_vertical, grayscale, resize_on, rotate,
+    Filter, Finish, Image, Key, Layout, Limits, Normalizer, Op, Options, PadMode, PillowOrder, ResizePath, Scratch,
+    Size, Transform, Truncated, Window, brightness, center_crop, contrast, crop, decode, decode_with, flip_horizontal,
+    flip_vertical, grayscale, invert, orientation, pad, posterize, resize_on, rotate, saturation, sharpness, solarize,
 };
 use proptest::prelude::*;
 
@@ -42,14 +44,14 @@ fn side(top: usize) -> impl Strategy<Value = usize> {
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn this_processor_runs_the_vector_path() {
-    let vnni = ["avx512f", "avx512bw", "avx512vnni"].map(|feature| match feature {
-        "avx512f" => is_x86_feature_detected!("avx512f"),
-        "avx512bw" => is_x86_feature_detected!("avx512bw"),
-        _ => is_x86_feature_detected!("avx512vnni"),
-    });
-    let expected = match (is_x86_feature_detected!("avx2"), vnni) {
-        (_, [true, true, true]) => ResizePath::Avx512,
-        (true, _) => ResizePath::Avx2,
+    let avx2 = is_x86_feature_detected!("avx2");
+    let vnni = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vnni");
+    let expected = match (avx2, vnni, is_x86_feature_detected!("avx512vbmi")) {
+        (_, true, true) => ResizePath::Vbmi,
+        (_, true, _) => ResizePath::Avx512,
+        (true, ..) => ResizePath::Avx2,
         _ => ResizePath::Scalar,
     };
     assert_eq!(ResizePath::best(), expected);
@@ -78,6 +80,28 @@ proptest! {
             // The fourth byte of a pixel is nobody's, yet all paths filter it alike.
             prop_assert!(vector.data == scalar.data, "{:?}", path);
         }
+    }
+
+    #[test]
+    fn resize_straight_into_the_tensor_equals_resize_then_normalize(
+        (width, height) in (side(700), side(700)),
+        (new_width, new_height) in (side(300), side(300)),
+        filter in prop::sample::select(&FILTERS[..]),
+        std in 0.05..3.0f32,
+        layout in layouts(),
+        seed: u64,
+    ) {
+        let mut image = noise(width, height, layout, seed);
+        let op = Op::Resize { size: Size::Exact { height: new_height, width: new_width }, filter };
+        let finish = Finish::Normalize { mean: vec![0.4], std: vec![std] };
+        let transform = Transform { ops: vec![op], finish: finish.clone(), order: PillowOrder::Pillow13 };
+        let mut expected = image.clone();
+        resize_on(ResizePath::Scalar, &mut expected, new_height, new_width, filter, PillowOrder::Pillow13);
+        let mut planes = vec![0.0; layout.channels() * new_width * new_height];
+        Normalizer::new(&finish, layout.channels())?.planes_scalar(&expected, &mut planes);
+        let mut fused = vec![0.0; planes.len()];
+        transform.apply_f32(&mut image, Key::default(), &mut Scratch::default(), &mut fused)?;
+        prop_assert!(fused.iter().zip(&planes).all(|(a, b)| a.to_bits() == b.to_bits()));
     }
 
     #[test]
@@ -155,7 +179,7 @@ proptest! {
     ) {
         let image = noise(width, height, Layout::Rgbx, seed);
         let transform =
-            Transform { ops: vec![], finish: Finish::Normalize { mean, std }, order: PillowOrder::Pillow13 };
+            Transform { ops: vec![], finish: Finish::Normalize { mean, std }, erase: None, order: PillowOrder::Pillow13 };
         let size = 3 * width * height;
         let (mut vector, mut table) = (vec![0f32; size], vec![1f32; size]);
         transform.finish_f32(&image, &mut Scratch::default(), &mut vector)?;
@@ -183,6 +207,7 @@ fn photo_transform() -> Transform {
             Op::Rotation { low: -30.0, high: 30.0, filter: Filter::Nearest, expand: false, center: None, fill: [0; 3] },
         ],
         finish: Finish::Normalize { mean: vec![0.485, 0.456, 0.406], std: vec![0.229, 0.224, 0.225] },
+        erase: None,
         order: PillowOrder::Pillow13,
     }
 }
@@ -190,9 +215,11 @@ fn photo_transform() -> Transform {
 #[test]
 fn imagenet_constants_need_no_table() {
     let normalizer = Normalizer::new(&photo_transform().finish, 3).unwrap();
+    let gray = Normalizer::new(&Finish::Float, 1).unwrap();
     #[cfg(target_arch = "x86_64")]
-    assert_eq!(normalizer.is_vectorized(), is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
-    assert!(!Normalizer::new(&Finish::Float, 1).unwrap().is_vectorized());
+    for normalizer in [normalizer, gray] {
+        assert_eq!(normalizer.is_vectorized(), is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
+    }
 }
 
 #[test]
@@ -214,8 +241,12 @@ fn draws_follow_the_key_and_nothing_else() {
 
 #[test]
 fn flips_and_angles_are_spread_as_they_should() {
-    let flip =
-        Transform { ops: vec![Op::HorizontalFlip { p: 0.3 }], finish: Finish::Uint8, order: PillowOrder::Pillow13 };
+    let flip = Transform {
+        ops: vec![Op::HorizontalFlip { p: 0.3 }],
+        finish: Finish::Uint8,
+        erase: None,
+        order: PillowOrder::Pillow13,
+    };
     let original = Image { width: 2, height: 1, layout: Layout::Gray, data: vec![0, 1] };
     let flipped = (0..20_000)
         .filter(|&sample| {
@@ -230,7 +261,8 @@ fn flips_and_angles_are_spread_as_they_should() {
 
 #[test]
 fn output_shapes_are_known_where_they_can_be() {
-    let shape = |ops| Transform { ops, finish: Finish::Float, order: PillowOrder::Pillow13 }.output_shape();
+    let shape =
+        |ops| Transform { ops, finish: Finish::Float, erase: None, order: PillowOrder::Pillow13 }.output_shape();
     let exact = Op::Resize { size: Size::Exact { height: 5, width: 6 }, filter: Filter::Box };
     let shorter = Op::Resize { size: Size::Shorter { edge: 10, max_size: None }, filter: Filter::Box };
     let turned =
@@ -248,7 +280,7 @@ fn output_shapes_are_known_where_they_can_be() {
 fn wrong_arguments_are_told_apart() {
     let mut image = noise(4, 4, Layout::Rgbx, 1);
     let mut run = |ops: Vec<Op>, finish: Finish, room: usize| {
-        let transform = Transform { ops, finish, order: PillowOrder::Pillow13 };
+        let transform = Transform { ops, finish, erase: None, order: PillowOrder::Pillow13 };
         let result = transform.apply_f32(&mut image, Key::default(), &mut Scratch::default(), &mut vec![0.0; room]);
         result.unwrap_err().to_string()
     };
@@ -288,4 +320,84 @@ fn gray_images_become_one_channel() {
     assert_eq!((image.layout, image.data.as_slice()), (Layout::Gray, &[76, 18][..]));
     grayscale(&mut image, 3);
     assert_eq!(image.to_packed(), [76, 76, 76, 18, 18, 18]);
+}
+
+/// Bytes that begin like an image and go on like nothing.
+fn forged() -> impl Strategy<Value = Vec<u8>> {
+    let magic = prop_oneof![
+        Just(&b"\xff\xd8\xff\xe1"[..]),
+        Just(&b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR"[..]),
+        Just(&b"RIFF\x40\0\0\0WEBPVP8X\x0a\0\0\0\xff"[..]),
+        Just(&b"GIF89a"[..]),
+        Just(&b"BM"[..]),
+        Just(&b"MM\0*"[..]),
+        Just(&b"P5 "[..]),
+    ];
+    (magic, prop::collection::vec(any::<u8>(), 0..200)).prop_map(|(magic, tail)| [magic, &tail].concat())
+}
+
+proptest! {
+    #[test]
+    fn accepting_more_never_refuses_and_never_panics(bytes in forged()) {
+        let limits = Limits { pixels: 1 << 20, bytes: 1 << 20 };
+        let mut image = Image::default();
+        let plain = decode(&bytes, &limits, &mut image);
+        let options = Options { limits, exif: true, truncated: Truncated::Accept };
+        let accepted = decode_with(&bytes, &options, &mut image);
+        prop_assert!(!matches!(plain, Err(Error::Panic(_))) && !matches!(accepted, Err(Error::Panic(_))));
+        prop_assert!(plain.is_err() || accepted.is_ok());
+        if let Ok(seen) = accepted {
+            prop_assert_eq!(image.data.len(), 4 * image.width * image.height);
+            prop_assert_eq!(seen.orientation, orientation(&bytes));
+        }
+    }
+
+    #[test]
+    fn colours_without_an_effect_change_nothing(
+        (width, height) in (1..20usize, 1..20usize), layout in layouts(), seed in any::<u64>(),
+    ) {
+        let image = noise(width, height, layout, seed);
+        let mut same = image.clone();
+        brightness(&mut same, 1.0);
+        contrast(&mut same, 1.0);
+        saturation(&mut same, 1.0);
+        sharpness(&mut same, 1.0, &mut Image::default());
+        posterize(&mut same, 8);
+        solarize(&mut same, 256.0);
+        invert(&mut same);
+        invert(&mut same);
+        prop_assert_eq!(same.to_packed(), image.to_packed());
+    }
+
+    #[test]
+    fn padding_keeps_the_image_inside(
+        (width, height) in (1..9usize, 1..9usize), border in prop::array::uniform4(0..20usize), layout in layouts(),
+    ) {
+        let image = noise(width, height, layout, 5);
+        for mode in [PadMode::Constant, PadMode::Edge, PadMode::Reflect, PadMode::Symmetric] {
+            let (mut padded, mut inside) = (Image::default(), Image::default());
+            pad(&image, border, [1, 2, 3], mode, &mut padded);
+            let [left, top, right, bottom] = border;
+            prop_assert_eq!((padded.width, padded.height), (left + width + right, top + height + bottom));
+            crop(&padded, Window { top, left, height, width }, &mut inside);
+            prop_assert_eq!(inside.to_packed(), image.to_packed());
+        }
+    }
+}
+
+#[test]
+fn groups_know_their_shape() {
+    let shape =
+        |ops| Transform { ops, finish: Finish::Float, erase: None, order: PillowOrder::Pillow13 }.output_shape();
+    let crop = |side| Op::CenterCrop { height: side, width: side };
+    let flip = Op::HorizontalFlip { p: 0.5 };
+    let apply = |ops| Op::RandomApply { p: 0.5, ops };
+    assert_eq!(shape(vec![crop(8), apply(vec![flip.clone(), Op::Invert])]), Some((3, 8, 8)));
+    assert_eq!(shape(vec![crop(8), apply(vec![crop(7)])]), None);
+    assert_eq!(shape(vec![apply(vec![crop(7)]), crop(8)]), Some((3, 8, 8)));
+    let choice = |branches: Vec<Vec<Op>>| Op::RandomChoice { weights: vec![1.0; branches.len()], branches };
+    assert_eq!(shape(vec![choice(vec![vec![crop(8)], vec![crop(9), crop(8)]])]), Some((3, 8, 8)));
+    assert_eq!(shape(vec![choice(vec![vec![crop(8)], vec![crop(9)]])]), None);
+    assert_eq!(shape(vec![crop(8), Op::RandomOrder { parts: vec![vec![flip], vec![Op::Equalize]] }]), Some((3, 8, 8)));
+    assert_eq!(shape(vec![crop(8), Op::RandomOrder { parts: vec![vec![crop(7)], vec![crop(6)]] }]), None);
 }

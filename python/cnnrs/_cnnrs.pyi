@@ -23,6 +23,7 @@ __all__ = [
     "extract_torch",
     "fit_python",
     "fit_torch",
+    "image_orientation",
     "read_idx",
     "scan_folders",
 ]
@@ -91,10 +92,20 @@ def extract_python(
 ) -> tuple[NDArray[np.uint8] | None, list[int], str | None]:
     """Features of any callable that maps inputs to a tensor: as `extract_torch`."""
 
-def decode_image(data: bytes) -> tuple[int, int, bytes]:
+def decode_image(data: bytes, *, exif: bool = False, truncated: str = "error") -> tuple[int, int, bytes]:
     """(height, width, height * width * 3 bytes of RGB) of an image file's bytes."""
 
-def apply_op(rgb: bytes, height: int, width: int, spec: tuple[Any, ...], order: str) -> tuple[int, int, bytes]:
+def image_orientation(data: bytes) -> int:
+    """The EXIF orientation of an image file's bytes, 1 to 8."""
+
+def apply_op(
+    rgb: bytes,
+    height: int,
+    width: int,
+    spec: tuple[Any, ...],
+    order: str,
+    key: tuple[int, int, int] | None = None,
+) -> tuple[int, int, bytes]:
     """One operation, spelled as for `Loader`, on RGB: (height, width, bytes), 3 bytes per pixel or 1 if gray."""
 
 @final
@@ -133,6 +144,7 @@ class Loader:
         limits: tuple[int | None, int | None] | None = None,
         cache: Cache | None = None,
         cached_ops: int = 0,
+        exif: bool = False,
     ) -> Loader:
         """``limits``: pixels and bytes per file; ``cache`` keeps images behind the first ``cached_ops`` operations."""
 
@@ -154,6 +166,9 @@ class Loader:
 
     def retry(self, sample: int, pixels: tuple[int, int, int, bytes]) -> None:
         """Gives a failed sample of the oldest batch pixels that somebody else decoded."""
+
+    def saw_turned(self) -> bool:
+        """Whether one of the files so far had an EXIF orientation other than upright."""
 
     def drop_samples(self, samples: Sequence[int]) -> None:
         """Does without these failed samples of the oldest batch."""

@@ -31,9 +31,10 @@ class ImageCache:
         place: "ram", or a folder.
         limit: Bytes; None means half of the free memory, or all but 1 GiB of what is free on the disk.
         truncated: What becomes of files that end too early; it shapes what is kept.
+        exif: Whether images are turned upright.
     """
 
-    def __init__(self, place: str | os.PathLike[str], limit: int | None, truncated: str) -> None:
+    def __init__(self, place: str | os.PathLike[str], limit: int | None, truncated: str, exif: bool = False) -> None:
         self.place = os.fspath(place)
         if self.place == "":
             raise ValueError('cache must be "ram" or a folder, got ""')
@@ -41,6 +42,7 @@ class ImageCache:
             raise ValueError(f"cache_bytes must be a positive number of bytes, got {limit!r}")
         self.limit = limit
         self.truncated = truncated
+        self.exif = exif
         self._open: tuple[bytes, _cnnrs.Cache] | None = None
         self._told: set[str] = set()
 
@@ -67,6 +69,7 @@ class ImageCache:
             "pillow": PIL.__version__,
             "vertical first": pillow13(),
             "truncated": self.truncated,
+            "exif": self.exif,
             "ops": [list(spec) for spec in ops],
         }
         return json.dumps(shaped, sort_keys=True).encode()

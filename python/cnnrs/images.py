@@ -15,7 +15,7 @@ from cnnrs import _cnnrs
 from cnnrs.cache import kept_ops
 from cnnrs.device import Mover, can_finish, finish_on
 from cnnrs.errors import DecodeError
-from cnnrs.faults import accepting_truncated, check_limits
+from cnnrs.faults import accepting_truncated, check_limits, note_turned
 from cnnrs.iterators import Iter, collate
 from cnnrs.resume import Progress
 from cnnrs.sources import Rows, Values, find_source
@@ -56,7 +56,7 @@ class ImagesIter(Iter):
         self._memory = loader._kept()
         self._ahead = loader._ahead()
         self._limits = (loader.max_pixels, loader.max_bytes)
-        self._truncated = loader.truncated
+        self._truncated, self._exif = loader.truncated, loader.exif
         self._cache = None if isinstance(source, Rows) else loader._cache
         resumed = state is not None and bool(state["generators"])
         seed = int(self._base_seed) + self._epoch + loader.epoch * REST_SEED
@@ -85,7 +85,17 @@ class ImagesIter(Iter):
             cache = self._cache.open(ops[:kept])
         seed = self._seed ^ mix
         return _cnnrs.Loader(
-            ops, native.finish, pillow13(), seed, self._num_workers, self._memory, rows, self._limits, cache, kept
+            ops,
+            native.finish,
+            pillow13(),
+            seed,
+            self._num_workers,
+            self._memory,
+            rows,
+            self._limits,
+            cache,
+            kept,
+            self._exif,
         )
 
     def _index(self) -> Any:
@@ -145,6 +155,8 @@ class ImagesIter(Iter):
         return self._arrived(self._pending.popleft())
 
     def _end(self) -> None:
+        if self._first is not None and not self._exif and self._first.saw_turned():
+            note_turned()
         # The threads end here, also when somebody keeps the iterator.
         self._first, self._rests = None, {}
         if self._cache is not None:
@@ -283,6 +295,10 @@ class ImagesIter(Iter):
             try:
                 with accepting_truncated(self._truncated == "accept"):
                     image = self._source.load(index)
+                if self._exif:
+                    from PIL import ImageOps
+
+                    image = ImageOps.exif_transpose(image)
             except Exception as pillows:
                 raise error from pillows
             return image.height, image.width, 3, image.tobytes()

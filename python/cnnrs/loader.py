@@ -50,6 +50,8 @@ class DataLoader(TorchDataLoader[Any]):
             left out, the batch filled up with the next ones, the file listed in `errors` and not tried again.
         truncated: What happens to files that end too early. "error", or "accept": they are read as far as they go, as
             Pillow does with `ImageFile.LOAD_TRUNCATED_IMAGES`.
+        exif: Whether photos are turned upright as their EXIF data say (`PIL.ImageOps.exif_transpose`). torchvision does
+            not; without it one warning tells when there are such photos.
         max_pixels: Images with more pixels are errors, before memory is taken for them. Without it as in Pillow:
             178,956,970.
         max_bytes: Files with more bytes are errors. Without it 1 GiB.
@@ -100,6 +102,7 @@ class DataLoader(TorchDataLoader[Any]):
         in_order: bool = True,
         on_error: str = "raise",
         truncated: str = "error",
+        exif: bool = False,
         max_pixels: int | None = None,
         max_bytes: int | None = None,
         cache: str | os.PathLike[str] | None = None,
@@ -117,11 +120,12 @@ class DataLoader(TorchDataLoader[Any]):
             raise ValueError('cache_bytes limits a cache: give cache="ram" or cache=<folder> as well')
         self.on_error = on_error
         self.truncated = truncated
+        self.exif = exif
         self.max_pixels = max_pixels
         self.max_bytes = max_bytes
         self.device = None if device is None else torch.device(device)
         self.epoch = 0
-        self._cache = None if cache is None else ImageCache(cache, cache_bytes, truncated)
+        self._cache = None if cache is None else ImageCache(cache, cache_bytes, truncated, exif)
         self._faults = Faults()
         self._progress: resume.Progress | None = None
         self._resume: dict[str, Any] | None = None

@@ -7,7 +7,6 @@ Rust can run. It is right to refuse: whatever is not lowered runs as the user's 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,22 +14,12 @@ from typing import Any
 
 import torch
 
+from cnnrs._notes import note as note
+from cnnrs.image_ops import OPS
+
 # ("resize", height, width, filter) and the like, or ("normalize", mean, std) and the like: what `_cnnrs.Loader` reads.
 Spec = tuple[Any, ...]
 Step = Callable[[Any], Any]
-
-FILTERS = {
-    "nearest": "nearest",
-    # Pillow has one nearest filter; torchvision maps both names to it.
-    "nearest-exact": "nearest",
-    "bilinear": "bilinear",
-    "bicubic": "bicubic",
-    "box": "box",
-    "hamming": "hamming",
-    "lanczos": "lanczos",
-}
-# Pillow's own numbers, which torchvision accepts too.
-PILLOW_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
 @dataclass(frozen=True)
@@ -109,16 +98,6 @@ def _note(steps: Iterable[Step]) -> None:
         )
 
 
-def note(message: str) -> None:
-    """A warning at the user's line, however deep in cnnrs and torch it is found out."""
-    level = 2
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("cnnrs", "torch"):
-        frame = frame.f_back
-        level += 1
-    warnings.warn(message, stacklevel=level)
-
-
 def _name(step: Step) -> str:
     named = getattr(step, "__qualname__", None)
     return named if isinstance(named, str) else type(step).__name__
@@ -182,28 +161,30 @@ class _Chain:
     values: torch.Tensor | None = None
     scaled: bool = False
     normalize: Spec | None = None
+    erase: Spec | None = None
 
     def add(self, step: Step) -> bool:
         """Whether the step was understood; if not, the chain ends before it."""
         kind = _kind(step)
-        version, _, name = kind.partition(".")
-        if kind == "nn.Identity" or kind == "v2.Identity":
+        name = kind.partition(".")[2]
+        if kind in ("nn.Identity", "v2.Identity"):
             return True
-        if name in ("RandomHorizontalFlip", "RandomVerticalFlip"):
-            # They move pixels only, so that they may as well run before those become numbers.
-            self.ops.append(("horizontal_flip" if "Horizontal" in name else "vertical_flip", float(step.p)))  # type: ignore[attr-defined]
-            return True
-        if self.values is not None:
+        if self.erase is not None:
+            # What is erased stays erased: nothing that moves or changes values may slip in front.
+            return kind == "v2.ToPureTensor" and self._add_to_values(step, kind)
+        if self.values is not None and name == "RandomErasing":
+            self.erase = _erasing(step, self.channels, self.values.dtype)
+            return self.erase is not None
+        if self.values is not None and name not in ("RandomHorizontalFlip", "RandomVerticalFlip"):
             return self._add_to_values(step, kind)
         if name in ("ToTensor", "PILToTensor") or kind == "v2.ToImage":
             return self._start_values(step, name)
-        op = _OPS.get(name) if version in ("v1", "v2") else None
-        spec = op(step, self.channels) if op is not None else None
-        if spec is None:
+        # Flips of the tensor move pixels only, so that they may as well run before those become numbers.
+        lowered = _lower_op(step, self.channels)
+        if lowered is None:
             return False
-        self.ops.append(spec)
-        if name == "Grayscale":
-            self.channels = spec[1]
+        specs, self.channels = lowered
+        self.ops.extend(specs)
         return True
 
     def _start_values(self, step: Step, name: str) -> bool:
@@ -243,7 +224,8 @@ class _Chain:
         return True
 
     def native(self) -> Native:
-        return Native(tuple(self.ops), self._finish(), wraps=type(self.values) not in (torch.Tensor, type(None)))
+        ops = (*self.ops, self.erase) if self.erase is not None else tuple(self.ops)
+        return Native(ops, self._finish(), wraps=type(self.values) not in (torch.Tensor, type(None)))
 
     def _finish(self) -> Spec | None:
         if self.values is None:
@@ -272,63 +254,85 @@ _POINTWISE = {
 }
 
 
+def _lower_op(step: Step, channels: int) -> tuple[tuple[Spec, ...], int] | None:
+    """The operations that `step` is on PIL images of `channels` channels, and the channels behind it."""
+    version, _, name = _kind(step).partition(".")
+    if version not in ("v1", "v2"):
+        return None
+    if name in _GROUPS:
+        return _GROUPS[name](step, channels)
+    op = OPS.get(name)
+    specs = op(step, channels) if op is not None else None
+    if specs is None:
+        return None
+    if name in ("Grayscale", "RGB"):
+        channels = getattr(step, "num_output_channels", 3)
+    return specs, channels
+
+
+def _lower_ops(step: Any, channels: int) -> tuple[Spec, ...] | None:
+    """`_lower_op` of everything in `step`, when it does not change the number of channels."""
+    specs: list[Spec] = []
+    behind = channels
+    for part in _flatten(step):
+        if _kind(part) in ("nn.Identity", "v2.Identity"):
+            continue
+        lowered = _lower_op(part, behind)
+        if lowered is None:
+            return None
+        specs.extend(lowered[0])
+        behind = lowered[1]
+    return tuple(specs) if behind == channels else None
+
+
+def _branches(steps: Iterable[Any], channels: int) -> list[tuple[Spec, ...]] | None:
+    branches = [_lower_ops(step, channels) for step in steps]
+    return [ops for ops in branches if ops is not None] if None not in branches else None
+
+
+def _random_apply(step: Any, channels: int) -> tuple[tuple[Spec, ...], int] | None:
+    parts = _branches(step.transforms, channels)
+    if parts is None:
+        return None
+    return (("random_apply", float(step.p), [op for ops in parts for op in ops]),), channels
+
+
+def _random_choice(step: Any, channels: int) -> tuple[tuple[Spec, ...], int] | None:
+    branches = _branches(step.transforms, channels)
+    weights = [1.0] * len(step.transforms) if step.p is None else [float(p) for p in step.p]
+    if not branches or len(weights) != len(branches) or not (min(weights) >= 0 and 0 < sum(weights) < float("inf")):
+        return None
+    return (("random_choice", weights, branches),), channels
+
+
+def _random_order(step: Any, channels: int) -> tuple[tuple[Spec, ...], int] | None:
+    parts = _branches(step.transforms, channels)
+    return None if parts is None else ((("random_order", parts),), channels)
+
+
+_GROUPS: dict[str, Callable[[Any, int], tuple[tuple[Spec, ...], int] | None]] = {
+    "RandomApply": _random_apply,
+    "RandomChoice": _random_choice,
+    "RandomOrder": _random_order,
+}
+
+
+def _erasing(step: Any, channels: int, dtype: torch.dtype) -> Spec | None:
+    value = step.value
+    if value is None or value == "random":
+        values = []
+    else:
+        values = [float(v) for v in value] if isinstance(value, (list, tuple)) else [float(value)]
+        if len(values) not in (1, channels):
+            return None
+    if dtype == torch.uint8 and not (values and all(0 <= v < 256 for v in values)):
+        return None
+    scale, ratio = ([float(v) for v in pair] for pair in (step.scale, step.ratio))
+    return ("erase", float(step.p), tuple(scale), tuple(ratio), values)
+
+
 def _normalize(step: Any, channels: int) -> Spec | None:
     mean, std = (torch.as_tensor(v, dtype=torch.float32).flatten().tolist() for v in (step.mean, step.std))
     if len(mean) not in (1, channels) or len(std) not in (1, channels):
         return None
     return ("normalize", mean * (channels // len(mean)), std * (channels // len(std)))
-
-
-def _filter(interpolation: Any) -> str | None:
-    if isinstance(interpolation, int):
-        return PILLOW_FILTERS.get(interpolation)
-    return FILTERS.get(getattr(interpolation, "value", interpolation))
-
-
-def _sizes(values: Any) -> bool:
-    return all(type(v) is int and v > 0 for v in values)
-
-
-def _resize(step: Any, _channels: int) -> Spec | None:
-    size = [step.size] if isinstance(step.size, int) else step.size
-    name = _filter(step.interpolation)
-    if size is None or name is None or not _sizes(size):
-        return None
-    if step.antialias is False:
-        note("Anti-alias option is always applied for PIL Image input. Argument antialias is ignored.")
-    if len(size) == 2:
-        return ("resize", size[0], size[1], name) if step.max_size is None else None
-    if step.max_size is not None and not (type(step.max_size) is int and step.max_size > size[0]):
-        return None
-    return ("resize_shorter", size[0], step.max_size, name)
-
-
-def _center_crop(step: Any, _channels: int) -> Spec | None:
-    size = list(step.size)
-    return ("center_crop", size[0], size[1]) if len(size) == 2 and _sizes(size) else None
-
-
-def _grayscale(step: Any, _channels: int) -> Spec | None:
-    return ("grayscale", step.num_output_channels) if step.num_output_channels in (1, 3) else None
-
-
-def _rotation(step: Any, channels: int) -> Spec | None:
-    name = _filter(step.interpolation)
-    low, high = (float(angle) for angle in step.degrees)
-    fill: Any = step.fill
-    if name not in ("nearest", "bilinear") or not low <= high or isinstance(fill, dict):
-        return None
-    fill = list(fill) if isinstance(fill, (list, tuple)) else [0 if fill is None else fill]
-    if len(fill) not in (1, channels) or not all(isinstance(v, (int, float)) and 0 <= v < 256 for v in fill):
-        return None
-    color = [int(v) for v in fill]
-    center = None if step.center is None else (float(step.center[0]), float(step.center[1]))
-    return ("rotation", low, high, name, bool(step.expand), center, color * 3 if len(color) == 1 else color)
-
-
-_OPS: dict[str, Callable[[Any, int], Spec | None]] = {
-    "Resize": _resize,
-    "CenterCrop": _center_crop,
-    "Grayscale": _grayscale,
-    "RandomRotation": _rotation,
-}

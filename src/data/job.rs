@@ -13,7 +13,7 @@ use crate::data::cache::Stamp;
 use crate::data::loader::{Failure, Memory, Ready};
 use crate::data::plan::{Finish, Input, Kept, Output, Plan, Raw, Rows, Sample};
 use crate::error::{Error, Result};
-use crate::image::{self, Image, Key, Layout, Limits, Scratch};
+use crate::image::{self, Image, Key, Layout, Limits, Options, Scratch};
 
 /// What a thread needs for itself; recycled, because its pages are expensive to get.
 #[derive(Default)]
@@ -139,10 +139,13 @@ impl Job {
             });
         }
         transform.pixels(image, key, scratch)?;
-        self.fill(i, [image.layout.channels(), image.height, image.width], dtype, memory, |slot| match finish {
-            Finish::Transform if byte => transform.finish_u8(image, slot.u8()),
-            Finish::Transform | Finish::Spread(_) => transform.finish_f32(image, scratch, slot.f32()),
-            Finish::Table(table) => look_up(image, table, slot.f32()),
+        self.fill(i, [image.layout.channels(), image.height, image.width], dtype, memory, |slot| {
+            match finish {
+                Finish::Transform if byte => transform.finish_u8(image, slot.u8())?,
+                Finish::Transform | Finish::Spread(_) => transform.finish_f32(image, scratch, slot.f32())?,
+                Finish::Table(table) => look_up(image, table, slot.f32())?,
+            }
+            if byte { transform.erase_u8(image, key, slot.u8()) } else { transform.erase_f32(image, key, slot.f32()) }
         })
     }
 
@@ -276,7 +279,12 @@ fn load(input: &Input, file: Option<&Input>, plan: &Plan, worker: &mut Worker) -
 
 fn decode(path: &Path, plan: &Plan, worker: &mut Worker) -> Result<()> {
     read(path, &plan.limits, &mut worker.file)?;
-    image::decode(&worker.file, &plan.limits, &mut worker.image).map_err(|error| error.at(path))
+    let options = Options { limits: plan.limits, exif: plan.exif, ..Options::default() };
+    let seen = image::decode_with(&worker.file, &options, &mut worker.image).map_err(|error| error.at(path))?;
+    if seen.orientation != 1 {
+        plan.turned.store(true, Ordering::Relaxed);
+    }
+    Ok(())
 }
 
 /// The image behind the operations of `kept.prefix`, from the cache if the file is still the one it was made from.

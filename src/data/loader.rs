@@ -162,6 +162,11 @@ impl Loader {
         self.queue.front().is_some_and(|job| job.wait(Duration::ZERO))
     }
 
+    /// Whether one of the files so far had an EXIF orientation other than upright.
+    pub fn saw_turned(&self) -> bool {
+        self.shared.plan.turned.load(Ordering::Relaxed)
+    }
+
     /// Gives sample `i` of the oldest batch pixels that somebody else decoded.
     ///
     /// # Errors

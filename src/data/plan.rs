@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use crate::data::cache::Cache;
 use crate::data::spread::Spread;
@@ -74,6 +75,10 @@ pub struct Plan {
     pub limits: Limits,
     pub seed: u64,
     pub kept: Option<Kept>,
+    /// Whether images are turned upright as their EXIF data say.
+    pub exif: bool,
+    /// Whether one would have been, or was.
+    pub turned: AtomicBool,
 }
 
 /// Images that are not decoded again.
@@ -104,7 +109,8 @@ impl Plan {
 
     /// Whether a sample is a table look-up, which costs less than handing it to another thread.
     pub(super) fn is_trivial(&self) -> bool {
-        self.rows.is_some() && self.transform.ops.is_empty() && matches!(self.output, Output::Tensor(_))
+        let only_finish = self.transform.ops.is_empty() && self.transform.erase.is_none();
+        self.rows.is_some() && only_finish && matches!(self.output, Output::Tensor(_))
     }
 
     /// The row that `input` is, when there is nothing to do but to look its pixels up.

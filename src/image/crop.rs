@@ -4,8 +4,8 @@
 
 use rand_chacha::ChaCha8Rng;
 
+use super::Image;
 use super::augment::{below, between};
-use super::{Image, Layout};
 
 /// A rectangle of pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,17 +36,66 @@ pub fn crop(image: &Image, window: Window, out: &mut Image) {
     }
 }
 
-/// Borders of one color (its first channel for gray images): left, top, right, bottom, as torchvision orders them.
-pub fn pad(image: &Image, [left, top, right, bottom]: [usize; 4], fill: [u8; 3], out: &mut Image) {
-    let pixel = image.layout.bytes_per_pixel();
-    out.reshape(left + image.width + right, top + image.height + bottom, image.layout);
-    match image.layout {
-        Layout::Gray => out.data.fill(fill[0]),
-        Layout::Rgbx => out.data.as_chunks_mut::<4>().0.fill([fill[0], fill[1], fill[2], 0]),
+/// What a border is made of, as torchvision and `numpy.pad` call it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum PadMode {
+    /// One colour.
+    #[default]
+    Constant,
+    /// The outermost pixels.
+    Edge,
+    /// The image mirrored, without its outermost pixels.
+    Reflect,
+    /// The image mirrored.
+    Symmetric,
+}
+
+impl PadMode {
+    /// Where position `at` of the padded line comes from, for `length` pixels behind `before` of border.
+    fn source(self, at: usize, before: usize, length: usize) -> Option<usize> {
+        let at = at as isize - before as isize;
+        let last = length as isize - 1;
+        let mirrored = |period: isize| {
+            let place = at.rem_euclid(period);
+            place.min(period - 1 - place)
+        };
+        let source = match self {
+            Self::Constant => return usize::try_from(at).ok().filter(|&at| at < length),
+            Self::Edge => at.clamp(0, last),
+            Self::Symmetric => mirrored(2 * length as isize),
+            // There is nothing to mirror in a single pixel: numpy repeats it.
+            Self::Reflect if last == 0 => 0,
+            Self::Reflect => {
+                let place = at.rem_euclid(2 * last);
+                place.min(2 * last - place)
+            }
+        };
+        Some(source.unsigned_abs())
     }
-    let stride = out.stride();
-    for (line, row) in out.data.chunks_exact_mut(stride).skip(top).zip(image.data.chunks_exact(image.stride().max(1))) {
-        line[left * pixel..left * pixel + row.len()].copy_from_slice(row);
+}
+
+/// Borders on the left, top, right and bottom, as torchvision orders them; `fill` is the colour of
+/// [`PadMode::Constant`] (its first channel for gray images).
+pub fn pad(image: &Image, [left, top, right, bottom]: [usize; 4], fill: [u8; 3], mode: PadMode, out: &mut Image) {
+    let pixel = image.layout.bytes_per_pixel();
+    let stride = image.stride();
+    out.reshape(left + image.width + right, top + image.height + bottom, image.layout);
+    let fill = [fill[0], fill[1], fill[2], 0];
+    let columns: Vec<_> = (0..out.width).map(|x| mode.source(x, left, image.width)).collect();
+    let out_stride = out.stride().max(1);
+    for (y, line) in out.data.chunks_exact_mut(out_stride).enumerate() {
+        let row = mode.source(y, top, image.height).map(|y| &image.data[y * stride..][..stride]);
+        let (before, rest) = line.split_at_mut(left * pixel);
+        let (inside, behind) = rest.split_at_mut(stride);
+        for (border, columns) in [(before, &columns[..left]), (behind, &columns[left + image.width..])] {
+            for (value, column) in border.chunks_exact_mut(pixel).zip(columns) {
+                value.copy_from_slice(row.zip(*column).map_or(&fill[..pixel], |(row, x)| &row[x * pixel..][..pixel]));
+            }
+        }
+        match row {
+            Some(row) => inside.copy_from_slice(row),
+            None => inside.chunks_exact_mut(pixel).for_each(|value| value.copy_from_slice(&fill[..pixel])),
+        }
     }
 }
 

@@ -1,7 +1,10 @@
 //! Bytes of a file to RGBX pixels, equal to `PIL.Image.open(file).convert("RGB")`.
 
 mod bmp;
+mod damaged;
+mod exif;
 mod gif;
+mod huffman;
 mod jpeg;
 mod libjpeg;
 mod png;
@@ -12,7 +15,10 @@ mod webp;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
-use super::{Image, Layout, Limits};
+pub use jpeg::{Entropy, decode_jpeg};
+
+use super::rotate::upright;
+use super::{Image, Layout, Limits, Size};
 use crate::error::{Error, Result};
 
 /// The formats that are read.
@@ -48,18 +54,50 @@ impl Format {
 /// Alpha is dropped, not blended; palettes are looked up; 16-bit gray is clipped at 255 while 16-bit colour keeps its
 /// high bytes; CMYK goes through Pillow's own formula; only TIFF applies its orientation tag: all as Pillow does.
 ///
-/// What is not as in Pillow:
-/// - JPEG strips inside TIFF go through another inverse DCT: up to 4 levels per channel.
-/// - Not read, though Pillow does: JPEG 2000, AVIF, ICO, TGA and the other rare formats; in TIFF YCbCr, Lab, separate
-///   colour planes, CMYK with 16 bits, LZMA, WebP and Zstandard strips; PFM and Pillow's own PNM dialects.
-/// - Damaged files other than JPEG: of 75,000 files with turned bits, zeroed runs or missing tails, 220 were read where
-///   Pillow refuses them or the other way round (189 of them PNGs cut within the last bits of their pixels, which Pillow
-///   accepts), and 6 lossless WebP with wrong bits showed other wrong pixels. JPEG: none.
+/// What is not as in Pillow is listed in `docs/parity.md`, each exception with its largest difference and its test.
 ///
 /// # Errors
 /// [`Error::Decode`] with the reason when the bytes are no image, broken or cut off, [`Error::TooLarge`] before any
 /// memory is taken for an image over `limits.pixels`. A panic inside a decoder comes back as [`Error::Panic`].
 pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
+    decode_with(bytes, &Options { limits: *limits, ..Options::default() }, out).map(|_| ())
+}
+
+/// What [`decode_with`] does beyond [`decode()`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    pub limits: Limits,
+    /// Turns the image upright, as `PIL.ImageOps.exif_transpose` does.
+    pub exif: bool,
+    pub truncated: Truncated,
+    /// A JPEG that is to become this size is decoded at a half, a quarter or an eighth of its width and height where that
+    /// is still at least as large: as `PIL.Image.draft("RGB", size)` does. Much faster for large photos; the pixels
+    /// differ from those of the whole image.
+    pub scaled: Option<Size>,
+}
+
+/// What becomes of a file that ends too early.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Truncated {
+    #[default]
+    Error,
+    /// JPEG and PNG as far as they go, as Pillow shows them under `LOAD_TRUNCATED_IMAGES`; pixels broken inside as well.
+    Accept,
+}
+
+/// What the file said about itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// EXIF: 1 is upright, 2 to 8 are not, whether [`Options::exif`] asked for turning or not.
+    pub orientation: u8,
+}
+
+/// [`decode()`] with options.
+///
+/// # Errors
+/// As [`decode()`].
+pub fn decode_with(bytes: &[u8], options: &Options, out: &mut Image) -> Result<Seen> {
+    let limits = &options.limits;
     if bytes.len() as u64 > limits.bytes {
         return Err(Error::decode(format_args!(
             "the file has {} bytes, over the limit of {}: raise the limit or remove the file",
@@ -68,20 +106,37 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         )));
     }
     let format = Format::of(bytes).ok_or_else(|| not_an_image(bytes))?;
-    let run = || match format {
-        Format::Jpeg => jpeg::decode(bytes, limits, out),
-        Format::Png => png::decode(bytes, limits, out),
-        Format::Gif => gif::decode(bytes, limits, out),
-        Format::WebP => webp::decode(bytes, limits, out),
-        Format::Bmp => bmp::decode(bytes, limits, out),
-        Format::Tiff => tiff::decode(bytes, limits, out),
-        Format::Pnm => pnm::decode(bytes, limits, out),
+    let run = || {
+        let whole = match format {
+            Format::Jpeg => jpeg::decode(bytes, limits, options.scaled, out),
+            Format::Png => png::decode(bytes, limits, out),
+            Format::Gif => gif::decode(bytes, limits, out),
+            Format::WebP => webp::decode(bytes, limits, out),
+            Format::Bmp => bmp::decode(bytes, limits, out),
+            Format::Tiff => tiff::decode(bytes, limits, out),
+            Format::Pnm => pnm::decode(bytes, limits, out),
+        };
+        if matches!(whole, Err(Error::Decode { .. })) {
+            damaged::decode(bytes, format, limits, options.truncated == Truncated::Accept, out).unwrap_or(whole)?;
+        } else {
+            whole?;
+        }
+        let orientation = exif::orientation(bytes, format);
+        if options.exif {
+            upright(orientation, out);
+        }
+        Ok(Seen { orientation })
     };
     // `out` may hold half an image after a panic; the caller gets an error and does not read it.
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
         let text = payload.downcast_ref::<&str>().copied().or(payload.downcast_ref::<String>().map(String::as_str));
         Err(Error::Panic(format!("{format:?} decoder: {}", text.unwrap_or("no message"))))
     })
+}
+
+/// The EXIF orientation of a file, 1 where there is none: what [`decode_with`] reports, without decoding.
+pub fn orientation(bytes: &[u8]) -> u8 {
+    Format::of(bytes).map_or(1, |format| exif::orientation(bytes, format))
 }
 
 fn not_an_image(bytes: &[u8]) -> Error {

@@ -1,31 +1,45 @@
 //! One image: how the bytes of one file become a `3 x H x W` slice.
 //!
 //! ```text
-//! bytes -> decode -> resize | crop | flip | rotate | gray -> normalize -> slice of the batch
+//! bytes -> decode -> op (resize | crop | rotate | affine | color | augment) -> normalize -> erase -> slice of the batch
 //! ```
 //! Everything equals what Pillow and torchvision compute, bit for bit; the exceptions are listed in [`decode()`].
 
+mod affine;
 mod augment;
+mod color;
 mod crop;
 mod decode;
+mod erase;
+mod fused;
 mod normalize;
 #[cfg(target_arch = "x86_64")]
 mod normalize_avx2;
+mod op;
 mod resize;
 #[cfg(target_arch = "x86_64")]
 mod resize_avx2;
 #[cfg(target_arch = "x86_64")]
 mod resize_avx512;
+mod resize_passes;
+#[cfg(target_arch = "x86_64")]
+mod resize_vbmi;
 mod rotate;
 mod transform;
 
+pub use affine::{Affine, affine};
 pub use augment::{Key, flip_horizontal, flip_vertical, grayscale};
-pub use crop::{Window, center_crop, crop, pad};
-pub use decode::{Format, decode};
+pub use color::{
+    autocontrast, brightness, contrast, equalize, hue, invert, posterize, saturation, sharpness, solarize,
+};
+pub use crop::{PadMode, Window, center_crop, crop, pad};
+pub use decode::{Entropy, Format, Options, Seen, Truncated, decode, decode_jpeg, decode_with, orientation};
+pub use erase::Erasing;
 pub use normalize::Normalizer;
+pub use op::{Op, Property};
 pub use resize::{Filter, PillowOrder, ResizePath, Size, resize, resize_on};
 pub use rotate::rotate;
-pub use transform::{Finish, Op, Scratch, Transform};
+pub use transform::{Finish, Scratch, Transform};
 
 /// What one pixel is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

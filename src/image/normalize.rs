@@ -40,14 +40,18 @@ impl Normalizer {
 
     /// `out` is `channels x height x width`, of exactly that length.
     pub(super) fn planes(&self, image: &Image, out: &mut [f32]) {
-        let size = image.width * image.height;
+        self.part(&image.data, image.layout, 0, image.width * image.height, out);
+    }
+
+    /// `pixels`, which begin `at` pixels behind the first one, to their places in planes of `size` values.
+    pub(super) fn part(&self, pixels: &[u8], layout: Layout, at: usize, size: usize, out: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
-        if let (Some(arithmetic), Layout::Rgbx) = (&self.arithmetic, image.layout) {
-            return arithmetic.planes(&image.data, &self.tables, out);
+        if let Some(arithmetic) = &self.arithmetic {
+            return arithmetic.part(pixels, layout, &self.tables, at, size, out);
         }
-        let step = image.layout.bytes_per_pixel();
+        let step = layout.bytes_per_pixel();
         for (channel, (plane, table)) in out.chunks_exact_mut(size.max(1)).zip(&self.tables).enumerate() {
-            for (value, &byte) in plane.iter_mut().zip(image.data.iter().skip(channel).step_by(step)) {
+            for (value, &byte) in plane[at..].iter_mut().zip(pixels.iter().skip(channel).step_by(step)) {
                 *value = table[byte as usize];
             }
         }

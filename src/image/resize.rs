@@ -6,7 +6,8 @@ use std::collections::HashMap;
 use std::f64::consts::PI;
 use std::sync::Arc;
 
-use super::{Image, Layout};
+use super::Image;
+use super::resize_passes::{Whole, resize_into};
 use crate::error::{Error, Result};
 
 /// Pillow's resampling filters.
@@ -133,9 +134,12 @@ pub(super) struct Weights {
     /// For [`ResizePath::Avx2`].
     #[cfg(target_arch = "x86_64")]
     pub pairs: super::resize_avx2::Packed,
-    /// For [`ResizePath::Avx512`].
+    /// For [`ResizePath::Avx512`] and what [`ResizePath::Vbmi`] leaves to it.
     #[cfg(target_arch = "x86_64")]
     pub quads: super::resize_avx512::Packed,
+    /// For [`ResizePath::Vbmi`].
+    #[cfg(target_arch = "x86_64")]
+    pub groups: super::resize_vbmi::Packed,
 }
 
 impl Weights {
@@ -164,13 +168,18 @@ impl Weights {
             }));
         }
         #[cfg(target_arch = "x86_64")]
-        let (mut pairs, mut quads) = Default::default();
+        let (mut pairs, mut quads, mut groups) = Default::default();
         match path {
             ResizePath::Scalar => {}
             #[cfg(target_arch = "x86_64")]
             ResizePath::Avx2 => pairs = super::resize_avx2::Packed::new(&windows, &values, input),
             #[cfg(target_arch = "x86_64")]
             ResizePath::Avx512 => quads = super::resize_avx512::Packed::new(&windows, &values, input),
+            #[cfg(target_arch = "x86_64")]
+            ResizePath::Vbmi => {
+                quads = super::resize_avx512::Packed::new(&windows, &values, input);
+                groups = super::resize_vbmi::Packed::new(&windows, &values, input);
+            }
         }
         Self {
             windows,
@@ -179,6 +188,8 @@ impl Weights {
             pairs,
             #[cfg(target_arch = "x86_64")]
             quads,
+            #[cfg(target_arch = "x86_64")]
+            groups,
         }
     }
 }
@@ -193,7 +204,7 @@ impl WeightCache {
     /// Some folders have a new size in every file; then keeping them all would only cost memory.
     const CAPACITY: usize = 256;
 
-    fn get(&mut self, path: ResizePath, input: usize, output: usize, filter: Filter) -> Arc<Weights> {
+    pub fn get(&mut self, path: ResizePath, input: usize, output: usize, filter: Filter) -> Arc<Weights> {
         let key = (path, input, output, filter);
         if self.by_size.len() >= Self::CAPACITY && !self.by_size.contains_key(&key) {
             self.by_size.clear();
@@ -205,8 +216,11 @@ impl WeightCache {
 /// Buffers and weights that resizing needs and the next image can use again.
 #[derive(Debug, Default)]
 pub(super) struct ResizeScratch {
-    weights: WeightCache,
-    between: Image,
+    pub weights: WeightCache,
+    /// Rows after the first pass that the second one still reads.
+    pub between: Vec<u8>,
+    /// Rows of the result that go on to the tensor.
+    pub rows: Vec<u8>,
     result: Image,
 }
 
@@ -220,6 +234,9 @@ pub enum ResizePath {
     /// With VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// With VNNI and VBMI.
+    #[cfg(target_arch = "x86_64")]
+    Vbmi,
 }
 
 impl ResizePath {
@@ -235,6 +252,7 @@ impl ResizePath {
         {
             all.extend(super::resize_avx2::available().then_some(Self::Avx2));
             all.extend(super::resize_avx512::available().then_some(Self::Avx512));
+            all.extend(super::resize_vbmi::available().then_some(Self::Vbmi));
         }
         all
     }
@@ -262,91 +280,17 @@ pub(super) fn resize_with(
     if (image.height, image.width) == (height, width) {
         return;
     }
-    let ResizeScratch { weights, between, result } = scratch;
+    let mut result = std::mem::take(&mut scratch.result);
     if filter == Filter::Nearest {
-        nearest(image, height, width, result);
-        std::mem::swap(image, result);
-        return;
+        nearest(image, height, width, &mut result);
+    } else {
+        result.reshape(width, height, image.layout);
+        let stride = result.stride();
+        let mut rows = Whole { stride, data: &mut result.data };
+        resize_into(path, image, (height, width), filter, order, scratch, &mut rows);
     }
-    let shrinks_by = |from: usize, to: usize| from as i64 - to as i64;
-    let down = shrinks_by(image.height, height);
-    let vertical_first = order == PillowOrder::Pillow13 && down > 0 && down > 2 * shrinks_by(image.width, width);
-    let rows = (image.width != width).then(|| weights.get(path, image.width, width, filter));
-    let columns = (image.height != height).then(|| weights.get(path, image.height, height, filter));
-    match (rows, columns) {
-        (Some(rows), None) => horizontal(path, image, 0..height, &rows, result),
-        (None, Some(columns)) => vertical(path, image, 0, &columns, result),
-        (Some(rows), Some(columns)) if vertical_first => {
-            vertical(path, image, 0, &columns, between);
-            horizontal(path, between, 0..height, &rows, result);
-        }
-        (Some(rows), Some(columns)) => {
-            // Only the rows that the second pass will read.
-            let first = columns.windows.first().map_or(0, |w| w.first);
-            let last = columns.windows.last().map_or(0, |w| w.first + w.count);
-            horizontal(path, image, first..last, &rows, between);
-            vertical(path, between, first, &columns, result);
-        }
-        (None, None) => return,
-    }
-    std::mem::swap(image, result);
-}
-
-fn horizontal(path: ResizePath, image: &Image, rows: std::ops::Range<usize>, weights: &Weights, out: &mut Image) {
-    out.reshape(weights.windows.len(), rows.len(), image.layout);
-    let stride = image.stride();
-    let input = &image.data[rows.start * stride..rows.end * stride];
-    match (path, image.layout) {
-        #[cfg(target_arch = "x86_64")]
-        (ResizePath::Avx2, Layout::Rgbx) if weights.pairs.fits() => {
-            return super::resize_avx2::horizontal(input, stride, weights, &mut out.data);
-        }
-        #[cfg(target_arch = "x86_64")]
-        (ResizePath::Avx512, Layout::Rgbx) if weights.quads.fits() => {
-            return super::resize_avx512::horizontal(input, stride, weights, &mut out.data);
-        }
-        _ => {}
-    }
-    let pixel = image.layout.bytes_per_pixel();
-    let out_stride = out.stride();
-    for (line, out_line) in input.chunks_exact(stride).zip(out.data.chunks_exact_mut(out_stride)) {
-        for (window, out_pixel) in weights.windows.iter().zip(out_line.chunks_exact_mut(pixel)) {
-            let k = &weights.values[window.offset..window.offset + window.count];
-            for (channel, value) in out_pixel.iter_mut().enumerate() {
-                let taps = line[window.first * pixel + channel..].iter().step_by(pixel);
-                *value = clip(k.iter().zip(taps).map(|(&k, &v)| k * i32::from(v)).sum());
-            }
-        }
-    }
-}
-
-/// `image` begins with row `first` of the picture the weights are for.
-fn vertical(path: ResizePath, image: &Image, first: usize, weights: &Weights, out: &mut Image) {
-    out.reshape(image.width, weights.windows.len(), image.layout);
-    let stride = image.stride();
-    for (y, (window, out_line)) in weights.windows.iter().zip(out.data.chunks_exact_mut(stride)).enumerate() {
-        let input = &image.data[(window.first - first) * stride..][..window.count * stride];
-        // Read by the kernels only, which not every target has.
-        let _ = y;
-        let done = match path {
-            ResizePath::Scalar => false,
-            #[cfg(target_arch = "x86_64")]
-            ResizePath::Avx2 => {
-                super::resize_avx2::vertical(input, stride, window.count, weights.pairs.down(y), out_line)
-            }
-            #[cfg(target_arch = "x86_64")]
-            ResizePath::Avx512 => {
-                super::resize_avx512::vertical(input, stride, window.count, weights.quads.down(y), out_line)
-            }
-        };
-        if done {
-            continue;
-        }
-        let k = &weights.values[window.offset..window.offset + window.count];
-        for (x, value) in out_line.iter_mut().enumerate() {
-            *value = clip(k.iter().zip(input[x..].iter().step_by(stride)).map(|(&k, &v)| k * i32::from(v)).sum());
-        }
-    }
+    std::mem::swap(image, &mut result);
+    scratch.result = result;
 }
 
 /// Rounds a fixed-point sum to a byte.

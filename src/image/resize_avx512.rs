@@ -24,7 +24,7 @@ const ROWS: usize = 4;
 const BLOCK: usize = 64;
 
 /// Four taps' weights: their low, middle and high bytes.
-type Quad = [i32; 3];
+pub(super) type Quad = [i32; 3];
 
 /// The weights of a pass as the kernels read them.
 #[derive(Debug, Default)]
@@ -40,7 +40,8 @@ pub(super) struct Packed {
     down_at: Vec<usize>,
 }
 
-fn quad(weights: &[i32]) -> Quad {
+/// Up to four weights, byte by byte.
+pub(super) fn quad(weights: &[i32]) -> Quad {
     let mut bytes = [[0u8; TAPS]; 3];
     for (tap, &k) in weights.iter().enumerate() {
         let mut rest = k;

@@ -2,65 +2,12 @@
 
 #![forbid(unsafe_code)]
 
-use super::augment::{Drawn, flip_horizontal, flip_vertical, grayscale};
-use super::crop::{self, Window, center_crop, pad};
+use super::fused::resize_normalized;
 use super::normalize::{self, Normalizer};
-use super::resize::{ResizeScratch, resize_with};
-use super::{Filter, Image, Key, PillowOrder, ResizePath, Size, rotate};
+use super::op::shape_behind;
+use super::resize::ResizeScratch;
+use super::{Erasing, Image, Key, Layout, Op, PillowOrder};
 use crate::error::{Error, Result};
-
-/// One operation on a uint8 image, parameters as torchvision spells them.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Op {
-    Resize {
-        size: Size,
-        filter: Filter,
-    },
-    CenterCrop {
-        height: usize,
-        width: usize,
-    },
-    Crop(Window),
-    /// A border of one colour: left, top, right, bottom.
-    Pad {
-        border: [usize; 4],
-        fill: [u8; 3],
-    },
-    /// Any window of that size; torchvision's `padding` is a [`Op::Pad`] in front.
-    RandomCrop {
-        height: usize,
-        width: usize,
-        pad_if_needed: bool,
-        fill: [u8; 3],
-    },
-    /// A window of drawn area and aspect ratio, resized.
-    RandomResizedCrop {
-        height: usize,
-        width: usize,
-        scale: (f64, f64),
-        ratio: (f64, f64),
-        filter: Filter,
-    },
-    /// One channel, or three equal ones.
-    Grayscale {
-        channels: usize,
-    },
-    HorizontalFlip {
-        p: f64,
-    },
-    VerticalFlip {
-        p: f64,
-    },
-    /// Degrees counter-clockwise, drawn from `[low, high)`.
-    Rotation {
-        low: f64,
-        high: f64,
-        filter: Filter,
-        expand: bool,
-        center: Option<(f64, f64)>,
-        fill: [u8; 3],
-    },
-}
 
 /// How bytes become the numbers of the tensor.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,40 +24,23 @@ pub enum Finish {
 pub struct Transform {
     pub ops: Vec<Op>,
     pub finish: Finish,
+    /// Runs on the finished tensor.
+    pub erase: Option<Erasing>,
     pub order: PillowOrder,
 }
 
 /// What one thread keeps between images: buffers and tables. Never part of a result.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    resize: ResizeScratch,
-    spare: Image,
+    pub(super) resize: ResizeScratch,
+    pub(super) spare: Image,
     normalizer: Option<(Finish, usize, Normalizer)>,
 }
 
 impl Transform {
     /// `(channels, height, width)` if every image comes out the same.
     pub fn output_shape(&self) -> Option<(usize, usize, usize)> {
-        let mut channels = 3;
-        let mut size = None;
-        for op in &self.ops {
-            match *op {
-                Op::Resize { size: Size::Exact { height, width }, .. }
-                | Op::CenterCrop { height, width }
-                | Op::Crop(Window { height, width, .. })
-                | Op::RandomCrop { height, width, .. }
-                | Op::RandomResizedCrop { height, width, .. } => size = Some((height, width)),
-                Op::Pad { border: [left, top, right, bottom], .. } => {
-                    size = size.map(|(height, width)| (top + height + bottom, left + width + right));
-                }
-                Op::Resize { size: shorter @ Size::Shorter { .. }, .. } => {
-                    size = size.and_then(|(height, width)| shorter.resolve(height, width).ok());
-                }
-                Op::Grayscale { channels: n } => channels = n,
-                Op::HorizontalFlip { .. } | Op::VerticalFlip { .. } | Op::Rotation { expand: false, .. } => {}
-                Op::Rotation { .. } => size = None,
-            }
-        }
+        let (channels, size) = shape_behind(&self.ops, (3, None));
         size.map(|(height, width)| (channels, height, width))
     }
 
@@ -119,12 +49,12 @@ impl Transform {
     /// # Errors
     /// When an operation's arguments make no sense for this image.
     pub fn pixels(&self, image: &mut Image, key: Key, scratch: &mut Scratch) -> Result<()> {
-        let mut rng = self.ops.iter().any(Op::is_random).then(|| key.rng());
-        for op in &self.ops {
-            let drawn = rng.as_mut().map_or(Drawn::Sure, |rng| op.draw(rng, image));
-            op.apply(drawn, image, self.order, scratch)?;
-        }
-        Ok(())
+        self.run(&self.ops, image, key, scratch)
+    }
+
+    fn run(&self, ops: &[Op], image: &mut Image, key: Key, scratch: &mut Scratch) -> Result<()> {
+        let mut rng = key.rng();
+        ops.iter().try_for_each(|op| op.run(&mut rng, image, self.order, scratch))
     }
 
     /// Operations and finish, into the `channels x height x width` floats of `out`.
@@ -132,8 +62,32 @@ impl Transform {
     /// # Errors
     /// As [`Transform::pixels`]; and when `out` has another length than the image needs.
     pub fn apply_f32(&self, image: &mut Image, key: Key, scratch: &mut Scratch, out: &mut [f32]) -> Result<()> {
-        self.pixels(image, key, scratch)?;
+        let (Some((&Op::Resize { size, filter }, before)), None) = (self.ops.split_last(), &self.erase) else {
+            self.pixels(image, key, scratch)?;
+            self.finish_f32(image, scratch, out)?;
+            return self.erase_f32(image, key, out);
+        };
+        self.run(before, image, key, scratch)?;
+        let (height, width) = size.resolve(image.height, image.width)?;
+        check_length((image.layout, height, width), out.len())?;
+        let normalizer = self.normalizer(image.layout, scratch)?;
+        let done =
+            resize_normalized(image, (height, width), filter, self.order, &normalizer.2, &mut scratch.resize, out);
+        scratch.normalizer = Some(normalizer);
+        if done {
+            return Ok(());
+        }
+        self.run(&self.ops[before.len()..], image, key, scratch)?;
         self.finish_f32(image, scratch, out)
+    }
+
+    /// The one in `scratch`, taken out of it, if it fits.
+    fn normalizer(&self, layout: Layout, scratch: &mut Scratch) -> Result<(Finish, usize, Normalizer)> {
+        let channels = layout.channels();
+        match scratch.normalizer.take() {
+            Some(kept) if kept.0 == self.finish && kept.1 == channels => Ok(kept),
+            _ => Ok((self.finish.clone(), channels, Normalizer::new(&self.finish, channels)?)),
+        }
     }
 
     /// Operations, then the bytes plane by plane into `out`.
@@ -142,7 +96,8 @@ impl Transform {
     /// As [`Transform::pixels`]; and when `out` has another length than the image needs.
     pub fn apply_u8(&self, image: &mut Image, key: Key, scratch: &mut Scratch, out: &mut [u8]) -> Result<()> {
         self.pixels(image, key, scratch)?;
-        self.finish_u8(image, out)
+        self.finish_u8(image, out)?;
+        self.erase_u8(image, key, out)
     }
 
     /// The finish alone, for an image whose operations are done.
@@ -150,14 +105,10 @@ impl Transform {
     /// # Errors
     /// When mean and std do not fit the channels, or `out` has another length than the image needs.
     pub fn finish_f32(&self, image: &Image, scratch: &mut Scratch, out: &mut [f32]) -> Result<()> {
-        check_length(image, out.len())?;
-        let channels = image.layout.channels();
-        let normalizer = match scratch.normalizer.take() {
-            Some((finish, c, normalizer)) if finish == self.finish && c == channels => normalizer,
-            _ => Normalizer::new(&self.finish, channels)?,
-        };
-        normalizer.planes(image, out);
-        scratch.normalizer = Some((self.finish.clone(), channels, normalizer));
+        check_length((image.layout, image.height, image.width), out.len())?;
+        let normalizer = self.normalizer(image.layout, scratch)?;
+        normalizer.2.planes(image, out);
+        scratch.normalizer = Some(normalizer);
         Ok(())
     }
 
@@ -166,14 +117,46 @@ impl Transform {
     /// # Errors
     /// When `out` has another length than the image needs.
     pub fn finish_u8(&self, image: &Image, out: &mut [u8]) -> Result<()> {
-        check_length(image, out.len())?;
+        check_length((image.layout, image.height, image.width), out.len())?;
         normalize::bytes(image, out);
         Ok(())
     }
 }
 
-fn check_length(image: &Image, length: usize) -> Result<()> {
-    let (channels, height, width) = (image.layout.channels(), image.height, image.width);
+impl Transform {
+    /// What comes behind the finish; `image` gives the shape of `out`.
+    ///
+    /// # Errors
+    /// When the values to erase with do not fit the channels.
+    pub fn erase_f32(&self, image: &Image, key: Key, out: &mut [f32]) -> Result<()> {
+        self.erase(image, key, out, |value| value)
+    }
+
+    /// [`Transform::erase_f32`] for bytes.
+    ///
+    /// # Errors
+    /// As [`Transform::erase_f32`].
+    pub fn erase_u8(&self, image: &Image, key: Key, out: &mut [u8]) -> Result<()> {
+        self.erase(image, key, out, |value| value as u8)
+    }
+
+    fn erase<T: Copy>(&self, image: &Image, key: Key, out: &mut [T], from: impl Fn(f32) -> T) -> Result<()> {
+        let Some(erasing) = &self.erase else { return Ok(()) };
+        check_length((image.layout, image.height, image.width), out.len())?;
+        // A stream of its own: whoever computes the pixels elsewhere gets the same rectangle.
+        let mut rng = key.rng();
+        rng.set_stream(1);
+        match erasing.draw(&mut rng, image.height, image.width) {
+            Some(window) => {
+                erasing.fill(window, &mut rng, [image.layout.channels(), image.height, image.width], out, from)
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+fn check_length((layout, height, width): (Layout, usize, usize), length: usize) -> Result<()> {
+    let channels = layout.channels();
     if length == channels * height * width {
         return Ok(());
     }
@@ -181,74 +164,4 @@ fn check_length(image: &Image, length: usize) -> Result<()> {
         "the image is {channels} x {height} x {width}, but there is room for {length} values: images of one batch need \
          one size, add Resize((height, width)) or CenterCrop to the transform"
     )))
-}
-
-impl Op {
-    fn apply(&self, drawn: Drawn, image: &mut Image, order: PillowOrder, scratch: &mut Scratch) -> Result<()> {
-        match *self {
-            Self::Resize { size, filter } => {
-                let (height, width) = size.resolve(image.height, image.width)?;
-                resize_with(ResizePath::best(), image, height, width, filter, order, &mut scratch.resize);
-            }
-            Self::CenterCrop { height, width } => {
-                if (image.height, image.width) != (height, width) {
-                    center_crop(image, height, width, &mut scratch.spare);
-                    std::mem::swap(image, &mut scratch.spare);
-                }
-            }
-            Self::Crop(window) => cut(image, window, scratch)?,
-            Self::Pad { border, fill } => {
-                pad(image, border, fill, &mut scratch.spare);
-                std::mem::swap(image, &mut scratch.spare);
-            }
-            Self::RandomCrop { height, width, pad_if_needed, fill } => {
-                let (rows, columns) = crop::padded_size(image, height, width, pad_if_needed);
-                if (rows, columns) != (image.height, image.width) {
-                    let (y, x) = ((rows - image.height) / 2, (columns - image.width) / 2);
-                    pad(image, [x, y, x, y], fill, &mut scratch.spare);
-                    std::mem::swap(image, &mut scratch.spare);
-                }
-                if let Drawn::Window(window) = drawn {
-                    cut(image, window, scratch)?;
-                }
-            }
-            Self::RandomResizedCrop { height, width, filter, .. } => {
-                if let Drawn::Window(window) = drawn {
-                    cut(image, window, scratch)?;
-                }
-                let (height, width) = Size::Exact { height, width }.resolve(image.height, image.width)?;
-                resize_with(ResizePath::best(), image, height, width, filter, order, &mut scratch.resize);
-            }
-            Self::Grayscale { channels } => grayscale(image, channels),
-            Self::HorizontalFlip { .. } => {
-                if drawn == Drawn::Flip(true) {
-                    flip_horizontal(image);
-                }
-            }
-            Self::VerticalFlip { .. } => {
-                if drawn == Drawn::Flip(true) {
-                    flip_vertical(image);
-                }
-            }
-            Self::Rotation { filter, expand, center, fill, .. } => {
-                if let Drawn::Angle(angle) = drawn {
-                    rotate(image, angle, filter, expand, center, fill, &mut scratch.spare)?;
-                    std::mem::swap(image, &mut scratch.spare);
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-fn cut(image: &mut Image, window: Window, scratch: &mut Scratch) -> Result<()> {
-    if !window.lies_in(image) {
-        return Err(Error::Argument(format!(
-            "Required crop size ({}, {}) is larger than input image size ({}, {}), or its corner ({}, {}) is too far",
-            window.height, window.width, image.height, image.width, window.top, window.left
-        )));
-    }
-    crop::crop(image, window, &mut scratch.spare);
-    std::mem::swap(image, &mut scratch.spare);
-    Ok(())
 }

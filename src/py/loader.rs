@@ -1,6 +1,7 @@
 //! `Loader` and `Memory`: the threads behind `cnnrs.DataLoader`.
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,11 +10,12 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyCapsule, PyList, PyTuple};
 
-use crate::data::{self, Finish, Input, Output, Plan, Raw, Ready, Rows, Sample};
-use crate::image::{self, Filter, Limits, Op, PillowOrder, Size, Transform};
+use crate::data::{self, Input, Plan, Raw, Ready, Rows, Sample};
+use crate::image::Limits;
 use crate::py::cache::Cache;
 use crate::py::dlpack::{self, View};
 use crate::py::enter::enter;
+use crate::py::transform;
 use crate::threads;
 
 /// How long a wait for a batch lasts before Python may look for Ctrl-C.
@@ -57,7 +59,7 @@ pub struct Loader {
 #[pymethods]
 impl Loader {
     #[new]
-    #[pyo3(signature = (ops, finish, pillow13, seed, threads, memory, rows=None, limits=None, cache=None, cached_ops=0))]
+    #[pyo3(signature = (ops, finish, pillow13, seed, threads, memory, rows=None, limits=None, cache=None, cached_ops=0, exif=false))]
     // One argument for each decision of `cnnrs.DataLoader`.
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -71,11 +73,9 @@ impl Loader {
         limits: Option<(Option<u64>, Option<u64>)>,
         cache: Option<&Cache>,
         cached_ops: usize,
+        exif: bool,
     ) -> PyResult<Self> {
-        let ops = ops.iter().map(op).collect::<PyResult<_>>()?;
-        let (finish, output) = self::finish(finish.as_ref())?;
-        let order = if pillow13 { PillowOrder::Pillow13 } else { PillowOrder::HorizontalFirst };
-        let transform = Transform { ops, finish, order };
+        let (transform, output) = transform::transform(&ops, finish.as_ref(), pillow13)?;
         let rows = match rows.as_ref().map(View::new).transpose()? {
             Some(view) => match *view.shape.as_slice() {
                 [_, height, width] => Some(Rows { data: Box::new(view), height, width }),
@@ -86,7 +86,8 @@ impl Loader {
         let (pixels, bytes) = limits.unwrap_or_default();
         let default = Limits::default();
         let limits = Limits { pixels: pixels.unwrap_or(default.pixels), bytes: bytes.unwrap_or(default.bytes) };
-        let mut plan = Plan { rows, transform, output, limits, seed, kept: None };
+        let turned = AtomicBool::new(false);
+        let mut plan = Plan { rows, transform, output, limits, seed, kept: None, exif, turned };
         if let Some(cache) = cache {
             plan = plan.keeping(cache.get(), cached_ops);
         }
@@ -158,6 +159,11 @@ impl Loader {
         self.loader.lock().unwrap_or_else(PoisonError::into_inner).is_ready()
     }
 
+    /// Whether one of the files so far had an EXIF orientation other than upright.
+    fn saw_turned(&self) -> bool {
+        self.loader.lock().unwrap_or_else(PoisonError::into_inner).saw_turned()
+    }
+
     /// Gives a failed sample of the oldest batch pixels that somebody else decoded.
     fn retry(&self, py: Python<'_>, sample: usize, pixels: Pixels) -> PyResult<()> {
         let raw = raw(pixels);
@@ -202,80 +208,4 @@ type Pixels = (usize, usize, usize, PyBackedBytes);
 
 fn raw((height, width, channels, data): Pixels) -> Raw {
     Raw { height, width, channels, data: data.to_vec() }
-}
-
-pub(super) fn op(spec: &Bound<'_, PyTuple>) -> PyResult<Op> {
-    let name: String = spec.get_item(0)?.extract()?;
-    let rest = spec.get_slice(1, spec.len());
-    Ok(match name.as_str() {
-        "resize" => {
-            let (height, width, filter): (_, _, String) = rest.extract()?;
-            Op::Resize { size: Size::Exact { height, width }, filter: self::filter(&filter)? }
-        }
-        "resize_shorter" => {
-            let (edge, max_size, filter): (_, _, String) = rest.extract()?;
-            Op::Resize { size: Size::Shorter { edge, max_size }, filter: self::filter(&filter)? }
-        }
-        "center_crop" => {
-            let (height, width) = rest.extract()?;
-            Op::CenterCrop { height, width }
-        }
-        "crop" => {
-            let (top, left, height, width) = rest.extract()?;
-            Op::Crop(image::Window { top, left, height, width })
-        }
-        "pad" => {
-            let (border, fill) = rest.extract()?;
-            Op::Pad { border, fill }
-        }
-        "random_crop" => {
-            let (height, width, pad_if_needed, fill) = rest.extract()?;
-            Op::RandomCrop { height, width, pad_if_needed, fill }
-        }
-        "random_resized_crop" => {
-            let (height, width, scale, ratio, filter): (_, _, _, _, String) = rest.extract()?;
-            Op::RandomResizedCrop { height, width, scale, ratio, filter: self::filter(&filter)? }
-        }
-        "grayscale" => Op::Grayscale { channels: rest.get_item(0)?.extract()? },
-        "horizontal_flip" => Op::HorizontalFlip { p: rest.get_item(0)?.extract()? },
-        "vertical_flip" => Op::VerticalFlip { p: rest.get_item(0)?.extract()? },
-        "rotation" => {
-            let (low, high, filter, expand, center, fill): (_, _, String, _, _, _) = rest.extract()?;
-            Op::Rotation { low, high, filter: self::filter(&filter)?, expand, center, fill }
-        }
-        other => return Err(PyValueError::new_err(format!("unknown image operation {other:?}"))),
-    })
-}
-
-fn filter(name: &str) -> PyResult<Filter> {
-    Ok(match name {
-        "nearest" => Filter::Nearest,
-        "bilinear" => Filter::Bilinear,
-        "bicubic" => Filter::Bicubic,
-        "box" => Filter::Box,
-        "hamming" => Filter::Hamming,
-        "lanczos" => Filter::Lanczos,
-        other => return Err(PyValueError::new_err(format!("unknown resize filter {other:?}"))),
-    })
-}
-
-fn finish(spec: Option<&Bound<'_, PyTuple>>) -> PyResult<(image::Finish, Output)> {
-    let native = Output::Tensor(Finish::Transform);
-    let Some(spec) = spec else { return Ok((image::Finish::Uint8, Output::Pixels)) };
-    let name: String = spec.get_item(0)?.extract()?;
-    let rest = spec.get_slice(1, spec.len());
-    Ok(match name.as_str() {
-        "uint8" => (image::Finish::Uint8, native),
-        "float" => (image::Finish::Float, native),
-        "normalize" => {
-            let (mean, std) = rest.extract()?;
-            (image::Finish::Normalize { mean, std }, native)
-        }
-        "table" => {
-            let bytes: PyBackedBytes = rest.get_item(0)?.extract()?;
-            let values = bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
-            (image::Finish::Float, Output::Tensor(Finish::Table(values.collect())))
-        }
-        other => return Err(PyValueError::new_err(format!("unknown way to finish an image {other:?}"))),
-    })
 }

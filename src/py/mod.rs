@@ -13,6 +13,7 @@ mod image;
 mod loader;
 mod mnist;
 mod preconv;
+mod transform;
 
 use pyo3::prelude::*;
 
@@ -30,7 +31,7 @@ mod _cnnrs {
     #[pymodule_export]
     use super::graph::Graph;
     #[pymodule_export]
-    use super::image::{apply_op, decode_image};
+    use super::image::{apply_op, decode_image, image_orientation};
     #[pymodule_export]
     use super::loader::{Loader, Memory, available_threads};
     #[pymodule_export]

@@ -110,6 +110,7 @@ def test_exit_code_says_whether_thresholds_are_met(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(demo, "write_digits", lambda folder: folder)
     monkeypatch.setattr(demo, "from_scratch", lambda folder, out: scratch)
     monkeypatch.setattr(demo, "transfer", lambda folder, out: (moved, same))

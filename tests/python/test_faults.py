@@ -19,7 +19,7 @@ import torch
 from conftest import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from torch.utils.data import BatchSampler, ConcatDataset, Sampler, Subset
 from torch.utils.data import DataLoader as TorchDataLoader
 from torchvision import datasets, transforms
@@ -271,6 +271,32 @@ def test_truncated_files_are_read_as_pillow_reads_them(tmp_path: Path, kind: str
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # type: ignore[attr-defined]
     assert torch.equal(found[0], expected)
+
+
+def test_photos_are_turned_upright_when_asked_to(tmp_path: Path) -> None:
+    from cnnrs import faults
+
+    (tmp_path / "class").mkdir()
+    exif = Image.Exif()
+    for i, kind in enumerate(("JPEG", "PNG", "JPEG2000")):
+        exif[0x0112] = 6 + i % 2
+        picture(20, 30, i).save(tmp_path / "class" / f"{i}.jpg", format=kind, exif=exif)
+    to_tensor = transforms.ToTensor()
+    dataset = ImageFolder(tmp_path, to_tensor)
+    faults._noted.clear()
+    for upright in (False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for cache in (None, "ram"):
+                loader = DataLoader(dataset, 1, exif=upright, cache=cache)
+                for _ in range(2):
+                    for (image, _), (path, _) in zip(loader, dataset.samples, strict=True):
+                        with Image.open(path) as opened:
+                            expected = ImageOps.exif_transpose(opened) if upright else opened
+                            assert torch.equal(image[0], to_tensor(expected.convert("RGB")))
+        notes = [str(warning.message) for warning in caught]
+        assert len(notes) == (0 if upright else 1)
+        assert upright or "exif=True" in notes[0]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG2000"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import picture
 from torch.utils.data import DataLoader as TorchDataLoader
 from torchvision import datasets, models, tv_tensors
 from torchvision import transforms as v1
@@ -89,6 +90,80 @@ NATIVE: dict[str, Any] = {
             v1.ToTensor(),
         ]
     ),
+    "padding": v1.Compose(
+        [v1.Resize((24, 20)), v1.Pad((1, 2), (9, 8, 7)), v1.Pad(3, padding_mode="edge"), v1.ToTensor()]
+    ),
+    "v2 padding": v2.Compose([v2.Resize((24, 20)), v2.Pad([1, 2, 3, 4], padding_mode="reflect"), v2.ToImage()]),
+    "crop without choice": v1.Compose(
+        [
+            v1.Resize((24, 20)),
+            v1.RandomCrop((28, 22), padding=(1, 2), fill=5),
+            v1.RandomResizedCrop(9, (1, 1), (1, 1)),
+            v1.ToTensor(),
+        ]
+    ),
+    "v2 crop without choice": v2.Compose([v2.Resize((24, 20)), v2.RandomCrop((28, 22), (1, 2), fill=5), v2.ToImage()]),
+    "certain map": v1.Compose(
+        [
+            v1.Resize((24, 20)),
+            v1.RandomAffine((9, 9), None, (0.5, 0.5), (3, 3, 7, 7), Mode.BICUBIC, (1, 2, 3), (4, 5)),
+            v1.ToTensor(),
+        ]
+    ),
+    "v2 certain map": v2.Compose([v2.Resize((24, 20)), v2.RandomAffine((9, 9), shear=(3, 3), fill=[7]), v2.ToImage()]),
+    "one certain adjustment": v1.Compose([v1.Resize((24, 20)), v1.ColorJitter(hue=(0.2, 0.2)), v1.ToTensor()]),
+    "v2 certain adjustment": v2.Compose([v2.Resize((24, 20)), v2.ColorJitter(saturation=(1.5, 1.5)), v2.ToImage()]),
+    "adjustments of gray": v1.Compose(
+        [v1.Grayscale(), v1.Resize((24, 20)), v1.ColorJitter(contrast=(0.5, 0.5)), v1.RandomEqualize(1), v1.ToTensor()]
+    ),
+    "points": v1.Compose(
+        [
+            v1.Resize((24, 20)),
+            v1.RandomInvert(1),
+            v1.RandomSolarize(99, 1),
+            v1.RandomPosterize(5, 1),
+            v1.RandomAutocontrast(1),
+            v1.RandomAdjustSharpness(3, 1),
+            v1.RandomEqualize(1),
+            v1.RandomGrayscale(1),
+            v1.ToTensor(),
+        ]
+    ),
+    "v2 points": v2.Compose(
+        [
+            v2.Resize((24, 20)),
+            v2.RandomInvert(1),
+            v2.RandomSolarize(99, 1),
+            v2.RandomPosterize(5, 1),
+            v2.RandomAutocontrast(1),
+            v2.RandomAdjustSharpness(3, 1),
+            v2.RandomEqualize(1),
+            v2.RandomGrayscale(1),
+            v2.ToImage(),
+        ]
+    ),
+    "groups without choice": v1.Compose(
+        [
+            v1.Resize((24, 20)),
+            v1.RandomApply([v1.Compose([v1.Pad(2), v1.RandomInvert(1)])], p=1.0),
+            v1.RandomApply(torch.nn.ModuleList([v1.Pad(9)]), p=-1.0),
+            v1.RandomChoice([v1.CenterCrop((20, 18)), v1.Pad(3)], p=[1, 0]),
+            v1.RandomOrder([v1.RandomSolarize(77, 1)]),
+            v1.ToTensor(),
+        ]
+    ),
+    "v2 groups without choice": v2.Compose(
+        [
+            v2.Resize((24, 20)),
+            v2.RandomApply([v2.Pad(2), v2.RandomInvert(1)], p=1.0),
+            v2.RandomChoice([v2.CenterCrop((20, 18)), v2.Pad(3)], p=[1, 0]),
+            v2.RandomOrder([v2.RandomSolarize(77, 1)]),
+            v2.RGB(),
+            v2.ToImage(),
+        ]
+    ),
+    "gray and back, v2": v2.Compose([v2.Grayscale(), v2.Resize((24, 20)), v2.RGB(), v2.ToImage()]),
+    "nothing erased": v1.Compose([v1.Resize((24, 20)), v1.ToTensor(), v1.RandomErasing(0), torch.nn.Identity()]),
     "preset": models.VGG16_Weights.IMAGENET1K_V1.transforms(crop_size=20, resize_size=24),
     "preset bicubic": models.ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1.transforms(crop_size=20, resize_size=24),
 }
@@ -122,6 +197,59 @@ def test_the_road_of_each_finish() -> None:
     assert finish("uint8") == finish("v2 uint8") == "uint8"
     # v2 multiplies by 1/255 where v1 divides by 255: other bits, so not the same road.
     assert finish("v2") == finish("v2 not scaled") == finish("normalised twice") == "table"
+
+
+def classification_weights() -> list[Any]:
+    names = models.list_models(module=models)
+    return [weights for name in names for weights in models.get_model_weights(name)]
+
+
+def test_every_classification_preset_of_torchvision_is_native(tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    # As large as photos are, with edges that no preset's sizes divide.
+    for i, (height, width) in enumerate([(431, 597), (613, 389)]):
+        picture(height, width, i).save(tmp_path / "class" / f"{i}.png")
+    seen: dict[str, str] = {}
+    for weights in classification_weights():
+        transform = weights.transforms()
+        seen.setdefault(repr(transform), str(weights))
+    assert len(classification_weights()) > 100 and len(seen) > 20
+    for name in seen.values():
+        transform = models.get_weight(name).transforms()
+        lowered = lower(transform, 3)
+        assert lowered.python == () and lowered.first.finish is not None, name
+        ours, _ = next(iter(DataLoader(ImageFolder(tmp_path, transform), 2)))
+        theirs = [transform(image) for image, _ in datasets.ImageFolder(tmp_path)]
+        assert torch.equal(ours, torch.stack(theirs)), name
+
+
+REFUSED: dict[str, Any] = {
+    "negative padding crops": v1.Pad(-1),
+    "fill per type": v2.Pad(1, fill={tv_tensors.Image: 3, "others": 5}),
+    "fill for another number of channels": v1.RandomAffine(5, fill=(1, 2)),
+    "Pillow has no such filter for maps": v1.RandomAffine(5, interpolation=Mode.LANCZOS),
+    "channels by chance": v1.RandomApply([v1.Grayscale()], 0.5),
+    "an unknown step inside": v1.RandomChoice([v1.RandomInvert(), v1.GaussianBlur(3)]),
+    "a function inside": v2.RandomOrder([v2.RandomInvert(), lambda image: image]),
+    "ranges the wrong way round": v1.RandomResizedCrop(8, (0.5, 0.2)),
+    "no bits": v1.RandomPosterize(0),
+    "perspective": v1.RandomPerspective(),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_not_be_the_same_stays_in_python(name: str) -> None:
+    lowered = lower(v1.Compose([v1.Resize((24, 20)), REFUSED[name], v1.ToTensor()]), 3)
+    assert lowered.python == (REFUSED[name],)
+
+
+def test_erasing_that_torchvision_would_refuse_stays_in_python() -> None:
+    lowering._noted.clear()
+    with pytest.warns(UserWarning, match="RandomErasing"):
+        assert len(lower(v1.Compose([v1.ToTensor(), v1.RandomErasing(value=(1, 2))]), 3).python) == 1
+    # Bytes that wrap around are torch's business.
+    assert len(lower(v1.Compose([v1.PILToTensor(), v1.RandomErasing(value=-1)]), 3).python) == 1
 
 
 class OwnResize(v1.Resize):
@@ -195,7 +323,7 @@ def test_unknown_steps_run_in_python(name: str, folder: Path, assert_equal: Call
 def test_python_steps_draw_from_torchs_generator_in_torchs_order(
     folder: Path, assert_equal: Callable[..., None]
 ) -> None:
-    transform = v1.Compose([v1.Resize((24, 20)), v1.RandomResizedCrop(16), v1.ColorJitter(0.3, 0.3), v1.ToTensor()])
+    transform = v1.Compose([v1.Resize((24, 20)), v1.RandomPerspective(p=0.7), v1.GaussianBlur(3), v1.ToTensor()])
     torch.manual_seed(11)
     theirs = list(TorchDataLoader(datasets.ImageFolder(folder, transform), 5, shuffle=True))
     state = torch.get_rng_state()
@@ -216,7 +344,6 @@ def test_the_warning_names_the_step_once(folder: Path) -> None:
 
 
 def test_python_steps_see_the_metadata(tmp_path: Path) -> None:
-    from conftest import picture
     from PIL import Image, ImageOps
 
     (tmp_path / "class").mkdir()
@@ -276,8 +403,6 @@ def test_samples_of_v2_are_images_of_v2(folder: Path) -> None:
 
 
 def test_random_operations_keep_torchvisions_distribution(tmp_path: Path) -> None:
-    from conftest import picture
-
     (tmp_path / "class").mkdir()
     for i in range(400):
         picture(6, 7, i % 5).save(tmp_path / "class" / f"{i}.png")

@@ -1,3 +1,5 @@
+use std::sync::atomic::AtomicBool;
+
 use super::*;
 use crate::data::DType;
 use crate::data::plan::{Finish, Output, Rows};
@@ -11,9 +13,18 @@ impl AsRef<[u8]> for Bytes {
 }
 
 fn plan(ops: Vec<Op>, finish: Last) -> Plan {
-    let transform = Transform { ops, finish, order: PillowOrder::Pillow13 };
+    let transform = Transform { ops, finish, erase: None, order: PillowOrder::Pillow13 };
     let output = Output::Tensor(Finish::Transform);
-    Plan { rows: None, transform, output, limits: Limits::default(), seed: 1, kept: None }
+    Plan {
+        rows: None,
+        transform,
+        output,
+        limits: Limits::default(),
+        seed: 1,
+        kept: None,
+        exif: false,
+        turned: AtomicBool::new(false),
+    }
 }
 
 fn gray(height: usize, width: usize, value: u8) -> Input {

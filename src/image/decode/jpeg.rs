@@ -5,9 +5,31 @@
 use super::libjpeg::{Decoder, Failure, JCS_CMYK, JCS_EXT_RGBX};
 use super::{check_pixels, truncated};
 use crate::error::{Error, Result};
-use crate::image::{Image, Layout, Limits};
+use crate::image::{Image, Layout, Limits, Size};
 
-pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
+/// Who decodes the Huffman codes, most of the work in a JPEG.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entropy {
+    Libjpeg,
+    Own,
+}
+
+pub fn decode(bytes: &[u8], limits: &Limits, size: Option<Size>, out: &mut Image) -> Result<()> {
+    decode_jpeg(Entropy::Own, bytes, limits, size, out).map(|_| ())
+}
+
+/// A JPEG with a chosen entropy decoder, for tests and benchmarks, and who did it in the end: progressive and arithmetic
+/// JPEGs and whatever is unsound are libjpeg's.
+///
+/// # Errors
+/// As [`super::decode()`].
+pub fn decode_jpeg(
+    entropy: Entropy,
+    bytes: &[u8],
+    limits: &Limits,
+    size: Option<Size>,
+    out: &mut Image,
+) -> Result<Entropy> {
     let failed = |failure| match failure {
         Failure::Truncated => truncated("JPEG", bytes.len()),
         Failure::Corrupt(reason) => Error::decode(format_args!("broken JPEG: {reason}")),
@@ -30,12 +52,29 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
             )));
         }
     };
-    out.reshape(header.width, header.height, Layout::Rgbx);
-    decoder.pixels(color_space, &mut out.data).map_err(failed)?;
+    let (width, height) = match size {
+        Some(size) => decoder.scale(denominator(size, header.height, header.width)?),
+        None => (header.width, header.height),
+    };
+    out.reshape(width, height, Layout::Rgbx);
+    let used = match entropy {
+        Entropy::Libjpeg => decoder.pixels(color_space, &mut out.data).map(|()| Some(false)),
+        Entropy::Own => decoder.pixels_fast(color_space, &mut out.data),
+    };
+    let Some(own) = used.map_err(failed)? else {
+        return decode_jpeg(Entropy::Libjpeg, bytes, limits, size, out);
+    };
     if color_space == JCS_CMYK {
         cmyk_to_rgb(&mut out.data, true);
     }
-    Ok(())
+    Ok(if own { Entropy::Own } else { Entropy::Libjpeg })
+}
+
+/// The most that a file of `height x width` can be scaled down by without falling below `size`.
+fn denominator(size: Size, height: usize, width: usize) -> Result<usize> {
+    let (new_height, new_width) = size.resolve(height, width)?;
+    let scale = (height / new_height).min(width / new_width);
+    Ok([8, 4, 2].into_iter().find(|&d| scale >= d).unwrap_or(1))
 }
 
 /// Four-byte CMYK pixels to RGBX in place. Adobe writes CMYK JPEGs inverted, and Pillow takes all of them to be Adobe's.

@@ -7,6 +7,8 @@ use std::ffi::{c_char, c_double, c_int, c_long, c_uint, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr::null_mut;
 
+use super::huffman::Huffman;
+
 // The library itself: libturbojpeg.a carries the libjpeg functions declared below.
 use turbojpeg as _;
 
@@ -38,9 +40,9 @@ struct ErrorManager {
 }
 
 #[repr(C)]
-struct SourceManager {
-    next_input_byte: *const u8,
-    bytes_in_buffer: usize,
+pub struct SourceManager {
+    pub next_input_byte: *const u8,
+    pub bytes_in_buffer: usize,
     init_source: Option<unsafe extern "C-unwind" fn(*mut Decompress)>,
     fill_input_buffer: Option<unsafe extern "C-unwind" fn(*mut Decompress) -> c_int>,
     skip_input_data: Option<unsafe extern "C-unwind" fn(*mut Decompress, c_long)>,
@@ -51,17 +53,17 @@ struct SourceManager {
 /// `struct jpeg_decompress_struct` of the version-6.2 interface. libjpeg compares its size with its own when it is
 /// created and refuses with an error if they differ, so a library with another layout cannot be misread.
 #[repr(C)]
-struct Decompress {
+pub struct Decompress {
     err: *mut ErrorManager,
     mem: *mut c_void,
     progress: *mut c_void,
-    client_data: *mut c_void,
+    pub client_data: *mut c_void,
     is_decompressor: c_int,
     global_state: c_int,
-    src: *mut SourceManager,
+    pub src: *mut SourceManager,
     image_width: c_uint,
     image_height: c_uint,
-    num_components: c_int,
+    pub num_components: c_int,
     jpeg_color_space: c_int,
     out_color_space: c_int,
     scale_num: c_uint,
@@ -93,16 +95,16 @@ struct Decompress {
     output_imcu_row: c_uint,
     coef_bits: *mut c_void,
     quant_tbl_ptrs: [*mut c_void; 4],
-    dc_huff_tbl_ptrs: [*mut c_void; 4],
-    ac_huff_tbl_ptrs: [*mut c_void; 4],
-    data_precision: c_int,
+    pub dc_huff_tbl_ptrs: [*mut c_void; 4],
+    pub ac_huff_tbl_ptrs: [*mut c_void; 4],
+    pub data_precision: c_int,
     comp_info: *mut c_void,
-    progressive_mode: c_int,
-    arith_code: c_int,
+    pub progressive_mode: c_int,
+    pub arith_code: c_int,
     arith_dc_l: [u8; 16],
     arith_dc_u: [u8; 16],
     arith_ac_k: [u8; 16],
-    restart_interval: c_uint,
+    pub restart_interval: c_uint,
     saw_jfif_marker: c_int,
     jfif_major_version: u8,
     jfif_minor_version: u8,
@@ -118,18 +120,18 @@ struct Decompress {
     min_dct_scaled_size: c_int,
     total_imcu_rows: c_uint,
     sample_range_limit: *mut u8,
-    comps_in_scan: c_int,
-    cur_comp_info: [*mut c_void; 4],
-    mcus_per_row: c_uint,
-    mcu_rows_in_scan: c_uint,
-    blocks_in_mcu: c_int,
-    mcu_membership: [c_int; 10],
-    ss: c_int,
-    se: c_int,
-    ah: c_int,
-    al: c_int,
+    pub comps_in_scan: c_int,
+    pub cur_comp_info: [*mut c_void; 4],
+    pub mcus_per_row: c_uint,
+    pub mcu_rows_in_scan: c_uint,
+    pub blocks_in_mcu: c_int,
+    pub mcu_membership: [c_int; 10],
+    pub ss: c_int,
+    pub se: c_int,
+    pub ah: c_int,
+    pub al: c_int,
     unread_marker: c_int,
-    modules: [*mut c_void; 11],
+    pub modules: [*mut c_void; 11],
 }
 
 unsafe extern "C-unwind" {
@@ -198,6 +200,8 @@ pub struct Decoder<'a> {
     _error: Box<ErrorManager>,
     source: Box<SourceManager>,
     created: bool,
+    /// Ours to free; null when libjpeg decodes alone.
+    huffman: *mut Huffman,
     _bytes: std::marker::PhantomData<&'a [u8]>,
 }
 
@@ -219,7 +223,14 @@ impl<'a> Decoder<'a> {
         cinfo.err = unsafe { jpeg_std_error(&raw mut *error) };
         error.error_exit = Some(error_exit);
         error.output_message = Some(ignore);
-        let mut decoder = Self { cinfo, _error: error, source, created: false, _bytes: std::marker::PhantomData };
+        let mut decoder = Self {
+            cinfo,
+            _error: error,
+            source,
+            created: false,
+            huffman: null_mut(),
+            _bytes: std::marker::PhantomData,
+        };
         decoder.call(|cinfo| {
             // SAFETY: the size is that of the struct behind the pointer; libjpeg checks it against its own.
             unsafe { jpeg_CreateDecompress(cinfo, JPEG_LIB_VERSION, size_of::<Decompress>()) }
@@ -255,13 +266,44 @@ impl<'a> Decoder<'a> {
         })
     }
 
-    /// All rows, four bytes per pixel, into `pixels` of exactly `4 * width * height` bytes.
+    /// Decodes at one `denominator`th of width and height (1, 2, 4 or 8); returns both.
+    pub fn scale(&mut self, denominator: usize) -> (usize, usize) {
+        let (width, height) = (self.cinfo.image_width as usize, self.cinfo.image_height as usize);
+        self.cinfo.scale_num = 1;
+        self.cinfo.scale_denom = u32::try_from(denominator).unwrap_or(1);
+        (width.div_ceil(denominator), height.div_ceil(denominator))
+    }
+
+    /// All rows, four bytes per pixel, into `pixels` of exactly `4 * width * height` bytes, with libjpeg alone.
     pub fn pixels(&mut self, color_space: c_int, pixels: &mut [u8]) -> Result<(), Failure> {
+        self.start(color_space)?;
+        self.rows(pixels)
+    }
+
+    /// [`Decoder::pixels`] with our own entropy decoder. Whether it was used: it does not know all kinds of JPEG. `None`
+    /// when it met something unsound, which a new decoder without it has to judge.
+    pub fn pixels_fast(&mut self, color_space: c_int, pixels: &mut [u8]) -> Result<Option<bool>, Failure> {
+        self.start(color_space)?;
+        // SAFETY: started just now; `self` keeps the result until libjpeg's object is destroyed.
+        self.huffman = unsafe { Huffman::install(&raw mut *self.cinfo) }.unwrap_or(null_mut());
+        let outcome = self.rows(pixels);
+        // SAFETY: null or alive until `self` is dropped.
+        match unsafe { self.huffman.as_ref() } {
+            Some(huffman) if huffman.gave_up => Ok(None),
+            used => outcome.map(|()| Some(used.is_some())),
+        }
+    }
+
+    fn start(&mut self, color_space: c_int) -> Result<(), Failure> {
         self.cinfo.out_color_space = color_space;
         // SAFETY: the header has been read and the file's bytes outlive `self`.
         if self.call(|cinfo| unsafe { jpeg_start_decompress(cinfo) })? == 0 {
             return Err(Failure::Truncated);
         }
+        Ok(())
+    }
+
+    fn rows(&mut self, pixels: &mut [u8]) -> Result<(), Failure> {
         let stride = 4 * self.cinfo.output_width as usize;
         let height = self.cinfo.output_height as usize;
         if self.cinfo.output_components != 4 || pixels.len() != stride * height {
@@ -293,6 +335,10 @@ impl Drop for Decoder<'_> {
         if self.created {
             // SAFETY: created once, destroyed once; destroying cannot fail.
             unsafe { jpeg_destroy_decompress(&raw mut *self.cinfo) }
+        }
+        if !self.huffman.is_null() {
+            // SAFETY: made by `Box::into_raw`, and libjpeg does not call it any more.
+            drop(unsafe { Box::from_raw(self.huffman) });
         }
     }
 }

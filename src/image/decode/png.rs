@@ -11,9 +11,7 @@ use crate::error::{Error, Result};
 use crate::image::{Image, Layout, Limits};
 
 pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
-    let pixels_at = check_header_chunks(bytes)?;
-    let repaired = complete_tail(bytes, pixels_at);
-    let source = repaired.as_deref().unwrap_or(bytes);
+    check_header_chunks(bytes)?;
     let failed = |error| match error {
         DecodingError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => truncated("PNG", bytes.len()),
         other => Error::decode(format_args!("broken PNG: {other}")),
@@ -21,10 +19,10 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let mut options = DecodeOptions::default();
     // Pillow compares chunk checksums up to the first IDAT (done above), and the one of the compressed pixels.
     options.set_ignore_crc(true);
-    options.set_ignore_adler32(repaired.is_some());
+    options.set_ignore_adler32(false);
     options.set_ignore_text_chunk(true);
     options.set_ignore_iccp_chunk(true);
-    let mut decoder = Decoder::new_with_options(Cursor::new(source), options);
+    let mut decoder = Decoder::new_with_options(Cursor::new(bytes), options);
     decoder.set_transformations(Transformations::IDENTITY);
     let header = decoder.read_header_info().map_err(failed)?;
     check_pixels(header.width.into(), header.height.into(), limits)?;
@@ -61,7 +59,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
 }
 
 /// Length, name and the rest from the data on.
-fn chunk(bytes: &[u8]) -> Option<(usize, &[u8], &[u8])> {
+pub(super) fn chunk(bytes: &[u8]) -> Option<(usize, &[u8], &[u8])> {
     let (head, rest) = bytes.split_first_chunk::<8>()?;
     let (length, name) = head.split_at(4);
     Some((length.iter().fold(0, |n, &b| n << 8 | b as usize), name, rest))
@@ -69,7 +67,7 @@ fn chunk(bytes: &[u8]) -> Option<(usize, &[u8], &[u8])> {
 
 /// Checksums of the chunks in front of the pixels: a wrong palette or size would go unnoticed. Gives the position of
 /// the first chunk of pixels.
-fn check_header_chunks(bytes: &[u8]) -> Result<usize> {
+pub(super) fn check_header_chunks(bytes: &[u8]) -> Result<usize> {
     let mut at = 8;
     let cut = || truncated("PNG", bytes.len());
     loop {
@@ -90,28 +88,4 @@ fn check_header_chunks(bytes: &[u8]) -> Result<usize> {
         }
         at += 12 + length;
     }
-}
-
-/// Pillow does not miss what follows the last pixel: the checksums and the end chunk. When the file ends there, this is
-/// the file with a made-up tail.
-fn complete_tail(bytes: &[u8], mut at: usize) -> Option<Vec<u8>> {
-    /// The checksum that closes the compressed pixels.
-    const ADLER32: usize = 4;
-    let mut end = at;
-    let mut missing = 0;
-    while let Some((length, b"IDAT", rest)) = chunk(&bytes[at..]) {
-        missing = length.saturating_sub(rest.len());
-        end = at + 8 + length - missing;
-        at = end + 4;
-        if at > bytes.len() || missing > 0 {
-            break;
-        }
-    }
-    let complete = at <= bytes.len() && chunk(&bytes[at..]).is_some();
-    (!complete && missing <= ADLER32).then(|| {
-        let mut whole = bytes[..end].to_vec();
-        whole.resize(end + missing + 4, 0);
-        whole.extend_from_slice(b"\0\0\0\0IEND\xae\x42\x60\x82");
-        whole
-    })
 }

@@ -10,12 +10,12 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let kind = bytes[1];
     let mut reader = Reader { bytes, at: 2 };
     let cut = || truncated("PNM", bytes.len());
-    let width = reader.header_number().ok_or_else(cut)?;
-    let height = reader.header_number().ok_or_else(cut)?;
+    let width = reader.header_number()?.ok_or_else(cut)?;
+    let height = reader.header_number()?.ok_or_else(cut)?;
     check_pixels(width.into(), height.into(), limits)?;
     let channels = if matches!(kind, b'3' | b'6') { 3 } else { 1 };
     let bitmap = matches!(kind, b'1' | b'4');
-    let maxval = if bitmap { 1 } else { reader.header_number().ok_or_else(cut)? };
+    let maxval = if bitmap { 1 } else { reader.header_number()?.ok_or_else(cut)? };
     if !(1..65536).contains(&maxval) {
         return Err(Error::decode(format_args!("PNM with a maximum of {maxval}; it must be within 1..=65535")));
     }
@@ -86,10 +86,18 @@ impl<'a> Reader<'a> {
     }
 
     /// A number of the header and the one white-space byte behind it.
-    fn header_number(&mut self) -> Option<u32> {
-        let value = self.number().ok()??;
+    fn header_number(&mut self) -> Result<Option<u32>> {
+        let Some(value) = self.number()? else { return Ok(None) };
+        let behind = self.bytes.get(self.at).copied();
         self.at += 1;
-        Some(value)
+        match behind {
+            Some(b) if is_space(b) || b == b'#' => Ok(Some(value)),
+            Some(b) => Err(Error::decode(format_args!(
+                "broken PNM: expected white space behind {value} in the header, found {:?}",
+                char::from(b)
+            ))),
+            None => Ok(None),
+        }
     }
 
     fn number(&mut self) -> Result<Option<u32>> {

@@ -11,7 +11,7 @@ use ::tiff::{ColorType, TiffError};
 use super::jpeg::cmyk_to_rgb;
 use super::{Samples, check_pixels, clipped, fill_rows, truncated};
 use crate::error::{Error, Result};
-use crate::image::rotate::turn;
+use crate::image::rotate::upright;
 use crate::image::{Image, Layout, Limits};
 
 pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
@@ -22,6 +22,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         }
         other => Error::decode(format_args!("broken TIFF: {other}")),
     };
+    check_counts(bytes)?;
     let mut own = Vec::new();
     let indexed = photometric_at(bytes).filter(|&(_, value)| value == PALETTE);
     if let Some((at, _)) = indexed {
@@ -95,7 +96,45 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         _ => return Err(unsupported()),
     }
     let orientation = tiff.find_tag_unsigned::<u16>(Tag::Orientation).map_err(failed)?.unwrap_or(1);
-    upright(orientation, out);
+    upright(u8::try_from(orientation).unwrap_or(1), out);
+    Ok(())
+}
+
+/// The crate takes memory for as many values as a tag of the first directory announces, up to 256 MiB, and then reads
+/// them: no tag may announce more than the file has. Tags before the first of the standard and private ones are never
+/// read.
+fn check_counts(bytes: &[u8]) -> Result<()> {
+    const STANDARD: std::ops::Range<u64> = 254..32768;
+    let little = bytes.starts_with(b"II");
+    let big = bytes.get(if little { 2 } else { 3 }) == Some(&b'+');
+    let number = |at: u64, size: u64| -> Option<u64> {
+        let at = usize::try_from(at).ok()?;
+        let field = bytes.get(at..at.checked_add(size as usize)?)?;
+        let join = |n: u64, &b: &u8| n << 8 | u64::from(b);
+        Some(if little { field.iter().rev().fold(0, join) } else { field.iter().fold(0, join) })
+    };
+    // Sizes of offsets and counts, of the number of entries, and of an entry.
+    let (wide, head, entry) = if big { (8, 8, 20) } else { (4, 2, 12) };
+    let directory = number(if big { 8 } else { 4 }, wide).unwrap_or(u64::MAX);
+    let entries = number(directory, head).unwrap_or(0);
+    let ats = (0..entries).map_while(|i| directory.checked_add(head)?.checked_add(i.checked_mul(entry)?));
+    for at in ats.take_while(|&at| at < bytes.len() as u64) {
+        let (Some(tag), Some(kind), Some(count)) = (number(at, 2), number(at + 2, 2), number(at + 4, wide)) else {
+            break;
+        };
+        let size = match kind {
+            3 | 8 => 2,
+            4 | 9 | 11 | 13 => 4,
+            5 | 10 | 12 | 16..=18 => 8,
+            _ => 1,
+        };
+        if STANDARD.contains(&tag) && count.saturating_mul(size) > bytes.len() as u64 {
+            return Err(Error::decode(format_args!(
+                "broken TIFF: its tag {tag} announces {count} values, the file has {} bytes",
+                bytes.len()
+            )));
+        }
+    }
     Ok(())
 }
 
@@ -156,21 +195,4 @@ fn divide_by_alpha(image: &mut Image, alpha: impl Iterator<Item = u8>) {
             };
         }
     }
-}
-
-/// The eight EXIF orientations.
-fn upright(orientation: u16, image: &mut Image) {
-    let (h, w) = (image.height, image.width);
-    let mut turned = Image::default();
-    match orientation {
-        2 => turn(image, h, w, &mut turned, |y, x| (y, w - 1 - x)),
-        3 => turn(image, h, w, &mut turned, |y, x| (h - 1 - y, w - 1 - x)),
-        4 => turn(image, h, w, &mut turned, |y, x| (h - 1 - y, x)),
-        5 => turn(image, w, h, &mut turned, |y, x| (x, y)),
-        6 => turn(image, w, h, &mut turned, |y, x| (h - 1 - x, y)),
-        7 => turn(image, w, h, &mut turned, |y, x| (h - 1 - x, w - 1 - y)),
-        8 => turn(image, w, h, &mut turned, |y, x| (x, w - 1 - y)),
-        _ => return,
-    }
-    std::mem::swap(image, &mut turned);
 }
