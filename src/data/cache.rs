@@ -82,7 +82,7 @@ pub struct Status {
 }
 
 enum Store {
-    Ram(Ram),
+    Ram(Box<Ram>),
     File(LogFile),
 }
 
@@ -104,7 +104,7 @@ enum Outcome {
 impl Cache {
     /// Keeps up to `limit` bytes.
     pub fn in_memory(limit: u64) -> Self {
-        Self::new(Store::Ram(Ram::default()), limit)
+        Self::new(Store::Ram(Box::default()), limit)
     }
 
     /// Keeps images in the file `path`, up to `limit` bytes. `key` names everything that shaped them besides their own
