@@ -75,6 +75,7 @@ class DataLoader(TorchDataLoader[Any]):
         FileNotFoundError: At the batch with a file that is gone.
 
     Example:
+        >>> from torch.utils.data import TensorDataset
         >>> loader = DataLoader(TensorDataset(torch.arange(5)), batch_size=2)
         >>> [batch.tolist() for batch, in loader]
         [[0, 1], [2, 3], [4]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from cnnrs import _cnnrs
 
@@ -34,6 +34,8 @@ def picture(draw: random.Random, mode: str) -> Image.Image:
 def encoded(draw: random.Random, mode: str, **options: Any) -> bytes:
     """A JPEG of a random picture."""
     data = io.BytesIO()
+    # The encoder cannot pause inside a restart interval: its buffer must hold the whole file.
+    ImageFile.MAXBLOCK = 1 << 20
     quality = draw.choice([1, 10, 50, 75, 90, 95, 100])
     picture(draw, mode).save(data, "JPEG", quality=quality, **options)
     return data.getvalue()

@@ -534,7 +534,7 @@ def test_threads_end_with_the_iterator(folder: Path) -> None:
         iterator = iter(loader)
         print(threads(), "before somebody asks")
         next(iterator)
-        print(threads(), "at work")
+        print(settles(5), "at work")
         del iterator
         print(settles(0), "iterator dropped")
         for _ in loader:
@@ -552,7 +552,7 @@ def test_threads_end_with_the_iterator(folder: Path) -> None:
     """
     assert run(code, str(folder)).splitlines() == [
         "0 before somebody asks",
-        "5 at work",
+        "True at work",
         "True iterator dropped",
         "True loop left",
         "True epoch over, iterator kept",
