@@ -53,7 +53,7 @@ fn stages(files: &[PathBuf]) -> Result<[f64; STAGES.len()], Box<dyn Error>> {
     let size = Size::Exact { height: 224, width: 224 };
     let resize = Op::Resize { size, filter: Filter::Bilinear };
     let finish = Finish::Normalize { mean: vec![0.485, 0.456, 0.406], std: vec![0.229, 0.224, 0.225] };
-    let transform = Transform { ops: vec![resize], finish, order: PillowOrder::Pillow13 };
+    let transform = Transform { ops: vec![resize], finish, erase: None, order: PillowOrder::Pillow13 };
     let (mut image, mut scratch, mut bytes) = (Image::default(), Scratch::default(), Vec::new());
     let mut out = vec![0.0; 3 * 224 * 224];
     let mut seconds = vec![[[0.0; ROUNDS]; STAGES.len()]; files.len()];
