@@ -1,5 +1,6 @@
 //! Who computes it. `fit` and `preconv` know this trait, not its implementors.
 
+pub mod cpu;
 #[cfg(feature = "torch")]
 pub mod torch;
 

@@ -4,6 +4,7 @@ mod batches;
 mod enter;
 mod error;
 mod fit;
+mod fit_cpu;
 mod graph;
 mod preconv;
 
@@ -14,6 +15,8 @@ use pyo3::prelude::*;
 mod _cnnrs {
     #[pymodule_export]
     use super::fit::{NativeOptimizer, fit_python, fit_torch};
+    #[pymodule_export]
+    use super::fit_cpu::{CpuPlans, cpu_obstacle, fit_cpu};
     #[pymodule_export]
     use super::graph::Graph;
     #[pymodule_export]
