@@ -28,17 +28,12 @@ pub struct Norm {
 }
 
 impl Norm {
-    /// Sums `f` over this worker's samples of each channel, in double precision between samples.
-    fn own_sums(&self, cx: &Context<'_>, slot: Slot, f: impl Fn(usize, usize) -> [f64; 2]) {
+    /// Puts two numbers per channel where the other workers find them.
+    fn own_sums(&self, cx: &Context<'_>, slot: Slot, f: impl Fn(usize) -> [f64; 2]) {
         let slots = cx.store.get_mut(slot, cx.worker, cx.worker..cx.worker + 1);
         for c in 0..self.channels {
-            let mut total = [0.0; 2];
-            for sample in cx.samples.clone() {
-                let part = f(sample, c);
-                total = [total[0] + part[0], total[1] + part[1]];
-            }
             // Two floats hold the head and the rest of a double.
-            for (i, total) in total.into_iter().enumerate() {
+            for (i, total) in f(c).into_iter().enumerate() {
                 let head = total as f32;
                 slots[4 * c + 2 * i] = head;
                 slots[4 * c + 2 * i + 1] = if head.is_finite() { (total - f64::from(head)) as f32 } else { 0.0 };
@@ -46,15 +41,14 @@ impl Norm {
         }
     }
 
+    fn sums_of(&self, cx: &Context<'_>, slot: Slot, c: usize, worker: usize) -> [f64; 2] {
+        let slots = cx.store.get(slot, cx.worker, worker..worker + 1);
+        [0, 1].map(|i| f64::from(slots[4 * c + 2 * i]) + f64::from(slots[4 * c + 2 * i + 1]))
+    }
+
     fn all_sums(&self, cx: &Context<'_>, slot: Slot, c: usize) -> [f64; 2] {
-        let mut total = [0.0; 2];
-        for worker in 0..cx.workers {
-            let slots = cx.store.get(slot, cx.worker, worker..worker + 1);
-            for i in 0..2 {
-                total[i] += f64::from(slots[4 * c + 2 * i]) + f64::from(slots[4 * c + 2 * i + 1]);
-            }
-        }
-        total
+        let add = |[a, b]: [f64; 2], [c, d]: [f64; 2]| [a + c, b + d];
+        (0..cx.workers).map(|worker| self.sums_of(cx, slot, c, worker)).fold([0.0; 2], add)
     }
 
     fn plane<'a>(&self, values: &'a [f32], c: usize) -> &'a [f32] {
@@ -72,37 +66,58 @@ impl Norm {
             }
             return;
         }
-        // Sums about the first element of the channel: no cancellation when the mean is far from zero.
-        let first = |c: usize| cx.store.get(self.input.value, cx.worker, 0..1)[c * self.pixels];
-        self.own_sums(cx, self.sums[0], |sample, c| moments(self.plane(cx.one(self.input.value, sample), c), first(c)));
+        self.own_sums(cx, self.sums[0], |c| self.own_moments(cx, c));
         cx.barrier.wait();
         let count = (cx.batch * self.pixels) as f64;
+        let tracked = share(self.channels, cx.worker, cx.workers, 1);
         for c in 0..self.channels {
-            let [sum, squares] = self.all_sums(cx, self.sums[0], c);
-            let (mean, var) = (sum / count, (squares / count - (sum / count).powi(2)).max(0.0));
-            statistics[2 * c] = (mean + f64::from(first(c))) as f32;
-            statistics[2 * c + 1] = (1.0 / (var + self.eps).sqrt()) as f32;
-        }
-        if self.training {
-            self.track(cx, count);
+            let (mean, squares) = self.all_moments(cx, c);
+            statistics[2 * c] = mean as f32;
+            statistics[2 * c + 1] = (1.0 / (squares / count + self.eps).sqrt()) as f32;
+            if self.training && tracked.contains(&c) {
+                self.track(cx, c, mean, squares / (count - 1.0));
+            }
         }
     }
 
-    /// Moves the running statistics, each worker its share of the channels.
-    fn track(&self, cx: &Context<'_>, count: f64) {
+    /// Mean of this worker's samples of a channel, and the sum of squares about it.
+    fn own_moments(&self, cx: &Context<'_>, c: usize) -> [f64; 2] {
+        let plane = |sample| self.plane(cx.one(self.input.value, sample), c);
+        if cx.samples.is_empty() {
+            return [0.0; 2];
+        }
+        // Sums about the first element: no cancellation when the mean is far from zero.
+        let origin = plane(cx.samples.start)[0];
+        let mut total = [0.0; 2];
+        for sample in cx.samples.clone() {
+            let part = moments(plane(sample), origin);
+            total = [total[0] + part[0], total[1] + part[1]];
+        }
+        let count = (cx.samples.len() * self.pixels) as f64;
+        [total[0] / count + f64::from(origin), (total[1] - total[0] * total[0] / count).max(0.0)]
+    }
+
+    /// Mean of the batch and sum of squares about it, from the workers' own (Chan, Golub & LeVeque 1983).
+    fn all_moments(&self, cx: &Context<'_>, c: usize) -> (f64, f64) {
+        let own = |worker: usize| {
+            let count = share(cx.batch, worker, cx.workers, 1).len() * self.pixels;
+            (count as f64, self.sums_of(cx, self.sums[0], c, worker))
+        };
+        let count = (cx.batch * self.pixels) as f64;
+        let mean = (0..cx.workers).map(own).map(|(n, [mean, _])| n * mean).sum::<f64>() / count;
+        let squares = (0..cx.workers).map(own).map(|(n, [m, s])| s + n * (m - mean) * (m - mean)).sum();
+        (mean, squares)
+    }
+
+    /// Moves the running statistics of a channel.
+    fn track(&self, cx: &Context<'_>, c: usize, mean: f64, var: f64) {
         let momentum = self.momentum.unwrap_or_else(|| {
             let seen = self.num_batches_tracked.map_or(0, |t| cx.count(t)) + cx.step + 1;
             1.0 / seen as f64
         });
-        let own = share(self.channels, cx.worker, cx.workers, 1);
-        for c in own {
-            let [sum, squares] = self.all_sums(cx, self.sums[0], c);
-            let first = f64::from(cx.store.get(self.input.value, cx.worker, 0..1)[c * self.pixels]);
-            let var = (squares - sum * sum / count).max(0.0) / (count - 1.0);
-            for (tensor, now) in [(self.running_mean, sum / count + first), (self.running_var, var)] {
-                if let Some([value]) = tensor.map(|t| cx.store.tensor_part_mut(t, c..c + 1)) {
-                    *value = (momentum * now + (1.0 - momentum) * f64::from(*value)) as f32;
-                }
+        for (tensor, now) in [(self.running_mean, mean), (self.running_var, var)] {
+            if let Some([value]) = tensor.map(|t| cx.store.tensor_part_mut(t, c..c + 1)) {
+                *value = (momentum * now + (1.0 - momentum) * f64::from(*value)) as f32;
             }
         }
     }
@@ -184,7 +199,6 @@ impl Layer for Norm {
         let pair = |sample, c| (self.plane(cx.one(grad, sample), c), self.plane(cx.one(self.input.value, sample), c));
         let shares = [self.weight.and_then(|p| p.grad), self.bias.and_then(|p| p.grad)];
         if !self.batch_statistics {
-            // Running statistics may differ from sample to sample run: they do not here, they are the layer's own.
             for c in 0..self.channels {
                 for sample in cx.samples.clone() {
                     let (dy, x) = pair(sample, c);
@@ -195,9 +209,12 @@ impl Layer for Norm {
             self.input_grads(cx, grad, |c| (self.affine(cx, c).0 * statistics[2 * c + 1], 0.0, 0.0));
             return;
         }
-        self.own_sums(cx, self.sums[1], |sample, c| {
-            let (dy, x) = pair(sample, c);
-            products(dy, x, statistics[2 * c])
+        self.own_sums(cx, self.sums[1], |c| {
+            let parts = cx.samples.clone().map(|sample| {
+                let (dy, x) = pair(sample, c);
+                products(dy, x, statistics[2 * c])
+            });
+            parts.fold([0.0; 2], |[a, b], [c, d]| [a + c, b + d])
         });
         cx.barrier.wait();
         let count = (cx.batch * self.pixels) as f64;
