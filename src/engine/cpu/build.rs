@@ -275,7 +275,7 @@ impl<'a> Builder<'a> {
         });
         let dropout = chain.dropout.map(|p| (p, self.stream(), self.shared(out_channels, self.batch)));
         let (weight, bias) = (self.param(weight), bias.map(|b| self.param(b)));
-        let slots = Slots { padded: self.own(image), backward };
+        let slots = Slots { padded: self.own(image), live: self.own(2 * (out_channels + 1)), backward };
         ConvPool {
             channels,
             out_channels,

@@ -18,13 +18,13 @@ pub struct ConvPool<'a> {
     pub bias: Option<&'a [f32]>,
     pub k: usize,
     pub relu: bool,
-    /// Output channels to compute and their scales; the others are left alone.
-    pub live: &'a [(usize, f32)],
+    /// Output channels to compute (`offset`) and their scales; the others are left alone.
+    pub live: &'a [Term],
     /// Pooled height and width.
     pub pooled: [usize; 2],
     /// `out_channels x pooled`
     pub out: &'a mut [f32],
-    /// Where each maximum was, `y * width + x` as a float (exact below 2^24); empty when nobody asks.
+    /// Where each maximum was, `y * width + x` as a float (exact below 2^23, see [`position`]); empty when nobody asks.
     pub origins: &'a mut [f32],
 }
 
@@ -41,7 +41,8 @@ impl Kernel for ConvPool<'_> {
         assert!(2 * rows + k - 1 <= self.height && 2 * columns + k - 1 <= self.width);
         assert!(self.image.len() >= self.channels * self.height * self.width + SLACK);
         let pixels = rows * columns;
-        for &(o, _) in self.live {
+        for term in self.live {
+            let o = term.offset as usize;
             assert!((o + 1) * self.channels * k * k <= self.weights.len() && (o + 1) * pixels <= self.out.len());
             assert!(self.origins.is_empty() || (o + 1) * pixels <= self.origins.len());
         }
@@ -110,21 +111,41 @@ impl ConvPool<'_> {
         at: usize,
     ) {
         let per_channel = self.channels * K * K;
-        let live: [(usize, f32); B] = std::array::from_fn(|b| self.live[at + b]);
-        let mut acc: [[[V; N]; 2]; B] =
-            std::array::from_fn(|b| [[V::splat(self.bias.map_or(0.0, |bias| bias[live[b].0])); N]; 2]);
+        let mut live = [Term::default(); B];
+        live.copy_from_slice(&self.live[at..at + B]);
+        let mut acc = [[[V::splat(0.0); N]; 2]; B];
+        let mut weights = [self.weights.as_ptr(); B];
+        for b in 0..B {
+            if let Some(bias) = self.bias {
+                acc[b] = [[V::splat(bias[live[b].offset as usize]); N]; 2];
+            }
+            weights[b] = self.weights[live[b].offset as usize * per_channel..].as_ptr();
+        }
         let mut image = self.image[2 * row * self.width + 8 * vector..].as_ptr();
-        let mut weights: [*const f32; B] = std::array::from_fn(|b| self.weights[live[b].0 * per_channel..].as_ptr());
         for _ in 0..self.channels {
             for ky in 0..K {
                 for kx in 0..K {
                     // SAFETY: rows `2 row + ky` and the next are below `height` (asserted by `run`); a vector may run
                     // past its row, and past the last one by less than SLACK. Weights end at `(o + 1) * per_channel`.
                     unsafe {
-                        let w: [V; B] = std::array::from_fn(|b| V::splat(*weights[b].add(ky * K + kx)));
+                        let corner = image.add(ky * self.width + kx);
+                        if N == 1 {
+                            // Many channels and one vector: the two inputs stay in registers, the weights pass by.
+                            let (upper, lower) = (V::load(corner), V::load(corner.add(self.width)));
+                            for b in 0..B {
+                                let w = V::splat(*weights[b].add(ky * K + kx));
+                                acc[b][0][0] = upper.mul_add(w, acc[b][0][0]);
+                                acc[b][1][0] = lower.mul_add(w, acc[b][1][0]);
+                            }
+                            continue;
+                        }
+                        let mut w = [V::splat(0.0); B];
+                        for b in 0..B {
+                            w[b] = V::splat(*weights[b].add(ky * K + kx));
+                        }
                         for r in 0..2 {
                             for n in 0..N {
-                                let x = V::load(image.add((ky + r) * self.width + kx + 8 * n));
+                                let x = V::load(corner.add(r * self.width + 8 * n));
                                 for b in 0..B {
                                     acc[b][r][n] = x.mul_add(w[b], acc[b][r][n]);
                                 }
@@ -134,7 +155,9 @@ impl ConvPool<'_> {
                 }
             }
             image = image.wrapping_add(self.height * self.width);
-            weights = weights.map(|w| w.wrapping_add(K * K));
+            for w in &mut weights {
+                *w = w.wrapping_add(K * K);
+            }
         }
         for b in 0..B {
             self.pool::<V, N>(acc[b], live[b], row, vector);
@@ -142,14 +165,9 @@ impl ConvPool<'_> {
     }
 
     #[inline(always)]
-    fn pool<V: Vector, const N: usize>(
-        &mut self,
-        acc: [[V; N]; 2],
-        (o, scale): (usize, f32),
-        row: usize,
-        vector: usize,
-    ) {
+    fn pool<V: Vector, const N: usize>(&mut self, acc: [[V; N]; 2], channel: Term, row: usize, vector: usize) {
         let [rows, columns] = self.pooled;
+        let (o, scale) = (channel.offset as usize, channel.factor);
         let start = (o * rows + row) * columns;
         for n in (0..N).step_by(2) {
             let next = (n + 1).min(N - 1);
@@ -157,14 +175,11 @@ impl ConvPool<'_> {
             let base = V::splat((2 * row * self.width + 2 * first) as f32);
             // SAFETY: `EVEN` holds eight floats.
             let even = unsafe { V::load(EVEN.as_ptr()) }.add(base);
-            let below = V::splat(self.width as f32);
-            let tags = [even, even.add(V::splat(1.0))];
-            let of_row = |r: usize, tags: [V; 2]| {
-                let (even, odd) = V::unzip(acc[r][n], acc[r][next]);
-                even.later_max(odd, tags[0], tags[1])
-            };
-            let (upper, upper_tag) = of_row(0, tags);
-            let (lower, lower_tag) = of_row(1, tags.map(|t| t.add(below)));
+            let (odd, below) = (even.add(V::splat(1.0)), V::splat(self.width as f32));
+            let (left, right) = V::unzip(acc[0][n], acc[0][next]);
+            let (upper, upper_tag) = left.later_max(right, even, odd);
+            let (left, right) = V::unzip(acc[1][n], acc[1][next]);
+            let (lower, lower_tag) = left.later_max(right, even.add(below), odd.add(below));
             let (best, origin) = upper.later_max(lower, upper_tag, lower_tag);
             let best = if self.relu { best.relu() } else { best };
             let best = best.mul_add(V::splat(scale), V::splat(0.0));
@@ -199,6 +214,12 @@ pub struct Term {
     pub factor: f32,
 }
 
+/// The integer that a float below 2^23 holds: adding 2^23 moves it to the low bits. A cast would saturate, and cost more.
+#[inline(always)]
+pub fn position(origin: f32) -> u32 {
+    (origin + 8_388_608.0).to_bits() & 0x7f_ffff
+}
+
 /// Memory for half as many terms as floats.
 pub fn terms(memory: &mut [f32]) -> &mut [Term] {
     // SAFETY: a `Term` is a `u32` and a `f32`, four bytes each with the alignment of a float, and any bits are valid.
@@ -227,7 +248,11 @@ impl Kernel for Combine<'_> {
     #[inline(always)]
     fn run<V: Vector>(mut self) {
         let last = (self.rows - 1) * self.from_stride + 8 * self.vectors;
-        assert!(self.terms.iter().all(|t| t.offset as usize + last <= self.from.len()));
+        let mut furthest = 0;
+        for term in self.terms {
+            furthest = furthest.max(term.offset);
+        }
+        assert!(furthest as usize + last <= self.from.len());
         assert!((self.rows - 1) * self.to_stride + 8 * self.vectors <= self.to.len());
         self.all::<V>();
     }

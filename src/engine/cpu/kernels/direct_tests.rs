@@ -10,7 +10,8 @@ fn numbers(len: usize, seed: usize) -> Vec<f32> {
 fn reference(w: &ConvPool<'_>) -> (Vec<f32>, Vec<f32>) {
     let [rows, columns] = w.pooled;
     let (mut out, mut origins) = (vec![-7.0; w.out.len()], vec![-7.0; w.out.len()]);
-    for &(o, scale) in w.live {
+    for &Term { offset, factor: scale } in w.live {
+        let o = offset as usize;
         let conv = |y: usize, x: usize| {
             let mut sum = w.bias.map_or(0.0, |b| b[o]);
             for c in 0..w.channels {
@@ -60,7 +61,8 @@ fn conv_pool_like_the_definition() {
             image.resize(image.len() + SLACK, f32::NAN);
             let (weights, bias) = (numbers(outs * channels * k * k, 2), numbers(outs, 3));
             let pooled = [(height - k).div_ceil(2), (width - k).div_ceil(2)];
-            let live: Vec<_> = (0..outs).filter(|o| o % 4 != 1).map(|o| (o, 2.0)).collect();
+            let live: Vec<_> =
+                (0..outs).filter(|o| o % 4 != 1).map(|o| Term { offset: o as u32, factor: 2.0 }).collect();
             let len = outs * pooled[0] * pooled[1];
             let mut results = Vec::new();
             for portable in [false, true] {
@@ -120,5 +122,12 @@ fn combine_like_two_loops() {
             }
             assert_eq!(to, expected, "{rows} {vectors}");
         }
+    }
+}
+
+#[test]
+fn positions_are_exact() {
+    for i in [0u32, 1, 2, 1000, 65_537, (1 << 23) - 1] {
+        assert_eq!(position(i as f32), i);
     }
 }

@@ -1,5 +1,7 @@
 //! Eight floats at a time: AVX2 where the processor has it, plain arrays elsewhere (and as the reference in tests).
 //!
+//! No closures in kernels: a closure is compiled without the processor features of the function around it.
+//!
 //! A kernel is written once against [`Vector`] and compiled for each; [`dispatch`] picks at run time. On Zen 3 and 4 AVX2
 //! reaches the arithmetic peak that AVX-512 has (512-bit operations take two passes), so there is no third variant.
 
@@ -124,12 +126,13 @@ mod avx2 {
 
         #[inline(always)]
         fn unzip(a: Self, b: Self) -> (Self, Self) {
-            // SAFETY: see above. The shuffles work within 128 bits; the permutation puts the quarters in order.
+            // SAFETY: see above. The shuffles work within 128 bits; the permutations put the quarters in order.
             unsafe {
-                let order = |v: __m256| _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(v)));
-                let even = _mm256_shuffle_ps::<0b10_00_10_00>(a.0, b.0);
-                let odd = _mm256_shuffle_ps::<0b11_01_11_01>(a.0, b.0);
-                (Self(order(even)), Self(order(odd)))
+                let even = _mm256_castps_pd(_mm256_shuffle_ps::<0b10_00_10_00>(a.0, b.0));
+                let odd = _mm256_castps_pd(_mm256_shuffle_ps::<0b11_01_11_01>(a.0, b.0));
+                let even = _mm256_permute4x64_pd::<0b11_01_10_00>(even);
+                let odd = _mm256_permute4x64_pd::<0b11_01_10_00>(odd);
+                (Self(_mm256_castpd_ps(even)), Self(_mm256_castpd_ps(odd)))
             }
         }
 

@@ -63,7 +63,10 @@ impl Dots<'_> {
         while at + 8 <= k1 {
             // SAFETY: rows `row..row + R` of `w` and `b..b + B` of `x` exist (asserted by `run`), `at + 8 <= k`.
             unsafe {
-                let rows: [V; R] = std::array::from_fn(|r| V::load(w.add(r * self.k + at)));
+                let mut rows = [V::splat(0.0); R];
+                for (r, row) in rows.iter_mut().enumerate() {
+                    *row = V::load(w.add(r * self.k + at));
+                }
                 for (i, acc) in acc.iter_mut().enumerate() {
                     let xs = V::load(x.add(i * self.k + at));
                     for (acc, w) in acc.iter_mut().zip(rows) {

@@ -1,7 +1,10 @@
 //! Convolution, dropout of channels, ReLU and 2 x 2 max-pool as one layer. Three quarters of the derivative behind such
 //! a pool are zero, and ReLU and dropout zero more: backward walks the rest only.
 
-use crate::engine::cpu::kernels::direct::{Combine, ConvPool as Kernel, SLACK, Term, combine, conv_pool, terms};
+use crate::engine::cpu::kernels::direct::{
+    Combine, ConvPool as Kernel, SLACK, Term, combine, conv_pool, position, terms,
+};
+use crate::engine::cpu::kernels::simd::vectorised;
 use crate::engine::cpu::layer::{Context, Edge, Grain, Layer, Out, Param};
 use crate::engine::cpu::memory::Slot;
 use crate::engine::cpu::random::{dropout_mask, key};
@@ -18,8 +21,8 @@ pub struct Chain {
     pub dropout: Option<f64>,
 }
 
-/// Planes above this many pixels have positions that a float32 cannot count.
-const PIXELS: usize = 1 << 24;
+/// Planes above this many pixels have positions that the kernel's floats cannot count.
+const PIXELS: usize = 1 << 23;
 
 /// The chain that starts at the convolution `index`, if it ends in the right pool.
 pub fn chain(graph: &Graph, shapes: &[Shape], readers: &[Vec<usize>], index: usize) -> Option<Chain> {
@@ -28,7 +31,7 @@ pub fn chain(graph: &Graph, shapes: &[Shape], readers: &[Vec<usize>], index: usi
     };
     let [outs, _, kh, kw] = *graph.tensors[weight].as_slice() else { return None };
     let input = shapes.get(graph.nodes[index].inputs[0])?;
-    if outs > MAX_LIVE
+    if outs > MAX_CHANNELS
         || kh != kw
         || !matches!(kh, 3 | 5)
         || (input[2] + 2 * padding[0]) * (input[3] + 2 * padding[1]) > PIXELS
@@ -81,6 +84,8 @@ pub struct ConvPool {
 pub struct Slots {
     /// The input with its padding, by channel.
     pub padded: Slot,
+    /// A list of channels: a term for each, and one more.
+    pub live: Slot,
     /// Backward only.
     pub backward: Option<BackwardSlots>,
 }
@@ -121,15 +126,16 @@ impl ConvPool {
     }
 
     /// Output channels that dropout left alive, with their scales.
-    fn live(&self, cx: &Context<'_>, sample: usize, live: &mut [(usize, f32); MAX_LIVE]) -> usize {
+    fn live<'a>(&self, cx: &Context<'a>, sample: usize) -> &'a [Term] {
         let mask = self.dropout.map(|(_, _, slot)| cx.one(slot, sample));
+        let live = terms(cx.own(self.slots.live));
         let mut count = 0;
         for o in 0..self.out_channels {
             let scale = mask.map_or(1.0, |m| m[o]);
-            live[count.min(MAX_LIVE - 1)] = (o, scale);
+            live[count] = Term { offset: o as u32, factor: scale };
             count += usize::from(scale != 0.0);
         }
-        count
+        &live[..count]
     }
 
     /// The offset of element (c, ky, kx) within an output channel's weights with channels innermost.
@@ -171,8 +177,6 @@ impl ConvPool {
                 }
             }
         }
-        let mut live = [(0, 0.0); MAX_LIVE];
-        let count = self.live(cx, sample, &mut live);
         conv_pool(Kernel {
             image: padded,
             channels: self.channels,
@@ -182,7 +186,7 @@ impl ConvPool {
             bias: self.bias.map(|b| cx.tensor(b.tensor)),
             k: self.k,
             relu: self.relu,
-            live: &live[..count],
+            live: self.live(cx, sample),
             pooled: self.pooled,
             out,
             origins: self.slots.backward.as_ref().map_or(&mut [], |b| cx.one_mut(b.origins, sample)),
@@ -194,19 +198,26 @@ impl ConvPool {
         let (y, dy) = (cx.one(self.out.value, sample), cx.one(grad, sample));
         let (origins, grads) = (cx.one(slots.origins, sample), cx.own(slots.grads));
         let terms = terms(cx.own(slots.terms));
-        let mut live = [(0, 0.0); MAX_LIVE];
-        let count = self.live(cx, sample, &mut live);
+        let live = self.live(cx, sample);
         if self.weight.grad.is_some() {
             self.channels_innermost(cx.one(self.input.value, sample), cx.own(slots.pixels));
         }
-        for &(o, scale) in &live[..count] {
+        for &Term { offset: o, factor: scale } in live {
+            let o = o as usize;
             let range = o * outputs..(o + 1) * outputs;
             let (y, dy, origins) = (&y[range.clone()], &dy[range.clone()], &origins[range.clone()]);
+            let grads = &mut grads[range];
+            let relu = self.relu;
+            vectorised(|| {
+                for ((g, y), dy) in grads.iter_mut().zip(y).zip(dy) {
+                    *g = if relu && *y <= 0.0 { 0.0 } else { dy * scale };
+                }
+            });
             let (mut len, mut sum) = (0, 0.0);
-            for (((g, y), dy), origin) in grads[range].iter_mut().zip(y).zip(dy).zip(origins) {
-                *g = if self.relu && *y <= 0.0 { 0.0 } else { dy * scale };
-                sum += *g;
-                terms[len] = Term { offset: *origin as u32 * c as u32, factor: *g };
+            for (g, origin) in grads.iter().zip(origins) {
+                sum += g;
+                // No branch: every other output is zero, which no predictor guesses.
+                terms[len] = Term { offset: position(*origin) * c as u32, factor: *g };
                 len += usize::from(*g != 0.0);
             }
             if let Some(share) = self.bias.and_then(|b| b.grad) {
@@ -225,27 +236,31 @@ impl ConvPool {
             }
         }
         if let Some(input) = self.input.grad {
-            self.input_grads(cx, slots, &live[..count], origins);
+            self.input_grads(cx, slots, live, origins);
             self.add_pixels(cx.own(slots.pixel_grads), cx.one_mut(input, sample));
         }
     }
 
     /// Every pooled window spreads its outputs' derivatives over the input; those with the same origin together.
-    fn input_grads(&self, cx: &Context<'_>, slots: &BackwardSlots, live: &[(usize, f32)], origins: &[f32]) {
+    fn input_grads(&self, cx: &Context<'_>, slots: &BackwardSlots, live: &[Term], origins: &[f32]) {
         let (c, [_, width], row) = (self.channels, self.padded(), self.row());
         let outputs = self.pooled[0] * self.pooled[1];
         let (grads, pixels) = (cx.own(slots.grads), cx.own(slots.pixel_grads));
         let (weights, lists) = (cx.own(slots.weights), terms(cx.own(slots.terms)));
         pixels.fill(0.0);
+        let (mut column, mut corner) = (0, 0);
         for window in 0..outputs {
-            let corner = 2 * (window / self.pooled[1]) * width + 2 * (window % self.pooled[1]);
+            if column == self.pooled[1] {
+                (column, corner) = (0, corner + 2 * (width - column));
+            }
             let mut lens = [0; 4];
-            for &(o, _) in live {
-                let g = grads[o * outputs + window];
-                let step = origins[o * outputs + window] as usize - corner;
+            for &Term { offset: o, .. } in live {
+                let (o, at) = (o as usize, o as usize * outputs + window);
+                let step = position(origins[at]) as usize - corner;
                 let place = if step >= width { 2 + step - width } else { step } & 3;
-                lists[place * self.out_channels + lens[place]] = Term { offset: (o * self.k * row) as u32, factor: g };
-                lens[place] += usize::from(g != 0.0);
+                lists[place * self.out_channels + lens[place]] =
+                    Term { offset: (o * self.k * row) as u32, factor: grads[at] };
+                lens[place] += usize::from(grads[at] != 0.0);
             }
             for (place, &len) in lens.iter().enumerate().filter(|(_, len)| **len > 0) {
                 let at = (corner + place / 2 * width + place % 2) * c;
@@ -259,34 +274,49 @@ impl ConvPool {
                     vectors: row / 8,
                 });
             }
+            (column, corner) = (column + 1, corner + 2);
         }
     }
 
+    /// The part of a padded image with channels innermost that row `y` of the input covers.
+    fn line(&self, y: usize) -> std::ops::Range<usize> {
+        let start = ((y + self.padding[0]) * self.padded()[1] + self.padding[1]) * self.channels;
+        start..start + self.size[1] * self.channels
+    }
+
     fn channels_innermost(&self, image: &[f32], pixels: &mut [f32]) {
-        let (c, [_, width]) = (self.channels, self.padded());
-        for (row, line) in image.chunks_exact(self.size[1]).enumerate() {
-            let (channel, y) = (row / self.size[0], row % self.size[0]);
-            let start = ((y + self.padding[0]) * width + self.padding[1]) * c + channel;
-            pixels[start..].iter_mut().step_by(c).zip(line).for_each(|(p, x)| *p = *x);
+        let ([height, width], c) = (self.size, self.channels);
+        for y in 0..height {
+            let to = &mut pixels[self.line(y)];
+            if c == 1 {
+                to.copy_from_slice(&image[y * width..][..width]);
+                continue;
+            }
+            for channel in 0..c {
+                let from = &image[(channel * height + y) * width..][..width];
+                to.chunks_exact_mut(c).zip(from).for_each(|(p, x)| p[channel] = *x);
+            }
         }
     }
 
     fn add_pixels(&self, pixels: &[f32], image: &mut [f32]) {
-        let (c, [_, width]) = (self.channels, self.padded());
-        for (row, line) in image.chunks_exact_mut(self.size[1]).enumerate() {
-            let (channel, y) = (row / self.size[0], row % self.size[0]);
-            let start = ((y + self.padding[0]) * width + self.padding[1]) * c + channel;
-            let from = pixels[start..].iter().step_by(c);
-            match self.input.add {
-                true => line.iter_mut().zip(from).for_each(|(x, p)| *x += p),
-                false => line.iter_mut().zip(from).for_each(|(x, p)| *x = *p),
+        let ([height, width], c) = (self.size, self.channels);
+        for y in 0..height {
+            let from = &pixels[self.line(y)];
+            for channel in 0..c {
+                let to = &mut image[(channel * height + y) * width..][..width];
+                let from = from.chunks_exact(c);
+                match self.input.add {
+                    true => to.iter_mut().zip(from).for_each(|(x, p)| *x += p[channel]),
+                    false => to.iter_mut().zip(from).for_each(|(x, p)| *x = p[channel]),
+                }
             }
         }
     }
 }
 
 /// Output channels of the widest layer this kernel takes.
-pub const MAX_LIVE: usize = 512;
+const MAX_CHANNELS: usize = 512;
 
 impl Layer for ConvPool {
     fn grain(&self) -> Grain {
