@@ -45,6 +45,15 @@ impl Updates {
         }
     }
 
+    /// The first thing beside the parameter that an update reads; empty when there is nothing.
+    pub fn state(&self, tensor: Tensor) -> &[f32] {
+        match self.rules.get(tensor) {
+            Some(Some(Rule::Sgd { momentum: Some((buffer, _)), .. })) => buffer.get(),
+            Some(Some(Rule::Adam { exp_avg, .. })) => exp_avg.get(),
+            _ => &[],
+        }
+    }
+
     /// Updates the elements of `tensor` from `first` on.
     pub fn apply(&self, cx: &Context<'_>, tensor: Tensor, first: usize, grad: &[f32]) {
         let Some(Some(rule)) = self.rules.get(tensor) else { return };
@@ -53,9 +62,9 @@ impl Updates {
             let range = start..start + grad.len();
             let param = cx.store.tensor_part_mut(tensor, range.clone());
             match rule {
-                Rule::Sgd { options, momentum: None } => options.update(param, grad, &mut [], false),
+                Rule::Sgd { options, momentum: None } => options.update_part(param, grad, &mut [], false),
                 Rule::Sgd { options, momentum: Some((buffer, used)) } => {
-                    options.update(param, grad, buffer.get_mut(range), !used);
+                    options.update_part(param, grad, buffer.get_mut(range), !used);
                 }
                 Rule::Adam { options, step, exp_avg, exp_avg_sq, max_exp_avg_sq } => {
                     let state = AdamState {

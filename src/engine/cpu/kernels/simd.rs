@@ -25,6 +25,9 @@ pub trait Vector: Copy {
     /// ReLU: NaN stays NaN.
     fn relu(self) -> Self;
     fn sum(self) -> f32;
+    /// Asks for the cache line at `at` ahead of time; any address will do.
+    #[inline(always)]
+    fn prefetch(_at: *const f32) {}
 }
 
 #[derive(Clone, Copy)]
@@ -159,6 +162,12 @@ mod avx2 {
         }
 
         #[inline(always)]
+        fn prefetch(at: *const f32) {
+            // SAFETY: a prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+
+        #[inline(always)]
         fn sum(self) -> f32 {
             // SAFETY: see above.
             unsafe {
@@ -200,6 +209,12 @@ pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
 #[inline]
 pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Portable>()
+}
+
+/// `value` where `keep`, else zero, without a branch: a conditional store would become a masked one, which is slow.
+#[inline(always)]
+pub fn select(keep: bool, value: f32) -> f32 {
+    f32::from_bits(value.to_bits() & if keep { u32::MAX } else { 0 })
 }
 
 /// Compiles a plain loop for the widest vectors this processor has: the compiler vectorises it.

@@ -63,14 +63,15 @@ impl Dots<'_> {
         while at + 8 <= k1 {
             // SAFETY: rows `row..row + R` of `w` and `b..b + B` of `x` exist (asserted by `run`), `at + 8 <= k`.
             unsafe {
-                let mut rows = [V::splat(0.0); R];
-                for (r, row) in rows.iter_mut().enumerate() {
-                    *row = V::load(w.add(r * self.k + at));
+                // Three inputs, one row and twelve sums fit the sixteen registers.
+                let mut inputs = [V::splat(0.0); B];
+                for (i, input) in inputs.iter_mut().enumerate() {
+                    *input = V::load(x.add(i * self.k + at));
                 }
-                for (i, acc) in acc.iter_mut().enumerate() {
-                    let xs = V::load(x.add(i * self.k + at));
-                    for (acc, w) in acc.iter_mut().zip(rows) {
-                        *acc = xs.mul_add(w, *acc);
+                for r in 0..R {
+                    let row = V::load(w.add(r * self.k + at));
+                    for i in 0..B {
+                        acc[i][r] = inputs[i].mul_add(row, acc[i][r]);
                     }
                 }
             }
@@ -107,49 +108,103 @@ pub fn pack(x: &[f32], k: usize, start: usize, columns: usize, packed: &mut [f32
     }
 }
 
-/// `out[r][c] = sum over b of d[b][r] * x[b][c]`: six rows of the gradient of a weight matrix.
+/// Rows of `x` with lanes across the batch: `packed[panel][k][16]`, filled up with zeros, for columns
+/// `start..start + columns` of `x (batch x k)`.
+pub fn pack_transposed(x: &[f32], k: usize, start: usize, columns: usize, packed: &mut [f32]) {
+    for (rows, panel) in x.chunks(k * PANEL).zip(packed.chunks_exact_mut(columns * PANEL)) {
+        let batch = rows.len() / k;
+        for (j, to) in panel.chunks_exact_mut(PANEL).enumerate() {
+            for (b, to) in to.iter_mut().enumerate() {
+                *to = if b < batch { rows[b * k + start + j] } else { 0.0 };
+            }
+        }
+    }
+}
+
+/// `out[r][c] = sum over s of d[s * d_step + r * d_row] * x[s * x_step + c]` for up to six rows and the sixteen columns of
+/// each panel: the one product behind forward, input gradient and weight gradient.
 pub struct Outer<'a> {
-    /// `batch x 6`
     pub d: &'a [f32],
-    /// From [`pack`].
-    pub packed: &'a [f32],
-    pub batch: usize,
+    pub d_step: usize,
+    pub d_row: usize,
+    pub rows: usize,
+    pub x: &'a [f32],
+    pub x_step: usize,
+    /// Distance between panels of `x`.
+    pub x_panel: usize,
+    pub steps: usize,
     pub panels: usize,
-    /// Six rows of `panels * 16`.
+    /// `out[r * out_row + panel * 16 ..]`
     pub out: &'a mut [f32],
+    pub out_row: usize,
+    /// Add to `out` instead of overwriting it.
+    pub add: bool,
+    /// Matrices whose elements, `[r * ahead_row + panel * 16 ..]`, are wanted next: fetched while this computes.
+    pub ahead: [&'a [f32]; 2],
+    pub ahead_row: usize,
 }
 
 impl Kernel for Outer<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<V: Vector>(self) {
-        let width = self.panels * PANEL;
-        assert!(self.d.len() >= self.batch * OUTER_ROWS && self.out.len() >= OUTER_ROWS * width);
-        assert!(self.packed.len() >= self.batch * width);
-        for p in 0..self.panels {
-            let mut acc = [[V::splat(0.0); 2]; OUTER_ROWS];
-            let (mut x, mut d) = (self.packed[p * self.batch * PANEL..].as_ptr(), self.d.as_ptr());
-            for _ in 0..self.batch {
-                // SAFETY: `x` walks one panel of `batch * 16` floats, `d` walks `batch * 6`; both asserted above.
-                unsafe {
-                    let (low, high) = (V::load(x), V::load(x.add(8)));
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        let d = V::splat(*d.add(r));
-                        acc[0] = d.mul_add(low, acc[0]);
-                        acc[1] = d.mul_add(high, acc[1]);
-                    }
-                    x = x.add(PANEL);
-                    d = d.add(OUTER_ROWS);
+    fn run<V: Vector>(mut self) {
+        if self.rows == 0 || self.steps == 0 || self.panels == 0 {
+            return;
+        }
+        let (last_row, last_step, last_panel) = (self.rows - 1, self.steps - 1, self.panels - 1);
+        assert!(self.d.len() > last_step * self.d_step + last_row * self.d_row);
+        assert!(self.x.len() >= last_step * self.x_step + last_panel * self.x_panel + PANEL);
+        assert!(self.out.len() >= last_row * self.out_row + self.panels * PANEL);
+        for panel in 0..self.panels {
+            match self.rows {
+                1 => self.panel::<V, 1>(panel),
+                2 => self.panel::<V, 2>(panel),
+                3 => self.panel::<V, 3>(panel),
+                4 => self.panel::<V, 4>(panel),
+                5 => self.panel::<V, 5>(panel),
+                _ => self.panel::<V, OUTER_ROWS>(panel),
+            }
+        }
+    }
+}
+
+impl Outer<'_> {
+    #[inline(always)]
+    fn panel<V: Vector, const R: usize>(&mut self, panel: usize) {
+        let mut acc = [[V::splat(0.0); 2]; R];
+        let mut x = self.x[panel * self.x_panel..].as_ptr();
+        let mut d = self.d.as_ptr();
+        for _ in 0..self.steps {
+            // The next panel of a matrix that is not packed lies in the next cache line.
+            V::prefetch(x.wrapping_add(PANEL));
+            // SAFETY: steps, rows and panels end inside `d` and `x` (asserted by `run`).
+            unsafe {
+                let (low, high) = (V::load(x), V::load(x.add(8)));
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let d = V::splat(*d.add(r * self.d_row));
+                    acc[0] = d.mul_add(low, acc[0]);
+                    acc[1] = d.mul_add(high, acc[1]);
                 }
             }
-            for (r, acc) in acc.into_iter().enumerate() {
-                let out = self.out[r * width + p * PANEL..].as_mut_ptr();
-                // SAFETY: row `r` has `width` floats and this panel lies inside (asserted above).
-                unsafe {
-                    acc[0].store(out);
-                    acc[1].store(out.add(8));
+            x = x.wrapping_add(self.x_step);
+            d = d.wrapping_add(self.d_step);
+        }
+        for matrix in self.ahead {
+            for r in 0..if matrix.is_empty() { 0 } else { R } {
+                V::prefetch(matrix.as_ptr().wrapping_add(r * self.ahead_row + panel * PANEL));
+            }
+        }
+        for (r, acc) in acc.into_iter().enumerate() {
+            let out = self.out[r * self.out_row + panel * PANEL..].as_mut_ptr();
+            // SAFETY: row `r` and this panel end inside `out` (asserted by `run`).
+            unsafe {
+                let (mut low, mut high) = (acc[0], acc[1]);
+                if self.add {
+                    (low, high) = (low.add(V::load(out)), high.add(V::load(out.add(8))));
                 }
+                low.store(out);
+                high.store(out.add(8));
             }
         }
     }
@@ -188,22 +243,52 @@ mod tests {
     }
 
     #[test]
-    fn outer_like_three_loops() {
-        let (batch, k, start, columns) = (5, 70, 3, 37);
-        let (x, d) = (numbers(batch * k), numbers(batch * OUTER_ROWS));
-        let panels = 3;
-        let mut packed = vec![f32::NAN; batch * panels * PANEL];
-        pack(&x, k, start, columns, &mut packed);
-        let mut out = vec![f32::NAN; OUTER_ROWS * panels * PANEL];
-        outer(Outer { d: &d, packed: &packed, batch, panels, out: &mut out });
-        let mut portable = vec![f32::NAN; OUTER_ROWS * panels * PANEL];
-        Outer { d: &d, packed: &packed, batch, panels, out: &mut portable }.run::<Portable>();
-        for r in 0..OUTER_ROWS {
-            for c in 0..columns {
-                let exact: f32 = (0..batch).map(|b| d[b * OUTER_ROWS + r] * x[b * k + start + c]).sum();
-                let i = r * panels * PANEL + c;
-                assert_eq!((out[i], portable[i]), (exact, exact));
+    fn outer_like_three_loops_for_any_rows() {
+        let (batch, k, start, columns, panels) = (5, 70, 3, 37, 3);
+        for rows in 1..=OUTER_ROWS {
+            let (x, d) = (numbers(batch * k), numbers(batch * rows));
+            let mut packed = vec![f32::NAN; batch * panels * PANEL];
+            pack(&x, k, start, columns, &mut packed);
+            for (portable, add) in [(false, false), (true, true)] {
+                let mut out = vec![1.0; rows * panels * PANEL];
+                let work = Outer {
+                    d: &d,
+                    d_step: rows,
+                    d_row: 1,
+                    rows,
+                    x: &packed,
+                    x_step: PANEL,
+                    x_panel: batch * PANEL,
+                    steps: batch,
+                    panels,
+                    out: &mut out,
+                    out_row: panels * PANEL,
+                    add,
+                };
+                match portable {
+                    true => work.run::<Portable>(),
+                    false => outer(work),
+                }
+                for r in 0..rows {
+                    for c in 0..columns {
+                        let exact: f32 = (0..batch).map(|b| d[b * rows + r] * x[b * k + start + c]).sum();
+                        assert_eq!(out[r * panels * PANEL + c], exact + f32::from(u8::from(add)));
+                    }
+                }
             }
+        }
+    }
+
+    #[test]
+    fn transposed_panels_have_the_batch_in_their_lanes() {
+        let (batch, k, start, columns) = (19, 9, 2, 5);
+        let x = numbers(batch * k);
+        let mut packed = vec![f32::NAN; 2 * columns * PANEL];
+        pack_transposed(&x, k, start, columns, &mut packed);
+        for (i, value) in packed.iter().enumerate() {
+            let (panel, j, lane) = (i / (columns * PANEL), i / PANEL % columns, i % PANEL);
+            let b = panel * PANEL + lane;
+            assert_eq!(*value, if b < batch { x[b * k + start + j] } else { 0.0 });
         }
     }
 }

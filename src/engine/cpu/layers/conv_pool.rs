@@ -4,7 +4,7 @@
 use crate::engine::cpu::kernels::direct::{
     Combine, ConvPool as Kernel, SLACK, Term, combine, conv_pool, position, terms,
 };
-use crate::engine::cpu::kernels::simd::vectorised;
+use crate::engine::cpu::kernels::simd::{select, vectorised};
 use crate::engine::cpu::layer::{Context, Edge, Grain, Layer, Out, Param};
 use crate::engine::cpu::memory::Slot;
 use crate::engine::cpu::random::{dropout_mask, key};
@@ -193,6 +193,7 @@ impl ConvPool {
         });
     }
 
+    #[allow(clippy::neg_cmp_op_on_partial_ord)] // so that NaN lets its gradient through, as in PyTorch
     fn sample_backward(&self, cx: &Context<'_>, slots: &BackwardSlots, grad: Slot, sample: usize) {
         let (c, [_, width], outputs) = (self.channels, self.padded(), self.pooled[0] * self.pooled[1]);
         let (y, dy) = (cx.one(self.out.value, sample), cx.one(grad, sample));
@@ -208,10 +209,10 @@ impl ConvPool {
             let (y, dy, origins) = (&y[range.clone()], &dy[range.clone()], &origins[range.clone()]);
             let grads = &mut grads[range];
             let relu = self.relu;
-            vectorised(|| {
-                for ((g, y), dy) in grads.iter_mut().zip(y).zip(dy) {
-                    *g = if relu && *y <= 0.0 { 0.0 } else { dy * scale };
-                }
+            let rows = grads.iter_mut().zip(y).zip(dy);
+            vectorised(|| match relu {
+                true => rows.for_each(|((g, y), dy)| *g = select(!(*y <= 0.0), dy * scale)),
+                false => rows.for_each(|((g, _), dy)| *g = dy * scale),
             });
             let (mut len, mut sum) = (0, 0.0);
             for (g, origin) in grads.iter().zip(origins) {

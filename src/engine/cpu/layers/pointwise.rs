@@ -1,6 +1,6 @@
 //! Activation functions and their derivatives, element by element.
 
-use crate::engine::cpu::kernels::simd::vectorised;
+use crate::engine::cpu::kernels::simd::{select, vectorised};
 use crate::engine::cpu::layer::{Context, Edge, Grain, Layer, Out};
 use crate::model::Activation;
 
@@ -47,12 +47,13 @@ impl Layer for Pointwise {
         }
     }
 
+    #[allow(clippy::neg_cmp_op_on_partial_ord)] // so that NaN lets its gradient through, as in PyTorch
     fn backward(&self, cx: &Context<'_>) {
         let (Some(grad), Some(input)) = (self.out.grad, self.input.grad) else { return };
         let y = cx.rows(self.out.value);
         let dx = cx.rows_mut(input);
         if self.inplace {
-            return vectorised(|| dx.iter_mut().zip(y).for_each(|(d, y)| *d = if *y <= 0.0 { 0.0 } else { *d }));
+            return vectorised(|| dx.iter_mut().zip(y).for_each(|(d, y)| *d = select(!(*y <= 0.0), *d)));
         }
         let (dy, x, add) = (cx.rows(grad), cx.rows(self.input.value), self.input.add);
         macro_rules! chain {
@@ -106,8 +107,9 @@ const GELU_CUBIC: f32 = 0.044_715;
 
 /// PyTorch's: NaN stays NaN.
 #[inline(always)]
+#[allow(clippy::neg_cmp_op_on_partial_ord)] // so that NaN is kept
 fn relu(x: f32) -> f32 {
-    if x < 0.0 { 0.0 } else { x }
+    select(!(x < 0.0), x)
 }
 
 #[inline(always)]
