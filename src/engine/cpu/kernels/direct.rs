@@ -104,6 +104,7 @@ impl ConvPool<'_> {
 
     /// `N` vectors of two rows of `B` output channels.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // r, n and b index registers and addresses alike
     fn tile<V: Vector, const K: usize, const N: usize, const B: usize>(
         &mut self,
         row: usize,

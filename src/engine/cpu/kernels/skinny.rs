@@ -56,6 +56,7 @@ impl Dots<'_> {
     }
 
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // r indexes registers and addresses alike
     fn tile<V: Vector, const R: usize, const B: usize>(&mut self, row: usize, b: usize, k0: usize, k1: usize) {
         let (w, x) = (self.w[row * self.k..].as_ptr(), self.x[b * self.k..].as_ptr());
         let mut acc = [[V::splat(0.0); R]; B];
