@@ -63,6 +63,11 @@ lint: $(EXTENSION) ## Formatting, layering, clippy, ruff, mypy, stubs against th
 bench: $(EXTENSION) ## Measure against torchvision and the tutorial's loop; writes benches/RESULTS.md
 	python benches/run.py
 
+.PHONY: bench-peers
+bench-peers: ## Install the other loaders into an environment of their own, for `make bench`
+	"$(PYTHON)" -m venv .bench-venv
+	.bench-venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/bench.txt
+
 .PHONY: wheel
 wheel: $(PACKAGES) ## Build the wheel into dist/ (TORCH=2.11.0: the same source for an older torch)
 	scripts/wheel.sh "$(TORCH)" "$(DIST)"

@@ -22,7 +22,8 @@ if [[ ${1:-} == --check ]]; then
     exit 0
 fi
 
-tree=$(mktemp -d)
+mkdir -p build
+tree=$(mktemp -d build/locks.XXXX)
 trap 'rm -rf "$tree"' EXIT
 mkdir "$tree/src"
 touch "$tree/src/lib.rs"

@@ -14,8 +14,8 @@ pub enum Error {
     Io { path: PathBuf, source: io::Error },
 
     // -- the data's ------------------------------------------------------------------------------------------------------
-    /// The bytes of an image cannot be turned into pixels.
-    #[error("{}cannot be decoded as an image: {reason}", prefix(path))]
+    /// The bytes of a file cannot be turned into pixels or labels.
+    #[error("{}cannot be decoded: {reason}", prefix(path))]
     Decode { path: PathBuf, reason: String },
     /// The image is larger than the limits allow (checked before anything is allocated).
     #[error("{}image of {width} x {height} pixels is over the limit of {limit} pixels", prefix(path))]

@@ -9,10 +9,12 @@
 pub mod error;
 pub mod threads;
 
-pub mod engine;
-pub mod fit;
+pub mod image;
+pub mod data;
 pub mod model;
+pub mod engine;
 pub mod preconv;
+pub mod fit;
 
 #[cfg(feature = "python")]
 mod py;

@@ -19,25 +19,37 @@ _torch.load()  # one readable ImportError when torch is missing or of another ve
 
 from cnnrs import errors, layers, models  # noqa: E402
 from cnnrs._cnnrs import __version__  # noqa: E402
+from cnnrs.check import check  # noqa: E402
 from cnnrs.engines import explain  # noqa: E402
 from cnnrs.errors import CnnrsError, DecodeError, NonFiniteLossError, UnsupportedModelError  # noqa: E402
+from cnnrs.feature_dataset import FeatureDataset, data_gen  # noqa: E402
 from cnnrs.features import Features, load_features  # noqa: E402
-from cnnrs.fit import compile, fit  # noqa: E402, A004
+from cnnrs.fit import compile, fit  # noqa: E402
+from cnnrs.folder import ImageFolder, ImageList  # noqa: E402
 from cnnrs.history import History  # noqa: E402
 from cnnrs.layers import conv_layers, freeze, init, replace_head, set_dropout, unfreeze  # noqa: E402
+from cnnrs.loader import DataLoader  # noqa: E402
+from cnnrs.mnist import MNIST  # noqa: E402
 from cnnrs.preconv import preconv  # noqa: E402
 from cnnrs.summary import summary  # noqa: E402
 
 __all__ = [
+    "MNIST",
     "CnnrsError",
+    "DataLoader",
     "DecodeError",
+    "FeatureDataset",
     "Features",
     "History",
+    "ImageFolder",
+    "ImageList",
     "NonFiniteLossError",
     "UnsupportedModelError",
     "__version__",
+    "check",
     "compile",
     "conv_layers",
+    "data_gen",
     "errors",
     "explain",
     "fit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 from cnnrs.errors import UnsupportedModelError
-from cnnrs.graph import Lowered, Unsupported, lower
+from cnnrs.graph import Lowered, lower
+from cnnrs.operations import Unsupported
 
 Engine = Literal["auto", "cpu", "torch", "python"]
 
@@ -60,10 +62,17 @@ class Explanation:
                 f"engine 'torch': all {self.operations} operations are lowered; forward, loss and backward run in "
                 "libtorch without Python, and SGD, Adam and AdamW update CPU weights in one pass over memory"
             )
-        lines = "\n".join(f"  - {reason}" for reason in self.reasons)
-        return f"engine 'python': the model is called as it is, once per batch, because\n{lines}"
+        return "\n".join(
+            ["engine 'python': the model is called as it is, once per batch, because", *listed(self.reasons)]
+        )
 
     __repr__ = __str__
+
+
+def listed(reasons: Sequence[str], most: int = 8) -> list[str]:
+    """Reasons as lines of text; of many the first few and how many more there are."""
+    lines = [f"  - {reason}" for reason in reasons[:most]]
+    return lines if len(reasons) <= most else [*lines, f"  ... and {len(reasons) - most} more"]
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -104,7 +113,7 @@ def device_of(model: nn.Module) -> torch.device:
         raise RuntimeError(f"Expected all tensors of the model to be on the same device, but found {found}")
     device = next(iter(places), torch.device("cpu"))
     if device.type == "meta":
-        raise RuntimeError(f"the model is on device meta, which holds no numbers ({places[device]}): load weights first")
+        raise RuntimeError(f"the model is on device meta, which holds no numbers ({places[device]})")
     return device
 
 

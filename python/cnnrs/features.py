@@ -62,6 +62,7 @@ class Store:
 
     @property
     def features_path(self) -> Path:
+        """The ``.npy`` file of the features."""
         return self.folder / "features.npy"
 
     @property
@@ -82,7 +83,7 @@ class Store:
         ours = {"features.npy", "features.npy.partial", "labels.npy", "meta.json", "meta.json.partial"}
         others = sorted(entry.name for entry in os.scandir(self.folder) if entry.name not in ours)
         if others:
-            raise FileExistsError(f"{self.folder} holds {others[0]!r}, which is no feature file: give a folder of its own")
+            raise FileExistsError(f"{self.folder} holds {others[0]!r}, not a feature file: give a folder of its own")
         self._meta_path.unlink(missing_ok=True)
 
     def finish(self, labels: torch.Tensor, meta: dict[str, Any]) -> None:

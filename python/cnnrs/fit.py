@@ -71,8 +71,8 @@ def fit(
     >>> sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     >>> loss, accuracy = cnnrs.fit(0, model, batches, optimizer=sgd, loss_fn=torch.nn.functional.cross_entropy,
     ...                            verbose=False)
-    >>> accuracy
-    100.0
+    >>> loss < 0.5 and accuracy > 90
+    True
     """
     if phase not in _PHASES:
         raise ValueError(f"phase must be 'training' or 'validation', got {phase!r}")
@@ -125,9 +125,7 @@ class Fit:
         return f"fit(optimizer={type(self.optimizer).__name__}, loss_fn={name}, engine={self.engine!r})"
 
 
-def compile(  # noqa: A001 - named after Keras's compile(optimizer, loss)
-    *, optimizer: Optimizer | None = None, loss_fn: Loss, engine: Engine = "auto", verbose: bool = True
-) -> Fit:
+def compile(*, optimizer: Optimizer | None = None, loss_fn: Loss, engine: Engine = "auto", verbose: bool = True) -> Fit:
     """Bind optimizer and loss, so that the tutorial's call works unchanged: ``fit(epoch, model, loader, phase)``.
 
     Args:
@@ -147,7 +145,7 @@ def compile(  # noqa: A001 - named after Keras's compile(optimizer, loss)
     return Fit(optimizer, loss_fn, engine, verbose)
 
 
-# -- both engines ---------------------------------------------------------------------------------------------------------
+# -- both engines --------------------------------------------------------------------------------------------
 
 
 def _run_lowered(
@@ -226,7 +224,7 @@ def _check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
         )
 
 
-# -- losses ---------------------------------------------------------------------------------------------------------------
+# -- losses --------------------------------------------------------------------------------------------------
 
 
 def _loss(loss_fn: Loss) -> tuple[Any, ...] | None:
@@ -251,9 +249,7 @@ def _summed(loss_fn: Loss, loss: torch.Tensor, outputs: torch.Tensor, targets: t
         return loss.item() * len(outputs)
     if known[0] == "nll":
         return F.nll_loss(outputs, targets, ignore_index=known[2], reduction="sum").item()
-    return F.cross_entropy(
-        outputs, targets, ignore_index=known[2], label_smoothing=known[3], reduction="sum"
-    ).item()
+    return F.cross_entropy(outputs, targets, ignore_index=known[2], label_smoothing=known[3], reduction="sum").item()
 
 
 def _correct(outputs: torch.Tensor, targets: torch.Tensor) -> int | None:

@@ -42,12 +42,13 @@ class History:
             train: Loss and accuracy (percent) of the training phase; numbers or tensors of one element.
             valid: The same of the validation phase, if there was one.
         """
-        loss, accuracy = train
-        val_loss, val_accuracy = valid if valid is not None else (math.nan, math.nan)
-        self.train_losses.append(float(loss))
-        self.train_accuracy.append(float(accuracy))
-        self.val_losses.append(float(val_loss))
-        self.val_accuracy.append(float(val_accuracy))
+        # All four are converted before the first is stored, so that the lists never differ in length.
+        epoch = [float(value) for value in (*train, *(valid if valid is not None else (math.nan, math.nan)))]
+        loss, accuracy, val_loss, val_accuracy = epoch
+        self.train_losses.append(loss)
+        self.train_accuracy.append(accuracy)
+        self.val_losses.append(val_loss)
+        self.val_accuracy.append(val_accuracy)
 
     def __len__(self) -> int:
         return len(self.train_losses)

@@ -4,7 +4,7 @@ Every helper changes the given module in place and returns it, so that calls can
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -68,21 +68,26 @@ def replace_head(model: Module, num_classes: int) -> Module:
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    linear = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear)
-    ]
-    order = [id(module) for module in model.modules()]
-    if not linear:
-        raise ValueError(f"{type(model).__name__} contains no nn.Linear to replace: set its last layer yourself")
-    parent, name, old = max(linear, key=lambda entry: order.index(id(entry[2])))
+    parent, name, old = last_linear(model)
     new = nn.Linear(
         old.in_features, num_classes, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
     )
     setattr(parent, name, new.train(old.training))
     return model
+
+
+def last_linear(model: nn.Module) -> tuple[nn.Module, str, nn.Linear]:
+    """The last ``nn.Linear`` inside ``model`` in the order of registration, as (parent, attribute name, layer).
+
+    Raises:
+        ValueError: There is none, or ``model`` itself is it and so has no parent.
+    """
+    path = next((p for p, m in reversed(list(model.named_modules())) if p and isinstance(m, nn.Linear)), None)
+    if path is None:
+        raise ValueError(f"{type(model).__name__} contains no nn.Linear to replace: set its last layer yourself")
+    owner, _, name = path.rpartition(".")
+    parent = model.get_submodule(owner)
+    return parent, name, cast(nn.Linear, getattr(parent, name))
 
 
 def set_dropout(module: Module, p: float) -> Module:

@@ -31,10 +31,7 @@ class Step:
         used = {id(tensor) for tensor in tensors}
         self._optimizer = optimizer
         self._rows: list[tuple[dict[str, Any], torch.Tensor]] = [
-            (group, p)
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.requires_grad and id(p) in used
+            (group, p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) in used
         ]
         self._fresh: dict[int, torch.Tensor] = {}
         self.native = _is_native(optimizer, [p for _, p in self._rows])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,13 @@ def preconv(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    loader: Any = data
     if isinstance(data, Dataset):
-        data = cnnrs.DataLoader(data, batch_size=batch_size, num_workers=num_workers)
+        loader = cnnrs.DataLoader(data, batch_size=batch_size, num_workers=num_workers)
     device = device_of(model)
     with _frozen(model):
         lowered = choose(model, engine)
-        source = _Source(data)
+        source = _Source(loader)
         if out is None:
             return _compute(source, model, lowered, device, None, verbose)
         store = Store(Path(out))
@@ -150,7 +151,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-# -- where the rows come from ---------------------------------------------------------------------------------------------
+# -- where the rows come from --------------------------------------------------------------------------------
 
 
 class _RecordingSampler(BatchSampler):
@@ -190,9 +191,8 @@ class _Source:
     @property
     def expected(self) -> int:
         """Number of rows, 0 when unknown."""
-        if isinstance(self._data, DataLoader) and hasattr(self._data.sampler, "__len__"):
-            return len(self._data.sampler)
-        return 0
+        sampler = self._data.sampler if isinstance(self._data, DataLoader) else None
+        return len(sampler) if isinstance(sampler, Sized) else 0
 
     def batches(self) -> Iterable[Any]:
         if self._recorder is None:
@@ -233,7 +233,7 @@ def _files(dataset: Any) -> tuple[list[str] | None, Any]:
     return None, dataset
 
 
-# -- the key: everything that shapes the numbers --------------------------------------------------------------------------
+# -- the key: everything that shapes the numbers -------------------------------------------------------------
 
 _WORDS = {
     "files": "images were added, removed or changed",
@@ -267,7 +267,7 @@ def _model_hash(model: nn.Module, lowered: Lowered | None) -> str:
     tensors = list(model.state_dict().values()) if lowered is None else lowered.tensors
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

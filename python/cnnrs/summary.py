@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cnnrs.engines import explain
-from cnnrs.graph import Unsupported, lower
+from cnnrs.engines import explain, listed
+from cnnrs.graph import lower
+from cnnrs.operations import Unsupported
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,11 @@ class Summary:
         head = ("layer", "kind", "output shape", "parameters", "receptive field", "MFLOP")
         rows = [head, *(_cells(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-                 for row in rows]  # fmt: skip
+        lines = ["  ".join(map(_align, row, widths, range(len(head)))).rstrip() for row in rows]
         lines.insert(1, "-" * max(map(len, lines)))
         flops = "unknown" if self.flops is None else f"{self.flops / 1e6:,.1f} MFLOP"
         total = f"{self.parameters:,} parameters, {self.trainable:,} trainable, {flops}, engine {self.engine!r}"
-        return "\n".join([*lines, lines[1], total, *(f"  - {reason}" for reason in self.reasons)])
+        return "\n".join([*lines, lines[1], total, *listed(self.reasons)])
 
     __repr__ = __str__
 

@@ -1,8 +1,12 @@
 //! Who computes it. `fit` and `preconv` know this trait, not its implementors.
 
 pub mod cpu;
+mod features;
+pub mod optimizer;
 #[cfg(feature = "torch")]
 pub mod torch;
+
+pub use features::{Dtype, Extract, Rows};
 
 use crate::error::Result;
 

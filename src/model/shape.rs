@@ -126,14 +126,15 @@ fn window(
 ) -> Result<Pair> {
     let mut out = [0; 2];
     for i in 0..2 {
-        let (reach, padded) = (dilation[i] * (kernel[i] - 1) + 1, size[i] + 2 * padding[i]);
-        let Some(room) = padded.checked_sub(reach) else {
+        let reach = dilation[i] * (kernel[i] - 1) + 1;
+        // Rounding up, PyTorch lets a window reach past the end, but it must start inside the input or its left padding.
+        let spare = if ceil { stride[i] - 1 } else { 0 };
+        let Some(room) = (size[i] + 2 * padding[i] + spare).checked_sub(reach) else {
             return Err(fail(node, format!("a kernel of {reach} does not fit an input of {size:?} (H, W)")));
         };
         out[i] = room / stride[i] + 1;
-        // PyTorch's rule: the last window must start inside the input or its left padding.
-        if ceil && room % stride[i] != 0 && out[i] * stride[i] < size[i] + padding[i] {
-            out[i] += 1;
+        if ceil && (out[i] - 1) * stride[i] >= size[i] + padding[i] {
+            out[i] -= 1;
         }
     }
     Ok(out)

@@ -1,51 +1,7 @@
 //! Batches in, rows of features out, in the order they came.
 
+use crate::engine::{Dtype, Extract, Rows};
 use crate::error::{Error, Result};
-
-/// Element types a `.npy` file can hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Dtype {
-    Float16,
-    Float32,
-    Float64,
-}
-
-impl Dtype {
-    /// NumPy's type string.
-    pub fn descr(self) -> &'static str {
-        match self {
-            Self::Float16 => "<f2",
-            Self::Float32 => "<f4",
-            Self::Float64 => "<f8",
-        }
-    }
-
-    pub fn bytes(self) -> usize {
-        match self {
-            Self::Float16 => 2,
-            Self::Float32 => 4,
-            Self::Float64 => 8,
-        }
-    }
-}
-
-/// The features of one batch in CPU memory, row-major.
-pub trait Rows {
-    /// Batch first.
-    fn shape(&self) -> Vec<usize>;
-    fn dtype(&self) -> Dtype;
-    fn bytes(&self) -> &[u8];
-}
-
-/// Who computes the features of a batch.
-pub trait Extract {
-    type Inputs;
-    type Rows: Rows;
-
-    /// # Errors
-    /// Whatever stops the computation.
-    fn features(&mut self, inputs: Self::Inputs) -> Result<Self::Rows>;
-}
 
 /// Where rows go.
 pub trait Sink {

@@ -3,5 +3,5 @@
 mod extract;
 mod store;
 
-pub use extract::{Dtype, Extract, Memory, Rows, Sink, extract};
+pub use extract::{Memory, Sink, extract};
 pub use store::NpyFile;

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use super::{Dtype, Sink};
+use super::Sink;
+use crate::engine::Dtype;
 use crate::error::{Error, Result};
 
 /// Room for the header, so that the number of rows can be filled in when it is known.

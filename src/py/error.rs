@@ -18,6 +18,12 @@ pub fn stash(error: PyErr) -> Error {
     Error::Interrupted
 }
 
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        Python::with_gil(|py| convert(py, error))
+    }
+}
+
 pub fn convert(py: Python<'_>, error: Error) -> PyErr {
     let text = error.to_string();
     match error {

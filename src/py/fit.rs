@@ -11,10 +11,11 @@ use super::batches::Batches;
 use super::enter::enter;
 use super::error::{convert, stash};
 use super::graph::Graph;
+use crate::engine::optimizer::{Adam, Sgd};
 use crate::engine::torch::{Loss, Native, Optimizer, Parameter, Rule, TorchEngine, TorchLoss, correct, gradients};
 use crate::engine::{Engine, Phase, Step};
 use crate::error::{Error, Result};
-use crate::fit::{Adam, Metrics, Sgd, epoch};
+use crate::fit::{Metrics, epoch};
 use crate::threads;
 
 /// (sum of losses, correct predictions or None, samples)

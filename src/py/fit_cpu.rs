@@ -14,7 +14,8 @@ use super::fit::{AdamRow, SgdRow, Totals, parse_phase};
 use super::graph::Graph;
 use crate::engine::cpu::{self, CpuEngine, Floats, HostBatch, Loss, Plans, Rule, Tensor};
 use crate::error::{Error, Result};
-use crate::fit::{Adam, Sgd, epoch};
+use crate::engine::optimizer::{Adam, Sgd};
+use crate::fit::epoch;
 use crate::model::Op;
 
 /// Compiled plans and the threads that run them, kept from epoch to epoch.

@@ -1,12 +1,20 @@
 //! The only place where Python appears: each function validates, releases the GIL, makes one call and converts the error.
 
 mod batches;
+mod cache;
+mod check;
+mod dlpack;
 mod enter;
 mod error;
 mod fit;
 mod fit_cpu;
+mod folder;
 mod graph;
+mod image;
+mod loader;
+mod mnist;
 mod preconv;
+mod transform;
 
 use pyo3::prelude::*;
 
@@ -14,11 +22,23 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _cnnrs {
     #[pymodule_export]
+    use super::cache::Cache;
+    #[pymodule_export]
+    use super::check::check_files;
+    #[pymodule_export]
     use super::fit::{NativeOptimizer, fit_python, fit_torch};
     #[pymodule_export]
     use super::fit_cpu::{CpuPlans, cpu_obstacle, fit_cpu};
     #[pymodule_export]
+    use super::folder::scan_folders;
+    #[pymodule_export]
     use super::graph::Graph;
+    #[pymodule_export]
+    use super::image::{apply_op, decode_image, image_orientation};
+    #[pymodule_export]
+    use super::loader::{Loader, Memory, available_threads};
+    #[pymodule_export]
+    use super::mnist::read_idx;
     #[pymodule_export]
     use super::preconv::{extract_python, extract_torch};
 

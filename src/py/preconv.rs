@@ -11,9 +11,10 @@ use super::batches::Batches;
 use super::enter::enter;
 use super::error::stash;
 use super::graph::Graph;
+use crate::engine::Extract;
 use crate::engine::torch::{HostRows, TorchExtractor};
 use crate::error::Result;
-use crate::preconv::{Extract, Memory, NpyFile, extract};
+use crate::preconv::{Memory, NpyFile, extract};
 
 /// (bytes in memory or None when written to `path`, shape, NumPy type string)
 type Features = (Option<Py<PyArray1<u8>>>, Vec<usize>, Option<&'static str>);

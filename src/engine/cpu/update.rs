@@ -2,7 +2,7 @@
 
 use super::layer::{Context, Param, share};
 use super::memory::{Floats, Slot, Store};
-use crate::fit::{Adam, AdamState, Sgd};
+use crate::engine::optimizer::{Adam, AdamState, Sgd};
 use crate::model::Tensor;
 
 /// What the optimizer does to one parameter, with the state it keeps for it.

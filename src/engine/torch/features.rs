@@ -3,9 +3,9 @@
 use tch::{Device, Kind, Tensor};
 
 use super::forward;
+use crate::engine::{Dtype, Extract, Rows};
 use crate::error::{Error, Result};
 use crate::model::Graph;
-use crate::preconv::{Dtype, Extract, Rows};
 
 /// A frozen graph.
 pub struct TorchExtractor {

@@ -2,8 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::engine::optimizer::{Adam, AdamState, Sgd};
 use crate::error::{Error, Result};
-use crate::fit::{Adam, AdamState, Sgd};
 
 pub trait Optimizer: Send {
     /// Differentiates `loss` and takes one step.

@@ -1,0 +1,235 @@
+"""The Rust extension; `cnnrs` wraps it, nobody else should need to import it."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = [
+    "Cache",
+    "CpuPlans",
+    "Graph",
+    "Loader",
+    "Memory",
+    "NativeOptimizer",
+    "__version__",
+    "apply_op",
+    "available_threads",
+    "check_files",
+    "cpu_obstacle",
+    "decode_image",
+    "extract_python",
+    "extract_torch",
+    "fit_cpu",
+    "fit_python",
+    "fit_torch",
+    "image_orientation",
+    "read_idx",
+    "scan_folders",
+]
+
+__version__: str
+
+@final
+class Graph:
+    """A network as a list of operations, in the order `forward` calls them."""
+
+    def __new__(
+        cls, nodes: Sequence[tuple[str, str, list[int], dict[str, Any]]], output: int, tensors: Sequence[list[int]]
+    ) -> Graph: ...
+    def __len__(self) -> int: ...
+    def shapes(self, input: Sequence[int]) -> list[list[int]]:
+        """Output shape of every node for one input shape (N, C, H, W)."""
+
+    def costs(self, shapes: Sequence[Sequence[int]]) -> list[tuple[int, tuple[int, int] | None]]:
+        """(FLOPs, receptive field (h, w) or None) of every node, from the shapes that `shapes` returned."""
+
+    def parameters(self) -> list[list[int]]:
+        """Indices of the parameters that each node reads."""
+
+@final
+class NativeOptimizer:
+    """SGD, Adam or AdamW over float32 CPU tensors that stay the user's."""
+
+    def __new__(cls, sgd: Sequence[Any], adam: Sequence[Any]) -> NativeOptimizer: ...
+    def take_gradients(self) -> list[torch.Tensor | None]:
+        """The last step's gradients, one per parameter in the order given, [] before the first step. Forgets them."""
+
+def fit_torch(
+    number: int,
+    phase: str,
+    graph: Graph,
+    tensors: Sequence[torch.Tensor],
+    loss: tuple[Any, ...] | Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    optimizer: NativeOptimizer | tuple[list[torch.Tensor], Callable[[list[torch.Tensor | None]], None]] | None,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[float, int | None, int]:
+    """One epoch of a lowered model through libtorch: (sum of losses, correct predictions or None, samples)."""
+
+def fit_python(
+    number: int,
+    phase: str,
+    forward: Callable[[torch.Tensor, torch.Tensor, bool], tuple[float, int | None, int]],
+    step: Callable[[], None],
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[float, int | None, int]:
+    """One epoch of any module: (sum of losses, correct predictions or None, samples)."""
+
+def extract_torch(
+    graph: Graph,
+    tensors: Sequence[torch.Tensor],
+    batches: Iterator[torch.Tensor],
+    path: os.PathLike[str] | None,
+    expected: int,
+) -> tuple[NDArray[np.uint8] | None, list[int], str | None]:
+    """Features of a lowered model: (bytes, or None when written to `path`; shape; NumPy type string)."""
+
+def extract_python(
+    model: Callable[[torch.Tensor], torch.Tensor],
+    batches: Iterator[torch.Tensor],
+    path: os.PathLike[str] | None,
+    expected: int,
+) -> tuple[NDArray[np.uint8] | None, list[int], str | None]:
+    """Features of any callable that maps inputs to a tensor: as `extract_torch`."""
+
+def decode_image(data: bytes, *, exif: bool = False, truncated: str = "error") -> tuple[int, int, bytes]:
+    """(height, width, height * width * 3 bytes of RGB) of an image file's bytes."""
+
+def image_orientation(data: bytes) -> int:
+    """The EXIF orientation of an image file's bytes, 1 to 8."""
+
+def apply_op(
+    rgb: bytes,
+    height: int,
+    width: int,
+    spec: tuple[Any, ...],
+    order: str,
+    key: tuple[int, int, int] | None = None,
+) -> tuple[int, int, bytes]:
+    """One operation, spelled as for `Loader`, on RGB: (height, width, bytes), 3 bytes per pixel or 1 if gray."""
+
+@final
+class Memory:
+    """Batch buffers and scratch space that survive an epoch."""
+
+    def __new__(cls, batches: int) -> Memory:
+        """Keeps up to ``batches`` buffers for re-use."""
+
+@final
+class Cache:
+    """Images that are decoded once: in memory, or in a file. At most ``limit`` bytes."""
+
+    def __new__(cls, limit: int, path: str | os.PathLike[str] | None = None, key: bytes | None = None) -> Cache:
+        """``key`` names everything that shaped the images besides their own files."""
+
+    def refresh(self) -> None:
+        """Takes in what other processes have added."""
+
+    def status(self) -> tuple[int, int, int, int, str | None]:
+        """(images, bytes, limit in bytes, images without room, why nothing can be stored any more)."""
+
+@final
+class Loader:
+    """Loads batches of samples in order, ahead of the consumer."""
+
+    def __new__(
+        cls,
+        ops: Sequence[tuple[Any, ...]],
+        finish: tuple[Any, ...] | None,
+        pillow13: bool,
+        seed: int,
+        threads: int,
+        memory: Memory,
+        rows: Any = None,
+        limits: tuple[int | None, int | None] | None = None,
+        cache: Cache | None = None,
+        cached_ops: int = 0,
+        exif: bool = False,
+    ) -> Loader:
+        """``limits``: pixels and bytes per file; ``cache`` keeps images behind the first ``cached_ops`` operations."""
+
+    def submit_files(
+        self, indices: Sequence[int], positions: Sequence[int], paths: Sequence[str | os.PathLike[str]]
+    ) -> None:
+        """Asks for the batch of these files; ``positions`` are their places in the epoch."""
+
+    def submit_rows(self, indices: Sequence[int], position: int) -> None:
+        """Asks for the batch of these rows of ``rows``; ``position`` is the place of the first one in the epoch."""
+
+    def submit_pixels(
+        self, indices: Sequence[int], positions: Sequence[int], images: Sequence[tuple[int, int, int, bytes]]
+    ) -> None:
+        """Asks for the batch of these images, each (height, width, channels, packed bytes)."""
+
+    def poll(self) -> tuple[str, Any]:
+        """Waits for the oldest batch: ("batch", capsule) and the like."""
+
+    def retry(self, sample: int, pixels: tuple[int, int, int, bytes]) -> None:
+        """Gives a failed sample of the oldest batch pixels that somebody else decoded."""
+
+    def saw_turned(self) -> bool:
+        """Whether one of the files so far had an EXIF orientation other than upright."""
+
+    def drop_samples(self, samples: Sequence[int]) -> None:
+        """Does without these failed samples of the oldest batch."""
+
+    def ready(self) -> bool:
+        """Whether :meth:`poll` would not wait."""
+
+    def discard(self) -> None:
+        """Forgets the oldest batch."""
+
+def available_threads() -> int:
+    """Threads that ``num_workers=None`` means: the cores this process may use."""
+
+def read_idx(path: str | os.PathLike[str], labels: bool) -> Any:
+    """The uint8 array of an IDX file as a capsule for ``torch.from_dlpack``."""
+
+def scan_folders(
+    folders: Sequence[str | os.PathLike[str]],
+    numbers: Sequence[int],
+    extensions: Sequence[str] | None = None,
+    skip_hidden: bool = False,
+) -> tuple[list[tuple[str, int]], list[int | None], list[os.PathLike[str]]]:
+    """The files below each folder in torchvision's order: ([(path, number of the folder)], [files per folder, or None
+    for a folder that does not exist], [links that lead back and were not followed]).
+    """
+
+def check_files(
+    paths: Sequence[str | os.PathLike[str]],
+    progress: Callable[[int], object],
+    threads: int,
+    limits: tuple[int | None, int | None] | None = None,
+) -> list[tuple[str | None, int, int, int, int, Exception | None]]:
+    """Per file: (format, width, height, bytes, hash of the contents, what is wrong with it)."""
+@final
+class CpuPlans:
+    """Compiled plans and the threads that run them, kept from epoch to epoch."""
+
+    def __new__(cls) -> CpuPlans: ...
+    def __len__(self) -> int:
+        """Number of plans at hand: one per input shape, phase and set of trained parameters."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the last epoch, also after an exception."""
+
+def cpu_obstacle(graph: Graph, input: Sequence[int]) -> str | None:
+    """Why the cpu engine cannot run a graph on inputs of this shape; None where it can."""
+
+def fit_cpu(
+    number: int,
+    phase: str,
+    graph: Graph,
+    tensors: Sequence[torch.Tensor],
+    loss: tuple[Any, ...],
+    sgd: Sequence[Any],
+    adam: Sequence[Any],
+    plans: CpuPlans,
+    seed: int,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[float, int | None, int]:
+    """One epoch of a lowered model without libtorch: (sum of losses, correct predictions or None, samples)."""

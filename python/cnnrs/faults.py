@@ -1,0 +1,128 @@
+"""Files that cannot be read, and what a `DataLoader` makes of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cnnrs.errors import CnnrsError, DecodeError
+from cnnrs.transforms import note
+
+# So many files in a row from the start, and not one good: the folder is wrong, not the files.
+CEILING = 256
+# The process is out of something; the file is not to blame.
+NOT_THE_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
+
+
+class Faults:
+    """The files that one `DataLoader` skips.
+
+    Attributes:
+        errors: (path, reason) of each, in the order they were met. Remove an entry to have its file tried again.
+        known: The paths of `errors`, as they were when the epoch began.
+        good: Samples of this epoch that are well.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[tuple[str, str]] = []
+        self.known: set[str] = set()
+        self.good = 0
+        self._failed = 0
+        self._samples = 0
+        self._told = False
+
+    def begin(self, samples: int) -> None:
+        """An epoch of `samples` samples begins."""
+        self.known = {path for path, _ in self.errors}
+        self.good = 0
+        self._failed = 0
+        self._samples = samples
+
+    def record(self, path: str, error: Exception) -> bool:
+        """Whether a file that failed may be skipped.
+
+        Raises:
+            DecodeError: When all files so far have failed and there were many.
+        """
+        if not isinstance(error, (DecodeError, OSError, CnnrsError)) or getattr(error, "errno", 0) in NOT_THE_FILES:
+            return False
+        reason = str(error)
+        if path not in self.known:
+            # The same file twice in an epoch (a sampler with replacement) is one entry.
+            self.known.add(path)
+            self.errors.append((path, reason))
+        self._failed += 1
+        if not self._told:
+            self._told = True
+            note(f'cnnrs.DataLoader skips files that fail (on_error="skip"); loader.errors lists them. {reason}')
+        if self.good == 0 and self._failed >= CEILING:
+            raise DecodeError(self._nothing(f"the first {self._failed} files"))
+        return True
+
+    def end(self) -> None:
+        """The epoch is over.
+
+        Raises:
+            DecodeError: When it had samples and none of them was good.
+        """
+        if self.good == 0 and self._samples and self.errors:
+            raise DecodeError(self._nothing(f"all {len(self.errors)} files"))
+
+    def _nothing(self, what: str) -> str:
+        first = "; ".join(reason for _, reason in self.errors[:3])
+        return f"{what} failed, there is nothing to go on with: {first}. Is this the right folder, may it be read?"
+
+
+def check_limits(path: str, max_pixels: int | None, max_bytes: int | None, error: Exception) -> None:
+    """Raises `error` for a file over the limits: Pillow, asked next, would only mind its own."""
+    from PIL import Image
+
+    if max_bytes is not None and os.path.getsize(path) > max_bytes:
+        raise error
+    if max_pixels is None:
+        return
+    try:
+        with Image.open(path) as image:
+            pixels = image.width * image.height
+    except Exception as pillows:
+        raise error from pillows
+    if pixels > max_pixels:
+        raise error
+
+
+_noted: set[str] = set()
+
+
+def note_turned() -> None:
+    """One warning per process about photos that lie on their side."""
+    if "turned" not in _noted:
+        _noted.add("turned")
+        note(
+            "some images have an EXIF orientation and are not turned upright, as in torchvision; "
+            "DataLoader(..., exif=True) turns them, cnnrs.check(folder).rotated lists them"
+        )
+
+
+_truncated = threading.Lock()
+
+
+@contextmanager
+def accepting_truncated(accept: bool) -> Iterator[None]:
+    """Inside, Pillow reads files that end too early, as far as they go, if `accept`."""
+    if not accept:
+        yield
+        return
+    from PIL import ImageFile
+
+    flag: Any = ImageFile
+    with _truncated:
+        before = flag.LOAD_TRUNCATED_IMAGES
+        flag.LOAD_TRUNCATED_IMAGES = True
+        try:
+            yield
+        finally:
+            flag.LOAD_TRUNCATED_IMAGES = before

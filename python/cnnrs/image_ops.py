@@ -1,0 +1,205 @@
+"""torchvision's operations on one PIL image, as the tuples that Rust reads.
+
+One function per class of torchvision, v1 or v2: it gets the object and the number of channels of the image (3 or 1)
+and returns what Rust runs instead, or None where that would not be exactly the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cnnrs._notes import note
+
+Spec = tuple[Any, ...]
+Specs = tuple[Spec, ...]
+
+FILTERS = {
+    "nearest": "nearest",
+    # Pillow has one nearest filter; torchvision maps both names to it.
+    "nearest-exact": "nearest",
+    "bilinear": "bilinear",
+    "bicubic": "bicubic",
+    "box": "box",
+    "hamming": "hamming",
+    "lanczos": "lanczos",
+}
+# Pillow's own numbers, which torchvision accepts too.
+PILLOW_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+# Those that Pillow has for maps as well.
+MAP_FILTERS = ("nearest", "bilinear", "bicubic")
+PADDING_MODES = ("constant", "edge", "reflect", "symmetric")
+
+
+def _filter(interpolation: Any) -> str | None:
+    if isinstance(interpolation, int):
+        return PILLOW_FILTERS.get(interpolation)
+    return FILTERS.get(getattr(interpolation, "value", interpolation))
+
+
+def _sizes(values: Any) -> bool:
+    return all(type(v) is int and v > 0 for v in values)
+
+
+def _fill(fill: Any, channels: int) -> list[int] | None:
+    """Three bytes of colour."""
+    if isinstance(fill, dict):
+        return None
+    values = list(fill) if isinstance(fill, (list, tuple)) else [0 if fill is None else fill]
+    if len(values) not in (1, channels) or not all(isinstance(v, (int, float)) and 0 <= v < 256 for v in values):
+        return None
+    return [int(v) for v in values] * (3 if len(values) == 1 else 1)
+
+
+def _center(center: Any) -> tuple[float, float] | None:
+    return None if center is None else (float(center[0]), float(center[1]))
+
+
+def _range(pair: Any) -> tuple[float, float] | None:
+    low, high = (float(v) for v in pair)
+    return (low, high) if low <= high else None
+
+
+def _note_antialias(step: Any) -> None:
+    if step.antialias is False:
+        # torchvision's words: filters that users have set keep working.
+        note("Anti-alias option is always applied for PIL Image input. Argument antialias is ignored.")
+
+
+# -- sizes and windows -------------------------------------------------------------------------------------------------
+
+
+def _resize(step: Any, _channels: int) -> Specs | None:
+    size = [step.size] if isinstance(step.size, int) else step.size
+    name = _filter(step.interpolation)
+    if size is None or name is None or not _sizes(size):
+        return None
+    _note_antialias(step)
+    if len(size) == 2:
+        return (("resize", size[0], size[1], name),) if step.max_size is None else None
+    if step.max_size is not None and not (type(step.max_size) is int and step.max_size > size[0]):
+        return None
+    return (("resize_shorter", size[0], step.max_size, name),)
+
+
+def _center_crop(step: Any, _channels: int) -> Specs | None:
+    size = list(step.size)
+    return (("center_crop", size[0], size[1]),) if len(size) == 2 and _sizes(size) else None
+
+
+def _border(padding: Any) -> list[int] | None:
+    """Left, top, right, bottom; negative ones would crop."""
+    values = list(padding) if isinstance(padding, (list, tuple)) else [padding]
+    if len(values) not in (1, 2, 4) or not all(type(v) is int and v >= 0 for v in values):
+        return None
+    return values * (4 // len(values))
+
+
+def _pad(step: Any, channels: int) -> Specs | None:
+    border, fill = _border(step.padding), _fill(step.fill, channels)
+    if border is None or fill is None or step.padding_mode not in PADDING_MODES:
+        return None
+    return (("pad", border, fill, step.padding_mode),)
+
+
+def _random_crop(step: Any, channels: int) -> Specs | None:
+    size = list(step.size)
+    fill = _fill(step.fill, channels)
+    if len(size) != 2 or not _sizes(size) or fill is None or step.padding_mode not in PADDING_MODES:
+        return None
+    crop = ("random_crop", size[0], size[1], bool(step.pad_if_needed), fill, step.padding_mode)
+    if step.padding is None:
+        return (crop,)
+    padding = step.padding
+    if type(step).__module__.startswith("torchvision.transforms.v2"):
+        # v2 keeps left, right, top, bottom.
+        padding = [padding[i] for i in (0, 2, 1, 3)]
+    border = _border(padding)
+    return None if border is None else (("pad", border, fill, step.padding_mode), crop)
+
+
+def _random_resized_crop(step: Any, _channels: int) -> Specs | None:
+    size, name = list(step.size), _filter(step.interpolation)
+    scale, ratio = _range(step.scale), _range(step.ratio)
+    if len(size) != 2 or not _sizes(size) or name is None or scale is None or ratio is None:
+        return None
+    if not (scale[0] >= 0 and ratio[0] > 0):
+        return None
+    _note_antialias(step)
+    return (("random_resized_crop", size[0], size[1], scale, ratio, name),)
+
+
+def _flip(name: str) -> Callable[[Any, int], Specs | None]:
+    return lambda step, _channels: ((name, float(step.p)),)
+
+
+# -- maps --------------------------------------------------------------------------------------------------------------
+
+
+def _rotation(step: Any, channels: int) -> Specs | None:
+    name, degrees, fill = _filter(step.interpolation), _range(step.degrees), _fill(step.fill, channels)
+    if name not in MAP_FILTERS or degrees is None or fill is None:
+        return None
+    return (("rotation", *degrees, name, bool(step.expand), _center(step.center), fill),)
+
+
+def _affine(step: Any, channels: int) -> Specs | None:
+    name, degrees, fill = _filter(step.interpolation), _range(step.degrees), _fill(step.fill, channels)
+    scale = (1.0, 1.0) if step.scale is None else _range(step.scale)
+    shear = [0.0, 0.0, 0.0, 0.0] if step.shear is None else [float(v) for v in step.shear]
+    shear += [0.0] * (4 - len(shear))
+    if name not in MAP_FILTERS or degrees is None or fill is None or scale is None:
+        return None
+    if _range(shear[:2]) is None or _range(shear[2:]) is None:
+        return None
+    translate = (0.0, 0.0) if step.translate is None else tuple(float(v) for v in step.translate)
+    ranges = [tuple(shear[:2]), tuple(shear[2:])]
+    return (("affine", degrees, translate, scale, ranges, name, _center(step.center), fill),)
+
+
+# -- colours -----------------------------------------------------------------------------------------------------------
+
+
+def _grayscale(step: Any, _channels: int) -> Specs | None:
+    return (("grayscale", step.num_output_channels),) if step.num_output_channels in (1, 3) else None
+
+
+def _rgb(_step: Any, channels: int) -> Specs | None:
+    return (("grayscale", 3),) if channels == 1 else ()
+
+
+def _color_jitter(step: Any, _channels: int) -> Specs | None:
+    ranges = [(name, getattr(step, name)) for name in ("brightness", "contrast", "saturation", "hue")]
+    return (("random_order", [((name, *pair),) for name, pair in ranges if pair is not None]),)
+
+
+def _maybe(step: Any, *spec: Any) -> Specs:
+    return (("random_apply", float(step.p), [spec]),)
+
+
+def _posterize(step: Any, _channels: int) -> Specs | None:
+    bits = step.bits
+    return _maybe(step, "posterize", bits) if type(bits) is int and 1 <= bits <= 8 else None
+
+
+OPS: dict[str, Callable[[Any, int], Specs | None]] = {
+    "Resize": _resize,
+    "CenterCrop": _center_crop,
+    "Pad": _pad,
+    "RandomCrop": _random_crop,
+    "RandomResizedCrop": _random_resized_crop,
+    "RandomHorizontalFlip": _flip("horizontal_flip"),
+    "RandomVerticalFlip": _flip("vertical_flip"),
+    "RandomRotation": _rotation,
+    "RandomAffine": _affine,
+    "Grayscale": _grayscale,
+    "RGB": _rgb,
+    "RandomGrayscale": lambda step, channels: _maybe(step, "grayscale", channels),
+    "ColorJitter": _color_jitter,
+    "RandomAdjustSharpness": lambda step, _channels: _maybe(step, "sharpness", float(step.sharpness_factor)),
+    "RandomInvert": lambda step, _channels: _maybe(step, "invert"),
+    "RandomSolarize": lambda step, _channels: _maybe(step, "solarize", float(step.threshold)),
+    "RandomPosterize": _posterize,
+    "RandomEqualize": lambda step, _channels: _maybe(step, "equalize"),
+    "RandomAutocontrast": lambda step, _channels: _maybe(step, "autocontrast"),
+}

@@ -1,0 +1,189 @@
+"""PyTorch's layers and functions, and the operation of the graph that does the same."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+#: Arguments of one operation, by name.
+Attributes = dict[str, Any]
+#: Gives the index of a parameter or buffer.
+Index = Callable[[torch.Tensor | None], int | None]
+
+
+class Unsupported(Exception):
+    """An operation has no counterpart in the graph; the message says which and why."""
+
+
+# -- layers --------------------------------------------------------------------------------------------------
+
+
+def _pair(value: Any, what: str) -> tuple[int, int]:
+    first, second = (value, value) if isinstance(value, int) else value
+    if not (isinstance(first, int) and isinstance(second, int)):
+        raise Unsupported(f"{what} is {value!r}")
+    return first, second
+
+
+def _conv_padding(conv: nn.Conv2d) -> tuple[int, int]:
+    if conv.padding == "valid":
+        return 0, 0
+    if conv.padding != "same":
+        return _pair(conv.padding, "padding")
+    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    if any(t % 2 for t in total):
+        raise Unsupported("padding='same' with an even kernel pads one side more than the other")
+    return total[0] // 2, total[1] // 2
+
+
+def _conv2d(m: nn.Conv2d, tensor: Index) -> Attributes:
+    if m.padding_mode != "zeros":
+        raise Unsupported(f"padding_mode is {m.padding_mode!r}")
+    return {
+        "weight": tensor(m.weight), "bias": tensor(m.bias), "stride": _pair(m.stride, "stride"),
+        "padding": _conv_padding(m), "dilation": _pair(m.dilation, "dilation"), "groups": m.groups,
+    }  # fmt: skip
+
+
+def _batch_norm(m: nn.BatchNorm2d, tensor: Index) -> Attributes:
+    # As nn.BatchNorm2d.forward: a training layer that tracks nothing leaves its statistics alone.
+    statistics = not m.training or m.track_running_stats
+    return {
+        "weight": tensor(m.weight), "bias": tensor(m.bias),
+        "running_mean": tensor(m.running_mean) if statistics else None,
+        "running_var": tensor(m.running_var) if statistics else None,
+        "num_batches_tracked": tensor(m.num_batches_tracked) if m.track_running_stats else None,
+        "momentum": m.momentum, "eps": m.eps, "training": m.training,
+    }  # fmt: skip
+
+
+def _max_pool2d(
+    kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Attributes:  # fmt: skip
+    if return_indices:
+        raise Unsupported("return_indices=True returns two values")
+    kernel = _pair(kernel_size, "kernel_size")
+    return {
+        "kernel": kernel, "stride": _pair(stride or kernel, "stride"), "padding": _pair(padding, "padding"),
+        "dilation": _pair(dilation, "dilation"), "ceil_mode": ceil_mode,
+    }  # fmt: skip
+
+
+def _avg_pool2d(
+    kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Attributes:  # fmt: skip
+    kernel = _pair(kernel_size, "kernel_size")
+    return {
+        "kernel": kernel, "stride": _pair(stride or kernel, "stride"), "padding": _pair(padding, "padding"),
+        "ceil_mode": ceil_mode, "count_include_pad": count_include_pad, "divisor": divisor_override,
+    }  # fmt: skip
+
+
+def _adaptive(output_size: Any) -> Attributes:
+    return {"output": tuple(output_size) if isinstance(output_size, (tuple, list)) else (output_size, output_size)}
+
+
+def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> Attributes:
+    return {"p": p, "training": training, "channels": False, "inplace": inplace}
+
+
+def _dropout2d(p: float = 0.5, training: bool = True, inplace: bool = False) -> Attributes:
+    return {"p": p, "training": training, "channels": True, "inplace": inplace}
+
+
+def _softmax(dim: int | None, log: bool) -> Attributes:
+    if dim is None:
+        raise Unsupported("softmax without dim: PyTorch guesses it and warns")
+    return {"dim": dim, "log": log}
+
+
+def _gelu(approximate: str) -> Attributes:
+    return {"tanh": approximate == "tanh", "inplace": False}
+
+
+#: Exact layer type -> (kind, attributes of the instance). A subclass may do anything, so it is not looked up here.
+LAYERS: dict[type[nn.Module], tuple[str, Callable[[Any, Index], Attributes]]] = {
+    nn.Conv2d: ("Conv2d", _conv2d),
+    nn.BatchNorm2d: ("BatchNorm2d", _batch_norm),
+    nn.Linear: ("Linear", lambda m, tensor: {"weight": tensor(m.weight), "bias": tensor(m.bias)}),
+    nn.ReLU: ("ReLU", lambda m, _: {"inplace": m.inplace}),
+    nn.ReLU6: ("ReLU6", lambda m, _: {"inplace": m.inplace}),
+    nn.LeakyReLU: ("LeakyReLU", lambda m, _: {"negative_slope": m.negative_slope, "inplace": m.inplace}),
+    nn.SiLU: ("SiLU", lambda m, _: {"inplace": m.inplace}),
+    nn.GELU: ("GELU", lambda m, _: _gelu(m.approximate)),
+    nn.Hardswish: ("Hardswish", lambda m, _: {"inplace": m.inplace}),
+    nn.Hardsigmoid: ("Hardsigmoid", lambda m, _: {"inplace": m.inplace}),
+    nn.Sigmoid: ("Sigmoid", lambda m, _: {"inplace": False}),
+    nn.Tanh: ("Tanh", lambda m, _: {"inplace": False}),
+    nn.MaxPool2d: (
+        "MaxPool2d",
+        lambda m, _: _max_pool2d(m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices),
+    ),
+    nn.AvgPool2d: (
+        "AvgPool2d",
+        lambda m, _: _avg_pool2d(
+            m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
+        ),
+    ),
+    nn.AdaptiveAvgPool2d: ("AdaptiveAvgPool2d", lambda m, _: _adaptive(m.output_size)),
+    nn.Dropout: ("Dropout", lambda m, _: _dropout(m.p, m.training, m.inplace)),
+    nn.Dropout2d: ("Dropout", lambda m, _: _dropout2d(m.p, m.training, m.inplace)),
+    nn.Flatten: ("Flatten", lambda m, _: {"start": m.start_dim, "end": m.end_dim}),
+    nn.LogSoftmax: ("Softmax", lambda m, _: _softmax(m.dim, log=True)),
+    nn.Softmax: ("Softmax", lambda m, _: _softmax(m.dim, log=False)),
+}
+
+# -- functions and methods -----------------------------------------------------------------------------------
+
+#: Function -> (kind, attributes of the arguments after the tensor).
+FUNCTIONS: dict[Any, tuple[str, Callable[..., Attributes]]] = {
+    F.relu: ("ReLU", lambda inplace=False: {"inplace": inplace}),
+    torch.relu: ("ReLU", lambda: {"inplace": False}),
+    F.relu6: ("ReLU6", lambda inplace=False: {"inplace": inplace}),
+    F.leaky_relu: (
+        "LeakyReLU",
+        lambda negative_slope=0.01, inplace=False: {"negative_slope": negative_slope, "inplace": inplace},
+    ),
+    F.silu: ("SiLU", lambda inplace=False: {"inplace": inplace}),
+    F.gelu: ("GELU", lambda approximate="none": _gelu(approximate)),
+    F.hardswish: ("Hardswish", lambda inplace=False: {"inplace": inplace}),
+    F.hardsigmoid: ("Hardsigmoid", lambda inplace=False: {"inplace": inplace}),
+    F.sigmoid: ("Sigmoid", lambda: {"inplace": False}),
+    torch.sigmoid: ("Sigmoid", lambda: {"inplace": False}),
+    F.tanh: ("Tanh", lambda: {"inplace": False}),
+    torch.tanh: ("Tanh", lambda: {"inplace": False}),
+    F.max_pool2d: ("MaxPool2d", _max_pool2d),
+    F.avg_pool2d: ("AvgPool2d", _avg_pool2d),
+    F.adaptive_avg_pool2d: ("AdaptiveAvgPool2d", _adaptive),
+    F.dropout: ("Dropout", _dropout),
+    F.dropout2d: ("Dropout", _dropout2d),
+    F.log_softmax: ("Softmax", lambda dim=None: _softmax(dim, log=True)),
+    torch.log_softmax: ("Softmax", lambda dim: _softmax(dim, log=True)),
+    F.softmax: ("Softmax", lambda dim=None: _softmax(dim, log=False)),
+    torch.softmax: ("Softmax", lambda dim: _softmax(dim, log=False)),
+    torch.flatten: ("Flatten", lambda start_dim=0, end_dim=-1: {"start": start_dim, "end": end_dim}),
+    torch.mean: ("Mean", lambda dim, keepdim=False: {"dims": _dims(dim), "keepdim": keepdim}),
+}
+
+#: Method of a tensor -> the function that does the same.
+METHODS: dict[str, Any] = {
+    "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "flatten": torch.flatten, "mean": torch.mean,
+    "softmax": torch.softmax, "log_softmax": torch.log_softmax,
+}  # fmt: skip
+#: Functions and methods of two tensors.
+BINARY: dict[Any, tuple[str, Attributes]] = {
+    **dict.fromkeys((operator.add, torch.add, "add"), ("Add", {"inplace": False})),
+    **dict.fromkeys((operator.iadd, "add_"), ("Add", {"inplace": True})),
+    **dict.fromkeys((operator.mul, torch.mul, "mul"), ("Mul", {})),
+}
+
+
+def _dims(dim: Any) -> list[int]:
+    return [dim] if isinstance(dim, int) else list(dim)

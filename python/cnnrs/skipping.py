@@ -1,0 +1,164 @@
+"""Batches of images that do without the files that fail."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler
+
+from cnnrs.faults import Faults
+from cnnrs.images import Batch, ImagesIter
+from cnnrs.iterators import begun
+from cnnrs.resume import Progress
+
+
+class SkippingIter(ImagesIter):
+    """`on_error="skip"`: the sampler's order without the files that fail, cut into batches.
+
+    What comes out depends on the files only, not on how far ahead the threads are: a batch that lost samples gets the
+    first ones of the next, and the batch that is asked for next is made shorter by as many, so that batches arrive
+    whole again after those in flight.
+    """
+
+    def begin(self, loader: Any, progress: Progress, state: dict[str, Any] | None) -> None:
+        batches = loader.batch_sampler
+        # A plain BatchSampler only cuts; another one's batches keep the lengths it gave them.
+        self._flat: Iterator[Any] | None = iter(batches.sampler) if type(batches) is BatchSampler else None
+        self._size = batches.batch_size if self._flat is not None else 1
+        self._drops_last = self._flat is not None and batches.drop_last
+        self._sizes: deque[int] = deque()
+        # Samples that have arrived and wait for the rest of their batch.
+        self._carry: deque[Batch] = deque()
+        # Samples that are asked for or have arrived, and are not delivered.
+        self._held = 0
+        self._remainder: list[Any] = []
+        self._faults: Faults = loader._faults
+        self._faults.begin(len(loader.dataset))
+        super().begin(loader, progress, state)
+
+    def _skip(self, state: dict[str, Any]) -> None:
+        behind = state["samples"]
+        if self._flat is not None:
+            self._position = sum(1 for _ in zip(range(behind), self._flat, strict=False))
+        else:
+            self._skip_lists(behind, state["batches"])
+        # An epoch that has begun has had good samples.
+        self._faults.good = state["batches"]
+        self._progress.batches, self._progress.samples = state["batches"], behind
+
+    def _draw_now(self) -> None:
+        if self._flat is None:
+            super()._draw_now()
+        else:
+            self._flat = begun(self._flat)
+
+    def _skip_lists(self, behind: int, batches: int) -> None:
+        while self._position < behind:
+            try:
+                index = self._index()
+            except StopIteration:
+                break
+            indices = list(index) if self._auto_collation else [index]
+            self._sizes.append(len(indices))
+            self._position += len(indices)
+            # What is left of a list whose first samples were delivered.
+            self._remainder = indices[len(indices) - max(self._position - behind, 0) :]
+        self._position -= len(self._remainder)
+        for _ in range(min(batches, len(self._sizes))):
+            self._sizes.popleft()
+
+    def _draw(self) -> Batch:
+        positions: list[int] = []
+        batch = Batch([], positions)
+        for index in self._drawn():
+            position = self._position
+            self._position += 1
+            if self._known_bad(index):
+                continue
+            batch.indices.append(index)
+            positions.append(position)
+            if self._flat is not None and (self._held + len(batch.indices)) % self._size == 0:
+                break
+        if self._flat is not None and not batch.indices:
+            raise StopIteration
+        self._held += len(batch.indices)
+        return batch
+
+    def _drawn(self) -> Iterable[Any]:
+        if self._flat is not None:
+            return self._flat
+        if self._remainder:
+            indices, self._remainder = self._remainder, []
+            return indices
+        index = self._index()
+        indices = list(index) if self._auto_collation else [index]
+        self._sizes.append(len(indices))
+        return indices
+
+    def _known_bad(self, index: Any) -> bool:
+        if not self._faults.known:
+            return False
+        try:
+            return self._source.path(self._source.base([index])[0]) in self._faults.known
+        except (IndexError, TypeError):
+            # Not an index: the error is due where the samples are looked up.
+            return False
+
+    def _next_batch(self) -> Batch:
+        while True:
+            self._fill()
+            wanted = self._size if self._flat is not None else self._sizes[0] if self._sizes else 1
+            if sum(len(batch.indices) for batch in self._carry) >= wanted or not self._pending:
+                break
+            batch = self._pending.popleft()
+            asked = len(batch.indices)
+            try:
+                arrived = self._arrived(batch)
+            except BaseException:
+                self._held -= asked
+                raise
+            self._held -= asked - len(arrived.indices)
+            self._faults.good += len(arrived.indices)
+            if arrived.indices:
+                self._carry.append(arrived)
+        carried = sum(len(batch.indices) for batch in self._carry)
+        if carried == 0 or (carried < wanted and self._drops_last):
+            self._faults.end()
+            self._end()
+            raise StopIteration
+        if self._sizes:
+            self._sizes.popleft()
+        return self._take(min(wanted, carried))
+
+    def _take(self, count: int) -> Batch:
+        parts = []
+        self._held -= count
+        while count:
+            part = self._carry.popleft()
+            if len(part.indices) > count:
+                self._carry.appendleft(_cut(part, count, len(part.indices)))
+                part = _cut(part, 0, count)
+            parts.append(part)
+            count -= len(part.indices)
+        return parts[0] if len(parts) == 1 else _join(parts)
+
+    def _may_drop(self, batch: Batch, place: int, error: Exception) -> bool:
+        return self._faults.record(self._source.path(batch.indices[place]), error)
+
+
+def _cut(batch: Batch, start: int, end: int) -> Batch:
+    indices, positions = batch.indices[start:end], batch.positions[start:end]
+    return Batch(indices, positions, batch.targets[start:end], batch.values[start:end])
+
+
+def _join(parts: list[Batch]) -> Batch:
+    def all_of(name: str) -> list[Any]:
+        return [one for part in parts for one in getattr(part, name)]
+
+    tensors = [part.values for part in parts]
+    whole = all(isinstance(one, torch.Tensor) for one in tensors) and len({one.shape[1:] for one in tensors}) == 1
+    values: Any = torch.cat(tensors) if whole else all_of("values")
+    return Batch(all_of("indices"), all_of("positions"), all_of("targets"), values)

@@ -1,0 +1,204 @@
+//! From sample descriptions to batches, in order, ahead of the consumer.
+//!
+//! The consumer submits batches of sample descriptions and polls for the results in the same order; threads of our own
+//! (or the consumer itself, with 0 threads) read, decode and transform in between. What a sample becomes depends on its
+//! description and the seed only, never on which thread met it.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::data::batch::{Batch, Buffers};
+use crate::data::job::{Job, Worker};
+use crate::data::plan::{Input, Plan, Raw, Sample};
+use crate::error::{Error, Result};
+use crate::threads::Pool;
+
+pub struct Failure {
+    /// Place in the batch.
+    pub sample: usize,
+    pub error: Error,
+}
+
+pub enum Ready {
+    Batch(Batch),
+    /// Samples of different shapes.
+    Ragged(Vec<Batch>),
+    Pixels(Vec<Raw>),
+    /// Some samples have no pixels: [`Loader::retry`] each of them with pixels from elsewhere, [`Loader::drop_samples`],
+    /// or [`Loader::discard`] the batch.
+    Failed(Vec<Failure>),
+}
+
+/// What survives an epoch: buffers and the threads' scratch space.
+pub struct Memory {
+    pub(super) buffers: Arc<Buffers>,
+    pub(super) loose: Arc<Buffers>,
+    workers: Mutex<Vec<Worker>>,
+}
+
+impl Memory {
+    /// Keeps up to `batches` batch buffers for re-use.
+    pub fn new(batches: usize) -> Arc<Self> {
+        Arc::new(Self { buffers: Buffers::new(batches), loose: Buffers::new(0), workers: Mutex::default() })
+    }
+
+    fn worker(&self) -> Worker {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    fn give_back(&self, worker: Worker) {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner).push(worker);
+    }
+}
+
+struct Shared {
+    plan: Arc<Plan>,
+    memory: Arc<Memory>,
+    cancelled: AtomicBool,
+}
+
+impl Shared {
+    /// Runs samples of `job` until none is left or `enough` says so.
+    fn work(&self, job: &Job, enough: impl Fn() -> bool) {
+        let mut worker = self.memory.worker();
+        while !self.cancelled.load(Ordering::Relaxed) && !enough() {
+            let Some(i) = job.next() else { break };
+            job.run(i, &self.plan, &self.memory, &mut worker);
+        }
+        self.memory.give_back(worker);
+    }
+}
+
+pub struct Loader {
+    shared: Arc<Shared>,
+    threads: usize,
+    pool: Option<Pool>,
+    queue: VecDeque<Arc<Job>>,
+    batches: usize,
+}
+
+impl Loader {
+    /// `threads` 0 means inside `poll`; `batches` is how many buffers wait for re-use after a fork.
+    pub fn new(plan: Plan, threads: usize, memory: Arc<Memory>, batches: usize) -> Self {
+        let plan = plan.tabulated();
+        let threads = if plan.is_trivial() { 0 } else { threads };
+        let shared = Arc::new(Shared { plan: Arc::new(plan), memory, cancelled: AtomicBool::new(false) });
+        Self { shared, threads, pool: None, queue: VecDeque::new(), batches }
+    }
+
+    pub fn pending(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// # Errors
+    /// When the operating system refuses to start the threads.
+    pub fn submit(&mut self, samples: Vec<Sample>) -> Result<()> {
+        self.survive_fork()?;
+        let job = Arc::new(Job::new(samples.into()));
+        self.dispatch(&job)?;
+        self.queue.push_back(job);
+        Ok(())
+    }
+
+    fn dispatch(&mut self, job: &Arc<Job>) -> Result<()> {
+        if self.threads == 0 {
+            return Ok(());
+        }
+        let pool = match &mut self.pool {
+            Some(pool) => pool,
+            none => none.insert(Pool::new(self.threads)?),
+        };
+        // All threads on the same batch: the next one the consumer waits for is complete first.
+        for _ in 0..self.threads.min(job.len()) {
+            let (shared, job) = (Arc::clone(&self.shared), Arc::clone(job));
+            pool.spawn(move || shared.work(&job, || false));
+        }
+        Ok(())
+    }
+
+    /// In a forked child the threads are gone, with whatever they held: everything submitted starts again.
+    fn survive_fork(&mut self) -> Result<()> {
+        if self.pool.as_ref().is_none_or(Pool::survived_fork) {
+            return Ok(());
+        }
+        self.pool = None;
+        let plan = Arc::clone(&self.shared.plan);
+        self.shared = Arc::new(Shared { plan, memory: Memory::new(self.batches), cancelled: AtomicBool::new(false) });
+        let queue: VecDeque<_> = self.queue.iter().map(|job| Arc::new(job.again())).collect();
+        for job in &queue {
+            self.dispatch(job)?;
+        }
+        self.queue = queue;
+        Ok(())
+    }
+
+    /// The oldest batch, or `None` when it is not complete after `slice`.
+    ///
+    /// # Errors
+    /// When nothing was submitted, or a forked child cannot start threads.
+    pub fn poll(&mut self, slice: Duration) -> Result<Option<Ready>> {
+        self.survive_fork()?;
+        let Some(job) = self.queue.front() else {
+            return Err(Error::Argument("no batch was submitted".into()));
+        };
+        if self.threads == 0 {
+            let deadline = Instant::now() + slice;
+            self.shared.work(job, || Instant::now() > deadline);
+        }
+        if !job.wait(if self.threads == 0 { Duration::ZERO } else { slice }) {
+            return Ok(None);
+        }
+        let ready = job.collect(&self.shared.plan, &self.shared.memory);
+        if !matches!(ready, Ready::Failed(_)) {
+            self.queue.pop_front();
+        }
+        Ok(Some(ready))
+    }
+
+    /// Whether [`Loader::poll`] has the oldest batch without waiting.
+    pub fn is_ready(&self) -> bool {
+        self.queue.front().is_some_and(|job| job.wait(Duration::ZERO))
+    }
+
+    /// Whether one of the files so far had an EXIF orientation other than upright.
+    pub fn saw_turned(&self) -> bool {
+        self.shared.plan.turned.load(Ordering::Relaxed)
+    }
+
+    /// Gives sample `i` of the oldest batch pixels that somebody else decoded.
+    ///
+    /// # Errors
+    /// When these pixels cannot be transformed either.
+    pub fn retry(&mut self, i: usize, raw: Raw) -> Result<()> {
+        let Some(job) = self.queue.front() else { return Ok(()) };
+        let mut worker = self.shared.memory.worker();
+        let outcome = job.run_as(i, &Input::Pixels(raw), &self.shared.plan, &self.shared.memory, &mut worker);
+        self.shared.memory.give_back(worker);
+        outcome
+    }
+
+    /// Does without these failed samples of the oldest batch: their rows of a [`Ready::Batch`] hold nothing, other results
+    /// lack them.
+    pub fn drop_samples(&mut self, samples: &[usize]) {
+        if let Some(job) = self.queue.front() {
+            job.drop_samples(samples);
+        }
+    }
+
+    /// Forgets the oldest batch.
+    pub fn discard(&mut self) {
+        self.queue.pop_front();
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        // The threads end with the sample they are at.
+        self.shared.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,186 @@
+//! `PIL.Image.transform` with an affine map, and torchvision's matrix for it: 16.16 fixed point for nearest, doubles for
+//! bilinear and bicubic.
+
+#![forbid(unsafe_code)]
+
+use super::{Filter, Image};
+use crate::error::{Error, Result};
+
+/// What `torchvision.transforms.functional.affine` is told: degrees, pixels, a factor, degrees.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Affine {
+    pub angle: f64,
+    pub translate: (f64, f64),
+    pub scale: f64,
+    pub shear: (f64, f64),
+}
+
+/// Moves the pixels into `out` of the same size; what comes from outside becomes `fill`.
+///
+/// # Errors
+/// For filters other than nearest, bilinear and bicubic.
+pub fn affine(
+    image: &Image,
+    map: &Affine,
+    filter: Filter,
+    center: Option<(f64, f64)>,
+    fill: [u8; 3],
+    out: &mut Image,
+) -> Result<()> {
+    let center = center.unwrap_or((image.width as f64 * 0.5, image.height as f64 * 0.5));
+    out.reshape(image.width, image.height, image.layout);
+    sample(image, &inverse_matrix(map, center), filter, fill, out)
+}
+
+/// torchvision's `_get_inverse_affine_matrix`, operation by operation.
+fn inverse_matrix(map: &Affine, (cx, cy): (f64, f64)) -> [f64; 6] {
+    let rotation = map.angle.to_radians();
+    let (sx, sy) = (map.shear.0.to_radians(), map.shear.1.to_radians());
+    let a = (rotation - sy).cos() / sy.cos();
+    let b = -(rotation - sy).cos() * sx.tan() / sy.cos() - rotation.sin();
+    let c = (rotation - sy).sin() / sy.cos();
+    let d = -(rotation - sy).sin() * sx.tan() / sy.cos() + rotation.cos();
+    let mut m = [d, -b, 0.0, -c, a, 0.0].map(|v| v / map.scale);
+    let (x, y) = (-cx - map.translate.0, -cy - map.translate.1);
+    m[2] += m[0] * x + m[1] * y;
+    m[5] += m[3] * x + m[4] * y;
+    m[2] += cx;
+    m[5] += cy;
+    m
+}
+
+/// Fills `out`, which has its shape already: position `(x, y)` comes from `m (x, y, 1)` of the image.
+pub(super) fn sample(image: &Image, m: &[f64; 6], filter: Filter, fill: [u8; 3], out: &mut Image) -> Result<()> {
+    if !matches!(filter, Filter::Nearest | Filter::Bilinear | Filter::Bicubic) {
+        return Err(Error::Argument(format!(
+            "rotation and affine maps with {filter:?}: Pillow knows Nearest, Bilinear and Bicubic for them"
+        )));
+    }
+    match image.layout.bytes_per_pixel() {
+        1 => by_pixel::<1>(image, m, filter, [fill[0]], out),
+        _ => by_pixel::<4>(image, m, filter, [fill[0], fill[1], fill[2], 0], out),
+    }
+    Ok(())
+}
+
+fn by_pixel<const N: usize>(image: &Image, m: &[f64; 6], filter: Filter, fill: [u8; N], out: &mut Image) {
+    let (width, height) = (out.width, out.height);
+    let pixels = |y: usize, x: usize| -> [u8; N] { std::array::from_fn(|c| image.data[(y * image.width + x) * N + c]) };
+    let fits =
+        |x: f64, y: f64| (x * m[0] + y * m[1] + m[2]).abs() < 32768.0 && (x * m[3] + y * m[4] + m[5]).abs() < 32768.0;
+    let (w, h) = (width as f64, height as f64);
+    let lines = out.data.chunks_exact_mut(width * N);
+    if filter != Filter::Nearest {
+        for (y, line) in lines.enumerate() {
+            for (x, value) in line.chunks_exact_mut(N).enumerate() {
+                let (x, y) = (x as f64 + 0.5, y as f64 + 0.5);
+                let at = (m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]);
+                let found =
+                    if filter == Filter::Bilinear { bilinear(image, at, pixels) } else { bicubic(image, at, pixels) };
+                value.copy_from_slice(&found.unwrap_or(fill));
+            }
+        }
+    } else if m[1] == 0.0 && m[3] == 0.0 {
+        // No rotation left (a centre was given with a right angle of 0 or 180): positions add up axis by axis.
+        let table = |start: f64, step: f64, count: usize, limit: usize| {
+            let mut at = start;
+            (0..count).map(|_| (inside(at, limit), at += step).0).collect::<Vec<_>>()
+        };
+        let columns = table(m[2] + m[0] * 0.5, m[0], width, image.width);
+        let rows = table(m[5] + m[4] * 0.5, m[4], height, image.height);
+        for (y, line) in lines.enumerate() {
+            for (column, value) in columns.iter().zip(line.chunks_exact_mut(N)) {
+                value.copy_from_slice(&rows[y].zip(*column).map_or(fill, |(y, x)| pixels(y, x)));
+            }
+        }
+    } else if fits(0.0, 0.0) && fits(w, h) && fits(0.0, h) && fits(w, 0.0) {
+        let fix = |v: f64| (v * 65536.0 + 0.5).floor() as i32;
+        let step = [m[0], m[1], m[3], m[4]].map(fix);
+        let mut start = [fix(m[2] + m[0] * 0.5 + m[1] * 0.5), fix(m[5] + m[3] * 0.5 + m[4] * 0.5)];
+        for line in lines {
+            let [mut xx, mut yy] = start;
+            for value in line.chunks_exact_mut(N) {
+                let (x, y) = ((xx >> 16) as usize, (yy >> 16) as usize);
+                // Negative positions wrap to huge ones.
+                let covered = x < image.width && y < image.height;
+                value.copy_from_slice(&if covered { pixels(y, x) } else { fill });
+                (xx, yy) = (xx.wrapping_add(step[0]), yy.wrapping_add(step[2]));
+            }
+            start = [start[0].wrapping_add(step[1]), start[1].wrapping_add(step[3])];
+        }
+    } else {
+        let mut start = (m[2] + m[1] * 0.5 + m[0] * 0.5, m[5] + m[4] * 0.5 + m[3] * 0.5);
+        for line in lines {
+            let (mut xx, mut yy) = start;
+            for value in line.chunks_exact_mut(N) {
+                let at = inside(yy, image.height).zip(inside(xx, image.width));
+                value.copy_from_slice(&at.map_or(fill, |(y, x)| pixels(y, x)));
+                (xx, yy) = (xx + m[0], yy + m[3]);
+            }
+            start = (start.0 + m[1], start.1 + m[4]);
+        }
+    }
+}
+
+fn inside(position: f64, limit: usize) -> Option<usize> {
+    (position >= 0.0 && position < limit as f64).then_some(position as usize)
+}
+
+fn bilinear<const N: usize>(
+    image: &Image,
+    (x, y): (f64, f64),
+    pixels: impl Fn(usize, usize) -> [u8; N],
+) -> Option<[u8; N]> {
+    let (width, height) = (image.width as f64, image.height as f64);
+    if !(x >= 0.0 && x < width && y >= 0.0 && y < height) {
+        return None;
+    }
+    let (x, y) = (x - 0.5, y - 0.5);
+    let (left, top) = (x.floor(), y.floor());
+    let (dx, dy) = (x - left, y - top);
+    // Outside the edges the edge pixel is repeated.
+    let column = |x: f64| x.clamp(0.0, width - 1.0) as usize;
+    let row = |y: f64| y.clamp(0.0, height - 1.0) as usize;
+    let mix = |a: f64, b: f64, d: f64| a + (b - a) * d;
+    let line = |y: usize| {
+        let (a, b) = (pixels(y, column(left)), pixels(y, column(left + 1.0)));
+        std::array::from_fn::<f64, N, _>(|c| mix(f64::from(a[c]), f64::from(b[c]), dx))
+    };
+    let upper = line(row(top));
+    let lower = if top + 1.0 < height { line(row(top + 1.0)) } else { upper };
+    Some(std::array::from_fn(|c| mix(upper[c], lower[c], dy) as u8))
+}
+
+fn bicubic<const N: usize>(
+    image: &Image,
+    (x, y): (f64, f64),
+    pixels: impl Fn(usize, usize) -> [u8; N],
+) -> Option<[u8; N]> {
+    let (width, height) = (image.width as f64, image.height as f64);
+    if !(x >= 0.0 && x < width && y >= 0.0 && y < height) {
+        return None;
+    }
+    let (x, y) = (x - 0.5, y - 0.5);
+    let (dx, dy) = (x - x.floor(), y - y.floor());
+    let (left, top) = (x.floor() - 1.0, y.floor() - 1.0);
+    let columns = [0.0, 1.0, 2.0, 3.0].map(|i| (left + i).clamp(0.0, width - 1.0) as usize);
+    let line = |y: usize| {
+        let taps = columns.map(|x| pixels(y, x));
+        std::array::from_fn::<f64, N, _>(|c| cubic(taps.map(|tap| f64::from(tap[c])), dx))
+    };
+    // Rows outside repeat the row before them.
+    let mut rows = [line(top.clamp(0.0, height - 1.0) as usize); 4];
+    for i in 1..4 {
+        let y = top + i as f64;
+        rows[i] = if y >= 0.0 && y < height { line(y as usize) } else { rows[i - 1] };
+    }
+    Some(std::array::from_fn(|c| cubic(rows.map(|row| row[c]), dy) as u8))
+}
+
+fn cubic([v1, v2, v3, v4]: [f64; 4], d: f64) -> f64 {
+    let p1 = v2;
+    let p2 = -v1 + v3;
+    let p3 = 2.0 * (v1 - v2) + v3 - v4;
+    let p4 = -v1 + v2 - v3 + v4;
+    p1 + d * (p2 + d * (p3 + d * p4))
+}

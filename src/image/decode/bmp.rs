@@ -1,0 +1,206 @@
+//! Windows and OS/2 bitmaps: 1, 4, 8, 16, 24 and 32 bits, the usual channel masks, RLE4 and RLE8.
+
+#![forbid(unsafe_code)]
+
+use super::{Samples, check_pixels, fill_rows, packed, truncated};
+use crate::error::{Error, Result};
+use crate::image::{Image, Limits};
+
+struct Header {
+    width: usize,
+    height: usize,
+    top_down: bool,
+    bits: u16,
+    compression: u32,
+    colors: usize,
+    masks: [u32; 3],
+    /// Bytes per palette entry.
+    entry: usize,
+    palette_at: usize,
+    pixels_at: usize,
+}
+
+pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
+    let header = read_header(bytes).ok_or_else(|| truncated("BMP", bytes.len()))??;
+    check_pixels(header.width as u64, header.height as u64, limits)?;
+    let colors = palette(bytes, &header)?;
+    let pixels = bytes.get(header.pixels_at..).unwrap_or(&[]);
+    let (samples, data, stride) = match (header.compression, header.bits) {
+        (1, 8) | (2, 4) => {
+            let indices = run_lengths(pixels, &header).ok_or_else(|| truncated("BMP", bytes.len()))?;
+            (Samples::Palette { bits: 8, colors: &colors }, indices, header.width)
+        }
+        (0, 1 | 4 | 8) => {
+            let stride = (header.width * header.bits as usize).div_ceil(32) * 4;
+            (Samples::Palette { bits: header.bits as u8, colors: &colors }, pixels.to_vec(), stride)
+        }
+        (0 | 3, 16) => {
+            let stride = (header.width * 2).div_ceil(4) * 4;
+            let green_bits = match (header.compression, header.masks) {
+                (0, _) | (3, [0x7c00, 0x3e0, 0x1f]) => 5,
+                (3, [0xf800, 0x7e0, 0x1f]) => 6,
+                _ => return Err(unsupported(&header)),
+            };
+            let lines =
+                pixels.chunks(stride).flat_map(|line| line[..line.len().min(2 * header.width)].as_chunks::<2>().0);
+            let rgb = lines.flat_map(|pair| expand16(u16::from_le_bytes(*pair), green_bits)).collect();
+            (Samples::Bytes { step: 3, rgb: [0, 1, 2] }, rgb, 3 * header.width)
+        }
+        (0 | 3, 24) => {
+            if header.compression == 3 && header.masks != [0xff_0000, 0xff00, 0xff] {
+                return Err(unsupported(&header));
+            }
+            (Samples::Bytes { step: 3, rgb: [2, 1, 0] }, pixels.to_vec(), (header.width * 3).div_ceil(4) * 4)
+        }
+        (0 | 3, 32) => {
+            let rgb = match (header.compression, header.masks) {
+                (0, _) | (_, [0xff_0000, 0xff00, 0xff] | [0, 0, 0]) => [2, 1, 0],
+                (_, [0xff00_0000, 0xff_0000, 0xff00]) => [3, 2, 1],
+                (_, [0xff00_0000, 0xff00, 0xff]) => [3, 1, 0],
+                (_, [0xff, 0xff00, 0xff_0000]) => [0, 1, 2],
+                _ => return Err(unsupported(&header)),
+            };
+            (Samples::Bytes { step: 4, rgb }, pixels.to_vec(), 4 * header.width)
+        }
+        _ => return Err(unsupported(&header)),
+    };
+    fill_rows((header.width, header.height), out, samples, &data, stride, !header.top_down)
+        .ok_or_else(|| truncated("BMP", bytes.len()))
+}
+
+fn unsupported(header: &Header) -> Error {
+    Error::decode(format_args!(
+        "BMP with {} bits per pixel, compression {} and masks {:x?} is not supported: convert the file",
+        header.bits, header.compression, header.masks
+    ))
+}
+
+/// `None` when the file ends inside.
+fn read_header(bytes: &[u8]) -> Option<Result<Header>> {
+    let u16_at = |at: usize| Some(u16::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
+    let u32_at = |at: usize| Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
+    let offset = u32_at(10)? as usize;
+    let size = u32_at(14)? as usize;
+    let mut header = Header {
+        width: 0,
+        height: 0,
+        top_down: false,
+        bits: 0,
+        compression: 0,
+        colors: 0,
+        masks: [0; 3],
+        entry: 4,
+        palette_at: 14 + size,
+        pixels_at: offset,
+    };
+    match size {
+        12 => {
+            (header.width, header.height) = (u16_at(18)?.into(), u16_at(20)?.into());
+            header.bits = u16_at(24)?;
+            header.entry = 3;
+        }
+        40 | 52 | 56 | 64 | 108 | 124 => {
+            let height = u32_at(22)?;
+            // As Pillow: heights are negative when their highest byte is 0xff.
+            header.top_down = height >> 24 == 0xff;
+            header.width = u32_at(18)? as usize;
+            header.height = if header.top_down { height.wrapping_neg() } else { height } as usize;
+            header.bits = u16_at(28)?;
+            header.compression = u32_at(30)?;
+            header.colors = u32_at(46)? as usize;
+            if header.compression == 3 {
+                header.masks = [u32_at(54)?, u32_at(58)?, u32_at(62)?];
+                if size == 40 {
+                    header.palette_at += 12;
+                }
+            }
+        }
+        other => return Some(Err(Error::decode(format_args!("BMP with an unknown header of {other} bytes")))),
+    }
+    if header.colors == 0 && header.bits <= 8 {
+        header.colors = 1 << header.bits;
+    }
+    if offset == 14 + size && header.bits <= 8 {
+        // Some writers forget the palette when they say where the pixels are.
+        header.pixels_at = offset + header.entry * header.colors;
+    }
+    Some(Ok(header))
+}
+
+/// The colours of an indexed bitmap; a palette that is a plain gray ramp stands for all 256 grays, as in Pillow.
+fn palette(bytes: &[u8], header: &Header) -> Result<[[u8; 3]; 256]> {
+    let mut table = [[0; 3]; 256];
+    if header.bits > 8 {
+        return Ok(table);
+    }
+    if header.colors > 65536 {
+        return Err(Error::decode(format_args!("BMP with a palette of {} colours", header.colors)));
+    }
+    let end = (header.palette_at + header.entry * header.colors).min(bytes.len());
+    let entries = bytes.get(header.palette_at..end).unwrap_or(&[]);
+    for (color, entry) in table.iter_mut().zip(entries.chunks_exact(header.entry)) {
+        *color = [entry[2], entry[1], entry[0]];
+    }
+    let colors = header.colors.min(256);
+    if header.colors != 2 && colors == header.colors && (0..colors).all(|i| table[i] == [i as u8; 3]) {
+        table = std::array::from_fn(|i| [i as u8; 3]);
+    }
+    Ok(table)
+}
+
+/// Five or six bits to eight, the quotient rounded down, as Pillow.
+fn expand16(pixel: u16, green_bits: u16) -> [u8; 3] {
+    let five = |v: u16| ((v & 31) * 255 / 31) as u8;
+    let green = pixel >> 5;
+    let green = if green_bits == 6 { ((green & 63) * 255 / 63) as u8 } else { five(green) };
+    [five(pixel >> (5 + green_bits)), green, five(pixel)]
+}
+
+/// Run-length coded indices, one byte each, bottom row first. `None` when the file ends before the picture does.
+fn run_lengths(bytes: &[u8], header: &Header) -> Option<Vec<u8>> {
+    let (width, total, four) = (header.width, header.width * header.height, header.compression == 2);
+    let mut out = Vec::with_capacity(total);
+    let mut at = 0;
+    let mut x = 0;
+    while out.len() < total {
+        let (Some(&count), Some(&value)) = (bytes.get(at), bytes.get(at + 1)) else { break };
+        at += 2;
+        if count > 0 {
+            let count = usize::from(count).min(width.saturating_sub(x));
+            out.extend((0..count).map(|i| if four { packed(&[value], i % 2, 4) } else { value }));
+            x += count;
+            continue;
+        }
+        match value {
+            0 => {
+                out.resize(out.len().next_multiple_of(width), 0);
+                x = 0;
+            }
+            1 => break,
+            2 => {
+                let (Some(&right), Some(&up)) = (bytes.get(at), bytes.get(at + 1)) else { break };
+                at += 2;
+                let skip = usize::from(right) + usize::from(up) * width;
+                out.resize((out.len() + skip).min(total), 0);
+                x = out.len() % width;
+            }
+            literal => {
+                let count = usize::from(literal).min(total - out.len());
+                let length = if four { count.div_ceil(2) } else { count };
+                let data = &bytes[at..(at + length).min(bytes.len())];
+                at += length;
+                out.extend(
+                    (0..count.min(data.len() * if four { 2 } else { 1 }))
+                        .map(|i| if four { packed(data, i, 4) } else { data[i] }),
+                );
+                if data.len() < length || out.len() == total {
+                    break;
+                }
+                x += usize::from(literal);
+                // Literals are padded to 16 bits, counted from the start of the file.
+                at += (header.pixels_at + at) % 2;
+            }
+        }
+    }
+    (out.len() >= total).then_some(out)
+}

@@ -1,0 +1,344 @@
+//! libjpeg's own interface, for what TurboJPEG's hides: a source that can say "no more bytes".
+//!
+//! Pillow raises exactly when libjpeg asks for bytes the file does not have. TurboJPEG invents an end marker there and
+//! reports it as one warning among others, of which only the first is kept; a suspending source reports it every time.
+
+use std::ffi::{c_char, c_double, c_int, c_long, c_uint, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr::null_mut;
+
+use super::huffman::Huffman;
+
+// The library itself: libturbojpeg.a carries the libjpeg functions declared below.
+use turbojpeg as _;
+
+const JPEG_LIB_VERSION: c_int = 62;
+const JPEG_SUSPENDED: c_int = 0;
+const JPEG_HEADER_OK: c_int = 1;
+pub const JCS_CMYK: c_int = 4;
+pub const JCS_EXT_RGBX: c_int = 7;
+
+/// Rows handed over per call; libjpeg returns at most one row group (4) of them at a time.
+const ROWS: usize = 8;
+
+#[repr(C)]
+struct ErrorManager {
+    error_exit: Option<unsafe extern "C-unwind" fn(*mut Decompress)>,
+    emit_message: Option<unsafe extern "C-unwind" fn(*mut Decompress, c_int)>,
+    output_message: Option<unsafe extern "C-unwind" fn(*mut Decompress)>,
+    format_message: Option<unsafe extern "C-unwind" fn(*mut Decompress, *mut c_char)>,
+    reset_error_mgr: Option<unsafe extern "C-unwind" fn(*mut Decompress)>,
+    msg_code: c_int,
+    msg_parm: [c_int; 20],
+    trace_level: c_int,
+    num_warnings: c_long,
+    jpeg_message_table: *const *const c_char,
+    last_jpeg_message: c_int,
+    addon_message_table: *const *const c_char,
+    first_addon_message: c_int,
+    last_addon_message: c_int,
+}
+
+#[repr(C)]
+pub struct SourceManager {
+    pub next_input_byte: *const u8,
+    pub bytes_in_buffer: usize,
+    init_source: Option<unsafe extern "C-unwind" fn(*mut Decompress)>,
+    fill_input_buffer: Option<unsafe extern "C-unwind" fn(*mut Decompress) -> c_int>,
+    skip_input_data: Option<unsafe extern "C-unwind" fn(*mut Decompress, c_long)>,
+    resync_to_restart: Option<unsafe extern "C-unwind" fn(*mut Decompress, c_int) -> c_int>,
+    term_source: Option<unsafe extern "C-unwind" fn(*mut Decompress)>,
+}
+
+/// `struct jpeg_decompress_struct` of the version-6.2 interface. libjpeg compares its size with its own when it is
+/// created and refuses with an error if they differ, so a library with another layout cannot be misread.
+#[repr(C)]
+pub struct Decompress {
+    err: *mut ErrorManager,
+    mem: *mut c_void,
+    progress: *mut c_void,
+    pub client_data: *mut c_void,
+    is_decompressor: c_int,
+    global_state: c_int,
+    pub src: *mut SourceManager,
+    image_width: c_uint,
+    image_height: c_uint,
+    pub num_components: c_int,
+    jpeg_color_space: c_int,
+    out_color_space: c_int,
+    scale_num: c_uint,
+    scale_denom: c_uint,
+    output_gamma: c_double,
+    buffered_image: c_int,
+    raw_data_out: c_int,
+    dct_method: c_int,
+    do_fancy_upsampling: c_int,
+    do_block_smoothing: c_int,
+    quantize_colors: c_int,
+    dither_mode: c_int,
+    two_pass_quantize: c_int,
+    desired_number_of_colors: c_int,
+    enable_1pass_quant: c_int,
+    enable_external_quant: c_int,
+    enable_2pass_quant: c_int,
+    output_width: c_uint,
+    output_height: c_uint,
+    out_color_components: c_int,
+    output_components: c_int,
+    rec_outbuf_height: c_int,
+    actual_number_of_colors: c_int,
+    colormap: *mut *mut u8,
+    output_scanline: c_uint,
+    input_scan_number: c_int,
+    input_imcu_row: c_uint,
+    output_scan_number: c_int,
+    output_imcu_row: c_uint,
+    coef_bits: *mut c_void,
+    quant_tbl_ptrs: [*mut c_void; 4],
+    pub dc_huff_tbl_ptrs: [*mut c_void; 4],
+    pub ac_huff_tbl_ptrs: [*mut c_void; 4],
+    pub data_precision: c_int,
+    comp_info: *mut c_void,
+    pub progressive_mode: c_int,
+    pub arith_code: c_int,
+    arith_dc_l: [u8; 16],
+    arith_dc_u: [u8; 16],
+    arith_ac_k: [u8; 16],
+    pub restart_interval: c_uint,
+    saw_jfif_marker: c_int,
+    jfif_major_version: u8,
+    jfif_minor_version: u8,
+    density_unit: u8,
+    x_density: u16,
+    y_density: u16,
+    saw_adobe_marker: c_int,
+    adobe_transform: u8,
+    ccir601_sampling: c_int,
+    marker_list: *mut c_void,
+    max_h_samp_factor: c_int,
+    max_v_samp_factor: c_int,
+    min_dct_scaled_size: c_int,
+    total_imcu_rows: c_uint,
+    sample_range_limit: *mut u8,
+    pub comps_in_scan: c_int,
+    pub cur_comp_info: [*mut c_void; 4],
+    pub mcus_per_row: c_uint,
+    pub mcu_rows_in_scan: c_uint,
+    pub blocks_in_mcu: c_int,
+    pub mcu_membership: [c_int; 10],
+    pub ss: c_int,
+    pub se: c_int,
+    pub ah: c_int,
+    pub al: c_int,
+    unread_marker: c_int,
+    pub modules: [*mut c_void; 11],
+}
+
+unsafe extern "C-unwind" {
+    fn jpeg_std_error(err: *mut ErrorManager) -> *mut ErrorManager;
+    fn jpeg_CreateDecompress(cinfo: *mut Decompress, version: c_int, size: usize);
+    fn jpeg_destroy_decompress(cinfo: *mut Decompress);
+    fn jpeg_read_header(cinfo: *mut Decompress, require_image: c_int) -> c_int;
+    fn jpeg_start_decompress(cinfo: *mut Decompress) -> c_int;
+    fn jpeg_read_scanlines(cinfo: *mut Decompress, rows: *mut *mut u8, count: c_uint) -> c_uint;
+    fn jpeg_finish_decompress(cinfo: *mut Decompress) -> c_int;
+    fn jpeg_resync_to_restart(cinfo: *mut Decompress, desired: c_int) -> c_int;
+}
+
+/// What libjpeg said when it gave up; carried through its C frames as an unwind payload.
+struct Fatal(String);
+
+unsafe extern "C-unwind" fn error_exit(cinfo: *mut Decompress) {
+    let mut text = [0u8; 256];
+    // SAFETY: libjpeg passes its own live object; format_message writes at most JMSG_LENGTH_MAX (200) bytes and a NUL.
+    unsafe {
+        if let Some(format) = (*(*cinfo).err).format_message {
+            format(cinfo, text.as_mut_ptr().cast());
+        }
+    }
+    let end = text.iter().position(|&b| b == 0).unwrap_or(0);
+    // libjpeg requires that this function never returns. Its frames hold nothing that needs dropping.
+    resume_unwind(Box::new(Fatal(String::from_utf8_lossy(&text[..end]).into_owned())))
+}
+
+unsafe extern "C-unwind" fn ignore(_: *mut Decompress) {}
+
+unsafe extern "C-unwind" fn suspend(_: *mut Decompress) -> c_int {
+    0
+}
+
+unsafe extern "C-unwind" fn skip(cinfo: *mut Decompress, count: c_long) {
+    // SAFETY: libjpeg passes its own live object, whose source is the one of `Decoder`; the pointer stays inside the
+    // file because the step is capped by what is left.
+    unsafe {
+        let source = &mut *(*cinfo).src;
+        let step = usize::try_from(count).unwrap_or(0).min(source.bytes_in_buffer);
+        source.next_input_byte = source.next_input_byte.add(step);
+        source.bytes_in_buffer -= step;
+    }
+}
+
+/// Why there are no pixels.
+pub enum Failure {
+    /// libjpeg wanted more bytes than the file has.
+    Truncated,
+    /// libjpeg's own words.
+    Corrupt(String),
+}
+
+/// What the file says about itself.
+pub struct Header {
+    pub width: usize,
+    pub height: usize,
+    pub components: usize,
+    pub precision: usize,
+}
+
+/// One JPEG being decoded. Boxed parts: libjpeg keeps their addresses.
+pub struct Decoder<'a> {
+    cinfo: Box<Decompress>,
+    _error: Box<ErrorManager>,
+    source: Box<SourceManager>,
+    created: bool,
+    /// Ours to free; null when libjpeg decodes alone.
+    huffman: *mut Huffman,
+    _bytes: std::marker::PhantomData<&'a [u8]>,
+}
+
+impl<'a> Decoder<'a> {
+    pub fn new(bytes: &'a [u8]) -> Result<Self, Failure> {
+        // SAFETY: both structs consist of integers, floats, raw pointers and nullable functions: zeros are valid.
+        let (mut error, mut cinfo) =
+            unsafe { (Box::new(std::mem::zeroed::<ErrorManager>()), Box::new(std::mem::zeroed::<Decompress>())) };
+        let source = Box::new(SourceManager {
+            next_input_byte: bytes.as_ptr(),
+            bytes_in_buffer: bytes.len(),
+            init_source: Some(ignore),
+            fill_input_buffer: Some(suspend),
+            skip_input_data: Some(skip),
+            resync_to_restart: Some(jpeg_resync_to_restart),
+            term_source: Some(ignore),
+        });
+        // SAFETY: jpeg_std_error only fills the struct.
+        cinfo.err = unsafe { jpeg_std_error(&raw mut *error) };
+        error.error_exit = Some(error_exit);
+        error.output_message = Some(ignore);
+        let mut decoder = Self {
+            cinfo,
+            _error: error,
+            source,
+            created: false,
+            huffman: null_mut(),
+            _bytes: std::marker::PhantomData,
+        };
+        decoder.call(|cinfo| {
+            // SAFETY: the size is that of the struct behind the pointer; libjpeg checks it against its own.
+            unsafe { jpeg_CreateDecompress(cinfo, JPEG_LIB_VERSION, size_of::<Decompress>()) }
+        })?;
+        decoder.created = true;
+        decoder.cinfo.src = &raw mut *decoder.source;
+        Ok(decoder)
+    }
+
+    /// Runs a libjpeg call; its fatal error comes back as a value.
+    fn call<T>(&mut self, work: impl FnOnce(*mut Decompress) -> T) -> Result<T, Failure> {
+        let cinfo = &raw mut *self.cinfo;
+        catch_unwind(AssertUnwindSafe(|| work(cinfo))).map_err(|payload| match payload.downcast::<Fatal>() {
+            Ok(fatal) => Failure::Corrupt(fatal.0),
+            Err(other) => resume_unwind(other),
+        })
+    }
+
+    pub fn header(&mut self) -> Result<Header, Failure> {
+        loop {
+            // SAFETY: created by `new`, with a source that lives as long as `self`.
+            match self.call(|cinfo| unsafe { jpeg_read_header(cinfo, 0) })? {
+                JPEG_SUSPENDED => return Err(Failure::Truncated),
+                JPEG_HEADER_OK => break,
+                _tables_only => {}
+            }
+        }
+        Ok(Header {
+            width: self.cinfo.image_width as usize,
+            height: self.cinfo.image_height as usize,
+            components: usize::try_from(self.cinfo.num_components).unwrap_or(0),
+            precision: usize::try_from(self.cinfo.data_precision).unwrap_or(0),
+        })
+    }
+
+    /// Decodes at one `denominator`th of width and height (1, 2, 4 or 8); returns both.
+    pub fn scale(&mut self, denominator: usize) -> (usize, usize) {
+        let (width, height) = (self.cinfo.image_width as usize, self.cinfo.image_height as usize);
+        self.cinfo.scale_num = 1;
+        self.cinfo.scale_denom = u32::try_from(denominator).unwrap_or(1);
+        (width.div_ceil(denominator), height.div_ceil(denominator))
+    }
+
+    /// All rows, four bytes per pixel, into `pixels` of exactly `4 * width * height` bytes, with libjpeg alone.
+    pub fn pixels(&mut self, color_space: c_int, pixels: &mut [u8]) -> Result<(), Failure> {
+        self.start(color_space)?;
+        self.rows(pixels)
+    }
+
+    /// [`Decoder::pixels`] with our own entropy decoder. Whether it was used: it does not know all kinds of JPEG. `None`
+    /// when it met something unsound, which a new decoder without it has to judge.
+    pub fn pixels_fast(&mut self, color_space: c_int, pixels: &mut [u8]) -> Result<Option<bool>, Failure> {
+        self.start(color_space)?;
+        // SAFETY: started just now; `self` keeps the result until libjpeg's object is destroyed.
+        self.huffman = unsafe { Huffman::install(&raw mut *self.cinfo) }.unwrap_or(null_mut());
+        let outcome = self.rows(pixels);
+        // SAFETY: null or alive until `self` is dropped.
+        match unsafe { self.huffman.as_ref() } {
+            Some(huffman) if huffman.gave_up => Ok(None),
+            used => outcome.map(|()| Some(used.is_some())),
+        }
+    }
+
+    fn start(&mut self, color_space: c_int) -> Result<(), Failure> {
+        self.cinfo.out_color_space = color_space;
+        // SAFETY: the header has been read and the file's bytes outlive `self`.
+        if self.call(|cinfo| unsafe { jpeg_start_decompress(cinfo) })? == 0 {
+            return Err(Failure::Truncated);
+        }
+        Ok(())
+    }
+
+    fn rows(&mut self, pixels: &mut [u8]) -> Result<(), Failure> {
+        let stride = 4 * self.cinfo.output_width as usize;
+        let height = self.cinfo.output_height as usize;
+        if self.cinfo.output_components != 4 || pixels.len() != stride * height {
+            return Err(Failure::Corrupt("the size changed while decoding".into()));
+        }
+        let mut y = 0;
+        while y < height {
+            let mut rows = [null_mut::<u8>(); ROWS];
+            let count = ROWS.min(height - y);
+            for (row, line) in rows.iter_mut().zip(pixels[y * stride..].chunks_exact_mut(stride)) {
+                *row = line.as_mut_ptr();
+            }
+            #[expect(clippy::cast_possible_truncation, reason = "at most ROWS")]
+            // SAFETY: `count` rows of `stride` bytes each are writable; libjpeg writes no further than its own width.
+            let done = self.call(|cinfo| unsafe { jpeg_read_scanlines(cinfo, rows.as_mut_ptr(), count as c_uint) })?;
+            if done == 0 {
+                return Err(Failure::Truncated);
+            }
+            y += done as usize;
+        }
+        // Errors behind the last scan are errors in Pillow too; a missing end marker is not.
+        // SAFETY: all rows have been read.
+        self.call(|cinfo| unsafe { jpeg_finish_decompress(cinfo) }).map(|_| ())
+    }
+}
+
+impl Drop for Decoder<'_> {
+    fn drop(&mut self) {
+        if self.created {
+            // SAFETY: created once, destroyed once; destroying cannot fail.
+            unsafe { jpeg_destroy_decompress(&raw mut *self.cinfo) }
+        }
+        if !self.huffman.is_null() {
+            // SAFETY: made by `Box::into_raw`, and libjpeg does not call it any more.
+            drop(unsafe { Box::from_raw(self.huffman) });
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! `check_files`: what is wrong with image files.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pyo3::prelude::*;
+
+use crate::data::check::{self, Finding};
+use crate::error::Error;
+use crate::image::Limits;
+use crate::py::enter::enter;
+use crate::py::error::stash;
+
+/// (format or None, width, height, bytes of the file, hash of its contents, exception or None).
+type Row = (Option<&'static str>, usize, usize, u64, u64, Option<PyObject>);
+
+/// Reads and decodes each file, in threads; `progress` is called with the number of finished ones a few times a second.
+#[pyfunction]
+#[pyo3(signature = (paths, progress, threads, limits=None))]
+pub fn check_files(
+    py: Python<'_>,
+    paths: Vec<PathBuf>,
+    progress: PyObject,
+    threads: usize,
+    limits: Option<(Option<u64>, Option<u64>)>,
+) -> PyResult<Vec<Row>> {
+    let (pixels, bytes) = limits.unwrap_or_default();
+    let default = Limits::default();
+    let limits = Limits { pixels: pixels.unwrap_or(default.pixels), bytes: bytes.unwrap_or(default.bytes) };
+    let findings = enter(py, || {
+        check::files(&paths, &limits, threads, Duration::from_millis(50), |done| {
+            let told = |py: Python<'_>| {
+                py.check_signals()?;
+                progress.call1(py, (done,)).map(drop)
+            };
+            Python::with_gil(|py| told(py).map_err(stash))
+        })
+    })?;
+    let row = |Finding { format, width, height, size, hash, error }| {
+        let error = error.map(|error: Error| PyErr::from(error).into_value(py).into_any());
+        (format, width, height, size, hash, error)
+    };
+    Ok(findings.into_iter().map(row).collect())
+}

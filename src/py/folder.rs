@@ -1,0 +1,76 @@
+//! `scan_folders`: the files of class folders.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use pyo3::prelude::*;
+use pyo3::types::{PyList, PyString, PyTuple};
+
+use crate::data::folder::{self, Names, Rules};
+use crate::py::enter::enter;
+use crate::py::error::stash;
+
+/// (path, number of the folder) for each file, how many there are per folder, and the links that were not followed.
+type Found<'py> = (Bound<'py, PyList>, Vec<Option<usize>>, Vec<PathBuf>);
+
+/// The files below each folder (links followed) in torchvision's order: ([(path, number)], [files per folder, or None
+/// for a folder that does not exist], [links that lead back to a folder above them, which were not followed]).
+#[pyfunction]
+#[pyo3(signature = (folders, numbers, extensions=None, skip_hidden=false))]
+pub fn scan_folders<'py>(
+    py: Python<'py>,
+    folders: Vec<PathBuf>,
+    numbers: Vec<Bound<'py, PyAny>>,
+    extensions: Option<Vec<String>>,
+    skip_hidden: bool,
+) -> PyResult<Found<'py>> {
+    let trees = enter(py, || {
+        let mut asked = Instant::now();
+        let rules = Rules { extensions: extensions.as_deref(), skip_hidden };
+        folder::scan(&folders, rules, || {
+            if asked.elapsed() < Duration::from_millis(50) {
+                return Ok(());
+            }
+            asked = Instant::now();
+            Python::with_gil(|py| py.check_signals().map_err(stash))
+        })
+    })?;
+    let samples = PyList::empty(py);
+    let (mut counts, mut loops) = (Vec::new(), Vec::new());
+    for (tree, number) in trees.into_iter().zip(&numbers) {
+        counts.push(tree.as_ref().map(|tree| tree.folders.iter().map(|(_, names)| names.len()).sum()));
+        for (folder, names) in tree.iter().flat_map(|tree| &tree.folders) {
+            append(py, folder.as_os_str(), names, number, &samples)?;
+        }
+        loops.extend(tree.into_iter().flat_map(|tree| tree.loops));
+    }
+    Ok((samples, counts, loops))
+}
+
+/// Strings, not the `pathlib.Path`s that a `PathBuf` becomes: torchvision's samples are strings, and much cheaper.
+fn append(
+    py: Python<'_>,
+    folder: &OsStr,
+    names: &Names,
+    number: &Bound<'_, PyAny>,
+    samples: &Bound<'_, PyList>,
+) -> PyResult<()> {
+    let mut path = folder.as_bytes().to_vec();
+    if path.last().is_some_and(|&last| last != b'/') {
+        path.push(b'/');
+    }
+    let start = path.len();
+    for name in names.iter() {
+        path.truncate(start);
+        path.extend_from_slice(name);
+        let text = match std::str::from_utf8(&path) {
+            Ok(text) => PyString::new(py, text),
+            // Bytes that are not UTF-8 become lone surrogates.
+            Err(_) => OsStr::from_bytes(&path).into_pyobject(py)?,
+        };
+        samples.append(PyTuple::new(py, [text.as_any(), number])?)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,211 @@
+//! `Loader` and `Memory`: the threads behind `cnnrs.DataLoader`.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::{PyBytes, PyCapsule, PyList, PyTuple};
+
+use crate::data::{self, Input, Plan, Raw, Ready, Rows, Sample};
+use crate::image::Limits;
+use crate::py::cache::Cache;
+use crate::py::dlpack::{self, View};
+use crate::py::enter::enter;
+use crate::py::transform;
+use crate::threads;
+
+/// How long a wait for a batch lasts before Python may look for Ctrl-C.
+const SLICE: Duration = Duration::from_millis(50);
+
+/// Buffers and scratch space that survive an epoch.
+#[pyclass(frozen, module = "cnnrs._cnnrs")]
+pub struct Memory {
+    memory: Mutex<(u32, Arc<data::Memory>)>,
+    batches: usize,
+}
+
+#[pymethods]
+impl Memory {
+    #[new]
+    fn new(batches: usize) -> Self {
+        Self { memory: Mutex::new((std::process::id(), data::Memory::new(batches))), batches }
+    }
+}
+
+impl Memory {
+    /// The memory of this process: after a fork the parent's may be locked by a thread that does not exist here.
+    fn get(&self) -> Arc<data::Memory> {
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        if memory.0 != std::process::id() {
+            *memory = (std::process::id(), data::Memory::new(self.batches));
+        }
+        Arc::clone(&memory.1)
+    }
+}
+
+/// Loads batches of samples in order, ahead of the consumer.
+///
+/// `ops` and `finish` are the tuples of `cnnrs.transforms`; `finish=None` returns pixels. `rows` is a DLPack capsule of
+/// (N, H, W) uint8 gray images, for `submit_rows`.
+#[pyclass(frozen, module = "cnnrs._cnnrs")]
+pub struct Loader {
+    loader: Mutex<data::Loader>,
+}
+
+#[pymethods]
+impl Loader {
+    #[new]
+    #[pyo3(signature = (ops, finish, pillow13, seed, threads, memory, rows=None, limits=None, cache=None, cached_ops=0, exif=false))]
+    // One argument for each decision of `cnnrs.DataLoader`.
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        ops: Vec<Bound<'_, PyTuple>>,
+        finish: Option<Bound<'_, PyTuple>>,
+        pillow13: bool,
+        seed: u64,
+        threads: usize,
+        memory: &Memory,
+        rows: Option<Bound<'_, PyCapsule>>,
+        limits: Option<(Option<u64>, Option<u64>)>,
+        cache: Option<&Cache>,
+        cached_ops: usize,
+        exif: bool,
+    ) -> PyResult<Self> {
+        let (transform, output) = transform::transform(&ops, finish.as_ref(), pillow13)?;
+        let rows = match rows.as_ref().map(View::new).transpose()? {
+            Some(view) => match *view.shape.as_slice() {
+                [_, height, width] => Some(Rows { data: Box::new(view), height, width }),
+                ref other => return Err(PyValueError::new_err(format!("(N, H, W) images expected, got {other:?}"))),
+            },
+            None => None,
+        };
+        let (pixels, bytes) = limits.unwrap_or_default();
+        let default = Limits::default();
+        let limits = Limits { pixels: pixels.unwrap_or(default.pixels), bytes: bytes.unwrap_or(default.bytes) };
+        let turned = AtomicBool::new(false);
+        let mut plan = Plan { rows, transform, output, limits, seed, kept: None, exif, turned };
+        if let Some(cache) = cache {
+            plan = plan.keeping(cache.get(), cached_ops);
+        }
+        Ok(Self { loader: Mutex::new(data::Loader::new(plan, threads, memory.get(), memory.batches)) })
+    }
+
+    /// Asks for the batch of these files; `positions` are their places in the epoch.
+    fn submit_files(
+        &self,
+        py: Python<'_>,
+        indices: Vec<i64>,
+        positions: Vec<u64>,
+        paths: Vec<PathBuf>,
+    ) -> PyResult<()> {
+        self.submit(py, indices, positions, paths.into_iter().map(Input::File))
+    }
+
+    /// Asks for the batch of these rows of `rows`; `position` is the place of the first one in the epoch.
+    fn submit_rows(&self, py: Python<'_>, indices: Vec<i64>, position: u64) -> PyResult<()> {
+        let rows = indices.iter().map(|&i| Input::Row(usize::try_from(i).unwrap_or(usize::MAX)));
+        let rows: Vec<_> = rows.collect();
+        self.submit(py, indices, position.., rows)
+    }
+
+    /// Asks for the batch of these images, each (height, width, channels, packed bytes).
+    fn submit_pixels(
+        &self,
+        py: Python<'_>,
+        indices: Vec<i64>,
+        positions: Vec<u64>,
+        images: Vec<Pixels>,
+    ) -> PyResult<()> {
+        self.submit(py, indices, positions, images.into_iter().map(|image| Input::Pixels(raw(image))))
+    }
+
+    /// Waits for the oldest batch: ("batch", capsule), ("samples", capsules) when their shapes differ,
+    /// ("pixels", [(height, width, channels, bytes)]), or ("failed", [(place in the batch, exception)]).
+    fn poll<'py>(&self, py: Python<'py>) -> PyResult<(&'static str, Bound<'py, PyAny>)> {
+        let ready = loop {
+            let ready = enter(py, || self.loader.lock().unwrap_or_else(PoisonError::into_inner).poll(SLICE))?;
+            // Also after a quick success: a loop over many small batches must notice Ctrl-C too.
+            py.check_signals()?;
+            if let Some(ready) = ready {
+                break ready;
+            }
+        };
+        match ready {
+            Ready::Batch(batch) => Ok(("batch", dlpack::export(py, batch)?)),
+            Ready::Ragged(samples) => {
+                let samples = samples.into_iter().map(|sample| dlpack::export(py, sample));
+                Ok(("samples", PyList::new(py, samples.collect::<PyResult<Vec<_>>>()?)?.into_any()))
+            }
+            Ready::Pixels(images) => {
+                let images = images
+                    .into_iter()
+                    .map(|raw| (raw.height, raw.width, raw.channels, PyBytes::new(py, &raw.data)).into_pyobject(py));
+                Ok(("pixels", PyList::new(py, images.collect::<PyResult<Vec<_>>>()?)?.into_any()))
+            }
+            Ready::Failed(failures) => {
+                let failures = failures.into_iter().map(|failure| (failure.sample, PyErr::from(failure.error)));
+                let failures = failures.map(|(i, error)| (i, error.into_value(py)));
+                Ok(("failed", PyList::new(py, failures.collect::<Vec<_>>())?.into_any()))
+            }
+        }
+    }
+
+    /// Whether `poll` would not wait.
+    fn ready(&self) -> bool {
+        self.loader.lock().unwrap_or_else(PoisonError::into_inner).is_ready()
+    }
+
+    /// Whether one of the files so far had an EXIF orientation other than upright.
+    fn saw_turned(&self) -> bool {
+        self.loader.lock().unwrap_or_else(PoisonError::into_inner).saw_turned()
+    }
+
+    /// Gives a failed sample of the oldest batch pixels that somebody else decoded.
+    fn retry(&self, py: Python<'_>, sample: usize, pixels: Pixels) -> PyResult<()> {
+        let raw = raw(pixels);
+        enter(py, || self.loader.lock().unwrap_or_else(PoisonError::into_inner).retry(sample, raw))
+    }
+
+    /// Does without these failed samples of the oldest batch: rows of a "batch" without meaning, absent otherwise.
+    fn drop_samples(&self, samples: Vec<usize>) {
+        self.loader.lock().unwrap_or_else(PoisonError::into_inner).drop_samples(&samples);
+    }
+
+    /// Forgets the oldest batch.
+    fn discard(&self) {
+        self.loader.lock().unwrap_or_else(PoisonError::into_inner).discard();
+    }
+}
+
+impl Loader {
+    fn submit(
+        &self,
+        py: Python<'_>,
+        indices: Vec<i64>,
+        positions: impl IntoIterator<Item = u64> + Send,
+        inputs: impl IntoIterator<Item = Input> + Send,
+    ) -> PyResult<()> {
+        enter(py, || {
+            let samples = indices.into_iter().zip(inputs).zip(positions);
+            let samples =
+                samples.map(|((index, input), position)| Sample { index: index.cast_unsigned(), position, input });
+            self.loader.lock().unwrap_or_else(PoisonError::into_inner).submit(samples.collect())
+        })
+    }
+}
+
+/// Threads that `num_workers=None` means: the cores this process may use.
+#[pyfunction]
+pub fn available_threads() -> usize {
+    threads::available()
+}
+
+type Pixels = (usize, usize, usize, PyBackedBytes);
+
+fn raw((height, width, channels, data): Pixels) -> Raw {
+    Raw { height, width, channels, data: data.to_vec() }
+}

@@ -1,0 +1,114 @@
+//! Our entropy decoder against libjpeg's: same pixels, same verdicts; decoding at a smaller scale.
+#![allow(clippy::unwrap_used)]
+
+use cnnrs::image::{Entropy, Image, Limits, Options, Size, decode, decode_jpeg, decode_with};
+use proptest::prelude::*;
+use turbojpeg::{Compressor, PixelFormat, Subsamp};
+
+const SUBSAMPLINGS: [Subsamp; 5] = [Subsamp::None, Subsamp::Sub2x1, Subsamp::Sub2x2, Subsamp::Sub1x2, Subsamp::Gray];
+
+/// Smooth, noisy or flat, so that short and long codes, runs and empty blocks all occur.
+fn jpeg(
+    width: usize,
+    height: usize,
+    quality: i32,
+    subsampling: Subsamp,
+    optimize: bool,
+    noise: u64,
+    seed: u64,
+) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut pixels = Vec::with_capacity(3 * width * height);
+    for i in 0..3 * width * height {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let smooth = (i / 3 % width * 5 + i / (3 * width) * 3) as u64 % 256;
+        pixels.push((smooth.wrapping_add(if noise == 0 { 0 } else { state % noise }) % 256) as u8);
+    }
+    let mut compressor = Compressor::new().unwrap();
+    compressor.set_quality(quality).unwrap();
+    compressor.set_subsamp(subsampling).unwrap();
+    compressor.set_optimize(optimize).unwrap();
+    let image =
+        turbojpeg::Image { pixels: pixels.as_slice(), width, pitch: 3 * width, height, format: PixelFormat::RGB };
+    compressor.compress_to_vec(image).unwrap()
+}
+
+/// What both decoders make of `bytes`, and whether ours decided.
+fn both(bytes: &[u8]) -> (Result<Image, String>, Result<Image, String>, bool) {
+    let mut own = Image::default();
+    let mut reference = Image::default();
+    let limits = Limits { pixels: 1 << 22, ..Limits::default() };
+    let outcome = decode_jpeg(Entropy::Own, bytes, &limits, None, &mut own);
+    let decided = matches!(outcome, Ok(Entropy::Own));
+    let expected = decode_jpeg(Entropy::Libjpeg, bytes, &limits, None, &mut reference);
+    (outcome.map(|_| own).map_err(|e| e.to_string()), expected.map(|_| reference).map_err(|e| e.to_string()), decided)
+}
+
+prop_compose! {
+    fn files()(
+        (width, height) in (1..200usize, 1..120usize),
+        quality in 1..=100i32,
+        subsampling in prop::sample::select(&SUBSAMPLINGS[..]),
+        optimize: bool,
+        noise in prop::sample::select(&[0, 8, 64, 256][..]),
+        seed: u64,
+    ) -> Vec<u8> {
+        jpeg(width, height, quality, subsampling, optimize, noise, seed)
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn sound_files_are_ours_and_equal(bytes in files()) {
+        let (own, reference, decided) = both(&bytes);
+        prop_assert!(decided, "gave up on a sound file");
+        let (own, reference) = (own.unwrap(), reference.unwrap());
+        prop_assert_eq!((own.width, own.height), (reference.width, reference.height));
+        prop_assert!(own.data == reference.data);
+    }
+
+    #[test]
+    fn damaged_files_get_libjpegs_verdict(
+        bytes in files(),
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+        end in prop::option::of(any::<prop::sample::Index>()),
+    ) {
+        let mut bytes = bytes;
+        for (at, value) in damage {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        if let Some(end) = end {
+            bytes.truncate(end.index(bytes.len()));
+        }
+        let (own, reference, _) = both(&bytes);
+        match (own, reference) {
+            (Ok(own), Ok(reference)) => prop_assert!(own.data == reference.data),
+            (own, reference) => prop_assert_eq!(own.err(), reference.err()),
+        }
+    }
+
+    #[test]
+    fn a_scaled_image_is_large_enough_and_no_larger_than_needed(
+        (width, height) in (1..400usize, 1..300usize),
+        (new_width, new_height) in (1..200usize, 1..200usize),
+    ) {
+        let bytes = jpeg(width, height, 90, Subsamp::Sub2x2, false, 0, 1);
+        let mut image = Image::default();
+        let size = Size::Exact { height: new_height, width: new_width };
+        decode_with(&bytes, &Options { scaled: Some(size), ..Options::default() }, &mut image).unwrap();
+        let by = [1, 2, 4, 8].into_iter().find(|d| image.width == width.div_ceil(*d) && image.height == height.div_ceil(*d));
+        let by = by.unwrap();
+        prop_assert!(by == 1 || image.width >= new_width && image.height >= new_height);
+        prop_assert!(by == 8 || width < 2 * by * new_width || height < 2 * by * new_height);
+        if by == 1 {
+            let mut whole = Image::default();
+            decode(&bytes, &Limits::default(), &mut whole).unwrap();
+            prop_assert!(whole.data == image.data);
+        }
+    }
+}

@@ -1,0 +1,102 @@
+"""Data the tests share: generated images and digits, and real photos where they are."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PHOTOS = Path(os.environ.get("CNNRS_PHOTOS", REPOSITORY.parent / "shared" / "data" / "cats_dogs"))
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """Real photos: `train` and `valid`, each with the class folders `cat` and `dog`."""
+    if not (PHOTOS / "train").is_dir():
+        pytest.skip(f"no photos in {PHOTOS}: set CNNRS_PHOTOS")
+    return PHOTOS
+
+
+def picture(height: int, width: int, seed: int) -> Image.Image:
+    """Smooth colours with an edge: compresses like a photo, every pixel differs from its neighbours."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    rng = np.random.default_rng(seed)
+    waves = [128 + 90 * np.sin((x * a + y * b) / 9 + c) for a, b, c in rng.uniform(0.2, 2, (3, 3))]
+    pixels = np.stack(waves, axis=-1)
+    pixels[height // 3 :, width // 2 :] *= 0.5
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """26 generated JPEG and PNG files in three classes: color and gray, many sizes, one folder deeper."""
+    root = tmp_path_factory.mktemp("folder")
+    for i in range(26):
+        kind = ("ant", "bee", "cat")[i % 3]
+        image = picture(20 + 7 * i % 61, 25 + 11 * i % 53, i)
+        if i % 7 == 0:
+            image = image.convert("L")
+        path = root / kind / ("deep" if i % 5 == 0 else ".") / f"{i}.{'jpg' if i % 2 else 'png'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=88)
+    return root
+
+
+@pytest.fixture(scope="session")
+def equal_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 gray 28x28 PNG files in four classes: a data set that needs no Resize."""
+    root = tmp_path_factory.mktemp("equal")
+    for i in range(40):
+        path = root / str(i % 4) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(28, 28, i).convert("L").save(path)
+    return root
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """An IDX file of bytes, gzipped when the name says so."""
+    data = struct.pack(f">I{array.ndim}I", 0x0800 | array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture(scope="session")
+def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MNIST in torchvision's layout with generated digits: 300 for training, 70 for testing."""
+    root = tmp_path_factory.mktemp("mnist")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 300), ("t10k", 70)):
+        raw = root / "MNIST" / "raw"
+        write_idx(raw / f"{split}-images-idx3-ubyte", rng.integers(0, 256, (count, 28, 28)))
+        write_idx(raw / f"{split}-labels-idx1-ubyte", rng.integers(0, 10, count))
+    return root
+
+
+Batches = list[list[torch.Tensor]]
+
+
+@pytest.fixture(scope="session")
+def assert_equal() -> Callable[[Batches, Batches], None]:
+    """Two epochs have the same batches, bit by bit, types included."""
+
+    def check(ours: Batches, theirs: Batches) -> None:
+        assert len(ours) == len(theirs)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert type(mine) is type(other)
+            assert len(mine) == len(other)
+            for a, b in zip(mine, other, strict=True):
+                assert type(a) is type(b)
+                assert a.dtype == b.dtype
+                assert a.shape == b.shape
+                assert a.is_contiguous() == b.is_contiguous()
+                assert torch.equal(a, b)
+
+    return check

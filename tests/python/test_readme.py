@@ -1,0 +1,65 @@
+"""Every Python block of the READMEs runs, in order, one namespace per file, in a folder as the text describes it."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.models import WeightsEnum
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def blocks(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), flags=re.M | re.S)
+
+
+@pytest.fixture
+def cats_and_dogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder `cat_and_dog` of noise, and random numbers where the weights would be downloaded."""
+    rng = np.random.default_rng(0)
+    for part, number in (("train", 4), ("valid", 2)):
+        for name in ("cat", "dog"):
+            place = tmp_path / "cat_and_dog" / part / name
+            place.mkdir(parents=True)
+            for i in range(number):
+                Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(place / f"{i}.jpg")
+    monkeypatch.chdir(tmp_path)
+
+    def random_weights(self: WeightsEnum, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
+        assert self is torchvision.models.VGG16_Weights.IMAGENET1K_V1
+        return torchvision.models.vgg16(weights=None).state_dict()
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", random_weights)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:dropout2d. Received a 2-D input")
+@pytest.mark.parametrize(("name", "number"), [("README.md", 3), ("README.zh.md", 1)])
+def test_examples_run(name: str, number: int, cats_and_dogs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = blocks(name)
+    assert len(code) == number
+    namespace: dict[str, object] = {}
+    for block in code:
+        exec(compile(block, name, "exec"), namespace)
+    assert namespace["conv_feat"].shape == (8, 25088)  # type: ignore[attr-defined]
+    assert (cats_and_dogs / "features" / "train" / "features.npy").exists()
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^training loss is", printed, flags=re.M)) == (5 if name == "README.md" else 3)
+
+
+def test_commands_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for name in ("README.md", "README.zh.md", "CONTRIBUTING.md"):
+        code = "\n".join(re.findall(r"`[^`]*`|^make .*$", (ROOT / name).read_text(), flags=re.M))
+        named = set(re.findall(r"\bmake ([a-z-]+)\b", code))
+        assert named and named <= targets, named - targets
+
+
+def test_links_lead_somewhere() -> None:
+    for name in ("README.md", "README.zh.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / name).read_text()):
+            assert (ROOT / target).exists(), f"{name} links to {target}"
