@@ -94,7 +94,7 @@ proptest! {
         let mut image = noise(width, height, layout, seed);
         let op = Op::Resize { size: Size::Exact { height: new_height, width: new_width }, filter };
         let finish = Finish::Normalize { mean: vec![0.4], std: vec![std] };
-        let transform = Transform { ops: vec![op], finish: finish.clone(), order: PillowOrder::Pillow13 };
+        let transform = Transform { ops: vec![op], finish: finish.clone(), erase: None, order: PillowOrder::Pillow13 };
         let mut expected = image.clone();
         resize_on(ResizePath::Scalar, &mut expected, new_height, new_width, filter, PillowOrder::Pillow13);
         let mut planes = vec![0.0; layout.channels() * new_width * new_height];
@@ -342,7 +342,7 @@ proptest! {
         let limits = Limits { pixels: 1 << 20, bytes: 1 << 20 };
         let mut image = Image::default();
         let plain = decode(&bytes, &limits, &mut image);
-        let options = Options { limits, exif: true, truncated: Truncated::Accept };
+        let options = Options { limits, exif: true, truncated: Truncated::Accept, scaled: None };
         let accepted = decode_with(&bytes, &options, &mut image);
         prop_assert!(!matches!(plain, Err(Error::Panic(_))) && !matches!(accepted, Err(Error::Panic(_))));
         prop_assert!(plain.is_err() || accepted.is_ok());

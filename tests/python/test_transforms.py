@@ -79,7 +79,7 @@ NATIVE: dict[str, Any] = {
     "v2 pure": v2.Compose(
         [v2.Resize(30), v2.CenterCrop(20), v2.ToImage(), v2.ToDtype(torch.float32, True), v2.ToPureTensor()]
     ),
-    "v2 uint8": v2.Compose([v2.Resize((24, 20), "bicubic"), v2.ToImage()]),
+    "v2 uint8": v2.Compose([v2.Resize((24, 20), Mode.BICUBIC), v2.ToImage()]),
     "v2 not scaled": v2.Compose([v2.Resize((24, 20), 2), v2.PILToTensor(), v2.ToDtype(torch.float32)]),
     "v2 mixed": v1.Compose(
         [
