@@ -20,9 +20,6 @@ pub enum Error {
     /// The image is larger than the limits allow (checked before anything is allocated).
     #[error("{}image of {width} x {height} pixels is over the limit of {limit} pixels", prefix(path))]
     TooLarge { path: PathBuf, width: u64, height: u64, limit: u64 },
-    /// Samples of one batch have different shapes.
-    #[error("stack expects each tensor to be equal size, but got {first:?} at entry 0 and {other:?} at entry {entry}")]
-    Ragged { first: Vec<usize>, other: Vec<usize>, entry: usize },
 
     // -- the caller's ----------------------------------------------------------------------------------------------------
     /// An argument makes no sense.

@@ -37,7 +37,7 @@ pub fn convert(py: Python<'_>, error: Error) -> PyErr {
         Error::Panic(_) => ours(py, "CnnrsError", text),
         Error::Argument(_) => PyValueError::new_err(text),
         Error::Target { .. } => PyIndexError::new_err(text),
-        Error::Ragged { .. } | Error::Shape { .. } | Error::Torch(_) => PyRuntimeError::new_err(text),
+        Error::Shape { .. } | Error::Torch(_) => PyRuntimeError::new_err(text),
         Error::Interrupted => RAISED
             .with(|raised| raised.borrow_mut().take())
             .unwrap_or_else(|| PyRuntimeError::new_err("interrupted without an exception")),
