@@ -135,9 +135,11 @@ def _traced(model: nn.Module, layer: str) -> nn.Module | None:
         elif node.op != "placeholder" and not node.users:
             # Behind the layer: also checks that only look at shapes, which fx takes for needed.
             graph.erase_node(node)
-    graph.eliminate_dead_code()
-    graph.lint()
-    return torch.fx.GraphModule(model, graph)
+    traced = torch.fx.GraphModule(model, graph)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    traced.delete_all_unused_submodules()
+    return traced
 
 
 class _Stop(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,8 +20,6 @@ from cnnrs.engines import Engine
 from cnnrs.extract import Extractor, Precision, type_name
 from cnnrs.features import Features
 from cnnrs.fingerprint import Unidentifiable, fingerprint
-from cnnrs.graph import lower
-from cnnrs.operations import Unsupported
 from cnnrs.rows import Data
 from cnnrs.store import FORMAT, Layout, Store
 from cnnrs.update import File, Item, Plan, Update
@@ -193,12 +190,7 @@ class _Run:
                     lambda items, file: self.extractor(self._bar(iter(items)), file),
                     lambda text: self._say(f"{store.folder}: {text}"),
                 ).run(usable)
-            made = self._right(store, plan, quiet=True)
-        if made is None:
-            raise OSError(
-                f"{store.folder}: the features that were just written cannot be read back: is the disk sound?"
-            )
-        return made
+            return self._opened(store, plan)
 
     @property
     def _reason(self) -> str:
@@ -240,15 +232,14 @@ class _Run:
             return ["cnnrs cannot tell which images they are of"]
         return [words for name, words in _WORDS.items() if meta["key"].get(name) != plan.key[name]]
 
-    def _right(self, store: Store, plan: Plan, quiet: bool = False) -> Features | None:
+    def _right(self, store: Store, plan: Plan) -> Features | None:
         """The stored features, when every row is the plan's and undamaged, and names and labels are right."""
         meta = store.meta()
         if meta is None or meta.get("format") != FORMAT or meta["key"] != plan.key:
             return None
         plan.know(meta)
-        faults = {path: reason for path, reason in meta["skipped"]}
-        if faults and getattr(self.data.data, "on_error", "raise") == "skip":
-            plan.skip(faults)
+        if getattr(self.data.data, "on_error", "raise") == "skip":
+            plan.skip_again(meta)
         if not self._same_rows(store, plan, meta):
             return None
         labels = plan.labels()
@@ -259,10 +250,14 @@ class _Run:
             same = False
         if not same or any(meta[name] != _plain(expected[name]) for name in ("paths", "classes", "stats")):
             return None
-        if not quiet:
-            self._say(f"{store.folder}: {len(labels)} features are up to date, nothing to compute")
+        self._say(f"{store.folder}: {len(labels)} features are up to date, nothing to compute")
+        return self._opened(store, plan)
+
+    def _opened(self, store: Store, plan: Plan) -> Features:
+        meta = store.meta()
+        assert meta is not None
         features = store.features(meta["dtype"])
-        return Features(features, labels, expected["paths"], self.data.classes, store.folder, body=self.model)
+        return Features(features, plan.labels(), meta["paths"], meta["classes"], store.folder, body=self.model)
 
     @staticmethod
     def _same_rows(store: Store, plan: Plan, meta: dict[str, Any]) -> bool:
@@ -338,13 +333,7 @@ def _versions() -> str:
 def _model_hash(model: nn.Module) -> str | None:
     """Of what the model computes, whoever runs it; None when it holds something that cannot be compared."""
     try:
-        try:
-            lowered = lower(model)
-        except Unsupported:
-            return fingerprint(model)
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr([operation[1:] for operation in lowered.operations]).encode())
-        digest.update(fingerprint(lowered.tensors).encode())
-        return digest.hexdigest()
+        # Not by tracing, which would call forward for nothing.
+        return fingerprint(model)
     except Unidentifiable:
         return None

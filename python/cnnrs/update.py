@@ -71,6 +71,11 @@ class Plan:
         self.samples = [i for i in self.samples if i not in gone]
         return len(gone)
 
+    def skip_again(self, meta: dict[str, Any]) -> None:
+        """Leave out files that could not be read before and have not changed since."""
+        now = dict(zip(self.data.files or [], self.stats or [], strict=False))
+        self.skip({path: reason for path, reason, stat in meta["skipped"] if now.get(path) == tuple(stat)})
+
     def digest(self) -> str:
         """Of everything that decides which numbers belong in which row."""
         files = self.data.files
@@ -115,7 +120,9 @@ class Plan:
             "key": self.key,
             "stats": None if stats is None else [stats[i] for i in self.samples],
             "ids": list(ids),
-            "skipped": [[files[i], reason] for i, reason in sorted(self.skipped.items())] if files else [],
+            "skipped": [[files[i], reason, stats[i]] for i, reason in sorted(self.skipped.items())]
+            if files and stats
+            else [],
         }
 
     def labels(self) -> torch.Tensor:

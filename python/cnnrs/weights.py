@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlparse
 
 import torch
@@ -182,9 +182,9 @@ def timm_transform(timm: Any, config: Mapping[str, Any]) -> Callable[[Any], Any]
 
     height, width = config["input_size"][-2:]
     if config["crop_mode"] != "center" or height != width:
-        own: Callable[[Any], Any] = timm.data.create_transform(**config, is_training=False)
-        return own
-    return transforms.Compose(
+        transform: Callable[[Any], Any] = timm.data.create_transform(**config, is_training=False)
+        return transform
+        return cast("Callable[[Any], Any]", timm.data.create_transform(**config, is_training=False))
         [
             transforms.Resize(
                 math.floor(height / config["crop_pct"]), transforms.InterpolationMode(config["interpolation"])

@@ -1,4 +1,4 @@
-"""Forks jobs that fill a store and kills them with SIGKILL at random moments. Not a test: `test_store_kill.py` starts it.
+"""Forks jobs that fill a store and kills them with SIGKILL at random moments: `test_store_kill.py` starts it.
 
 One process imports torch once; every job is a process of its own.
 """
