@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -184,7 +184,7 @@ def timm_transform(timm: Any, config: Mapping[str, Any]) -> Callable[[Any], Any]
     if config["crop_mode"] != "center" or height != width:
         transform: Callable[[Any], Any] = timm.data.create_transform(**config, is_training=False)
         return transform
-        return cast("Callable[[Any], Any]", timm.data.create_transform(**config, is_training=False))
+    same: Callable[[Any], Any] = transforms.Compose(
         [
             transforms.Resize(
                 math.floor(height / config["crop_pct"]), transforms.InterpolationMode(config["interpolation"])
@@ -194,6 +194,7 @@ def timm_transform(timm: Any, config: Mapping[str, Any]) -> Callable[[Any], Any]
             transforms.Normalize(config["mean"], config["std"]),
         ]
     )
+    return same
 
 
 def _lite0(weights: Any) -> Found:
