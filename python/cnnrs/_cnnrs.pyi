@@ -149,7 +149,8 @@ class Loader:
         scaled: bool = False,
     ) -> Loader:
         """``limits``: pixels and bytes per file; ``cache`` keeps images behind the first ``cached_ops`` operations;
-        ``scaled``: JPEGs before a resize at a half, a quarter or an eighth of their size."""
+        ``scaled``: JPEGs before a resize at a half, a quarter or an eighth of their size.
+        """
 
     def submit_files(
         self, indices: Sequence[int], positions: Sequence[int], paths: Sequence[str | os.PathLike[str]]
