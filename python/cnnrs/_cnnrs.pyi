@@ -164,8 +164,12 @@ class Loader:
         cache: Cache | None = None,
         cached_ops: int = 0,
         exif: bool = False,
+        accept_truncated: bool = False,
+        scaled: bool = False,
     ) -> Loader:
-        """``limits``: pixels and bytes per file; ``cache`` keeps images behind the first ``cached_ops`` operations."""
+        """``limits``: pixels and bytes per file; ``cache`` keeps images behind the first ``cached_ops`` operations;
+        ``scaled``: JPEGs before a resize at a half, a quarter or an eighth of their size.
+        """
 
     def submit_files(
         self, indices: Sequence[int], positions: Sequence[int], paths: Sequence[str | os.PathLike[str]]

@@ -153,7 +153,7 @@ class Data:
 
             parts += [self._dataset.loader, torchvision.get_image_backend()]
             if isinstance(loader, cnnrs.DataLoader):
-                parts += [loader.truncated, loader.exif]
+                parts += [loader.truncated, loader.exif, loader.decode]
         return fingerprint(parts)
 
     @property
