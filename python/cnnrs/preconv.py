@@ -184,13 +184,12 @@ class _Run:
             else:
                 if changes:
                     self._say(f"{store.folder}: recomputing the features, because {' and '.join(changes)}")
-                Update(
-                    store,
-                    plan,
-                    lambda items, file: self.extractor(self._bar(iter(items)), file),
-                    lambda text: self._say(f"{store.folder}: {text}"),
-                ).run(usable)
+                Update(store, plan, self.compute, lambda text: self._say(f"{store.folder}: {text}")).run(usable)
             return self._opened(store, plan)
+
+    def compute(self, update: Update, file: File) -> None:
+        """Compute what is missing and write it."""
+        self.extractor(self._bar(update.items()), file)
 
     @property
     def _reason(self) -> str:
