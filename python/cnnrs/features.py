@@ -307,4 +307,8 @@ def load_features(folder: str | os.PathLike[str], *, verify: bool = True) -> Fea
             f"{store.path('features.npy')} is damaged: {sum(size for _, size in bad)} of {meta['shape'][0]} rows do "
             f"not have their checksums, the first in rows {start} to {start + count - 1}; preconv computes them again"
         )
-    return Features(store.features(meta["dtype"]), store.labels(meta), meta["paths"], meta["classes"], store.folder)
+    labels, features = store.labels(meta), store.features(meta)
+    if features is None:
+        # Another process has just written new ones.
+        return load_features(folder, verify=verify)
+    return Features(features, labels, meta["paths"], meta["classes"], store.folder)

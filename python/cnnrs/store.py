@@ -135,11 +135,14 @@ class Store:
             raise ValueError(f"{path} is damaged: its checksum is not the one in meta.json")
         return torch.from_numpy(np.load(path))
 
-    def features(self, dtype: str) -> torch.Tensor:
-        """The stored features, memory-mapped: a row is read from disk when it is used."""
+    def features(self, meta: dict[str, Any]) -> torch.Tensor | None:
+        """The stored features, memory-mapped: a row is read when it is used. None if `meta` is out of date."""
         # Mode "c": writable for torch, yet nothing ever reaches the file.
         mapped = torch.from_numpy(np.load(self.path("features.npy"), mmap_mode="c"))
-        return mapped.view(torch.bfloat16) if dtype == "bfloat16" else mapped
+        # A commit takes meta.json away before it replaces the rows: these are its rows if it is still there.
+        if (self.meta() or {}).get("checksum") != meta["checksum"]:
+            return None
+        return mapped.view(torch.bfloat16) if meta["dtype"] == "bfloat16" else mapped
 
     def partial_layout(self, name: str = "features.npy.partial") -> Layout | None:
         """The layout of a file in the making, None when there is none that can be read."""
