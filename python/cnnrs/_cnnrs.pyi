@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Cache",
+    "CpuPlans",
     "Graph",
     "Loader",
     "Memory",
@@ -18,9 +19,11 @@ __all__ = [
     "apply_op",
     "available_threads",
     "check_files",
+    "cpu_obstacle",
     "decode_image",
     "extract_python",
     "extract_torch",
+    "fit_cpu",
     "fit_python",
     "fit_torch",
     "image_orientation",
@@ -202,3 +205,31 @@ def check_files(
     limits: tuple[int | None, int | None] | None = None,
 ) -> list[tuple[str | None, int, int, int, int, Exception | None]]:
     """Per file: (format, width, height, bytes, hash of the contents, what is wrong with it)."""
+@final
+class CpuPlans:
+    """Compiled plans and the threads that run them, kept from epoch to epoch."""
+
+    def __new__(cls) -> CpuPlans: ...
+    def __len__(self) -> int:
+        """Number of plans at hand: one per input shape, phase and set of trained parameters."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the last epoch, also after an exception."""
+
+def cpu_obstacle(graph: Graph, input: Sequence[int]) -> str | None:
+    """Why the cpu engine cannot run a graph on inputs of this shape; None where it can."""
+
+def fit_cpu(
+    number: int,
+    phase: str,
+    graph: Graph,
+    tensors: Sequence[torch.Tensor],
+    loss: tuple[Any, ...],
+    sgd: Sequence[Any],
+    adam: Sequence[Any],
+    plans: CpuPlans,
+    seed: int,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[float, int | None, int]:
+    """One epoch of a lowered model without libtorch: (sum of losses, correct predictions or None, samples)."""

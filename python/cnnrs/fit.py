@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
 
-from cnnrs import _cnnrs
+from cnnrs import _cnnrs, cpu_engine
 from cnnrs._progress import progress
 from cnnrs.engines import Engine, choose, device_of, to_device
+from cnnrs.errors import UnsupportedModelError
 from cnnrs.graph import Lowered
 from cnnrs.optimizers import Step
 
@@ -47,7 +48,8 @@ def fit(
         loss_fn: ``F.nll_loss``, ``F.cross_entropy`` or their modules run compiled, anything else is called as
             ``loss_fn(outputs, targets)`` and must return the mean over the batch.
         engine: "torch" runs the model's layers through libtorch without Python, "python" calls the module, "auto" picks
-            (see :func:`cnnrs.explain`).
+            one of these (see :func:`cnnrs.explain`). "cpu" runs float32 models on the CPU without libtorch: a compiled
+            step, equal to PyTorch's up to rounding, with dropout from a generator of its own and no ``.grad``.
         verbose: print the line, and show a bar on terminals and in notebooks.
 
     Returns:
@@ -84,7 +86,9 @@ def fit(
     model.train(phase == "training")
     lowered = choose(model, engine)
     batches = _batches(loader, device, f"{phase} epoch {epoch}", verbose)
-    if lowered is not None:
+    if engine == "cpu" and lowered is not None:
+        total, correct, samples = _run_cpu(epoch, phase, model, lowered, loss_fn, optimizer, batches)
+    elif lowered is not None:
         total, correct, samples = _run_lowered(epoch, phase, lowered, loss_fn, optimizer, batches)
     else:
         total, correct, samples = _run_module(epoch, phase, model, loss_fn, optimizer, batches)
@@ -157,6 +161,18 @@ def _run_lowered(
             return _cnnrs.fit_torch(*arguments, step.handle, batches)
     finally:
         step.finish()
+
+
+def _run_cpu(
+    epoch: int, phase: Phase, model: nn.Module, lowered: Lowered, loss_fn: Loss, optimizer: Optimizer | None,
+    batches: Iterator[Any],
+) -> tuple[float, int | None, int]:  # fmt: skip
+    loss = _loss(loss_fn)
+    optimizer = optimizer if phase == "training" else None
+    reasons = cpu_engine.supports(lowered, optimizer, loss, device_of(model))
+    if reasons or loss is None:
+        raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this:", *reasons]))
+    return cpu_engine.run(epoch, phase, model, lowered, loss, optimizer, batches)
 
 
 def _run_module(

@@ -41,11 +41,14 @@ impl Sgd {
     /// One step. `momentum` is the buffer, empty without momentum; at its `first` use it becomes the gradient itself.
     pub fn update(&self, param: &mut [f32], grad: &[f32], momentum: &mut [f32], first: bool) {
         let chunks = param.chunks_mut(CHUNK).zip(grad.chunks(CHUNK)).zip(maybe_chunks(momentum));
-        threads::for_each(chunks.collect(), |((param, grad), momentum)| {
-            with_fma(|fma| match fma {
-                true => sgd::<true>(self, param, grad, momentum, first),
-                false => sgd::<false>(self, param, grad, momentum, first),
-            });
+        threads::for_each(chunks.collect(), |((param, grad), momentum)| self.update_part(param, grad, momentum, first));
+    }
+
+    /// As [`Sgd::update`], on the calling thread.
+    pub fn update_part(&self, param: &mut [f32], grad: &[f32], momentum: &mut [f32], first: bool) {
+        with_fma(|fma| match fma {
+            true => sgd::<true>(self, param, grad, momentum, first),
+            false => sgd::<false>(self, param, grad, momentum, first),
         });
     }
 }

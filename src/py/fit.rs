@@ -19,7 +19,7 @@ use crate::fit::{Metrics, epoch};
 use crate::threads;
 
 /// (sum of losses, correct predictions or None, samples)
-type Totals = (f64, Option<u64>, u64);
+pub(super) type Totals = (f64, Option<u64>, u64);
 
 /// One epoch of a lowered model through libtorch.
 ///
@@ -88,7 +88,7 @@ fn totals(metrics: &Metrics) -> Totals {
     (metrics.loss, metrics.correct, metrics.samples)
 }
 
-fn parse_phase(phase: &str) -> PyResult<Phase> {
+pub(super) fn parse_phase(phase: &str) -> PyResult<Phase> {
     match phase {
         "training" => Ok(Phase::Training),
         "validation" => Ok(Phase::Validation),
@@ -224,5 +224,5 @@ impl NativeOptimizer {
     }
 }
 
-type SgdRow = (PyTensor, Option<PyTensor>, bool, (f64, f64, f64, f64), bool, bool);
-type AdamRow = (PyTensor, Vec<PyTensor>, (f64, f64, f64, f64, f64), bool, bool);
+pub(super) type SgdRow = (PyTensor, Option<PyTensor>, bool, (f64, f64, f64, f64), bool, bool);
+pub(super) type AdamRow = (PyTensor, Vec<PyTensor>, (f64, f64, f64, f64, f64), bool, bool);
