@@ -186,9 +186,9 @@ impl Layer for Norm {
             let (x, y) = (cx.one(self.input.value, sample), cx.one_mut(self.out.value, sample));
             for (c, y) in y.chunks_exact_mut(self.pixels).enumerate() {
                 let ((weight, bias), x) = (self.affine(cx, c), self.plane(x, c));
-                let scale = weight * statistics[2 * c + 1];
-                let shift = bias - statistics[2 * c] * scale;
-                vectorised(|| y.iter_mut().zip(x).for_each(|(y, x)| *y = x * scale + shift));
+                let (mean, scale) = (statistics[2 * c], weight * statistics[2 * c + 1]);
+                // Not `x * scale + shift`: the two would cancel where the mean is far from zero.
+                vectorised(|| y.iter_mut().zip(x).for_each(|(y, x)| *y = (x - mean) * scale + bias));
             }
         }
     }
@@ -228,9 +228,8 @@ impl Layer for Norm {
             let [sum, dot] = self.all_sums(cx, self.sums[1], c);
             let deviation = f64::from(statistics[2 * c + 1]);
             let scale = f64::from(self.affine(cx, c).0) * deviation;
-            let slope = -scale * deviation * deviation * dot / count;
-            let shift = -scale * sum / count - slope * f64::from(statistics[2 * c]);
-            (scale as f32, slope as f32, shift as f32)
+            let slope = deviation * deviation * dot / count;
+            (scale as f32, slope as f32, (sum / count) as f32)
         });
     }
 }
@@ -244,19 +243,20 @@ impl Norm {
         }
     }
 
-    /// `dx = scale * dy + slope * x + shift` per channel.
+    /// `dx = scale * (dy - level - slope * (x - mean))` per channel.
     fn input_grads(&self, cx: &Context<'_>, grad: Slot, factors: impl Fn(usize) -> (f32, f32, f32)) {
         let Some(input) = self.input.grad else { return };
         for c in 0..self.channels {
-            let (scale, slope, shift) = factors(c);
+            let (scale, slope, level) = factors(c);
+            let mean = cx.own(self.statistics)[2 * c];
             for sample in cx.samples.clone() {
                 let dy = self.plane(cx.one(grad, sample), c);
                 let x = self.plane(cx.one(self.input.value, sample), c);
                 let dx = &mut cx.one_mut(input, sample)[c * self.pixels..][..self.pixels];
                 let rows = dx.iter_mut().zip(dy).zip(x);
                 vectorised(|| match self.input.add {
-                    true => rows.for_each(|((d, g), x)| *d += scale * g + (slope * x + shift)),
-                    false => rows.for_each(|((d, g), x)| *d = scale * g + (slope * x + shift)),
+                    true => rows.for_each(|((d, g), x)| *d += scale * ((g - level) - slope * (x - mean))),
+                    false => rows.for_each(|((d, g), x)| *d = scale * ((g - level) - slope * (x - mean))),
                 });
             }
         }
