@@ -205,6 +205,7 @@ def check_files(
     limits: tuple[int | None, int | None] | None = None,
 ) -> list[tuple[str | None, int, int, int, int, Exception | None]]:
     """Per file: (format, width, height, bytes, hash of the contents, what is wrong with it)."""
+
 @final
 class CpuPlans:
     """Compiled plans and the threads that run them, kept from epoch to epoch."""

@@ -90,8 +90,9 @@ def run(
     draws = any(kind == "Dropout" and a["training"] and a["p"] > 0 for _, kind, _, a in lowered.operations)
     seed = int(torch.empty((), dtype=torch.int64).random_()) if draws else 0
     step = _Rows(optimizer, lowered.tensors)
+    sgd, adam = step.handle
     try:
-        return _cnnrs.fit_cpu(*arguments, *step.handle, plans, seed, batches)
+        return _cnnrs.fit_cpu(*arguments, sgd, adam, plans, seed, batches)
     finally:
         step.finish_after(plans.steps)
 

@@ -24,7 +24,7 @@ def choose(model: nn.Module, engine: Engine) -> Lowered | None:
         engine: "auto" takes ``torch`` where the model can be lowered.
 
     Raises:
-        UnsupportedModelError: engine is "torch" or "cpu" and the model cannot be lowered; the message gives the reasons.
+        UnsupportedModelError: engine is "torch" or "cpu" and the model cannot be lowered; the message says why.
         ValueError: engine is not one of the four.
         TypeError: model is no ``nn.Module``.
     """

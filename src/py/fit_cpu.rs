@@ -13,8 +13,8 @@ use super::error::convert;
 use super::fit::{AdamRow, SgdRow, Totals, parse_phase};
 use super::graph::Graph;
 use crate::engine::cpu::{self, CpuEngine, Floats, HostBatch, Loss, Plans, Rule, Tensor};
-use crate::error::{Error, Result};
 use crate::engine::optimizer::{Adam, Sgd};
+use crate::error::{Error, Result};
 use crate::fit::epoch;
 use crate::model::Op;
 

@@ -16,6 +16,7 @@ from cnnrs.graph import lower
 
 CROSS_ENTROPY = ("cross_entropy", None, -100, 0.0)
 NLL = ("nll", None, -100)
+WEIGHT = torch.tensor([1.0, 2.0, 0.5])
 
 # A float32 sum of n <= 1e4 products is off by about sqrt(n) * 2**-24 = 6e-6 of its largest term; 4 layers add up.
 TOLERANCE = 3e-5
@@ -41,7 +42,9 @@ def gradients(model: nn.Module, loss: Any, x: torch.Tensor, y: torch.Tensor) -> 
     return {name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters() if p.requires_grad}
 
 
-def check_gradients(model: nn.Module, shape: tuple[int, ...], loss: Any = CROSS_ENTROPY, tolerance: float = TOLERANCE) -> None:
+def check_gradients(
+    model: nn.Module, shape: tuple[int, ...], loss: Any = CROSS_ENTROPY, tolerance: float = TOLERANCE
+) -> None:
     torch.manual_seed(1)
     for p in model.parameters():
         nn.init.normal_(p, std=0.5)
@@ -89,7 +92,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "conv3_pool_relu": lambda: between(nn.Conv2d(4, 6, 3), nn.MaxPool2d(2), nn.ReLU(), out=6),
     "conv3_pool_only": lambda: between(nn.Conv2d(4, 6, 3, bias=False), nn.MaxPool2d(2), out=6),
     "two_conv_pools": lambda: between(
-        nn.Conv2d(4, 17, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(17, 9, 3), nn.ReLU(), nn.MaxPool2d(2), out=9
+        nn.Conv2d(4, 17, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(17, 9, 3), nn.ReLU(), nn.MaxPool2d(2),
+        out=9,
     ),
     "relu": lambda: between(nn.ReLU()),
     "relu6": lambda: between(nn.ReLU6()),
@@ -155,10 +159,13 @@ def test_branches_against_float64_autograd() -> None:
 @pytest.mark.parametrize(
     ("loss", "reference"),
     [
-        (("cross_entropy", torch.tensor([1.0, 2.0, 0.5]), 1, 0.0), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]), ignore_index=1)),
+        (("cross_entropy", WEIGHT, 1, 0.0), nn.CrossEntropyLoss(WEIGHT, ignore_index=1)),
         (("cross_entropy", None, -100, 0.2), nn.CrossEntropyLoss(label_smoothing=0.2)),
-        (("cross_entropy", torch.tensor([1.0, 2.0, 0.5]), 2, 0.2), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]), ignore_index=2, label_smoothing=0.2)),
-        (("nll", torch.tensor([1.0, 2.0, 0.5]), 0), nn.NLLLoss(torch.tensor([1.0, 2.0, 0.5]), ignore_index=0)),
+        (
+            ("cross_entropy", WEIGHT, 2, 0.2),
+            nn.CrossEntropyLoss(WEIGHT, ignore_index=2, label_smoothing=0.2),
+        ),
+        (("nll", WEIGHT, 0), nn.NLLLoss(WEIGHT, ignore_index=0)),
     ],
 )  # fmt: skip
 def test_losses_with_weights_smoothing_and_ignored_targets(loss: Any, reference: nn.Module) -> None:
@@ -306,7 +313,15 @@ def test_dropout_keeps_and_scales_as_torch_does() -> None:
 
 def test_validation_changes_nothing_and_agrees_with_eager() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.5), nn.Flatten(), nn.Linear(200, 4))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(200, 4),
+    )
     before = copy.deepcopy(model.state_dict())
     x, y = torch.randn(7, 3, 12, 12), torch.randint(0, 4, (7,))
     state = torch.get_rng_state()
@@ -352,7 +367,12 @@ def test_a_loss_that_is_not_finite_leaves_the_weights() -> None:
         (torch.zeros(2, 1, 28, 28), torch.tensor([0, 10]), IndexError, "target 10"),
         (torch.zeros(2, 1, 28, 28, dtype=torch.float64), torch.tensor([0, 1]), TypeError, "float32"),
         (torch.zeros(2, 1, 28, 28), torch.zeros(2, 10), TypeError, "class indices"),
-        (torch.zeros(2, 3, 28, 28), torch.tensor([0, 1]), RuntimeError, r"conv1.0 \(Conv2d\): expects 1 input channels"),
+        (
+            torch.zeros(2, 3, 28, 28),
+            torch.tensor([0, 1]),
+            RuntimeError,
+            r"conv1.0 \(Conv2d\): expects 1 input channels",
+        ),
         (torch.zeros(2, 1, 28, 28), torch.tensor([0, 1, 2]), ValueError, "one target per sample"),
     ],
 )
