@@ -265,6 +265,8 @@ mod tests {
                     out: &mut out,
                     out_row: panels * PANEL,
                     add,
+                    ahead: [&[]; 2],
+                    ahead_row: 0,
                 };
                 match portable {
                     true => work.run::<Portable>(),
