@@ -54,7 +54,9 @@ class Graph:
 class NativeOptimizer:
     """SGD, Adam or AdamW over float32 CPU tensors that stay the user's."""
 
-    def __new__(cls, sgd: Sequence[Any], adam: Sequence[Any]) -> NativeOptimizer: ...
+    def __new__(
+        cls, sgd: Sequence[Any], adam: Sequence[Any], clip: Callable[[list[torch.Tensor | None]], None] | None
+    ) -> NativeOptimizer: ...
     def take_gradients(self) -> list[torch.Tensor | None]:
         """The last step's gradients, one per parameter in the order given, [] before the first step. Forgets them."""
 
@@ -66,6 +68,8 @@ def fit_torch(
     loss: tuple[Any, ...] | Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     optimizer: NativeOptimizer | tuple[list[torch.Tensor], Callable[[list[torch.Tensor | None]], None]] | None,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    accumulate: int,
+    after: Callable[[int, float], Any] | None,
 ) -> tuple[float, int | None, int]:
     """One epoch of a lowered model through libtorch: (sum of losses, correct predictions or None, samples)."""
 
@@ -73,8 +77,11 @@ def fit_python(
     number: int,
     phase: str,
     forward: Callable[[torch.Tensor, torch.Tensor, bool], tuple[float, int | None, int]],
-    step: Callable[[], None],
+    backward: Callable[[], None],
+    update: Callable[[], None],
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    accumulate: int,
+    after: Callable[[int, float], Any] | None,
 ) -> tuple[float, int | None, int]:
     """One epoch of any module: (sum of losses, correct predictions or None, samples)."""
 
@@ -218,8 +225,8 @@ class CpuPlans:
     def steps(self) -> int:
         """Optimizer steps of the last epoch, also after an exception."""
 
-def cpu_obstacle(graph: Graph, input: Sequence[int]) -> str | None:
-    """Why the cpu engine cannot run a graph on inputs of this shape; None where it can."""
+def cpu_obstacle(graph: Graph, input: Sequence[int], targets: Sequence[int] | None) -> str | None:
+    """Why the cpu engine cannot run a graph on inputs (and targets that are values) of this shape; None if it can."""
 
 def fit_cpu(
     number: int,
@@ -229,8 +236,11 @@ def fit_cpu(
     loss: tuple[Any, ...],
     sgd: Sequence[Any],
     adam: Sequence[Any],
+    clip: tuple[str, float] | None,
     plans: CpuPlans,
     seed: int,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    accumulate: int,
+    after: Callable[[int, float], Any] | None,
 ) -> tuple[float, int | None, int]:
     """One epoch of a lowered model without libtorch: (sum of losses, correct predictions or None, samples)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +25,7 @@ def supports(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     input_shape: tuple[int, ...] | None = None,
+    targets: torch.Tensor | None = None,
 ) -> list[str]:
     """Reasons why engine ``cpu`` cannot train or validate a lowered model; empty when it can.
 
@@ -35,6 +36,7 @@ def supports(
         device: of the model.
         dtype: of the inputs.
         input_shape: (N, ...) of a batch, where known; some obstacles show only then.
+        targets: of a batch, where known.
     """
     reasons = []
     if device.type != "cpu":
@@ -47,11 +49,17 @@ def supports(
             reasons.append(f"a tensor of shape {tuple(tensor.shape)} is {tensor.dtype}, or not contiguous")
             break
     if loss is None:
-        reasons.append("the loss is none of nll_loss and cross_entropy with reduction 'mean'")
+        reasons.append("the loss is none of nll_loss, cross_entropy, mse_loss and bce_with_logits of reduction 'mean'")
     if optimizer is not None and not _Rows(optimizer, lowered.tensors).native:
         reasons.append(f"the optimizer {type(optimizer).__name__} is none of plain SGD, Adam and AdamW")
+    values = None
+    if targets is not None and loss is not None:
+        classes = loss[0] in ("nll", "cross_entropy")
+        values = None if classes else list(targets.shape)
+        if targets.dtype is not (torch.int64 if classes else torch.float32) or (classes and targets.dim() != 1):
+            reasons.append(f"the targets are {targets.dtype} of shape {tuple(targets.shape)}")
     if input_shape is not None and not reasons:
-        obstacle = _cnnrs.cpu_obstacle(lowered.graph, list(input_shape))
+        obstacle = _cnnrs.cpu_obstacle(lowered.graph, list(input_shape), values)
         reasons += [obstacle] if obstacle else []
     return reasons
 
@@ -64,6 +72,9 @@ def run(
     loss: tuple[Any, ...],
     optimizer: Optimizer | None,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    clip: tuple[str, float] | None = None,
+    accumulate: int = 1,
+    after: Callable[[int, float, Step | None], Any] | None = None,
 ) -> tuple[float, int | None, int]:
     """One epoch; :func:`supports` must have had no objection.
 
@@ -75,9 +86,14 @@ def run(
         phase: "training" or "validation".
         model: owner of the compiled plans.
         lowered: the model as operations, in the mode of ``phase``.
-        loss: ("nll", weight, ignore_index) or ("cross_entropy", weight, ignore_index, label_smoothing).
+        loss: ("nll", weight, ignore_index), ("cross_entropy", weight, ignore_index, label_smoothing), ("mse",) or
+            ("bce_with_logits",).
         optimizer: SGD, Adam or AdamW; None for validation.
-        batches: yields float32 (N, ...) inputs and int64 (N,) targets.
+        batches: yields float32 (N, ...) inputs and int64 (N,) or float32 (N, K) targets.
+        clip: ("norm" or "value", the largest there may be) of the gradients.
+        accumulate: batches per step of the optimizer.
+        after: called with number and mean loss of every batch, and the optimizer's rows; returns their new options or
+            None.
 
     Returns:
         (sum of losses, correct predictions, samples).
@@ -85,14 +101,16 @@ def run(
     plans = _PLANS.setdefault(model, _cnnrs.CpuPlans())
     arguments = (epoch, phase, lowered.graph, [t.detach() for t in lowered.tensors], loss)
     if phase == "validation" or optimizer is None:
-        return _cnnrs.fit_cpu(*arguments, [], [], plans, 0, batches)
+        bound = None if after is None else lambda batch, mean: after(batch, mean, None)
+        return _cnnrs.fit_cpu(*arguments, [], [], None, plans, 0, batches, 1, bound)
     optimizer.zero_grad()
     draws = any(kind == "Dropout" and a["training"] and a["p"] > 0 for _, kind, _, a in lowered.operations)
     seed = int(torch.empty((), dtype=torch.int64).random_()) if draws else 0
     step = _Rows(optimizer, lowered.tensors)
     sgd, adam = step.handle
+    bound = None if after is None else lambda batch, mean: after(batch, mean, step)
     try:
-        return _cnnrs.fit_cpu(*arguments, sgd, adam, plans, seed, batches)
+        return _cnnrs.fit_cpu(*arguments, sgd, adam, clip, plans, seed, batches, accumulate, bound)
     finally:
         step.finish_after(plans.steps)
 

@@ -42,6 +42,11 @@ def choose(model: nn.Module, engine: Engine) -> Lowered | None:
         return None
 
 
+def slow_on_cpu(lowered: Lowered, input_shape: tuple[int, ...]) -> list[str]:
+    """Operations that libtorch trains faster than engine ``cpu`` on inputs of this shape."""
+    return []
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Why a model takes the engine it takes; prints as text.

@@ -10,9 +10,9 @@ use tch::{Device, Kind};
 use super::batches::Batches;
 use super::enter::enter;
 use super::error::convert;
-use super::fit::{AdamRow, SgdRow, Totals, parse_phase};
+use super::fit::{AdamRow, Callback, SgdRow, Totals, parse_phase};
 use super::graph::Graph;
-use crate::engine::cpu::{self, CpuEngine, Floats, HostBatch, Loss, Plans, Rule, Tensor};
+use crate::engine::cpu::{self, ClassLoss, Clip, CpuEngine, Floats, HostBatch, Loss, Plans, Rule, Targets, Tensor};
 use crate::engine::optimizer::{Adam, Sgd};
 use crate::error::{Error, Result};
 use crate::fit::epoch;
@@ -50,18 +50,21 @@ impl CpuPlans {
     }
 }
 
-/// Why the cpu engine cannot run a graph on inputs of this shape; None where it can.
+/// Why the cpu engine cannot run a graph on inputs of this shape, and targets of this shape where they are values; None
+/// where it can.
 #[pyfunction]
-pub fn cpu_obstacle(graph: &Graph, input: Vec<usize>) -> Option<String> {
-    cpu::obstacle(&graph.inner, &input)
+#[pyo3(signature = (graph, input, targets))]
+pub fn cpu_obstacle(graph: &Graph, input: Vec<usize>, targets: Option<Vec<usize>>) -> Option<String> {
+    cpu::obstacle(&graph.inner, &input, targets.as_deref())
 }
 
 /// One epoch of a lowered model without libtorch.
 ///
-/// `loss`: ("nll", weight, ignore_index) or ("cross_entropy", weight, ignore_index, label_smoothing); `sgd`, `adam`: rows
-/// as for NativeOptimizer, each after the index of its tensor; `seed`: key of this epoch's dropout.
+/// `loss`: ("nll", weight, ignore_index), ("cross_entropy", weight, ignore_index, label_smoothing), ("mse",) or
+/// ("bce_with_logits",); `sgd`, `adam`: rows as for NativeOptimizer, each after the index of its tensor; `clip`: ("norm"
+/// or "value", most); `seed`: key of this epoch's dropout; `accumulate`, `after`: as for `fit_torch`.
 #[pyfunction]
-#[pyo3(signature = (number, phase, graph, tensors, loss, sgd, adam, plans, seed, batches))]
+#[pyo3(signature = (number, phase, graph, tensors, loss, sgd, adam, clip, plans, seed, batches, accumulate, after))]
 #[allow(clippy::too_many_arguments)] // one doorway per engine; Python has given every argument its name already
 pub fn fit_cpu(
     py: Python<'_>,
@@ -72,10 +75,15 @@ pub fn fit_cpu(
     loss: &Bound<'_, PyAny>,
     sgd: Vec<(usize, SgdRow)>,
     adam: Vec<(usize, AdamRow)>,
+    clip: Option<(String, f64)>,
     plans: &CpuPlans,
     seed: u64,
     batches: Py<PyAny>,
+    accumulate: usize,
+    after: Option<Py<PyAny>>,
 ) -> PyResult<Totals> {
+    let clip = clip.map(|(kind, most)| if kind == "norm" { Clip::Norm(most) } else { Clip::Value(most) });
+    let order: Vec<usize> = sgd.iter().map(|row| row.0).chain(adam.iter().map(|row| row.0)).collect();
     let (phase, graph, loss) = (parse_phase(phase)?, graph.inner.clone(), parse_loss(loss)?);
     // These keep the memory alive until the epoch is over.
     let mut owners: Vec<tch::Tensor> = Vec::new();
@@ -96,9 +104,15 @@ pub fn fit_cpu(
         let mut kept = plans.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let Kept { plans, steps } = &mut *kept;
         *steps = 0;
-        let mut engine = CpuEngine::new(graph, plans, memory, loss, rules, seed, workers)?;
+        let mut engine = CpuEngine::new(graph, plans, memory, loss, rules, clip, accumulate, seed, workers)?;
+        let after = Callback(after);
         let batches = Batches { iterator: batches, read: |batch: Bound<'_, PyAny>| batch.extract().and_then(read) };
-        let result = epoch(number, phase, &mut engine, batches);
+        let result = epoch(number, phase, &mut engine, batches, accumulate, |engine, batch, loss| {
+            after.call(batch, loss, |rows| {
+                let rows: Vec<_> = order.iter().copied().zip(rows.iter().cloned()).collect();
+                engine.set_options(&rows);
+            })
+        });
         *steps = engine.steps;
         let forwards = i64::try_from(engine.forwards).unwrap_or(i64::MAX);
         drop(engine);
@@ -123,11 +137,14 @@ fn parse_loss(loss: &Bound<'_, PyAny>) -> PyResult<Loss> {
     let weight = |w: Option<PyTensor>| -> PyResult<Option<Vec<f32>>> {
         w.map(|w| Vec::<f32>::try_from(&w.0).map_err(|e| PyTypeError::new_err(format!("loss weight: {e}")))).transpose()
     };
+    if let Ok((name,)) = loss.extract::<(String,)>() {
+        return Ok(if name == "mse" { Loss::Mse } else { Loss::BceWithLogits });
+    }
     if let Ok((_, w, ignore_index, label_smoothing)) = loss.extract::<(String, Option<PyTensor>, i64, f64)>() {
-        return Ok(Loss { cross_entropy: true, weight: weight(w)?, ignore_index, label_smoothing });
+        return Ok(Loss::Classes(ClassLoss { cross_entropy: true, weight: weight(w)?, ignore_index, label_smoothing }));
     }
     let (_, w, ignore_index) = loss.extract::<(String, Option<PyTensor>, i64)>()?;
-    Ok(Loss { cross_entropy: false, weight: weight(w)?, ignore_index, label_smoothing: 0.0 })
+    Ok(Loss::Classes(ClassLoss { cross_entropy: false, weight: weight(w)?, ignore_index, label_smoothing: 0.0 }))
 }
 
 fn sgd_rule(row: SgdRow, owners: &mut Vec<tch::Tensor>) -> Result<Rule> {
@@ -197,8 +214,10 @@ fn read((inputs, targets): (PyTensor, PyTensor)) -> PyResult<TorchBatch> {
     if inputs.kind() != Kind::Float || inputs.device() != Device::Cpu {
         return Err(wrong("float32 inputs on cpu", inputs.kind()));
     }
-    if targets.kind() != Kind::Int64 || targets.dim() != 1 {
-        return Err(wrong("targets that are int64 class indices of shape (N,)", targets.kind()));
+    let classes = targets.kind() == Kind::Int64 && targets.dim() == 1;
+    let values = targets.kind() == Kind::Float && targets.dim() == 2;
+    if !(classes || values) || targets.device() != Device::Cpu {
+        return Err(wrong("targets that are int64 class indices (N,) or float32 values (N, K)", targets.kind()));
     }
     let shape = inputs.size().iter().map(|&d| d.unsigned_abs() as usize).collect();
     Ok(TorchBatch { inputs: inputs.contiguous(), targets: targets.contiguous(), shape })
@@ -217,11 +236,14 @@ impl HostBatch for TorchBatch {
         }
     }
 
-    fn targets(&self) -> &[i64] {
-        match self.targets.numel() {
-            0 => &[],
-            // SAFETY: `read` made sure of contiguous int64 in CPU memory, which lives as long as `self`.
-            len => unsafe { std::slice::from_raw_parts(self.targets.data_ptr().cast(), len) },
+    fn targets(&self) -> Targets<'_> {
+        let (start, len) = (self.targets.data_ptr(), self.targets.numel());
+        match (self.targets.kind(), len) {
+            (_, 0) => Targets::Classes(&[]),
+            // SAFETY: `read` made sure of contiguous float32 in CPU memory, which lives as long as `self`.
+            (Kind::Float, _) => Targets::Values(unsafe { std::slice::from_raw_parts(start.cast(), len) }),
+            // SAFETY: as above, int64.
+            _ => Targets::Classes(unsafe { std::slice::from_raw_parts(start.cast(), len) }),
         }
     }
 }

@@ -366,7 +366,8 @@ def test_a_loss_that_is_not_finite_leaves_the_weights() -> None:
     [
         (torch.zeros(2, 1, 28, 28), torch.tensor([0, 10]), IndexError, "target 10"),
         (torch.zeros(2, 1, 28, 28, dtype=torch.float64), torch.tensor([0, 1]), TypeError, "float32"),
-        (torch.zeros(2, 1, 28, 28), torch.zeros(2, 10), TypeError, "class indices"),
+        (torch.zeros(2, 1, 28, 28), torch.zeros(2, 10), ValueError, "one target per sample, a class index, got 20"),
+        (torch.zeros(2, 1, 28, 28), torch.zeros(2, 1, 10), TypeError, "class indices"),
         (
             torch.zeros(2, 3, 28, 28),
             torch.tensor([0, 1]),

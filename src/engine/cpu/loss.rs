@@ -1,10 +1,111 @@
-//! `nll_loss` and `cross_entropy` reduced by the mean, one sample at a time: the divisor is known from the targets.
+//! Losses reduced by the mean, one sample at a time: the divisor is known from the targets.
 
 use crate::error::{Error, Result};
 
-/// A loss over (N, classes) outputs and class indices; names and meanings are `torch.nn.functional`'s.
+/// A loss over (N, classes) outputs; names and meanings are `torch.nn.functional`'s.
 #[derive(Debug, Clone)]
-pub struct Loss {
+pub enum Loss {
+    Classes(ClassLoss),
+    Mse,
+    BceWithLogits,
+}
+
+/// What the outputs are compared with.
+#[derive(Debug, Clone, Copy)]
+pub enum Targets<'a> {
+    /// N class indices.
+    Classes(&'a [i64]),
+    /// As many values as outputs.
+    Values(&'a [f32]),
+}
+
+impl Targets<'_> {
+    fn count(&self) -> usize {
+        match self {
+            Self::Classes(classes) => classes.len(),
+            Self::Values(values) => values.len(),
+        }
+    }
+}
+
+impl Loss {
+    /// The sum that the mean divides by.
+    ///
+    /// # Errors
+    /// `Target` for a class the output does not have, `Argument` for targets that do not fit the output.
+    pub fn divisor(&self, targets: Targets<'_>, samples: usize, outputs: usize) -> Result<f64> {
+        match (self, targets) {
+            (Self::Classes(loss), Targets::Classes(classes)) if classes.len() == samples => {
+                loss.divisor(classes, outputs)
+            }
+            (Self::Mse | Self::BceWithLogits, Targets::Values(values)) if values.len() == samples * outputs => {
+                Ok(values.len() as f64)
+            }
+            _ => Err(Error::Argument(format!(
+                "expected one target per {}, got {} for outputs of shape ({samples}, {outputs})",
+                if matches!(self, Self::Classes(_)) { "sample, a class index" } else { "output, a float32 number" },
+                targets.count(),
+            ))),
+        }
+    }
+
+    /// Loss of one sample; `grad` gets the derivative of the sum over `divisor`.
+    pub fn sample(
+        &self,
+        output: &[f32],
+        targets: Targets<'_>,
+        sample: usize,
+        divisor: f64,
+        grad: Option<&mut [f32]>,
+    ) -> Part {
+        match (self, targets) {
+            (Self::Classes(loss), Targets::Classes(classes)) => loss.sample(output, classes[sample], divisor, grad),
+            (Self::Mse, Targets::Values(values)) => {
+                let each = |x: f64, y: f64| ((x - y) * (x - y), 2.0 * (x - y));
+                elementwise(output, &values[sample * output.len()..], divisor, grad, each)
+            }
+            (Self::BceWithLogits, Targets::Values(values)) => {
+                // max(x, 0) - x y + log(1 + exp(-|x|)) does not overflow; its derivative is sigmoid(x) - y.
+                let each = |x: f64, y: f64| {
+                    let loss = x.max(0.0) - x * y + (-x.abs()).exp().ln_1p();
+                    (if x.is_nan() { x } else { loss }, 1.0 / (1.0 + (-x).exp()) - y)
+                };
+                elementwise(output, &values[sample * output.len()..], divisor, grad, each)
+            }
+            _ => Part::default(),
+        }
+    }
+
+    /// What the epoch adds up: the samples' losses, or with class weights the mean once per sample.
+    pub fn reported(&self, sum: f64, divisor: f64, samples: usize) -> f64 {
+        match self {
+            Self::Classes(ClassLoss { weight: None, .. }) => sum,
+            _ => sum / divisor * samples as f64,
+        }
+    }
+}
+
+fn elementwise(
+    output: &[f32],
+    values: &[f32],
+    divisor: f64,
+    mut grad: Option<&mut [f32]>,
+    each: impl Fn(f64, f64) -> (f64, f64),
+) -> Part {
+    let mut total = 0.0;
+    for (i, (&x, &y)) in output.iter().zip(values).enumerate() {
+        let (loss, slope) = each(f64::from(x), f64::from(y));
+        total += loss;
+        if let Some(grad) = &mut grad {
+            grad[i] = (slope / divisor) as f32;
+        }
+    }
+    Part { loss: total, correct: 0 }
+}
+
+/// `nll_loss` and `cross_entropy`.
+#[derive(Debug, Clone)]
+pub struct ClassLoss {
     /// `cross_entropy` takes scores, `nll_loss` log-probabilities.
     pub cross_entropy: bool,
     pub weight: Option<Vec<f32>>,
@@ -20,7 +121,7 @@ pub struct Part {
     pub correct: u64,
 }
 
-impl Loss {
+impl ClassLoss {
     fn class(&self, target: i64) -> Option<usize> {
         (target != self.ignore_index).then_some(target.unsigned_abs() as usize)
     }
@@ -29,11 +130,7 @@ impl Loss {
         self.weight.as_ref().map_or(1.0, |w| w.get(class).map_or(1.0, |&w| f64::from(w)))
     }
 
-    /// The sum that the mean divides by.
-    ///
-    /// # Errors
-    /// `Target` for a class the output does not have.
-    pub fn divisor(&self, targets: &[i64], classes: usize) -> Result<f64> {
+    fn divisor(&self, targets: &[i64], classes: usize) -> Result<f64> {
         let mut sum = 0.0;
         for &target in targets {
             if target == self.ignore_index {
@@ -47,8 +144,7 @@ impl Loss {
         Ok(sum)
     }
 
-    /// Loss of one sample; `grad` gets the derivative of the mean.
-    pub fn sample(&self, output: &[f32], target: i64, divisor: f64, grad: Option<&mut [f32]>) -> Part {
+    fn sample(&self, output: &[f32], target: i64, divisor: f64, grad: Option<&mut [f32]>) -> Part {
         let correct = u64::from(argmax(output) as i64 == target);
         let Some(class) = self.class(target) else {
             if let Some(grad) = grad {
@@ -86,11 +182,6 @@ impl Loss {
         }
         Part { loss, correct }
     }
-
-    /// What the epoch adds up: the samples' losses, or with class weights the mean once per sample.
-    pub fn reported(&self, sum: f64, divisor: f64, samples: usize) -> f64 {
-        if self.weight.is_some() { sum / divisor * samples as f64 } else { sum }
-    }
 }
 
 /// The first of the largest, a NaN before all, as `Tensor.max(dim)`.
@@ -113,7 +204,7 @@ mod tests {
 
     #[test]
     fn cross_entropy_of_two_classes_by_hand() {
-        let loss = Loss { cross_entropy: true, weight: None, ignore_index: -100, label_smoothing: 0.0 };
+        let loss = ClassLoss { cross_entropy: true, weight: None, ignore_index: -100, label_smoothing: 0.0 };
         let mut grad = [0.0; 2];
         let part = loss.sample(&[0.0, 0.0], 1, 2.0, Some(&mut grad));
         assert!((part.loss - std::f64::consts::LN_2).abs() < 1e-12);

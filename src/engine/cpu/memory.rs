@@ -89,7 +89,7 @@ pub enum Tensor {
 }
 
 /// Zeroed floats that many workers write, each in its own part.
-struct Arena {
+pub struct Arena {
     ptr: *mut f32,
     len: usize,
     _owner: Vec<f32>,
@@ -101,11 +101,13 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
-    fn new(len: usize) -> Result<Self> {
+    /// # Errors
+    /// `Argument` when there is not that much memory.
+    pub fn new(len: usize) -> Result<Self> {
         let mut owner = Vec::new();
         owner.try_reserve_exact(len).map_err(|_| {
             Error::Argument(format!(
-                "no memory for a plan of {:.1} GiB: use a smaller batch",
+                "no memory for {:.1} GiB of values and gradients: use a smaller batch",
                 len as f64 * 4.0 / f64::from(1 << 30)
             ))
         })?;
@@ -114,7 +116,7 @@ impl Arena {
     }
 
     #[allow(clippy::mut_from_ref)] // disjointness is the schedule's, see the head of this file
-    fn slice(&self, range: Range<usize>) -> &mut [f32] {
+    pub fn slice(&self, range: Range<usize>) -> &mut [f32] {
         assert!(range.start <= range.end && range.end <= self.len, "slot outside its arena");
         // SAFETY: in bounds, initialised, and no other worker holds this range (head of this file).
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add(range.start), range.len()) }

@@ -22,11 +22,11 @@ mod update;
 mod workers;
 
 use geometry::{broadcast_map, mean_targets, spans, window_of};
-pub use loss::Loss;
+pub use loss::{ClassLoss, Loss, Targets};
 pub use memory::{Floats, Tensor};
 use plan::Plan;
-pub use update::Rule;
-use update::Updates;
+pub use update::{Clip, Rule};
+use update::{Gathered, Updates};
 use workers::Team;
 
 use super::{Engine, Phase, Step};
@@ -39,14 +39,20 @@ pub trait HostBatch {
     fn shape(&self) -> &[usize];
     /// Contiguous float32 of that shape.
     fn inputs(&self) -> &[f32];
-    /// N class indices.
-    fn targets(&self) -> &[i64];
+    /// N class indices, or one value per output.
+    fn targets(&self) -> Targets<'_>;
 }
 
-/// Why this engine cannot run a graph on inputs of this shape.
-pub fn obstacle(graph: &Graph, input: &[usize]) -> Option<String> {
+/// Why this engine cannot run a graph on inputs of this shape, with `targets` of this shape where they are values.
+pub fn obstacle(graph: &Graph, input: &[usize], targets: Option<&[usize]>) -> Option<String> {
     let trained = vec![true; graph.tensors.len()];
-    structure::structure(graph, input, &trained, true).err().map(|error| error.to_string())
+    match (structure::structure(graph, input, &trained, true), targets) {
+        (Err(error), _) => Some(error.to_string()),
+        (Ok(found), Some(targets)) if found.shapes[graph.output] != targets => {
+            Some(format!("the targets have shape {targets:?} and the outputs {:?}", found.shapes[graph.output]))
+        }
+        _ => None,
+    }
 }
 
 /// Plans and threads that outlive an epoch.
@@ -108,10 +114,13 @@ pub struct CpuEngine<'a, B> {
     tensors: Vec<Tensor>,
     loss: Loss,
     updates: Updates,
+    accumulate: usize,
     seed: u64,
     team: Team,
     current: Option<(Key, Plan)>,
     pending: Option<B>,
+    /// Number of the batch in hand.
+    number: u64,
     /// Training batches that went forward: what `num_batches_tracked` has grown by.
     pub forwards: u64,
     /// Steps taken.
@@ -120,16 +129,19 @@ pub struct CpuEngine<'a, B> {
 
 impl<'a, B: HostBatch> CpuEngine<'a, B> {
     /// `tensors`: memory of the graph's parameters and buffers; `rules`: what the optimizer does to each; `seed`: key of
-    /// this epoch's dropout.
+    /// this epoch's dropout; `accumulate`: batches per step of the optimizer.
     ///
     /// # Errors
     /// `Argument` for memory of the wrong size, or when the threads cannot be started.
+    #[allow(clippy::too_many_arguments)] // every one of them is another thing
     pub fn new(
         graph: Graph,
         plans: &'a mut Plans,
         tensors: Vec<Tensor>,
         loss: Loss,
         rules: Vec<Option<Rule>>,
+        clip: Option<Clip>,
+        accumulate: usize,
         seed: u64,
         workers: usize,
     ) -> Result<Self> {
@@ -147,17 +159,27 @@ impl<'a, B: HostBatch> CpuEngine<'a, B> {
         }
         let team = plans.team(workers)?;
         let nowhere = memory::Slot { place: memory::Place::Worker, offset: 0, len: 0 };
-        let updates = Updates { rules, roots: nowhere };
+        let gathered = if accumulate > 1 || matches!(clip, Some(Clip::Norm(_))) {
+            let sizes = graph.tensors.iter().zip(&rules);
+            let lens: Vec<usize> =
+                sizes.map(|(shape, rule)| rule.as_ref().map_or(0, |_| shape.iter().product())).collect();
+            Some(Gathered::new(&lens, workers)?)
+        } else {
+            None
+        };
+        let updates = Updates { rules, roots: nowhere, clip, gathered };
         Ok(Self {
             graph,
             plans,
             tensors,
             loss,
             updates,
+            accumulate,
             seed,
             team,
             current: None,
             pending: None,
+            number: 0,
             forwards: 0,
             steps: 0,
         })
@@ -188,18 +210,29 @@ impl<'a, B: HostBatch> CpuEngine<'a, B> {
         Ok(())
     }
 
-    fn run(
+    fn stepped(&mut self) {
+        self.updates.finish();
+        self.steps += 1;
+    }
+
+    /// As the optimizer's groups have changed.
+    pub fn set_options(&mut self, rows: &[(crate::model::Tensor, Vec<f64>)]) {
+        self.updates.set_options(rows);
+    }
+
+    fn run<T>(
         &mut self,
-        batch: &B,
-        work: impl FnOnce(&mut Plan, &mut Team, &plan::Step<'_>) -> Result<(f64, u64)>,
-    ) -> Result<(f64, u64)> {
+        batch: Option<&B>,
+        work: impl FnOnce(&mut Plan, &mut Team, &plan::Step<'_>) -> Result<T>,
+    ) -> Result<T> {
         let Some((_, plan)) = &mut self.current else { return Err(Error::Argument("no plan".to_owned())) };
         let step = plan::Step {
-            inputs: batch.inputs(),
-            targets: batch.targets(),
+            inputs: batch.map_or(&[], |batch| batch.inputs()),
+            targets: batch.map_or(Targets::Classes(&[]), |batch| batch.targets()),
             loss: &self.loss,
+            accumulate: self.accumulate,
             seed: self.seed,
-            number: self.steps,
+            number: self.number,
             updates: &self.updates,
         };
         work(plan, &mut self.team, &step)
@@ -212,30 +245,42 @@ impl<B: HostBatch> Engine for CpuEngine<'_, B> {
     fn forward(&mut self, batch: B, phase: Phase) -> Result<Step> {
         let training = phase == Phase::Training;
         let samples = batch.shape().first().copied().unwrap_or(0);
-        if samples == 0 || samples != batch.targets().len() {
-            return Err(Error::Argument(format!(
-                "expected one target per sample, got inputs of shape {:?} and {} targets",
-                batch.shape(),
-                batch.targets().len()
-            )));
+        if samples == 0 {
+            return Err(Error::Argument(format!("expected at least one sample, got inputs of shape {:?}", batch.shape())));
         }
         if batch.inputs().len() != batch.shape().iter().product::<usize>() {
             return Err(Error::Argument(format!("{} inputs for shape {:?}", batch.inputs().len(), batch.shape())));
         }
         self.select(batch.shape(), training)?;
-        let (loss, correct) = self.run(&batch, |plan, team, step| plan.forward(team, step))?;
+        self.number = self.forwards;
+        let (loss, correct) = self.run(Some(&batch), |plan, team, step| plan.forward(team, step))?;
         if training {
             self.forwards += 1;
             self.pending = Some(batch);
         }
-        Ok(Step { loss, correct: Some(correct), samples: samples as u64 })
+        Ok(Step { loss, correct, samples: samples as u64 })
     }
 
-    fn step(&mut self) -> Result<()> {
-        let batch = self.pending.take().ok_or_else(|| Error::Argument("step() before forward()".to_owned()))?;
-        self.run(&batch, |plan, team, step| plan.step(team, step).map(|()| (0.0, 0)))?;
-        self.updates.finish();
-        self.steps += 1;
+    fn backward(&mut self, update: bool) -> Result<()> {
+        let batch = self.pending.take().ok_or_else(|| Error::Argument("backward() before forward()".to_owned()))?;
+        if self.updates.gathered.is_none() {
+            self.updates.begin();
+        }
+        self.run(Some(&batch), |plan, team, step| plan.backward(team, step))?;
+        match &mut self.updates.gathered {
+            None => self.stepped(),
+            Some(gathered) => gathered.adds = true,
+        }
+        if update && self.updates.gathered.is_some() { self.update() } else { Ok(()) }
+    }
+
+    fn update(&mut self) -> Result<()> {
+        self.updates.begin();
+        self.run(None, |plan, team, step| plan.update(team, step))?;
+        if let Some(gathered) = &mut self.updates.gathered {
+            gathered.adds = false;
+        }
+        self.stepped();
         Ok(())
     }
 }

@@ -2,10 +2,10 @@
 
 use super::build::Builder;
 use super::layer::{Context, Grain, Layer, Out, Param, share};
-use super::loss::{Loss, Part};
+use super::loss::{Loss, Part, Targets};
 use super::memory::{Slot, Store};
 use super::structure::structure;
-use super::update::{PIECE, Updates, reduce_and_update};
+use super::update::{PIECE, Updates, reduce_and_update, update_gathered};
 use super::workers::Team;
 use crate::error::{Error, Result};
 use crate::model::Graph;
@@ -45,9 +45,12 @@ pub struct Plan {
 /// What a step needs besides the plan.
 pub struct Step<'a> {
     pub inputs: &'a [f32],
-    pub targets: &'a [i64],
+    pub targets: Targets<'a>,
     pub loss: &'a Loss,
+    /// Batches per step of the optimizer: the gradient is divided by it.
+    pub accumulate: usize,
     pub seed: u64,
+    /// Number of the batch.
     pub number: u64,
     pub updates: &'a Updates,
 }
@@ -84,9 +87,10 @@ impl Plan {
     ///
     /// # Errors
     /// `Target` for a class the output does not have, `Panic` for a bug of ours.
-    pub fn forward(&mut self, team: &mut Team, step: &Step<'_>) -> Result<(f64, u64)> {
+    pub fn forward(&mut self, team: &mut Team, step: &Step<'_>) -> Result<(f64, Option<u64>)> {
         let classes = self.output.value.len;
-        let divisor = step.loss.divisor(step.targets, classes)?;
+        let divisor = step.loss.divisor(step.targets, self.batch, classes)?;
+        let scaled = divisor * step.accumulate.max(1) as f64;
         self.store.set_input(step.inputs);
         let result = self.on_team(team, step, &|plan, cx| {
             plan.begin(cx);
@@ -99,7 +103,7 @@ impl Plan {
                 for sample in cx.samples.clone() {
                     let grad = plan.output.grad.map(|g| cx.one_mut(g, sample));
                     let output = cx.one(plan.output.value, sample);
-                    let part = step.loss.sample(output, step.targets[sample], divisor, grad);
+                    let part = step.loss.sample(output, step.targets, sample, scaled, grad);
                     total = Part { loss: total.loss + part.loss, correct: total.correct + part.correct };
                 }
                 if plan.training {
@@ -115,19 +119,19 @@ impl Plan {
             let part = part.lock().unwrap_or_else(PoisonError::into_inner);
             total = Part { loss: total.loss + part.loss, correct: total.correct + part.correct };
         }
-        Ok((step.loss.reported(total.loss, divisor, self.batch), total.correct))
+        let correct = matches!(step.targets, Targets::Classes(_)).then_some(total.correct);
+        Ok((step.loss.reported(total.loss, divisor, self.batch), correct))
     }
 
-    /// The rest of the gradients, and new weights.
+    /// The rest of the gradients, and new weights unless gradients are gathered first.
     ///
     /// # Errors
     /// `Panic` for a bug of ours.
-    pub fn step(&mut self, team: &mut Team, step: &Step<'_>) -> Result<()> {
+    pub fn backward(&mut self, team: &mut Team, step: &Step<'_>) -> Result<()> {
         if !self.training {
             return Err(Error::Argument("a plan for validation cannot train".to_owned()));
         }
         self.store.set_input(step.inputs);
-        step.updates.begin();
         let result = self.on_team(team, step, &|plan, cx| {
             plan.run_backward(&plan.segments[..plan.tail], cx);
             plan.layers.iter().for_each(|layer| layer.end(cx));
@@ -136,6 +140,14 @@ impl Plan {
         });
         self.store.clear_input();
         result
+    }
+
+    /// New weights from the gathered gradients.
+    ///
+    /// # Errors
+    /// `Panic` for a bug of ours.
+    pub fn update(&mut self, team: &mut Team, step: &Step<'_>) -> Result<()> {
+        self.on_team(team, step, &|_, cx| update_gathered(cx))
     }
 
     fn on_team(&self, team: &mut Team, step: &Step<'_>, job: &(dyn Fn(&Self, &Context<'_>) + Sync)) -> Result<()> {

@@ -109,9 +109,9 @@ impl LargeLinear {
                 ahead: [weights, state].map(|m| m.get(row * k + columns.start..).unwrap_or_default()),
                 ahead_row: k,
             });
-            for (r, grad) in grads.chunks_exact(panels * PANEL).take(rows).enumerate() {
+            for (r, grad) in grads.chunks_exact_mut(panels * PANEL).take(rows).enumerate() {
                 let first = (row + r) * k + columns.start;
-                cx.updates.apply(cx, self.weight.tensor, first, &grad[..columns.len()]);
+                cx.updates.take(cx, self.weight.tensor, first, &mut grad[..columns.len()]);
             }
         }
     }
