@@ -20,6 +20,7 @@ __all__ = [
     "available_threads",
     "check_files",
     "cpu_obstacle",
+    "cpu_slow",
     "decode_image",
     "extract_python",
     "extract_torch",
@@ -227,6 +228,9 @@ class CpuPlans:
 
 def cpu_obstacle(graph: Graph, input: Sequence[int], targets: Sequence[int] | None) -> str | None:
     """Why the cpu engine cannot run a graph on inputs (and targets that are values) of this shape; None if it can."""
+
+def cpu_slow(graph: Graph) -> list[int]:
+    """Nodes that libtorch trains at least as fast as the cpu engine, where they are most of the work; else none."""
 
 def fit_cpu(
     number: int,

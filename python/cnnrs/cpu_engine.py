@@ -38,16 +38,11 @@ def supports(
         input_shape: (N, ...) of a batch, where known; some obstacles show only then.
         targets: of a batch, where known.
     """
-    reasons = []
-    if device.type != "cpu":
+    reasons = tensor_obstacles(lowered)
+    if device.type != "cpu" and not reasons:
         reasons.append(f"the model is on {device}")
     if dtype is not torch.float32:
         reasons.append(f"the inputs are {dtype}, not torch.float32")
-    for tensor in lowered.tensors:
-        floats = tensor.dtype is torch.float32 and tensor.is_contiguous()
-        if not floats and not (tensor.dtype is torch.int64 and tensor.numel() == 1):
-            reasons.append(f"a tensor of shape {tuple(tensor.shape)} is {tensor.dtype}, or not contiguous")
-            break
     if loss is None:
         reasons.append("the loss is none of nll_loss, cross_entropy, mse_loss and bce_with_logits of reduction 'mean'")
     if optimizer is not None and not _Rows(optimizer, lowered.tensors).native:
@@ -61,6 +56,18 @@ def supports(
     if input_shape is not None and not reasons:
         obstacle = _cnnrs.cpu_obstacle(lowered.graph, list(input_shape), values)
         reasons += [obstacle] if obstacle else []
+    return reasons
+
+
+def tensor_obstacles(lowered: Lowered) -> list[str]:
+    """Reasons that lie in the model's tensors: engine ``cpu`` needs contiguous float32 in CPU memory."""
+    elsewhere = [tensor.device for tensor in lowered.tensors if tensor.device.type != "cpu"]
+    reasons = [f"the model is on {elsewhere[0]}"] if elsewhere else []
+    for tensor in lowered.tensors:
+        floats = tensor.dtype is torch.float32 and tensor.is_contiguous()
+        if not floats and not (tensor.dtype is torch.int64 and tensor.numel() == 1):
+            reasons.append(f"a tensor of shape {tuple(tensor.shape)} is {tensor.dtype}, or not contiguous")
+            break
     return reasons
 
 

@@ -257,12 +257,12 @@ def _run(job: _Job, engine: Engine, batches: Iterator[Any]) -> Totals:
         if reasons:
             raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this:", *reasons]))
         return _run_cpu(job, lowered, batches)
-    if engine == "auto" and not _obstacles(job, lowered, None):
+    if engine == "auto" and not slow_on_cpu(lowered) and not _obstacles(job, lowered, None):
         # What decides the rest is the shape of a batch.
         first = next(batches, None)
         if first is not None:
             batches = chain([first], batches)
-            if not _obstacles(job, lowered, first) and not slow_on_cpu(lowered, tuple(first[0].shape)):
+            if not _obstacles(job, lowered, first):
                 return _run_cpu(job, lowered, batches)
     return _run_lowered(job, lowered, batches)
 

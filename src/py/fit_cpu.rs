@@ -58,6 +58,12 @@ pub fn cpu_obstacle(graph: &Graph, input: Vec<usize>, targets: Option<Vec<usize>
     cpu::obstacle(&graph.inner, &input, targets.as_deref())
 }
 
+/// Nodes that libtorch trains at least as fast as the cpu engine, where they are most of the work; else none.
+#[pyfunction]
+pub fn cpu_slow(graph: &Graph) -> Vec<usize> {
+    cpu::slow(&graph.inner)
+}
+
 /// One epoch of a lowered model without libtorch.
 ///
 /// `loss`: ("nll", weight, ignore_index), ("cross_entropy", weight, ignore_index, label_smoothing), ("mse",) or

@@ -28,7 +28,7 @@ mod _cnnrs {
     #[pymodule_export]
     use super::fit::{NativeOptimizer, fit_python, fit_torch};
     #[pymodule_export]
-    use super::fit_cpu::{CpuPlans, cpu_obstacle, fit_cpu};
+    use super::fit_cpu::{CpuPlans, cpu_obstacle, cpu_slow, fit_cpu};
     #[pymodule_export]
     use super::folder::scan_folders;
     #[pymodule_export]

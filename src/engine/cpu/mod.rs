@@ -55,6 +55,8 @@ pub fn obstacle(graph: &Graph, input: &[usize], targets: Option<&[usize]>) -> Op
     }
 }
 
+pub use structure::slow;
+
 /// Plans and threads that outlive an epoch.
 #[derive(Default)]
 pub struct Plans {
@@ -246,7 +248,10 @@ impl<B: HostBatch> Engine for CpuEngine<'_, B> {
         let training = phase == Phase::Training;
         let samples = batch.shape().first().copied().unwrap_or(0);
         if samples == 0 {
-            return Err(Error::Argument(format!("expected at least one sample, got inputs of shape {:?}", batch.shape())));
+            return Err(Error::Argument(format!(
+                "expected at least one sample, got inputs of shape {:?}",
+                batch.shape()
+            )));
         }
         if batch.inputs().len() != batch.shape().iter().product::<usize>() {
             return Err(Error::Argument(format!("{} inputs for shape {:?}", batch.inputs().len(), batch.shape())));

@@ -65,6 +65,23 @@ pub fn structure(graph: &Graph, input: &[usize], trained: &[bool], training: boo
     Ok(Structure { shapes, items, output, needs_grad })
 }
 
+/// Convolutions that go through a general matrix product, which libtorch does at least as well, where they hold more than
+/// half of the convolutions' weights (measured: a network is faster here up to about that share); otherwise none.
+pub fn slow(graph: &Graph) -> Vec<usize> {
+    let readers = readers(graph);
+    let (mut all, mut general, mut nodes) = (0, 0, Vec::new());
+    for (index, node) in graph.nodes.iter().enumerate() {
+        let Op::Conv2d { weight, .. } = node.op else { continue };
+        let weights: usize = graph.tensors[weight].iter().product();
+        all += weights;
+        if conv_pool::chain(graph, None, &readers, index).is_none() {
+            general += weights;
+            nodes.push(index);
+        }
+    }
+    if 2 * general > all { nodes } else { Vec::new() }
+}
+
 /// Who reads each node; the caller counts as a reader of the output, after all others.
 fn readers(graph: &Graph) -> Vec<Vec<usize>> {
     let mut readers = vec![Vec::new(); graph.nodes.len()];
@@ -235,7 +252,7 @@ impl Walk<'_> {
 
     /// The longest chain from here that one kernel runs.
     fn chain(&mut self, index: usize) -> Option<Chain> {
-        let chain = conv_pool::chain(self.graph, self.shapes, &self.readers, index)?;
+        let chain = conv_pool::chain(self.graph, Some(self.shapes), &self.readers, index)?;
         chain.nodes.iter().for_each(|&node| self.fused[node] = true);
         Some(chain)
     }

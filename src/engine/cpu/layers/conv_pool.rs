@@ -25,17 +25,18 @@ pub struct Chain {
 const PIXELS: usize = 1 << 23;
 
 /// The chain that starts at the convolution `index`, if it ends in the right pool.
-pub fn chain(graph: &Graph, shapes: &[Shape], readers: &[Vec<usize>], index: usize) -> Option<Chain> {
+///
+/// Without `shapes` whether there is one for images that are not too large.
+pub fn chain(graph: &Graph, shapes: Option<&[Shape]>, readers: &[Vec<usize>], index: usize) -> Option<Chain> {
     let Op::Conv2d { weight, stride: [1, 1], padding, dilation: [1, 1], groups: 1, .. } = graph.nodes[index].op else {
         return None;
     };
     let [outs, _, kh, kw] = *graph.tensors[weight].as_slice() else { return None };
-    let input = shapes.get(graph.nodes[index].inputs[0])?;
-    if outs > MAX_CHANNELS
-        || kh != kw
-        || !matches!(kh, 3 | 5)
-        || (input[2] + 2 * padding[0]) * (input[3] + 2 * padding[1]) > PIXELS
-    {
+    let padded = shapes.map_or(0, |shapes| {
+        let input = &shapes[graph.nodes[index].inputs[0]];
+        (input[2] + 2 * padding[0]) * (input[3] + 2 * padding[1])
+    });
+    if outs > MAX_CHANNELS || kh != kw || !matches!(kh, 3 | 5) || padded > PIXELS {
         return None;
     }
     let mut chain = Chain { nodes: Vec::new(), last: index, relu: false, dropout: None };
