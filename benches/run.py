@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import fit
+import folders
 import loader
 from measure import machine, show
 
 HERE = Path(__file__).parent
-BENCHMARKS = {"loader": loader.comparisons, "fit": fit.comparisons}
+BENCHMARKS = {"loader": loader.comparisons, "folders": folders.comparisons, "fit": fit.comparisons}
 
 
 def main() -> None:

@@ -19,16 +19,18 @@ __all__ = [
     "apply_op",
     "available_threads",
     "check_files",
+    "copy_rows",
     "cpu_obstacle",
     "cpu_slow",
     "decode_image",
-    "extract_python",
+    "extract_rows",
     "extract_torch",
     "fit_cpu",
     "fit_python",
     "fit_torch",
     "image_orientation",
     "read_idx",
+    "row_checksums",
     "scan_folders",
 ]
 
@@ -89,19 +91,36 @@ def fit_python(
 def extract_torch(
     graph: Graph,
     tensors: Sequence[torch.Tensor],
-    batches: Iterator[torch.Tensor],
-    path: os.PathLike[str] | None,
+    batches: Iterator[tuple[torch.Tensor, list[tuple[int, int]], str]],
+    file: tuple[str, str | None, int | None, bool] | None,
     expected: int,
-) -> tuple[NDArray[np.uint8] | None, list[int], str | None]:
-    """Features of a lowered model: (bytes, or None when written to `path`; shape; NumPy type string)."""
+    dtype: str | None,
+) -> tuple[NDArray[np.uint8] | None, list[int], str]:
+    """Features of a lowered model: (bytes, or None when they are in a file; shape; torch's name of the type).
 
-def extract_python(
-    model: Callable[[torch.Tensor], torch.Tensor],
-    batches: Iterator[torch.Tensor],
-    path: os.PathLike[str] | None,
+    Batches are (inputs, runs (first row, rows) where their features go, JSON of the commit record); a file is (path,
+    journal, rows in all where known, whether to go on with what is there).
+    """
+
+def extract_rows(
+    batches: Iterator[tuple[torch.Tensor, list[tuple[int, int]], str]],
+    file: tuple[str, str | None, int | None, bool] | None,
     expected: int,
-) -> tuple[NDArray[np.uint8] | None, list[int], str | None]:
-    """Features of any callable that maps inputs to a tensor: as `extract_torch`."""
+    dtype: str | None,
+) -> tuple[NDArray[np.uint8] | None, list[int], str]:
+    """Features that somebody else computes: as `extract_torch`, with features for inputs."""
+
+def copy_rows(
+    source: str | os.PathLike[str],
+    file: tuple[str, str | None, int | None, bool],
+    row: Sequence[int],
+    dtype: str,
+    moves: Sequence[tuple[int, int, int, str]],
+) -> None:
+    """Copies rows of shape `row`; moves are (first row there, first row here, rows, JSON of the commit record)."""
+
+def row_checksums(path: str | os.PathLike[str], row_bytes: int, runs: Sequence[tuple[int, int]]) -> list[int | None]:
+    """CRC-32 of runs (first row, rows) of a `.npy` file with our header, None where it ends before."""
 
 def decode_image(data: bytes, *, exif: bool = False, truncated: str = "error") -> tuple[int, int, bytes]:
     """(height, width, height * width * 3 bytes of RGB) of an image file's bytes."""
@@ -156,8 +175,12 @@ class Loader:
         cache: Cache | None = None,
         cached_ops: int = 0,
         exif: bool = False,
+        accept_truncated: bool = False,
+        scaled: bool = False,
     ) -> Loader:
-        """``limits``: pixels and bytes per file; ``cache`` keeps images behind the first ``cached_ops`` operations."""
+        """``limits``: pixels and bytes per file; ``cache`` keeps images behind the first ``cached_ops`` operations;
+        ``scaled``: JPEGs before a resize at a half, a quarter or an eighth of their size.
+        """
 
     def submit_files(
         self, indices: Sequence[int], positions: Sequence[int], paths: Sequence[str | os.PathLike[str]]

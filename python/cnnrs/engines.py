@@ -51,7 +51,7 @@ def slow_on_cpu(lowered: Lowered) -> list[str]:
     the convolutions' weights, "auto" takes ``torch``.
     """
     return [
-        f"{lowered.names[node]} (Conv2d): no kernel faster than libtorch's (not 3x3 or 5x5, stride 1, before a max-pool)"
+        f"{lowered.names[node]} (Conv2d): no faster kernel than libtorch's (not 3x3 or 5x5, stride 1, then a max-pool)"
         for node in _cnnrs.cpu_slow(lowered.graph)
     ]
 
