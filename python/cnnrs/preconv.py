@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from cnnrs import ranks
 from cnnrs.backbones import resolve
 from cnnrs.engines import Engine
 from cnnrs.extract import Extractor, Precision, type_name
@@ -50,7 +51,8 @@ def preconv(
         out: folder to keep the features in: ``features.npy``, ``labels.npy``, ``meta.json``. Kill it at any time: the
             next call computes only the rows that are missing. A later call computes only images that are new or
             changed, and everything when the transform, the weights or the versions are others; it says so in one
-            line. None keeps the features in memory.
+            line. None keeps the features in memory. With a loader made with ``rank`` and ``world_size``, all processes
+            of ``torchrun`` call this with the same folder, share the work and get all features.
         layer: path of the module whose output is taken, ``"features.29"`` for example; see :func:`cnnrs.backbone`.
         pool: ``"avg"`` or ``"max"`` over all positions, ``"cls"`` for the first token, None for everything.
         weights: of a model given by name; see :func:`cnnrs.backbone`.
@@ -90,4 +92,8 @@ def preconv(
     source = source_of(data, body, batch_size, num_workers, any_transform)
     with frozen(body):
         run = Run(source, body, Extractor(body, engine, precision, type_name(dtype), verbose), verbose)
-        return run.in_memory(passes, seed) if out is None else run.in_folder(Store(out), passes, seed)
+        if out is None:
+            return run.in_memory(passes, seed)
+        if ranks.is_shared(source.data):
+            return ranks.in_folder(run, Store(out), passes, seed)
+        return run.in_folder(Store(out), passes, seed)

@@ -20,7 +20,7 @@ from cnnrs.features import Features
 from cnnrs.fingerprint import Unidentifiable, fingerprint
 from cnnrs.rows import Data
 from cnnrs.store import FORMAT, Store
-from cnnrs.update import File, Item, Plan, Update
+from cnnrs.update import Compute, File, Item, Plan, Update
 
 
 def source_of(
@@ -61,6 +61,8 @@ class Run:
         self.model = model
         self.extractor = extractor
         self.verbose = verbose
+        # Replaced where several processes share the work.
+        self.computes: Compute = self.compute
 
     def in_memory(self, passes: int, seed: int) -> Features:
         """Features as the loader gives them, or `passes` passes in the order of the data set."""
@@ -131,7 +133,7 @@ class Run:
             else:
                 if changes:
                     self._say(f"{store.folder}: recomputing the features, because {' and '.join(changes)}")
-                Update(store, plan, self.compute, lambda text: self._say(f"{store.folder}: {text}")).run(usable)
+                Update(store, plan, self.computes, lambda text: self._say(f"{store.folder}: {text}")).run(usable)
             meta = store.meta()
             made = None if meta is None else self._opened(store, meta, plan.labels())
         if made is None:
@@ -209,6 +211,16 @@ class Run:
         if found is not None:
             self._say(f"{store.folder}: {len(labels)} features are up to date, nothing to compute")
         return found
+
+    def opened(self, store: Store, plan: Plan) -> Features | None:
+        """The features of the store, when they are the plan's."""
+        meta = store.meta()
+        if meta is None or meta["key"] != plan.key:
+            return None
+        plan.skip_again(meta)
+        if meta["shape"][0] != plan.rows:
+            return None
+        return self._opened(store, meta, plan.labels())
 
     def _opened(self, store: Store, meta: dict[str, Any], labels: torch.Tensor) -> Features | None:
         features = store.features(meta)

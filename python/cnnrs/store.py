@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ _WORKING = (
     "features.npy.previous",
     "features.journal.previous",
 )
+_SHARED = re.compile(r"features\.journal\.\d+")
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
 
 
@@ -216,7 +218,8 @@ class Store:
             time.sleep(0.05)
 
     def _refuse_others(self) -> None:
-        others = sorted(entry.name for entry in os.scandir(self.folder) if entry.name not in (*_NAMES, *_WORKING))
+        names = (entry.name for entry in os.scandir(self.folder))
+        others = sorted(name for name in names if name not in (*_NAMES, *_WORKING) and not _SHARED.fullmatch(name))
         if others:
             raise FileExistsError(f"{self.folder} holds {others[0]!r}, not a feature file: give a folder of its own")
 
@@ -227,8 +230,34 @@ class Store:
             os.replace(rows, self.path("features.npy.previous"))
             os.replace(journal, self.path("features.journal.previous"))
         self._unlink("features.npy.partial")
-        text = json.dumps({"format": FORMAT, **header}).encode()
-        self._write("features.journal", b"%08x %s\n" % (zlib.crc32(text), text))
+        self._write_header("features.journal", {"format": FORMAT, **header})
+
+    def _write_header(self, name: str, header: dict[str, Any]) -> None:
+        text = json.dumps(header).encode()
+        self._write(name, b"%08x %s\n" % (zlib.crc32(text), text))
+
+    def shared_journal(self, rank: int) -> Path:
+        """The journal of one of several processes that fill the same file."""
+        if rank == 0:
+            return self.path("features.journal")
+        own = self.path(f"features.journal.{rank}")
+        journal = self.journal()
+        if not own.exists() and journal is not None:
+            self._write_header(own.name, journal.header)
+        return own
+
+    def absorb(self) -> None:
+        """Put what other processes have recorded into the journal."""
+        journal = self.journal()
+        for path in sorted(self.folder.glob("features.journal.[0-9]*")):
+            other = self.journal(path.name)
+            if journal is not None and other is not None and other.header == journal.header:
+                lines = path.read_bytes().splitlines(keepends=True)[1:]
+                with open(self.path("features.journal"), "ab") as file:
+                    file.write(b"".join(lines))
+                    file.flush()
+                    os.fsync(file.fileno())
+            path.unlink()
 
     def discard(self) -> None:
         """Forget what is in the making."""
