@@ -1,5 +1,6 @@
 //! Who computes it. `fit` and `preconv` know this trait, not its implementors.
 
+pub mod cpu;
 mod features;
 pub mod optimizer;
 #[cfg(feature = "torch")]

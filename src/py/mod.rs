@@ -13,6 +13,7 @@ mod image;
 mod loader;
 mod mnist;
 mod preconv;
+mod preconv_cpu;
 mod transform;
 
 use pyo3::prelude::*;
@@ -38,6 +39,8 @@ mod _cnnrs {
     use super::mnist::read_idx;
     #[pymodule_export]
     use super::preconv::{extract_python, extract_torch};
+    #[pymodule_export]
+    use super::preconv_cpu::{CpuNetwork, extract_cpu, features_obstacle, winograd_share};
 
     use super::*;
 

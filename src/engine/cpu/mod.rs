@@ -1,0 +1,4 @@
+//! Networks on the CPU without libtorch.
+
+pub mod infer;
+mod workers;
