@@ -54,7 +54,9 @@ impl Winograd {
         // Few channels: U is small and V of a few tiles fits the second-level cache.
         let alone = input_blocks <= 8;
         let tile = size.products() * input_blocks * LANES * 4;
-        let tiles = if alone { (512 << 10) / tile } else { 70 };
+        let var = |n: &str, d: usize| std::env::var(n).ok().and_then(|v| v.parse().ok()).unwrap_or(d);
+        let alone = input_blocks <= var("W_ALONE", 8);
+        let tiles = if alone { (var("W_KB", 512) << 10) / tile } else { var("W_T", 70) };
         ((tiles / isa.rows()).max(1) * isa.rows(), alone)
     }
 
@@ -85,9 +87,11 @@ impl Winograd {
     }
 
     fn work<'a>(&'a self, cx: &'a Context<'a>, block: usize, v: *mut f32, m: *mut f32) -> Work<'a> {
-        let all = cx.images * self.tiles[0] * self.tiles[1];
-        let first = block * self.block;
-        Work { step: self, cx, first, count: self.block.min(all - first), v, m }
+        // Blocks, and the microkernels of a block, of about the same size: a last one of two tiles would waste registers.
+        let (all, blocks) = (cx.images * self.tiles[0] * self.tiles[1], self.blocks(cx.images));
+        let (first, end) = (all * block / blocks, all * (block + 1) / blocks);
+        let rows = (end - first).div_ceil((end - first).div_ceil(self.isa.rows()));
+        Work { step: self, cx, first, count: end - first, rows, v, m }
     }
 }
 
@@ -139,6 +143,8 @@ struct Work<'a> {
     cx: &'a Context<'a>,
     first: usize,
     count: usize,
+    /// Tiles per microkernel.
+    rows: usize,
     v: *mut f32,
     m: *mut f32,
 }
@@ -167,7 +173,7 @@ impl Kernel for Alone<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
         let work = self.0;
-        for group in 0..work.count.div_ceil(work.step.isa.rows()) {
+        for group in 0..work.count.div_ceil(work.rows) {
             // SAFETY: as above.
             unsafe { work.transform::<V>(group) };
         }
@@ -190,16 +196,16 @@ impl Work<'_> {
     #[inline(always)]
     unsafe fn transform<V: Lanes>(&self, group: usize) {
         let s = self.step;
-        let (rows, g) = (s.isa.rows(), &s.input.geometry);
+        let (rows, wide, g) = (self.rows, s.isa.rows(), &s.input.geometry);
         let (blocks, m) = (g.blocks(), s.size.outputs());
         let start = group * rows;
         for r in start..self.count.min(start + rows) {
             let (image, y, x) = self.place(self.first + r);
             let corner = (g.before[0] + y * m - s.padding[0]) * g.row() + (g.before[1] + x * m - s.padding[1]) * LANES;
             let from = self.cx.image(&s.input, image).wrapping_add(corner);
-            let to = self.v.wrapping_add((group * blocks * rows + (r - start)) * LANES);
+            let to = self.v.wrapping_add((group * blocks * wide + (r - start)) * LANES);
             for q in 0..blocks {
-                let to = to.wrapping_add(q * rows * LANES);
+                let to = to.wrapping_add(q * wide * LANES);
                 // SAFETY: the caller's promise.
                 unsafe {
                     transform_input::<V>(s.size, from.wrapping_add(q * g.plane()), g.row(), to, s.v_plane());
@@ -212,15 +218,15 @@ impl Work<'_> {
     #[inline(always)]
     unsafe fn multiply<V: Lanes>(&self, panel: usize) {
         let s = self.step;
-        let (rows, columns, wide) = (s.isa.rows(), s.columns(panel), s.isa.columns());
+        let (rows, columns, wide) = (self.rows, s.columns(panel), s.isa.columns());
         let inputs = s.input.geometry.blocks() * LANES;
         let products = s.size.products();
         let u_len = inputs * columns * LANES;
         let u = self.cx.weights.at(s.weights + panel * wide * LANES * inputs * products, u_len * products);
         for k in 0..products {
-            for start in (0..self.count).step_by(rows) {
+            for (group, start) in (0..self.count).step_by(rows).enumerate() {
                 let job = Tile {
-                    input: self.v.wrapping_add(k * s.v_plane() + start * inputs),
+                    input: self.v.wrapping_add(k * s.v_plane() + group * s.isa.rows() * inputs),
                     stride: LANES,
                     offsets: &s.offsets,
                     len: LANES,
