@@ -37,6 +37,17 @@ impl From<Activation> for Activate {
 }
 
 impl Activate {
+    /// The function as bounds on its argument, where it is that simple.
+    #[inline(always)]
+    pub fn bounds(self) -> Option<[f32; 2]> {
+        match self {
+            Self::Nothing => Some([f32::NEG_INFINITY, f32::INFINITY]),
+            Self::Relu => Some([0.0, f32::INFINITY]),
+            Self::Relu6 => Some([0.0, 6.0]),
+            _ => None,
+        }
+    }
+
     /// Whether `max` before and after the function is the same.
     pub fn keeps_order(self) -> bool {
         matches!(self, Self::Nothing | Self::Relu | Self::Relu6)

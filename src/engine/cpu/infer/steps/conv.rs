@@ -193,7 +193,7 @@ impl Kernel for Rows<'_> {
                     };
                     // SAFETY: the borders of the input cover the window of every output pixel, the output is inside its
                     // value, and the weights hold every panel.
-                    unsafe { tile::<V>(rows, columns, &job) };
+                    unsafe { tile::<V, true>(rows, columns, &job) };
                 }
             }
         }

@@ -241,7 +241,7 @@ impl Work<'_> {
                     activation: Activate::Nothing,
                 };
                 // SAFETY: the caller's promise.
-                unsafe { tile::<V>(rows.min(self.count - start), columns, &job) };
+                unsafe { tile::<V, false>(rows.min(self.count - start), columns, &job) };
             }
         }
         let bias = self.cx.weights.at(s.bias, s.output.geometry.blocks() * LANES);
