@@ -13,19 +13,19 @@ from cnnrs.errors import UnsupportedModelError
 from cnnrs.graph import Lowered, lower
 from cnnrs.operations import Unsupported
 
-Engine = Literal["auto", "torch", "python"]
+Engine = Literal["auto", "cpu", "torch", "python"]
 
 
 def choose(model: nn.Module, engine: Engine) -> Lowered | None:
-    """The lowered model for engine ``torch``, or None for engine ``python``.
+    """The lowered model for engines ``torch`` and ``cpu``, or None for engine ``python``.
 
     Args:
         model: the module, in the mode it will run in.
         engine: "auto" takes ``torch`` where the model can be lowered.
 
     Raises:
-        UnsupportedModelError: engine is "torch" and the model cannot be lowered; the message gives the reasons.
-        ValueError: engine is not one of the three.
+        UnsupportedModelError: engine is "torch" or "cpu" and the model cannot be lowered; the message says why.
+        ValueError: engine is not one of the four.
         TypeError: model is no ``nn.Module``.
     """
     if not isinstance(model, nn.Module):
@@ -37,8 +37,8 @@ def choose(model: nn.Module, engine: Engine) -> Lowered | None:
     try:
         return lower(model)
     except Unsupported as reasons:
-        if engine == "torch":
-            raise UnsupportedModelError(f"engine 'torch' cannot run this model:\n{reasons}") from None
+        if engine != "auto":
+            raise UnsupportedModelError(f"engine {engine!r} cannot run this model:\n{reasons}") from None
         return None
 
 

@@ -8,14 +8,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
 
 import cnnrs
-from cnnrs import _cnnrs
+from cnnrs import _cnnrs, cpu_features
 from cnnrs._progress import progress
 from cnnrs.engines import Engine, choose, device_of, to_device
 from cnnrs.features import FORMAT, Features, Store, as_labels
@@ -30,6 +30,7 @@ def preconv(
     batch_size: int = 32,
     num_workers: int | None = None,
     engine: Engine = "auto",
+    precision: Literal["exact"] | None = None,
     verbose: bool = True,
 ) -> Features:
     """Run ``model`` once over ``data`` and keep what it returns.
@@ -45,7 +46,9 @@ def preconv(
             recomputes. None keeps them in memory.
         batch_size: images at a time when ``data`` is a dataset.
         num_workers: threads that read images when ``data`` is a dataset; None: all cores.
-        engine: as for :func:`cnnrs.fit`.
+        engine: "cpu" computes float32 images on the CPU in native code, equal to PyTorch up to float rounding; "torch" runs
+            the layers through libtorch, "python" calls the module. "auto" takes the first that can.
+        precision: "exact" keeps engine "cpu" from Winograd convolution, whose rounding is a little coarser.
         verbose: say what is stored or recomputed, and show a bar on terminals and in notebooks.
 
     Returns:
@@ -56,7 +59,7 @@ def preconv(
         TypeError: batches that are no pairs.
         FileExistsError: ``out`` holds something else than features.
         RuntimeError: shapes or devices that do not fit, in PyTorch's words.
-        UnsupportedModelError: engine="torch" for a model that cannot be lowered.
+        UnsupportedModelError: engine="torch" or "cpu" for a model that it cannot run.
 
     >>> import torch, cnnrs
     >>> batches = [(torch.rand(4, 3, 8, 8), torch.arange(4))] * 2
@@ -74,16 +77,16 @@ def preconv(
         lowered = choose(model, engine)
         source = _Source(loader)
         if out is None:
-            return _compute(source, model, lowered, device, None, verbose)
+            return _compute(source, model, lowered, engine, precision, device, None, verbose)
         store = Store(Path(out))
-        key = _key(source, model, lowered)
+        key = _key(source, model, lowered, precision)
         changes = _changes(store, key)
         if changes is None:
             return _load(store, source, verbose)
         if changes and verbose:
             print(f"{store.folder}: recomputing the features, because {' and '.join(changes)}")
         store.begin()
-        features = _compute(source, model, lowered, device, store.features_path, verbose)
+        features = _compute(source, model, lowered, engine, precision, device, store.features_path, verbose)
         meta = {
             "shape": list(features.features.shape), "dtype": str(features.features.dtype).removeprefix("torch."),
             "paths": features.paths, "classes": features.classes, "key": key, "cnnrs": cnnrs.__version__,
@@ -102,7 +105,14 @@ def _load(store: Store, source: _Source, verbose: bool) -> Features:
 
 
 def _compute(
-    source: _Source, model: nn.Module, lowered: Lowered | None, device: torch.device, path: Path | None, verbose: bool
+    source: _Source,
+    model: nn.Module,
+    lowered: Lowered | None,
+    engine: Engine,
+    precision: Literal["exact"] | None,
+    device: torch.device,
+    path: Path | None,
+    verbose: bool,
 ) -> Features:
     labels: list[torch.Tensor] = []
 
@@ -113,10 +123,15 @@ def _compute(
             labels.append(torch.as_tensor(batch[1]))
             yield to_device(torch.as_tensor(batch[0]), device)
 
-    if lowered is not None:
-        memory, shape, dtype = _cnnrs.extract_torch(lowered.graph, lowered.tensors, inputs(), path, source.expected)
+    network, batches = None, inputs()
+    if lowered is not None and engine != "torch":
+        network, batches = cpu_features.network(lowered, batches, required=engine == "cpu", exact=precision == "exact")
+    if network is not None:
+        memory, shape, dtype = _cnnrs.extract_python(network, batches, path, source.expected)
+    elif lowered is not None:
+        memory, shape, dtype = _cnnrs.extract_torch(lowered.graph, lowered.tensors, batches, path, source.expected)
     else:
-        memory, shape, dtype = _cnnrs.extract_python(_without_grad(model), inputs(), path, source.expected)
+        memory, shape, dtype = _cnnrs.extract_python(_without_grad(model), batches, path, source.expected)
     if path is not None:
         import numpy as np
 
@@ -239,11 +254,14 @@ _WORDS = {
     "files": "images were added, removed or changed",
     "transform": "the transform changed",
     "model": "the model or its weights changed",
+    "precision": "another precision is asked for",
     "versions": "another version of torch or cnnrs computes them",
 }
 
 
-def _key(source: _Source, model: nn.Module, lowered: Lowered | None) -> dict[str, str] | None:
+def _key(
+    source: _Source, model: nn.Module, lowered: Lowered | None, precision: Literal["exact"] | None
+) -> dict[str, str] | None:
     """Hashes of all that shapes the features; None when the data cannot be identified."""
     files = source.every_file()
     if files is None:
@@ -256,6 +274,7 @@ def _key(source: _Source, model: nn.Module, lowered: Lowered | None) -> dict[str
         "files": listing.hexdigest(),
         "transform": source.transform,
         "model": _model_hash(model, lowered),
+        "precision": precision or "",
         "versions": f"torch {torch.__version__}, cnnrs {cnnrs.__version__}",
     }
 

@@ -40,7 +40,7 @@ mod _cnnrs {
     #[pymodule_export]
     use super::preconv::{extract_python, extract_torch};
     #[pymodule_export]
-    use super::preconv_cpu::{CpuNetwork, extract_cpu, features_obstacle, winograd_share};
+    use super::preconv_cpu::CpuNetwork;
 
     use super::*;
 

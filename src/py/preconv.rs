@@ -17,7 +17,7 @@ use crate::error::Result;
 use crate::preconv::{Memory, NpyFile, extract};
 
 /// (bytes in memory or None when written to `path`, shape, NumPy type string)
-pub type Features = (Option<Py<PyArray1<u8>>>, Vec<usize>, Option<&'static str>);
+type Features = (Option<Py<PyArray1<u8>>>, Vec<usize>, Option<&'static str>);
 
 /// Features of a lowered model; `batches` yields inputs on the model's device, `expected` is the number of rows (0:
 /// unknown).
@@ -53,7 +53,7 @@ pub fn extract_python(
     run(py, PythonExtractor(model), batches, path, expected)
 }
 
-pub fn run<E: Extract + Send>(
+fn run<E: Extract + Send>(
     py: Python<'_>,
     mut model: E,
     batches: impl Iterator<Item = Result<E::Inputs>> + Send,

@@ -1,117 +1,70 @@
-//! Feature extraction on the cpu engine: lends it the memory of the user's tensors.
+//! `cnnrs._cnnrs.CpuNetwork`: a frozen network on the cpu engine, which borrows the memory of the user's tensors.
 
-use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-use numpy::PyArray1;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 use tch::{Device, Kind, Tensor};
 
-use super::batches::Batches;
 use super::enter::enter;
 use super::error::convert;
 use super::graph::Graph;
-use super::preconv::{Features, run};
-use crate::engine::cpu::infer::{self, CpuExtractor, Images, Isa, Options, Parameters};
-use crate::engine::{Extract, Rows};
+use crate::engine::cpu::infer::{self, Frozen, Isa, Options, Parameters};
 use crate::error::{Error, Result};
 
-/// Tensors that keep their memory alive while the engine reads it.
-struct Owners(Vec<Tensor>);
+/// Contiguous float32 on the CPU.
+struct Floats(Tensor);
 
-fn floats(tensor: &Tensor) -> Option<&[f32]> {
-    let plain = tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && !tensor.is_sparse() && !tensor.is_mkldnn();
-    if !plain || !tensor.is_contiguous() {
-        return None;
-    }
-    if tensor.numel() == 0 {
-        return Some(&[]);
-    }
-    // SAFETY: a contiguous float32 tensor on the CPU has `numel` floats at its address, for as long as it lives.
-    Some(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<f32>(), tensor.numel()) })
-}
-
-impl Parameters for Owners {
-    fn floats(&self, index: usize) -> Option<&[f32]> {
-        self.0.get(index).and_then(floats)
-    }
-}
-
-/// A batch whose memory [`floats`] can read.
-struct Batch(Tensor);
-
-impl Batch {
-    fn new(tensor: Tensor) -> Result<Self> {
-        if tensor.device() != Device::Cpu || tensor.kind() != Kind::Float {
-            let (kind, device) = (tensor.kind(), tensor.device());
+impl Floats {
+    /// # Errors
+    /// `Argument` for tensors of another type or in another place.
+    fn new(tensor: &Tensor, what: &str) -> Result<Self> {
+        let _guard = tch::no_grad_guard();
+        let (kind, device) = (tensor.kind(), tensor.device());
+        if device != Device::Cpu || kind != Kind::Float || tensor.is_sparse() || tensor.is_mkldnn() {
             return Err(Error::Argument(format!(
-                "engine 'cpu' reads float32 images on the CPU, got {kind:?} on {device:?}: use engine='torch'"
+                "engine 'cpu' computes with dense float32 tensors on the CPU, but {what} is {kind:?} on {device:?}: use \
+                 engine='torch'"
             )));
         }
-        Ok(Self(tensor.f_contiguous()?))
+        // A model in channels_last is copied here; all others are read where they are.
+        Ok(Self(tensor.f_detach()?.f_contiguous()?))
     }
-}
 
-impl Images for Batch {
     fn shape(&self) -> Vec<usize> {
         self.0.size().into_iter().map(|d| usize::try_from(d).unwrap_or_default()).collect()
     }
 
-    fn floats(&self) -> &[f32] {
-        floats(&self.0).unwrap_or_default()
+    fn get(&self) -> &[f32] {
+        match self.0.numel() {
+            0 => &[],
+            // SAFETY: `new` made a contiguous float32 tensor on the CPU; it lives as long as the slice.
+            len => unsafe { std::slice::from_raw_parts(self.0.data_ptr().cast::<f32>(), len) },
+        }
     }
 }
 
-/// The engine over a model's own weights, made contiguous where they are not (channels_last).
-fn extractor(graph: &Graph, tensors: Vec<PyTensor>, exact: bool) -> Result<CpuExtractor<Owners, Batch>> {
-    let _guard = tch::no_grad_guard();
-    let tensors = tensors.into_iter().map(|t| Ok(t.0.f_detach()?.f_contiguous()?)).collect::<Result<_>>()?;
-    let workers = usize::try_from(tch::get_num_threads()).unwrap_or(1);
-    CpuExtractor::new(graph.inner.clone(), Owners(tensors), Options { workers, exact, isa: Isa::best() })
+/// `None` for tensors that are no dense float32 on the CPU: only counters of batch norm may be.
+struct Weights(Vec<Option<Floats>>);
+
+impl Parameters for Weights {
+    fn floats(&self, index: usize) -> Option<&[f32]> {
+        self.0.get(index)?.as_ref().map(Floats::get)
+    }
 }
 
-/// Why the cpu engine cannot compute features of inputs of this shape; None where it can.
-#[pyfunction]
-pub fn features_obstacle(graph: &Graph, tensors: Vec<PyTensor>, input: Vec<usize>) -> PyResult<Option<String>> {
-    let _guard = tch::no_grad_guard();
-    let contiguous = |t: PyTensor| t.0.f_detach().and_then(|t| t.f_contiguous()).map_err(Error::from);
-    let tensors = tensors.into_iter().map(contiguous).collect::<Result<_>>();
-    let tensors = Python::with_gil(|py| tensors.map_err(|error| convert(py, error)))?;
-    Ok(infer::obstacle(&graph.inner, &Owners(tensors), &input))
-}
-
-/// The share, 0 to 1, of a graph's floating-point operations that are convolutions the cpu engine speeds up.
-#[pyfunction]
-pub fn winograd_share(py: Python<'_>, graph: &Graph, input: Vec<usize>) -> PyResult<f64> {
-    infer::winograd_share(&graph.inner, &input).map_err(|error| convert(py, error))
-}
-
-/// Features of a lowered model without libtorch; arguments as for `extract_torch`. `exact`: no Winograd convolution.
-#[pyfunction]
-#[pyo3(signature = (graph, tensors, batches, path, expected, exact))]
-pub fn extract_cpu(
-    py: Python<'_>,
-    graph: &Graph,
-    tensors: Vec<PyTensor>,
-    batches: Py<PyAny>,
-    path: Option<PathBuf>,
-    expected: usize,
-    exact: bool,
-) -> PyResult<Features> {
+fn weights(graph: &Graph, tensors: Vec<PyTensor>) -> PyResult<Weights> {
     if tensors.len() != graph.inner.tensors.len() {
         return Err(PyValueError::new_err(format!("{} tensors for {}", tensors.len(), graph.inner.tensors.len())));
     }
-    let model = extractor(graph, tensors, exact).map_err(|error| convert(py, error))?;
-    let read = |x: Bound<'_, PyAny>| Batch::new(x.extract::<PyTensor>()?.0).map_err(|error| convert(x.py(), error));
-    run(py, model, Batches { iterator: batches, read }, path, expected)
+    Ok(Weights(tensors.into_iter().map(|t| Floats::new(&t.0, "a parameter").ok()).collect()))
 }
 
-/// A network that is compiled once and called with batches, for benchmarks.
+/// Compiled for the shape of the first batch, and again when it changes; the weights are read then.
 #[pyclass(frozen, module = "cnnrs._cnnrs")]
 pub struct CpuNetwork {
-    inner: Mutex<CpuExtractor<Owners, Batch>>,
+    inner: Mutex<Frozen<Weights>>,
 }
 
 /// (name, kind, method, floating-point operations per image, seconds so far)
@@ -119,18 +72,39 @@ type Row = (String, &'static str, &'static str, u64, f64);
 
 #[pymethods]
 impl CpuNetwork {
+    /// `exact`: no Winograd convolution.
     #[new]
     fn new(py: Python<'_>, graph: &Graph, tensors: Vec<PyTensor>, exact: bool) -> PyResult<Self> {
-        let inner = extractor(graph, tensors, exact).map_err(|error| convert(py, error))?;
-        Ok(Self { inner: Mutex::new(inner) })
+        let workers = usize::try_from(tch::get_num_threads()).unwrap_or(1);
+        let options = Options { workers, exact, isa: Isa::best() };
+        let inner = Frozen::new(graph.inner.clone(), weights(graph, tensors)?, options);
+        Ok(Self { inner: Mutex::new(inner.map_err(|error| convert(py, error))?) })
     }
 
-    /// Features of one batch, flat, and their shape.
-    fn __call__(&self, py: Python<'_>, images: PyTensor) -> PyResult<(Py<PyArray1<f32>>, Vec<usize>)> {
-        let images = Batch::new(images.0).map_err(|error| convert(py, error))?;
-        let rows = enter(py, || self.inner.lock().unwrap_or_else(PoisonError::into_inner).features(images))?;
-        let shape = rows.shape();
-        Ok((PyArray1::from_vec(py, rows.floats).unbind(), shape))
+    /// Why a graph cannot be computed on inputs of this shape; None where it can.
+    #[staticmethod]
+    fn obstacle(graph: &Graph, tensors: Vec<PyTensor>, input: Vec<usize>) -> PyResult<Option<String>> {
+        Ok(infer::obstacle(&graph.inner, &weights(graph, tensors)?, &input))
+    }
+
+    /// Features of one batch.
+    fn __call__(&self, py: Python<'_>, images: PyTensor) -> PyResult<PyTensor> {
+        let images = Floats::new(&images.0, "the batch").map_err(|error| convert(py, error))?;
+        let inner = &self.inner;
+        enter(py, move || {
+            let mut network = inner.lock().unwrap_or_else(PoisonError::into_inner);
+            let shape = network.output(&images.shape())?;
+            let sizes: Vec<i64> = shape.iter().map(|&d| d as i64).collect();
+            let features = Tensor::f_empty(sizes, (Kind::Float, Device::Cpu))?;
+            let output = match features.numel() {
+                0 => &mut [][..],
+                // SAFETY: a new contiguous float32 tensor that nobody else knows; every float is written before it is
+                // read.
+                len => unsafe { std::slice::from_raw_parts_mut(features.data_ptr().cast::<f32>(), len) },
+            };
+            network.run(&images.shape(), images.get(), output)?;
+            Ok(PyTensor(features))
+        })
     }
 
     /// Per step: name, kind, method, floating-point operations per image, seconds since the first batch.
@@ -140,8 +114,8 @@ impl CpuNetwork {
         Ok(timings.into_iter().map(|t| (t.name, t.kind, t.method, t.flops, t.seconds)).collect())
     }
 
-    /// Bytes of activations, weights and the workers' memory.
-    fn bytes(&self) -> [usize; 3] {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).bytes()
+    /// Bytes of activations, weights and the workers' memory, 0 before the first batch.
+    fn bytes(&self) -> (usize, usize, usize) {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).bytes().into()
     }
 }

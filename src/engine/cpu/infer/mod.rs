@@ -25,7 +25,6 @@ use method::Method;
 use plan::Plan;
 
 use super::workers::Team;
-use crate::engine::{Dtype, Extract, Rows};
 use crate::error::{Error, Result};
 use crate::model::{self, Graph, Shape};
 
@@ -39,13 +38,6 @@ impl Parameters for Vec<Vec<f32>> {
     fn floats(&self, index: usize) -> Option<&[f32]> {
         self.get(index).map(Vec::as_slice)
     }
-}
-
-/// One batch of images (N, C, H, W), or of vectors (N, F), in the caller's memory.
-pub trait Images {
-    fn shape(&self) -> Vec<usize>;
-    /// Contiguous float32 of that shape.
-    fn floats(&self) -> &[f32];
 }
 
 /// How a network is computed.
@@ -62,13 +54,12 @@ pub struct Options {
 const MOST_IMAGES: usize = 32;
 
 /// A frozen graph. Compiled for the first batch's shape, again when it changes.
-pub struct CpuExtractor<P, I> {
+pub struct Frozen<P> {
     graph: Graph,
     parameters: P,
     options: Options,
     team: Team,
     plan: Option<(Vec<usize>, Plan)>,
-    inputs: std::marker::PhantomData<fn(I)>,
 }
 
 /// What one step of the plan is, and what it took.
@@ -84,12 +75,36 @@ pub struct Timing {
     pub seconds: f64,
 }
 
-impl<P: Parameters, I: Images> CpuExtractor<P, I> {
+impl<P: Parameters> Frozen<P> {
     /// # Errors
     /// `Argument` when the threads cannot be started.
     pub fn new(graph: Graph, parameters: P, options: Options) -> Result<Self> {
         let team = Team::new(options.workers)?;
-        Ok(Self { graph, parameters, options, team, plan: None, inputs: std::marker::PhantomData })
+        Ok(Self { graph, parameters, options, team, plan: None })
+    }
+
+    /// The shape of the features of a batch of this shape.
+    ///
+    /// # Errors
+    /// `Shape`, naming the layer, what it expects and what reaches it.
+    pub fn output(&self, shape: &[usize]) -> Result<Shape> {
+        Ok(model::shapes(&self.graph, shape)?.swap_remove(self.graph.output))
+    }
+
+    /// Features of one batch of images (N, C, H, W) or of vectors (N, F), both row-major.
+    ///
+    /// # Errors
+    /// `Shape`; `Argument` naming an operation that this engine does not compute, or memory of the wrong size.
+    pub fn run(&mut self, shape: &[usize], input: &[f32], output: &mut [f32]) -> Result<()> {
+        if !matches!(shape.len(), 2 | 4) || shape.contains(&0) || input.len() != shape.iter().product::<usize>() {
+            return Err(Error::Argument(format!("expected images (N, C, H, W) or vectors (N, F), got shape {shape:?}")));
+        }
+        if !self.team.survived_fork() {
+            self.team = Team::new(self.options.workers)?;
+        }
+        self.compile(shape)?;
+        let Some((_, plan)) = &mut self.plan else { return Err(Error::Argument("no plan".to_owned())) };
+        plan.run(&mut self.team, input, output)
     }
 
     fn compile(&mut self, shape: &[usize]) -> Result<()> {
@@ -154,61 +169,4 @@ pub fn obstacle(graph: &Graph, parameters: &impl Parameters, input: &[usize]) ->
     let layers = model::shapes(graph, input)
         .and_then(|shapes| network(graph, &shapes, &tensors, options).and_then(|n| n.check()));
     layers.err().map(|error| error.to_string())
-}
-
-/// The share of a network's floating-point operations that Winograd's algorithm takes over, 0 to 1.
-pub fn winograd_share(graph: &Graph, input: &[usize]) -> Result<f64> {
-    let shapes = model::shapes(graph, input)?;
-    let costs = model::costs(graph, &shapes);
-    let (mut all, mut part) = (0.0, 0.0);
-    for (node, cost) in costs.iter().enumerate() {
-        all += cost.flops as f64;
-        if matches!(Method::of(graph, &shapes, node, false), Method::Winograd(_)) {
-            part += cost.flops as f64;
-        }
-    }
-    Ok(if all > 0.0 { part / all } else { 0.0 })
-}
-
-impl<P: Parameters, I: Images> Extract for CpuExtractor<P, I> {
-    type Inputs = I;
-    type Rows = Features;
-
-    fn features(&mut self, inputs: I) -> Result<Features> {
-        let shape = inputs.shape();
-        if !matches!(shape.len(), 2 | 4) || shape.contains(&0) {
-            return Err(Error::Argument(format!("expected images (N, C, H, W) or vectors (N, F), got shape {shape:?}")));
-        }
-        if !self.team.survived_fork() {
-            self.team = Team::new(self.options.workers)?;
-        }
-        self.compile(&shape)?;
-        let Some((_, plan)) = &mut self.plan else { return Err(Error::Argument("no plan".to_owned())) };
-        let shapes = model::shapes(&self.graph, &shape)?;
-        let mut floats = vec![0.0; shape[0] * plan.output()];
-        plan.run(&mut self.team, inputs.floats(), &mut floats)?;
-        Ok(Features { shape: shapes[self.graph.output].clone(), floats })
-    }
-}
-
-/// What a network made of one batch.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Features {
-    pub shape: Vec<usize>,
-    pub floats: Vec<f32>,
-}
-
-impl Rows for Features {
-    fn shape(&self) -> Vec<usize> {
-        self.shape.clone()
-    }
-
-    fn dtype(&self) -> Dtype {
-        Dtype::Float32
-    }
-
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: floats are four initialised bytes each, of any alignment when read as bytes.
-        unsafe { std::slice::from_raw_parts(self.floats.as_ptr().cast(), 4 * self.floats.len()) }
-    }
 }

@@ -125,11 +125,6 @@ impl Plan {
         self.images
     }
 
-    /// Floats of one result.
-    pub fn output(&self) -> usize {
-        self.output
-    }
-
     /// (node, seconds so far) of every step.
     pub fn seconds(&self) -> impl Iterator<Item = (usize, f64)> {
         self.nodes.iter().copied().zip(self.seconds.iter().copied())

@@ -102,15 +102,16 @@ impl Model {
         for isa in Isa::available() {
             for (exact, workers) in [(false, 1), (false, 3), (true, 2)] {
                 let options = Options { workers, exact, isa };
-                let mut extractor = CpuExtractor::new(self.graph.clone(), self.tensors.clone(), options).unwrap();
+                let mut network = Frozen::new(self.graph.clone(), self.tensors.clone(), options).unwrap();
                 // A smaller last batch runs on the same plan, and the second run meets used memory.
                 for images in [shape[0], shape[0].div_ceil(2), shape[0]] {
                     let part = [&[images], &shape[1..]].concat();
-                    let len = part.iter().product();
-                    let got = extractor.features(Batch(part, input[..len].to_vec())).unwrap();
+                    let len: usize = part.iter().product();
                     let expected = &expected[..expected.len() / shape[0] * images];
-                    assert_eq!(got.floats.len(), expected.len());
-                    let error: f64 = expected.iter().zip(&got.floats).map(|(e, &g)| (e - f64::from(g)).powi(2)).sum();
+                    let mut got = vec![f32::NAN; network.output(&part).unwrap().iter().product()];
+                    network.run(&part, &input[..len], &mut got).unwrap();
+                    assert_eq!(got.len(), expected.len());
+                    let error: f64 = expected.iter().zip(&got).map(|(e, &g)| (e - f64::from(g)).powi(2)).sum();
                     let relative = error.sqrt() / norm;
                     // Sums of up to 4608 products: direct, sqrt(4608) roundings of 2^-24; Winograd's transforms multiply
                     // that by their condition, about 10 for 6 x 6.
@@ -118,25 +119,13 @@ impl Model {
                     assert!(relative < tolerance, "{isa:?} exact={exact} workers={workers}: {relative:.1e}");
                 }
                 if !exact {
-                    let used: Vec<_> = extractor.timings().unwrap().iter().map(|t| t.method).collect();
+                    let used: Vec<_> = network.timings().unwrap().iter().map(|t| t.method).collect();
                     for method in methods {
                         assert!(used.contains(method), "{method} is not among {used:?}");
                     }
                 }
             }
         }
-    }
-}
-
-struct Batch(Vec<usize>, Vec<f32>);
-
-impl Images for Batch {
-    fn shape(&self) -> Vec<usize> {
-        self.0.clone()
-    }
-
-    fn floats(&self) -> &[f32] {
-        &self.1
     }
 }
 

@@ -73,6 +73,8 @@ pub trait Lanes: Copy {
     fn mul_add(self, b: Self, c: Self) -> Self;
     /// The larger of both; a NaN in `self` stays.
     fn max(self, other: Self) -> Self;
+    /// The larger of both, NaN where either is: PyTorch's max-pooling.
+    fn max_or_nan(self, other: Self) -> Self;
     /// The smaller of both; a NaN in `self` stays.
     fn min(self, other: Self) -> Self;
     fn to_array(self) -> [f32; LANES];
@@ -140,6 +142,11 @@ impl Lanes for Portable {
     #[inline(always)]
     fn max(self, other: Self) -> Self {
         self.zip(other, |a, b| if b > a { b } else { a })
+    }
+
+    #[inline(always)]
+    fn max_or_nan(self, other: Self) -> Self {
+        self.zip(other, |a, b| if b > a || b.is_nan() { b } else { a })
     }
 
     #[inline(always)]

@@ -27,6 +27,17 @@ pub struct Tile<'a> {
     pub activation: Activate,
 }
 
+/// One call of the kernel of this size.
+macro_rules! fixed {
+    ($v:ty, $stride:expr, $columns:expr, $rows:expr, $t:expr, $($r:literal)*) => {
+        match ($columns, $rows) {
+            $((1, $r) => run::<$v, $r, 1, { $stride }>($t),)*
+            $((2, $r) if <$v>::WIDE => run::<$v, $r, 2, { $stride }>($t),)*
+            (columns, rows) => unreachable!("no microkernel for {rows} x {columns}"),
+        }
+    };
+}
+
 /// `rows` pixels times `columns` blocks of output channels. Without `ANY` the stride is [`LANES`] and there is nothing but
 /// sums.
 ///
@@ -34,79 +45,140 @@ pub struct Tile<'a> {
 /// All addresses that the description names must be valid; `rows` and `columns` at most what the `Isa` of `V` allows.
 #[inline(always)]
 pub unsafe fn tile<V: Lanes, const ANY: bool>(rows: usize, columns: usize, t: &Tile<'_>) {
-    macro_rules! fixed {
-        ($($r:literal)*) => {
-            match (columns, rows) {
-                $(
-                    // SAFETY: the caller's promise.
-                    (1, $r) => unsafe { pick_stride::<V, $r, 1, ANY>(t) },
-                    // SAFETY: the caller's promise.
-                    (2, $r) if V::WIDE => unsafe { pick_stride::<V, $r, 2, ANY>(t) },
-                )*
-                _ => unreachable!("no microkernel for {rows} x {columns}"),
+    // SAFETY: the caller's promise; the parts below cover the rows one after the other.
+    unsafe {
+        if !ANY || t.stride == LANES {
+            if V::WIDE {
+                fixed!(V, LANES, columns, rows, t, 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+            } else {
+                fixed!(V, LANES, columns, rows, t, 1 2 3 4 5 6);
             }
-        };
+        } else {
+            // Few sizes for each of the other strides: their lines are short parts of a network, and code is not free.
+            let mut done = 0;
+            while done < rows {
+                let part = part(rows - done, V::WIDE);
+                let mut rest = *t;
+                rest.input = t.input.add(done * t.stride);
+                rest.output = t.output.add(done * t.output_stride);
+                rest.residual = t.residual.wrapping_add(done * t.residual_stride);
+                if t.residual.is_null() {
+                    rest.residual = t.residual;
+                }
+                pick_stride::<V>(part, columns, &rest);
+                done += part;
+            }
+        }
+        if ANY && t.activation.bounds().is_none() {
+            curve::<V>(rows, columns, t);
+        }
     }
-    if V::WIDE {
-        fixed!(1 2 3 4 5 6 7 8 9 10 11 12 13 14);
-    } else {
-        fixed!(1 2 3 4 5 6);
-    }
-    if ANY && t.activation.bounds().is_none() {
-        // SAFETY: the caller's promise.
-        unsafe { curve::<V>(rows, columns, t) };
+}
+
+/// The largest size of microkernel for strides other than [`LANES`].
+#[inline(always)]
+fn part(rows: usize, wide: bool) -> usize {
+    match rows {
+        14.. if wide => 14,
+        7.. if wide => 7,
+        6.. if !wide => 6,
+        4.. => 4,
+        2.. => 2,
+        _ => 1,
     }
 }
 
 /// Known strides become part of the instructions instead of occupying registers.
 #[inline(always)]
-unsafe fn pick_stride<V: Lanes, const R: usize, const C: usize, const ANY: bool>(t: &Tile<'_>) {
-    /// Colour images, stride 1 and 2.
-    const COLOUR: usize = 3;
-    const COLOUR_2: usize = 6;
-    const LANES_2: usize = 2 * LANES;
+unsafe fn pick_stride<V: Lanes>(rows: usize, columns: usize, t: &Tile<'_>) {
+    macro_rules! strides {
+        ($($stride:literal)*) => {
+            match t.stride {
+                $($stride if V::WIDE => fixed!(V, $stride, columns, rows, t, 1 2 4 7 14),)*
+                $($stride => fixed!(V, $stride, columns, rows, t, 1 2 4 6),)*
+                _ if V::WIDE => fixed!(V, 0, columns, rows, t, 1 2 4 7 14),
+                _ => fixed!(V, 0, columns, rows, t, 1 2 4 6),
+            }
+        };
+    }
     // SAFETY: the caller's promise.
     unsafe {
-        match t.stride {
-            _ if !ANY => run::<V, R, C, LANES>(t),
-            LANES => run::<V, R, C, LANES>(t),
-            LANES_2 => run::<V, R, C, LANES_2>(t),
-            COLOUR => run::<V, R, C, COLOUR>(t),
-            COLOUR_2 => run::<V, R, C, COLOUR_2>(t),
-            _ => run::<V, R, C, 0>(t),
-        }
+        // Blocks of channels with stride 2; colour images with stride 1 and 2.
+        strides!(32 3 6);
     }
 }
+
+/// Products that are added up one after the other before they join the sum so far: the rounding error of a long sum grows
+/// with the square root of its length.
+const CHUNK: usize = 256;
 
 #[inline(always)]
 unsafe fn run<V: Lanes, const R: usize, const C: usize, const STRIDE: usize>(t: &Tile<'_>) {
     let stride = if STRIDE > 0 { STRIDE } else { t.stride };
+    let mut weights = t.weights;
+    let mut rest = t.offsets;
     // SAFETY: the caller's promise covers every address below.
     unsafe {
-        let mut first = [V::splat(0.0); C];
-        if !t.bias.is_null() {
-            for (c, first) in first.iter_mut().enumerate() {
-                *first = V::load(t.bias.add(c * LANES));
-            }
-        }
-        let mut sums = [first; R];
-        let mut weights = t.weights;
-        for &offset in t.offsets {
-            let input = t.input.add(offset);
-            for k in 0..t.len {
-                let mut w = [V::splat(0.0); C];
-                for (c, w) in w.iter_mut().enumerate() {
-                    *w = V::load(weights.add(c * LANES));
+        loop {
+            let mut sums = [[V::splat(0.0); C]; R];
+            let (now, later) = rest.split_at(rest.len().min((CHUNK / t.len).max(1)));
+            for &offset in now {
+                let input = t.input.add(offset);
+                for k in 0..t.len {
+                    let mut w = [V::splat(0.0); C];
+                    for (c, w) in w.iter_mut().enumerate() {
+                        *w = V::load(weights.add(c * LANES));
+                    }
+                    // Some steps ahead, so that weights from the second-level cache arrive in time.
+                    V::prefetch(weights.wrapping_add(16 * C * LANES));
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let x = V::splat(*input.add(r * stride + k));
+                        for (sum, w) in sums.iter_mut().zip(w) {
+                            *sum = x.mul_add(w, *sum);
+                        }
+                    }
+                    weights = weights.add(C * LANES);
                 }
-                // Some microkernel steps ahead, so that weights from the second-level cache arrive in time.
-                V::prefetch(weights.wrapping_add(16 * C * LANES));
+            }
+            if rest.len() < t.offsets.len() {
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = V::splat(*input.add(r * stride + k));
-                    for (sum, w) in sums.iter_mut().zip(w) {
-                        *sum = x.mul_add(w, *sum);
+                    for (c, sum) in sums.iter_mut().enumerate() {
+                        *sum = sum.add(V::load(t.output.add(r * t.output_stride + c * t.output_block)));
                     }
                 }
-                weights = weights.add(C * LANES);
+            }
+            rest = later;
+            if rest.is_empty() {
+                finish::<V, R, C>(t, &mut sums);
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                for (c, sum) in sums.iter().enumerate() {
+                    sum.store(t.output.add(r * t.output_stride + c * t.output_block));
+                }
+            }
+            if rest.is_empty() {
+                return;
+            }
+        }
+    }
+}
+
+/// Bias, residual and bounds. Nothing here may keep the sums from living in registers: what is more than a bound goes over
+/// memory again.
+#[inline(always)]
+unsafe fn finish<V: Lanes, const R: usize, const C: usize>(t: &Tile<'_>, sums: &mut [[V; C]; R]) {
+    if t.bias.is_null() {
+        return;
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut bias = [V::splat(0.0); C];
+        for (c, bias) in bias.iter_mut().enumerate() {
+            *bias = V::load(t.bias.add(c * LANES));
+        }
+        for sums in sums.iter_mut() {
+            for (sum, bias) in sums.iter_mut().zip(bias) {
+                *sum = sum.add(bias);
             }
         }
         if !t.residual.is_null() {
@@ -116,20 +188,14 @@ unsafe fn run<V: Lanes, const R: usize, const C: usize, const STRIDE: usize>(t: 
                 }
             }
         }
-        // Nothing here may keep the sums from living in registers: what is more than a bound goes over memory again.
-        if let Some([low, high]) = t.activation.bounds()
-            && t.activation != Activate::Nothing
-        {
-            let (low, high) = (V::splat(low), V::splat(high));
-            for sums in &mut sums {
-                for sum in sums.iter_mut() {
-                    *sum = sum.max(low).min(high);
-                }
-            }
-        }
-        for (r, sums) in sums.iter().enumerate() {
-            for (c, sum) in sums.iter().enumerate() {
-                sum.store(t.output.add(r * t.output_stride + c * t.output_block));
+    }
+    if let Some([low, high]) = t.activation.bounds()
+        && t.activation != Activate::Nothing
+    {
+        let (low, high) = (V::splat(low), V::splat(high));
+        for sums in sums.iter_mut() {
+            for sum in sums.iter_mut() {
+                *sum = sum.max(low).min(high);
             }
         }
     }

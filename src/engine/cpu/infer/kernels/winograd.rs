@@ -240,7 +240,7 @@ where
             for y in 0..(M / 2).min(f.inside[0]) {
                 for x in 0..(M / 2).min(f.inside[1]) {
                     let (a, b) = (&out[2 * y], &out[2 * y + 1]);
-                    let largest = a[2 * x].max(a[2 * x + 1]).max(b[2 * x].max(b[2 * x + 1]));
+                    let largest = a[2 * x].max_or_nan(a[2 * x + 1]).max_or_nan(b[2 * x].max_or_nan(b[2 * x + 1]));
                     activate(f.activation, largest.add(bias)).store(f.to.add(y * f.row + x * LANES));
                 }
             }

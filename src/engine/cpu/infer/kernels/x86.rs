@@ -67,6 +67,16 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn max_or_nan(self, other: Self) -> Self {
+        let largest = self.max(other);
+        // SAFETY: see the head of this file.
+        unsafe {
+            let nan = [_mm256_cmp_ps::<_CMP_UNORD_Q>(other.0, other.0), _mm256_cmp_ps::<_CMP_UNORD_Q>(other.1, other.1)];
+            Self(_mm256_blendv_ps(largest.0, other.0, nan[0]), _mm256_blendv_ps(largest.1, other.1, nan[1]))
+        }
+    }
+
+    #[inline(always)]
     fn min(self, other: Self) -> Self {
         // SAFETY: see the head of this file. Of a NaN and a number the instruction returns its second operand.
         unsafe { Self(_mm256_min_ps(other.0, self.0), _mm256_min_ps(other.1, self.1)) }
@@ -142,6 +152,15 @@ impl Lanes for Avx512 {
     fn max(self, other: Self) -> Self {
         // SAFETY: see the head of this file. Of a NaN and a number the instruction returns its second operand.
         unsafe { Self(_mm512_max_ps(other.0, self.0)) }
+    }
+
+    #[inline(always)]
+    fn max_or_nan(self, other: Self) -> Self {
+        // SAFETY: see the head of this file.
+        unsafe {
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(other.0, other.0);
+            Self(_mm512_mask_mov_ps(self.max(other).0, nan, other.0))
+        }
     }
 
     #[inline(always)]

@@ -115,8 +115,7 @@ impl Kernel for Plane<'_> {
                         // SAFETY: spans are clipped to the image.
                         let pixel = unsafe { V::load(from.add(y * i.row() + x * LANES)) };
                         value = match s.reduce {
-                            // A NaN in the new pixel stays, as in PyTorch; one in `value` is met by `max` below.
-                            Reduce::Max => pixel.max(value),
+                            Reduce::Max => value.max_or_nan(pixel),
                             Reduce::Mean(_) => value.add(pixel),
                         };
                     }
