@@ -81,6 +81,8 @@ pub trait Lanes: Copy {
     fn from_array(lanes: [f32; LANES]) -> Self;
     /// Whether there are registers for 14 x 2 sums; otherwise 6 x 1.
     const WIDE: bool = false;
+    /// Whether more code for common strides is worth its size.
+    const FAST: bool = true;
     /// Asks for the cache line at `at` ahead of time; any address will do.
     #[inline(always)]
     fn prefetch(_at: *const f32) {}
@@ -97,6 +99,8 @@ impl Portable {
 }
 
 impl Lanes for Portable {
+    const FAST: bool = false;
+
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller's promise; arrays of floats have no stricter alignment than floats.

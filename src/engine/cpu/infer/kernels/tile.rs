@@ -29,11 +29,10 @@ pub struct Tile<'a> {
 
 /// One call of the kernel of this size.
 macro_rules! fixed {
-    ($v:ty, $stride:expr, $columns:expr, $rows:expr, $t:expr, $($r:literal)*) => {
-        match ($columns, $rows) {
-            $((1, $r) => run::<$v, $r, 1, { $stride }>($t),)*
-            $((2, $r) if <$v>::WIDE => run::<$v, $r, 2, { $stride }>($t),)*
-            (columns, rows) => unreachable!("no microkernel for {rows} x {columns}"),
+    ($v:ty, $c:literal, $stride:expr, $rows:expr, $t:expr, $($r:literal)*) => {
+        match $rows {
+            $($r => run::<$v, $r, $c, { $stride }>($t),)*
+            rows => unreachable!("no microkernel for {rows} rows"),
         }
     };
 }
@@ -45,28 +44,29 @@ macro_rules! fixed {
 /// All addresses that the description names must be valid; `rows` and `columns` at most what the `Isa` of `V` allows.
 #[inline(always)]
 pub unsafe fn tile<V: Lanes, const ANY: bool>(rows: usize, columns: usize, t: &Tile<'_>) {
+    let blocks = !ANY || t.stride == LANES;
     // SAFETY: the caller's promise; the parts below cover the rows one after the other.
     unsafe {
-        if !ANY || t.stride == LANES {
-            if V::WIDE {
-                fixed!(V, LANES, columns, rows, t, 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
-            } else {
-                fixed!(V, LANES, columns, rows, t, 1 2 3 4 5 6);
-            }
+        if blocks && V::WIDE && columns == 2 {
+            fixed!(V, 2, LANES, rows, t, 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+        } else if blocks && !V::WIDE {
+            fixed!(V, 1, LANES, rows, t, 1 2 3 4 5 6);
         } else {
-            // Few sizes for each of the other strides: their lines are short parts of a network, and code is not free.
+            // Few sizes for all others: they are short parts of a network, and code is not free.
             let mut done = 0;
             while done < rows {
-                let part = part(rows - done, V::WIDE);
-                let mut rest = *t;
-                rest.input = t.input.add(done * t.stride);
-                rest.output = t.output.add(done * t.output_stride);
-                rest.residual = t.residual.wrapping_add(done * t.residual_stride);
-                if t.residual.is_null() {
-                    rest.residual = t.residual;
+                let mut part = *t;
+                part.input = t.input.add(done * t.stride);
+                part.output = t.output.add(done * t.output_stride);
+                if !t.residual.is_null() {
+                    part.residual = t.residual.add(done * t.residual_stride);
                 }
-                pick_stride::<V>(part, columns, &rest);
-                done += part;
+                let size = largest::<V>(rows - done);
+                match columns {
+                    2 if V::WIDE => strides::<V, 2, ANY>(size, &part),
+                    _ => strides::<V, 1, ANY>(size, &part),
+                }
+                done += size;
             }
         }
         if ANY && t.activation.bounds().is_none() {
@@ -75,13 +75,13 @@ pub unsafe fn tile<V: Lanes, const ANY: bool>(rows: usize, columns: usize, t: &T
     }
 }
 
-/// The largest size of microkernel for strides other than [`LANES`].
+/// The largest microkernel that [`strides`] has for so many rows.
 #[inline(always)]
-fn part(rows: usize, wide: bool) -> usize {
+fn largest<V: Lanes>(rows: usize) -> usize {
     match rows {
-        14.. if wide => 14,
-        7.. if wide => 7,
-        6.. if !wide => 6,
+        14.. if V::WIDE => 14,
+        7.. if V::WIDE => 7,
+        6.. if !V::WIDE => 6,
         4.. => 4,
         2.. => 2,
         _ => 1,
@@ -90,21 +90,38 @@ fn part(rows: usize, wide: bool) -> usize {
 
 /// Known strides become part of the instructions instead of occupying registers.
 #[inline(always)]
-unsafe fn pick_stride<V: Lanes>(rows: usize, columns: usize, t: &Tile<'_>) {
-    macro_rules! strides {
-        ($($stride:literal)*) => {
-            match t.stride {
-                $($stride if V::WIDE => fixed!(V, $stride, columns, rows, t, 1 2 4 7 14),)*
-                $($stride => fixed!(V, $stride, columns, rows, t, 1 2 4 6),)*
-                _ if V::WIDE => fixed!(V, 0, columns, rows, t, 1 2 4 7 14),
-                _ => fixed!(V, 0, columns, rows, t, 1 2 4 6),
+unsafe fn strides<V: Lanes, const C: usize, const ANY: bool>(rows: usize, t: &Tile<'_>) {
+    macro_rules! sizes {
+        ($stride:expr) => {
+            if V::WIDE {
+                match rows {
+                    1 => run::<V, 1, C, { $stride }>(t),
+                    2 => run::<V, 2, C, { $stride }>(t),
+                    4 => run::<V, 4, C, { $stride }>(t),
+                    7 => run::<V, 7, C, { $stride }>(t),
+                    _ => run::<V, 14, C, { $stride }>(t),
+                }
+            } else {
+                match rows {
+                    1 => run::<V, 1, C, { $stride }>(t),
+                    2 => run::<V, 2, C, { $stride }>(t),
+                    4 => run::<V, 4, C, { $stride }>(t),
+                    _ => run::<V, 6, C, { $stride }>(t),
+                }
             }
         };
     }
     // SAFETY: the caller's promise.
     unsafe {
-        // Blocks of channels with stride 2; colour images with stride 1 and 2.
-        strides!(32 3 6);
+        match t.stride {
+            LANES => sizes!(LANES),
+            _ if !ANY => unreachable!("stride {}", t.stride),
+            // Blocks of channels with stride 2; colour images with stride 1 and 2.
+            32 if V::FAST => sizes!(32),
+            3 if V::FAST => sizes!(3),
+            6 if V::FAST => sizes!(6),
+            _ => sizes!(0),
+        }
     }
 }
 
