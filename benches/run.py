@@ -9,10 +9,11 @@ from pathlib import Path
 
 import fit
 import loader
+import preconv
 from measure import machine, show
 
 HERE = Path(__file__).parent
-BENCHMARKS = {"loader": loader.comparisons, "fit": fit.comparisons}
+BENCHMARKS = {"loader": loader.comparisons, "fit": fit.comparisons, "preconv": preconv.comparisons}
 
 
 def main() -> None:

@@ -6,7 +6,9 @@ use super::fuse::{Layer, Tensors, unsupported};
 use super::kernels::lanes::{Isa, LANES};
 use super::memory::{Arena, Geometry, Value};
 use super::method::{Method, Window};
-use super::steps::{self, Binary, Cat, Conv, Depthwise, Load, Packing, Pointwise, Pool, Relayout, Softmax, Step, Store};
+use super::steps::{
+    self, Binary, Cat, Conv, Depthwise, Load, Packing, Pointwise, Pool, Relayout, Softmax, Step, Store,
+};
 use super::steps::{Taps, Winograd};
 use crate::engine::cpu::workers::Team;
 use crate::error::{Error, Result};
@@ -24,10 +26,12 @@ pub struct Network<'a> {
     pub exact: bool,
 }
 
+type Write<'a> = Box<dyn Fn(&mut [f32]) + Sync + 'a>;
+
 /// Numbers that a step reads, to be written before the first batch.
 pub struct Fill<'a> {
     pub len: usize,
-    pub write: Box<dyn Fn(&mut [f32]) + Sync + 'a>,
+    pub write: Write<'a>,
 }
 
 /// Room for weights, and who writes it.
@@ -83,8 +87,9 @@ impl<'a> Network<'a> {
         for layer in &self.layers {
             let shape = &self.shapes[layer.last][1..];
             let node = &self.graph.nodes[layer.last];
-            geometries[layer.last] =
-                Some(Geometry::of(shape).ok_or_else(|| unsupported(node, &format!("has a result of shape {shape:?}")))?);
+            geometries[layer.last] = Some(
+                Geometry::of(shape).ok_or_else(|| unsupported(node, &format!("has a result of shape {shape:?}")))?,
+            );
         }
         for layer in &self.layers {
             if let (Some(window), method) = self.method(layer)
@@ -167,9 +172,8 @@ impl<'a> Network<'a> {
                 Box::new(Pointwise { isa, input, second, affine: None, output, activation })
             }
             Op::BatchNorm2d { .. } | Op::Activation { .. } => {
-                let affine = layer.affine.clone().map(|[factor, summand]| {
-                    [weights.vector(factor), weights.vector(summand)]
-                });
+                let affine =
+                    layer.affine.clone().map(|[factor, summand]| [weights.vector(factor), weights.vector(summand)]);
                 Box::new(Pointwise { isa, input, second: None, affine, output, activation })
             }
             Op::Cat { .. } => {

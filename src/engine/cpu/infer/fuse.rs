@@ -209,7 +209,8 @@ impl Fusion<'_> {
             return Err(unsupported(node, "uses the statistics of the batch; call eval()"));
         };
         let floats = |t: usize| {
-            self.tensors[t].ok_or_else(|| unsupported(node, "has parameters that are not contiguous float32 on the CPU"))
+            self.tensors[t]
+                .ok_or_else(|| unsupported(node, "has parameters that are not contiguous float32 on the CPU"))
         };
         let (mean, var) = (floats(*mean)?, floats(*var)?);
         let mut factor: Vec<f64> = var.iter().map(|&v| 1.0 / (f64::from(v) + eps).sqrt()).collect();

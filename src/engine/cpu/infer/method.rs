@@ -80,7 +80,9 @@ impl Method {
             return Self::Depthwise;
         }
         let fits = |groups: &usize| {
-            w.groups % groups == 0 && (w.channels / groups) % LANES == 0 && (w.out_channels / groups) % LANES == 0
+            w.groups.is_multiple_of(*groups)
+                && (w.channels / groups).is_multiple_of(LANES)
+                && (w.out_channels / groups).is_multiple_of(LANES)
         };
         Self::Direct { groups: (2..=w.groups).rev().find(fits).unwrap_or(1) }
     }

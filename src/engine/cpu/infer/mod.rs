@@ -97,7 +97,9 @@ impl<P: Parameters> Frozen<P> {
     /// `Shape`; `Argument` naming an operation that this engine does not compute, or memory of the wrong size.
     pub fn run(&mut self, shape: &[usize], input: &[f32], output: &mut [f32]) -> Result<()> {
         if !matches!(shape.len(), 2 | 4) || shape.contains(&0) || input.len() != shape.iter().product::<usize>() {
-            return Err(Error::Argument(format!("expected images (N, C, H, W) or vectors (N, F), got shape {shape:?}")));
+            return Err(Error::Argument(format!(
+                "expected images (N, C, H, W) or vectors (N, F), got shape {shape:?}"
+            )));
         }
         if !self.team.survived_fork() {
             self.team = Team::new(self.options.workers)?;

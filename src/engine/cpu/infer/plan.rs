@@ -52,7 +52,8 @@ impl Plan {
             for &node in &layer.inputs {
                 floats = floats.max(geometry(node)?.len());
             }
-            let group_bytes = std::env::var("W_G").ok().and_then(|v| v.parse::<usize>().ok()).map_or(GROUP, |v| v << 20);
+            let group_bytes =
+                std::env::var("W_G").ok().and_then(|v| v.parse::<usize>().ok()).map_or(GROUP, |v| v << 20);
             groups.push((group_bytes / (4 * floats)).clamp(1, images));
         }
         // Handing over the result is a step too.
@@ -92,9 +93,8 @@ impl Plan {
             }
         }
         let mut weights = Weights::default();
-        let value = |node: usize| {
-            values[node].ok_or_else(|| Error::Argument(format!("node {node} of the graph has no value")))
-        };
+        let value =
+            |node: usize| values[node].ok_or_else(|| Error::Argument(format!("node {node} of the graph has no value")));
         let mut steps = Vec::new();
         for layer in &network.layers {
             steps.push(network.step(layer, value, &mut weights)?);

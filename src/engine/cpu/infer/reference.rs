@@ -24,7 +24,8 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                         for ky in 0..w[2] {
                             for kx in 0..w[3] {
                                 let (y, x_) = (oy * stride[0] + ky * dilation[0], ox * stride[1] + kx * dilation[1]);
-                                let (Some(y), Some(x_)) = (y.checked_sub(padding[0]), x_.checked_sub(padding[1])) else {
+                                let (Some(y), Some(x_)) = (y.checked_sub(padding[0]), x_.checked_sub(padding[1]))
+                                else {
                                     continue;
                                 };
                                 if y < h && x_ < wd {
@@ -131,7 +132,13 @@ fn activation(function: Activation, x: f64) -> f64 {
     match function {
         Activation::Relu => x.max(0.0),
         Activation::Relu6 => x.clamp(0.0, 6.0),
-        Activation::LeakyRelu { negative_slope } => if x > 0.0 { x } else { negative_slope * x },
+        Activation::LeakyRelu { negative_slope } => {
+            if x > 0.0 {
+                x
+            } else {
+                negative_slope * x
+            }
+        }
         Activation::Silu => x / (1.0 + (-x).exp()),
         Activation::Hardswish => x * (x + 3.0).clamp(0.0, 6.0) / 6.0,
         Activation::Hardsigmoid => (x + 3.0).clamp(0.0, 6.0) / 6.0,

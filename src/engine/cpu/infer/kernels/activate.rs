@@ -115,7 +115,7 @@ pub fn exp(x: f32) -> f32 {
     // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, in registers.
     let magic = 12_582_912.0;
     let n = x * std::f32::consts::LOG2_E + magic - magic;
-    let r = x - n * 0.693_359_375 + n * 2.121_944_4e-4;
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let p = 1.987_569_2e-4;
     let p = p * r + 1.398_2e-3;
     let p = p * r + 8.333_452e-3;
@@ -171,8 +171,9 @@ mod tests {
         let n = 2000;
         let h = x / f64::from(n);
         let f = |t: f64| (-t * t).exp();
-        let sum: f64 =
-            (1..n).map(|i| f64::from(if i % 2 == 1 { 4 } else { 2 }) * f(f64::from(i) * h)).sum::<f64>() + f(0.0) + f(x);
+        let sum: f64 = (1..n).map(|i| f64::from(if i % 2 == 1 { 4 } else { 2 }) * f(f64::from(i) * h)).sum::<f64>()
+            + f(0.0)
+            + f(x);
         sum * h / 3.0 * 2.0 / std::f64::consts::PI.sqrt()
     }
 
@@ -181,7 +182,13 @@ mod tests {
             Activate::Nothing => x,
             Activate::Relu => x.max(0.0),
             Activate::Relu6 => x.clamp(0.0, 6.0),
-            Activate::LeakyRelu(slope) => if x > 0.0 { x } else { x * f64::from(slope) },
+            Activate::LeakyRelu(slope) => {
+                if x > 0.0 {
+                    x
+                } else {
+                    x * f64::from(slope)
+                }
+            }
             Activate::Silu => x / (1.0 + (-x).exp()),
             Activate::Gelu => x * 0.5 * (1.0 + erf_exact(x / 2f64.sqrt())),
             Activate::GeluTanh => {
@@ -198,8 +205,16 @@ mod tests {
     fn like_the_definitions_on_every_instruction_set() {
         let inputs: Vec<f32> = (0..1600).map(|i| (i as f32 - 800.0) * 0.0371).collect();
         let functions = [
-            Activate::Nothing, Activate::Relu, Activate::Relu6, Activate::LeakyRelu(0.01), Activate::Silu,
-            Activate::Gelu, Activate::GeluTanh, Activate::Hardswish, Activate::Hardsigmoid, Activate::Sigmoid,
+            Activate::Nothing,
+            Activate::Relu,
+            Activate::Relu6,
+            Activate::LeakyRelu(0.01),
+            Activate::Silu,
+            Activate::Gelu,
+            Activate::GeluTanh,
+            Activate::Hardswish,
+            Activate::Hardsigmoid,
+            Activate::Sigmoid,
             Activate::Tanh,
         ];
         for isa in Isa::available() {
@@ -210,7 +225,10 @@ mod tests {
                     let expected = exact(function, f64::from(x));
                     // 8 roundings of 2^-24 on numbers up to |x| or 1.
                     let tolerance = 5e-7 * expected.abs().max(f64::from(x.abs())).max(1.0);
-                    assert!((f64::from(y) - expected).abs() <= tolerance, "{isa:?} {function:?}({x}) = {y}, not {expected}");
+                    assert!(
+                        (f64::from(y) - expected).abs() <= tolerance,
+                        "{isa:?} {function:?}({x}) = {y}, not {expected}"
+                    );
                 }
             }
         }

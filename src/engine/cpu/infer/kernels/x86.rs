@@ -71,7 +71,8 @@ impl Lanes for Avx2 {
         let largest = self.max(other);
         // SAFETY: see the head of this file.
         unsafe {
-            let nan = [_mm256_cmp_ps::<_CMP_UNORD_Q>(other.0, other.0), _mm256_cmp_ps::<_CMP_UNORD_Q>(other.1, other.1)];
+            let nan =
+                [_mm256_cmp_ps::<_CMP_UNORD_Q>(other.0, other.0), _mm256_cmp_ps::<_CMP_UNORD_Q>(other.1, other.1)];
             Self(_mm256_blendv_ps(largest.0, other.0, nan[0]), _mm256_blendv_ps(largest.1, other.1, nan[1]))
         }
     }

@@ -97,7 +97,8 @@ impl Conv {
     fn grain(&self, images: usize) -> Pair {
         let lines = self.lines(images);
         let weights = self.taps.depth() * self.output.geometry.blocks() / self.groups * LANES;
-        let touched = lines.length * self.stride[1] * self.stride[0] * self.taps.depth() / self.taps.offsets.len().max(1)
+        let touched = lines.length * self.stride[1] * self.stride[0] * self.taps.depth()
+            / self.taps.offsets.len().max(1)
             * self.input.geometry.blocks();
         if lines.across {
             return [1, 1];

@@ -40,7 +40,7 @@ pub struct Winograd {
 
 /// Planes an odd number of cache lines apart do not fall into the same sets.
 fn odd(floats: usize) -> usize {
-    (floats / LANES | 1) * LANES
+    ((floats / LANES) | 1) * LANES
 }
 
 /// Tiles of one image, down and across, for the convolution's output.
