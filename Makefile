@@ -64,7 +64,7 @@ bench: $(EXTENSION) ## Measure against torchvision and the tutorial's loop; writ
 	python benches/run.py
 
 .PHONY: bench-peers
-bench-peers: ## Install the other loaders into an environment of their own, for `make bench`
+bench-peers: ## Install the other loaders and runtimes into an environment of their own, for `make bench`
 	"$(PYTHON)" -m venv .bench-venv
 	.bench-venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/bench.txt
 

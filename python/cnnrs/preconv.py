@@ -58,8 +58,10 @@ def preconv(
         weights: of a model given by name; see :func:`cnnrs.backbone`.
         batch_size: images at a time when ``data`` is a dataset.
         num_workers: threads that read images when ``data`` is a dataset; None: all cores.
-        engine: as for :func:`cnnrs.fit`.
-        precision: "exact" (no TF32), "tf32", or "bf16" and "fp16" by autocast; None: as torch is set.
+        engine: "cpu" computes float32 images on the CPU in native code, equal to PyTorch up to float rounding; "torch"
+            runs the layers through libtorch, "python" calls the module. "auto" takes the first that can.
+        precision: "exact" (no TF32 on a GPU; no Winograd convolution on a CPU, whose rounding is a little coarser),
+            "tf32", or "bf16" and "fp16" by autocast; None: as torch is set.
         dtype: type to keep features in, "float32", "float16" or "bfloat16"; None: what the model returns. A value that
             float16 cannot hold is an error.
         passes: how many times all images are augmented and computed: K * N rows, pass by pass.
@@ -78,7 +80,7 @@ def preconv(
         FileExistsError: ``out`` holds something else than features.
         OSError: the disk is full: what is computed is safe, and the next call goes on from there.
         RuntimeError: shapes or devices that do not fit, in PyTorch's words.
-        UnsupportedModelError: engine="torch" for a model that cannot be lowered.
+        UnsupportedModelError: engine="torch" or "cpu" for a model that it cannot run.
 
     >>> import torch, cnnrs
     >>> batches = [(torch.rand(4, 3, 8, 8), torch.arange(4))] * 2

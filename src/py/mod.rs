@@ -14,6 +14,7 @@ mod image;
 mod loader;
 mod mnist;
 mod preconv;
+mod preconv_cpu;
 mod transform;
 
 use pyo3::prelude::*;
@@ -41,6 +42,8 @@ mod _cnnrs {
     use super::mnist::read_idx;
     #[pymodule_export]
     use super::preconv::{copy_rows, extract_rows, extract_torch, row_checksums};
+    #[pymodule_export]
+    use super::preconv_cpu::CpuNetwork;
 
     use super::*;
 
