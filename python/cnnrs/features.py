@@ -121,8 +121,8 @@ class Features:
         """The whole network: its output on images is that of ``head`` on their features.
 
         Bit for bit where the features came from engine "torch" or "python" on the same device in batches of the same
-        size, up to float rounding otherwise. The parts are shared, not copied: train the head before or after. The body stays in eval mode, also after
-        ``.train()``, because the features were computed in it.
+        size, up to float rounding otherwise. The parts are shared, not copied: train the head before or after. The body
+        stays in eval mode, also after ``.train()``, because the features were computed in it.
 
         Args:
             head: takes (N, ...) features.
