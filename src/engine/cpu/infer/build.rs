@@ -24,6 +24,7 @@ pub struct Network<'a> {
     pub output: usize,
     pub isa: Isa,
     pub exact: bool,
+    pub workers: usize,
 }
 
 type Write<'a> = Box<dyn Fn(&mut [f32]) + Sync + 'a>;
@@ -231,7 +232,7 @@ impl<'a> Network<'a> {
                 });
                 let tiles = steps::tiles(size, w.output);
                 let pool = layer.pool;
-                let (block, alone) = Winograd::blocking(isa, size, input.geometry.blocks());
+                let (block, alone) = Winograd::blocking(isa, size, input.geometry.blocks(), self.workers);
                 let offsets = (0..input.geometry.blocks()).map(|q| q * isa.rows() * LANES).collect();
                 Box::new(Winograd {
                     isa,

@@ -161,7 +161,8 @@ fn network<'a>(
     options: Options,
 ) -> Result<Network<'a>> {
     let (layers, output) = fuse::fuse(graph, shapes, tensors, options.exact)?;
-    Ok(Network { graph, shapes, tensors, layers, output, isa: options.isa, exact: options.exact })
+    let Options { workers, exact, isa } = options;
+    Ok(Network { graph, shapes, tensors, layers, output, isa, exact, workers })
 }
 
 /// Why this engine cannot run a graph on inputs of this shape.

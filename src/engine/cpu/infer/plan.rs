@@ -52,9 +52,7 @@ impl Plan {
             for &node in &layer.inputs {
                 floats = floats.max(geometry(node)?.len());
             }
-            let group_bytes =
-                std::env::var("W_G").ok().and_then(|v| v.parse::<usize>().ok()).map_or(GROUP, |v| v << 20);
-            groups.push((group_bytes / (4 * floats)).clamp(1, images));
+            groups.push((GROUP / (4 * floats)).clamp(1, images));
         }
         // Handing over the result is a step too.
         groups.push(images);

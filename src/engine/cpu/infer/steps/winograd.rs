@@ -50,13 +50,16 @@ pub fn tiles(size: Size, output: Pair) -> Pair {
 
 impl Winograd {
     /// Tiles per block, and whether a worker takes a block through the layer alone.
-    pub fn blocking(isa: Isa, size: Size, input_blocks: usize) -> (usize, bool) {
+    pub fn blocking(isa: Isa, size: Size, input_blocks: usize, workers: usize) -> (usize, bool) {
         // Few channels: U is small and V of a few tiles fits the second-level cache.
         let alone = input_blocks <= 8;
         let tile = size.products() * input_blocks * LANES * 4;
-        let var = |n: &str, d: usize| std::env::var(n).ok().and_then(|v| v.parse().ok()).unwrap_or(d);
-        let alone = input_blocks <= var("W_ALONE", 8);
-        let tiles = if alone { (var("W_KB", 512) << 10) / tile } else { var("W_T", 70) };
+        let tiles = match alone {
+            true => (512 << 10) / tile,
+            // The larger the block, the less often U is read; many workers need many blocks.
+            false if workers <= 4 => 112,
+            false => 42,
+        };
         ((tiles / isa.rows()).max(1) * isa.rows(), alone)
     }
 
