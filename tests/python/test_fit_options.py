@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import tutorial
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.utils.data import Subset
 
 import cnnrs
+from cnnrs import iterators
 
 ENGINES = ["cpu", "torch", "python"]
 
@@ -297,6 +301,67 @@ def test_fp16_scales_gradients_in_pytorchs_own_way() -> None:
             cnnrs.fit(
                 0, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False, amp="fp16", engine=engine
             )
+
+
+# -- features in memory ------------------------------------------------------------------------------------------------
+
+
+def feature_columns(kind: str, path: Path) -> tuple[Any, Any]:
+    torch.manual_seed(4)
+    features, labels = torch.randn(53, 20), torch.randint(3, (53,))
+    if kind == "tensors":
+        return features, labels
+    if kind == "values":
+        return features, torch.randn(53, 3)
+    np.save(path / "features.npy", features.numpy())
+    return np.load(path / "features.npy", mmap_mode="r"), labels.tolist()
+
+
+@pytest.mark.parametrize("phase", ["training", "validation"])
+@pytest.mark.parametrize("kind", ["tensors", "values", "mapped file and list"])
+def test_features_go_to_the_engine_without_python_and_change_nothing(
+    kind: str, phase: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = feature_columns(kind, tmp_path)
+    loss_fn = F.mse_loss if kind == "values" else F.cross_entropy
+    results = []
+    for direct in (True, False):
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+        loader = cnnrs.DataLoader(Subset(cnnrs.FeatureDataset(*columns), range(50)), batch_size=8, shuffle=True)
+        asked: list[int] = []
+        gather = iterators._gather
+
+        def spy(*arguments: Any, asked: list[int] = asked, gather: Any = gather) -> Any:
+            asked.append(1)
+            return gather(*arguments)
+
+        monkeypatch.setattr(iterators, "_gather", spy)
+        fit = cnnrs.compile(
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=loss_fn, engine="cpu", verbose=False,
+            on_batch_end=None if direct else lambda *_: None,
+        )  # fmt: skip
+        figures = [fit(epoch, model, loader, phase)[0] for epoch in range(2)]
+        assert bool(asked) != direct
+        monkeypatch.undo()
+        results.append((figures, model.state_dict(), torch.get_rng_state(), loader.state_dict()["batches"]))
+    (figures, weights, random, batches_done), (expected, their_weights, their_random, their_batches) = results
+    assert figures == expected and batches_done == their_batches
+    assert tutorial.same(weights, their_weights) and torch.equal(random, their_random)
+
+
+def test_an_interrupted_epoch_of_features_goes_on_where_it_stopped() -> None:
+    features, labels = torch.randn(40, 6), torch.randint(3, (40,))
+    features[17] = math.nan
+    model = nn.Linear(6, 3)
+    loader = cnnrs.DataLoader(cnnrs.FeatureDataset(features, labels), batch_size=8)
+    fit = cnnrs.compile(optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=F.cross_entropy, verbose=False)
+    with pytest.raises(cnnrs.NonFiniteLossError, match="batch 2"):
+        fit(0, model, loader)
+    assert loader.state_dict()["batches"] == 2
+    loader = cnnrs.DataLoader(cnnrs.FeatureDataset(features, labels), batch_sampler=[[0, 1], [-1, 40]])
+    with pytest.raises(IndexError, match="index 40 is out of range for 40 features"):
+        fit(0, model, loader)
 
 
 # -- which engine ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ use super::memory::{Place, Slot};
 use super::spans;
 use super::structure::{Item, Structure};
 use super::window_of;
-use crate::engine::cpu::kernels::skinny::{OUTER_ROWS, PANEL};
+use crate::engine::cpu::kernels::skinny::PANEL;
+use crate::engine::cpu::kernels::sparse::ROWS;
 use crate::error::{Error, Result};
 use crate::model::{Graph, Op, Tensor};
 
@@ -308,9 +309,9 @@ impl<'a> Builder<'a> {
             sums: self.own(self.batch * (out_features / self.workers + 8)),
             turned: self.own(self.batch.next_multiple_of(PANEL) * (out_features / self.workers + 8)),
             packed: self.own(self.batch.next_multiple_of(PANEL) * columns),
-            rows: self.own(OUTER_ROWS * columns),
-            picked: self.own(OUTER_ROWS * self.batch),
-            columns: columns / PANEL * PANEL,
+            rows: self.own(ROWS * columns),
+            terms: [self.own(ROWS * self.batch), self.own(ROWS * self.batch)],
+            columns,
         }
     }
 
