@@ -298,6 +298,8 @@ impl<'a> Builder<'a> {
         let Op::Linear { bias, .. } = self.graph.nodes[node].op else { unreachable!() };
         let [out_features, in_features] = pair(&self.graph.tensors[weight]);
         let columns = LargeLinear::columns(self.batch, in_features);
+        let trained = self.training && self.trained[weight];
+        let nothing = Slot { place: Place::Worker, offset: 0, len: 0 };
         LargeLinear {
             in_features,
             out_features,
@@ -305,12 +307,13 @@ impl<'a> Builder<'a> {
             out,
             weight: Param { tensor: weight, grad: None },
             bias: bias.map(|b| self.param(b)),
-            trained: self.training && self.trained[weight],
+            trained,
             sums: self.own(self.batch * (out_features / self.workers + 8)),
             turned: self.own(self.batch.next_multiple_of(PANEL) * (out_features / self.workers + 8)),
             packed: self.own(self.batch.next_multiple_of(PANEL) * columns),
             rows: self.own(ROWS * columns),
-            terms: [self.own(ROWS * self.batch), self.own(ROWS * self.batch)],
+            terms: [self.batch, self.batch, 1]
+                .map(|each| if trained { self.own(out_features * each) } else { nothing }),
             columns,
         }
     }

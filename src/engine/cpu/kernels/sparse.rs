@@ -20,38 +20,51 @@ pub fn pack_blocks(x: &[f32], k: usize, start: usize, columns: usize, packed: &m
     }
 }
 
-/// The terms of some rows of `dY^T` that are not zero: row `r` has `counts[r]` from `r * batch` on.
+/// The terms of `dY^T` that are not zero: row `r` has `counts[r]` from `r * batch` on.
 pub struct Terms<'a> {
     pub values: &'a mut [f32],
-    /// Sample of each term, as the bits of a float.
+    /// Sample of each term and number of terms of each row, as the bits of floats.
     pub samples: &'a mut [f32],
-    pub counts: [usize; ROWS],
+    pub counts: &'a mut [f32],
+    pub batch: usize,
 }
 
 impl Terms<'_> {
-    /// Columns `first..first + rows` of `dy (batch x n)`.
-    pub fn find(&mut self, dy: &[f32], n: usize, first: usize, rows: usize) {
-        let batch = dy.len() / n;
-        self.counts = [0; ROWS];
-        for (b, row) in dy.chunks_exact(n).enumerate() {
-            for (r, &d) in row[first..first + rows].iter().enumerate() {
-                // Written in any case, counted if it matters: no branch that nobody can predict.
-                let at = r * batch + self.counts[r];
-                self.values[at] = d;
-                self.samples[at] = f32::from_bits(b as u32);
-                self.counts[r] += usize::from(d != 0.0);
+    /// All rows of the transpose of `dy (batch x n)`.
+    pub fn find(&mut self, dy: &[f32], n: usize) {
+        for first in (0..n).step_by(ROWS) {
+            let rows = ROWS.min(n - first);
+            let mut counts = [0; ROWS];
+            for (b, row) in dy.chunks_exact(n).enumerate() {
+                for (r, &d) in row[first..first + rows].iter().enumerate() {
+                    // Written in any case, counted if it matters: no branch that nobody can predict.
+                    let at = (first + r) * self.batch + counts[r];
+                    self.values[at] = d;
+                    self.samples[at] = f32::from_bits(b as u32);
+                    counts[r] += usize::from(d != 0.0);
+                }
+            }
+            for (to, count) in self.counts[first..first + rows].iter_mut().zip(counts) {
+                *to = f32::from_bits(count as u32);
             }
         }
+    }
+
+    /// Values and samples of one row.
+    fn row(&self, row: usize) -> (&[f32], &[f32]) {
+        let range = row * self.batch..row * self.batch + self.counts[row].to_bits() as usize;
+        (&self.values[range.clone()], &self.samples[range])
     }
 }
 
 /// `out[r][c] = sum over the terms of row r of value * x[sample][c]`.
 pub struct SparseOuter<'a> {
     pub terms: &'a Terms<'a>,
+    /// Rows of the terms; row `r` of the result comes from row `first + r`.
+    pub first: usize,
     pub rows: usize,
     /// As [`pack_blocks`] has left it.
     pub x: &'a [f32],
-    pub batch: usize,
     pub blocks: usize,
     /// `out[r * blocks * 64 + column]`
     pub out: &'a mut [f32],
@@ -65,17 +78,16 @@ impl Kernel for SparseOuter<'_> {
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let width = self.blocks * BLOCK;
+        let (width, batch) = (self.blocks * BLOCK, self.terms.batch);
         assert!(self.rows <= ROWS && self.out.len() >= self.rows * width);
-        assert!(self.x.len() >= self.batch * width);
+        assert!(self.x.len() >= batch * width);
         let mut found = [(&[][..], &[][..]); ROWS];
         for (r, found) in found.iter_mut().enumerate().take(self.rows) {
-            let range = r * self.batch..r * self.batch + self.terms.counts[r];
-            *found = (&self.terms.values[range.clone()], &self.terms.samples[range]);
-            assert!(found.1.iter().all(|s| (s.to_bits() as usize) < self.batch));
+            *found = self.terms.row(self.first + r);
+            assert!(found.1.iter().all(|s| (s.to_bits() as usize) < batch));
         }
         for block in 0..self.blocks {
-            let x = self.x[block * self.batch * BLOCK..].as_ptr();
+            let x = self.x[block * batch * BLOCK..].as_ptr();
             for (r, (values, samples)) in found.iter().enumerate().take(self.rows) {
                 let mut sums = [V::splat(0.0); BLOCK / 8];
                 for (&value, sample) in values.iter().zip(*samples) {
@@ -118,17 +130,17 @@ mod tests {
         let blocks = columns.div_ceil(BLOCK);
         let mut packed = vec![f32::NAN; batch * blocks * BLOCK];
         pack_blocks(&x, k, start, columns, &mut packed);
+        let (mut values, mut samples, mut counts) = (vec![0.0; n * batch], vec![0.0; n * batch], vec![0.0; n]);
+        let mut terms = Terms { values: &mut values, samples: &mut samples, counts: &mut counts, batch };
+        terms.find(&dy, n);
         for (first, rows) in [(0, ROWS), (16, 5), (20, 1)] {
-            let (mut values, mut samples) = (vec![0.0; ROWS * batch], vec![0.0; ROWS * batch]);
-            let mut terms = Terms { values: &mut values, samples: &mut samples, counts: [0; ROWS] };
-            terms.find(&dy, n, first, rows);
             for portable in [false, true] {
                 let mut out = vec![f32::NAN; rows * blocks * BLOCK];
                 let work = SparseOuter {
                     terms: &terms,
+                    first,
                     rows,
                     x: &packed,
-                    batch,
                     blocks,
                     out: &mut out,
                     ahead: [&[]; 2],

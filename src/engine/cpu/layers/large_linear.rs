@@ -24,8 +24,9 @@ pub struct LargeLinear {
     /// `batch (filled up) x columns` of the input, `16 x columns` of the gradient.
     pub packed: Slot,
     pub rows: Slot,
-    /// `16 x batch` each: the terms of the gradient that are not zero, and their samples.
-    pub terms: [Slot; 2],
+    /// `out_features x batch` twice and `out_features`: the terms of the gradient that are not zero, their samples, and
+    /// how many there are in each row.
+    pub terms: [Slot; 3],
     /// Columns of the weights that are updated together.
     pub columns: usize,
 }
@@ -81,22 +82,19 @@ impl LargeLinear {
         }
     }
 
-    fn update_weights(&self, cx: &Context<'_>, x: &[f32], dy: &[f32], columns: Range<usize>) {
+    fn update_weights(&self, cx: &Context<'_>, x: &[f32], terms: &Terms<'_>, columns: Range<usize>) {
         let (k, n) = (self.in_features, self.out_features);
         let (packed, grads) = (cx.own(self.packed), cx.own(self.rows));
-        let [values, samples] = self.terms.map(|slot| cx.own(slot));
-        let mut terms = Terms { values, samples, counts: [0; ROWS] };
         let (weights, state) = (cx.tensor(self.weight.tensor), cx.updates.state(self.weight.tensor));
         let blocks = columns.len().div_ceil(BLOCK);
         pack_blocks(x, k, columns.start, columns.len(), packed);
         for row in (0..n).step_by(ROWS) {
             let rows = ROWS.min(n - row);
-            terms.find(dy, n, row, rows);
             sparse_outer(SparseOuter {
-                terms: &terms,
+                terms,
+                first: row,
                 rows,
                 x: packed,
-                batch: cx.batch,
                 blocks,
                 out: grads,
                 ahead: [weights, state].map(|m| m.get(row * k + columns.start..).unwrap_or_default()),
@@ -190,6 +188,11 @@ impl Layer for LargeLinear {
             let share = cx.own(share);
             dy.chunks_exact(n).for_each(|row| share.iter_mut().zip(row).for_each(|(db, d)| *db += d));
         }
+        let [values, samples, counts] = self.terms.map(|slot| cx.own(slot));
+        let mut terms = Terms { values, samples, counts, batch: cx.batch };
+        if self.trained {
+            terms.find(dy, n);
+        }
         let own = share(k, cx.worker, cx.workers, PANEL);
         for start in own.clone().step_by(self.columns) {
             let columns = start..(start + self.columns).min(own.end);
@@ -197,7 +200,7 @@ impl Layer for LargeLinear {
                 self.input_grads(cx, input, dy, columns.clone());
             }
             if self.trained {
-                self.update_weights(cx, x, dy, columns);
+                self.update_weights(cx, x, &terms, columns);
             }
         }
         cx.barrier.wait();
