@@ -267,7 +267,7 @@ def fit_cpu(
     clip: tuple[str, float] | None,
     plans: CpuPlans,
     seed: int,
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]] | tuple[torch.Tensor, torch.Tensor, list[int], list[int]],
     accumulate: int,
     after: Callable[[int, float], Any] | None,
 ) -> tuple[float, int | None, int]:

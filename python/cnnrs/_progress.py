@@ -11,12 +11,17 @@ T = TypeVar("T")
 
 def progress(items: Iterable[T], description: str, unit: str = "batch", verbose: bool = True) -> Iterator[T]:
     """Iterate over ``items`` behind a bar that disappears when it is done."""
-    if not (verbose and (sys.stderr.isatty() or _in_notebook())):
+    if not (verbose and is_shown()):
         return iter(items)
     from tqdm.auto import tqdm
 
     bar: Any = tqdm(items, desc=description, unit=unit, leave=False, total=_length(items))
     return iter(bar)
+
+
+def is_shown() -> bool:
+    """Whether there is somebody to see a bar."""
+    return sys.stderr.isatty() or _in_notebook()
 
 
 def _in_notebook() -> bool:

@@ -6,6 +6,7 @@ mod check;
 mod dlpack;
 mod enter;
 mod error;
+mod feature_rows;
 mod fit;
 mod fit_cpu;
 mod folder;
