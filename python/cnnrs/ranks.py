@@ -38,6 +38,8 @@ def in_folder(run: Run, store: Store, passes: int, seed: int) -> Features:
         ValueError: the processes do not see the same images, model or options.
         RuntimeError: another process failed; says which, and with what.
     """
+    if run.unidentified:
+        raise ValueError(f"processes can share a folder only for images that can be compared: {run.unidentified}")
     ranks = _Ranks(run, store)
     return ranks.lead(passes, seed) if ranks.rank == 0 else ranks.follow(run.plan(passes, seed))
 

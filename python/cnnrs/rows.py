@@ -173,7 +173,7 @@ class Data:
         """Size and time of every file, now; None for images in memory."""
         if not self._is_files or self.files is None:
             return None
-        return [_stat(path) for path in self.files]
+        return [_stat_or_none(path) for path in self.files]
 
     def stat(self, sample: int) -> Stat | None:
         """Size and time of one file, now; None for images in memory."""
@@ -295,6 +295,14 @@ def _batch(pair: Any, samples: list[int] | None) -> Batch:
 def _stat(path: str) -> Stat:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
+
+
+def _stat_or_none(path: str) -> Stat:
+    """Of a file that is gone, what no file has: the loader meets it and says so, or skips it."""
+    try:
+        return _stat(path)
+    except OSError:
+        return -1, -1
 
 
 def unchanged(path: str, before: Stat) -> bool:

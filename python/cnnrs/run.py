@@ -105,14 +105,14 @@ class Run:
         paths = None if files is None or not samples else [files[i] for i in samples]
         return Features(features, torch.cat(labels), paths, self.data.classes, body=self.model)
 
-    def _bar(self, items: Iterator[Item], rows: int = 0) -> Iterator[Item]:
+    def _bar(self, items: Iterator[Item]) -> Iterator[Item]:
         return progress(items, "features", verbose=self.verbose)
 
     # -- a folder --------------------------------------------------------------------------------------------
 
     def in_folder(self, store: Store, passes: int, seed: int) -> Features:
         """The stored features, when they are right; else after everything that is missing has been computed."""
-        if self._reason:
+        if self.unidentified:
             if passes > 1:
                 self.plan(passes, seed)
             return self._everything(store)
@@ -145,7 +145,8 @@ class Run:
         self.extractor(self._bar(update.items()), file)
 
     @property
-    def _reason(self) -> str:
+    def unidentified(self) -> str:
+        """Why it cannot be told whether stored features are these; "" when it can."""
         return self.data.unidentified or ("the model cannot be compared" if self._model_key is None else "")
 
     def plan(self, passes: int, seed: int) -> Plan:
@@ -230,8 +231,7 @@ class Run:
 
     @staticmethod
     def _same_rows(store: Store, plan: Plan, meta: dict[str, Any]) -> bool:
-        same = meta["shape"][0] == plan.rows and meta["passes"] == plan.passes and meta["ids"] == plan.identities()
-        return same and not store.damaged(meta)
+        return plan.is_of(meta) and not store.damaged(meta)
 
     def _everything(self, store: Store) -> Features:
         """Data that cannot be told apart: computed anew each time."""
@@ -239,7 +239,7 @@ class Run:
             if store.meta() is not None:
                 self._say(
                     f"{store.folder}: recomputing the features, because cnnrs cannot tell whether these are the same "
-                    f"images ({self._reason})"
+                    f"images ({self.unidentified})"
                 )
             store.discard()
             made = self._stream(store.path("features.npy.partial"))

@@ -25,7 +25,7 @@ Item = tuple[torch.Tensor, list[tuple[int, int]], str]
 File = tuple[str, str | None, int | None, bool]
 Compute = Callable[["Update", File], object]
 
-# Of an image that changed while its features were computed: equal to nothing.
+# Of an image that cannot be read, or changed while its features were computed: equal to nothing.
 _UNKNOWN = ""
 # Rows that are copied at a time.
 _COPY_BYTES = 8 << 20
@@ -106,9 +106,12 @@ class Plan:
                 self._identities[i] = one
 
     def identity(self, sample: int) -> str:
-        """The hash of an image's contents."""
+        """The hash of an image's contents; "" when it cannot be read."""
         if sample not in self._identities:
-            self._identities[sample] = self.data.identity(sample)
+            try:
+                self._identities[sample] = self.data.identity(sample)
+            except OSError:
+                return _UNKNOWN
         return self._identities[sample]
 
     def places(self) -> dict[int, int]:
@@ -119,15 +122,19 @@ class Plan:
         """The identities of images that were just read; unknown for those that have changed since the plan was made."""
         found = []
         for i in samples:
-            try:
-                one = self.identity(i)
-            except OSError:
-                one = _UNKNOWN
+            one = self.identity(i)
             files, stats = self.data.files, self.stats
             if files is not None and stats is not None and not unchanged(files[i], stats[i]):
                 one = _UNKNOWN
             found.append(one)
         return found
+
+    def is_of(self, meta: dict[str, Any]) -> bool:
+        """Whether a store has exactly the rows of this plan."""
+        ids = meta["ids"]
+        return (
+            len(ids) == self.rows and meta["passes"] == self.passes and _UNKNOWN not in ids and ids == self.identities()
+        )
 
     def identities(self) -> list[str]:
         """Of every row, in order."""

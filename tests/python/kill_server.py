@@ -73,15 +73,30 @@ def main(images: str, work: str, kills: int, seed: int) -> None:
     assert status == 0
     expected = contents(place / "whole")
     rows = (place / "seen").stat().st_size
+    # Every third job begins with the features of some of the images, which it may use again.
+    some = place / "some"
+    for path in sorted(Path(images).rglob("*.*"))[::2]:
+        (some / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, some / path.parent.name)
+    _, status = os.waitpid(fork(str(some), place / "old", place / "seen-old", 0.0, 2), 0)
+    assert status == 0
+    shutil.copytree(place / "old", place / "updated")
+    _, status = os.waitpid(fork(images, place / "updated", place / "seen-updated", 0.0, 2), 0)
+    assert status == 0
+    update, update_rows = contents(place / "updated"), (place / "seen-updated").stat().st_size
     # How long an undisturbed job takes with the pause the killed ones have.
     begin = time.perf_counter()
     _, status = os.waitpid(fork(images, place / "timed", place / "seen", 0.002, 2), 0)
     took = time.perf_counter() - begin
     done = finished = 0
-    report = {"rows": rows, "states": {}, "computed": [], "equal": [], "lost": []}
+    report = {"rows": [], "states": {}, "computed": [], "equal": [], "lost": []}
     while done < kills:
         out, seen = place / f"out-{finished}", place / f"seen-{finished}"
         attempts = 0
+        is_update = finished % 3 == 2
+        if is_update:
+            shutil.copytree(place / "old", out)
+        seen.touch()
         while True:
             pid = fork(images, out, seen, 0.002, 2)
             time.sleep(rng.uniform(0, 1.1 * took))
@@ -99,7 +114,8 @@ def main(images: str, work: str, kills: int, seed: int) -> None:
         if status != 0:
             _, status = os.waitpid(fork(images, out, seen, 0.0, 2), 0)
             assert status == 0
-        report["equal"].append(contents(out) == expected)
+        report["equal"].append(contents(out) == (update if is_update else expected))
+        report["rows"].append(update_rows if is_update else rows)
         report["computed"].append(seen.stat().st_size)
         report["lost"].append(attempts)
         shutil.rmtree(out)

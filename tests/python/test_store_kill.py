@@ -20,8 +20,9 @@ def test_fifty_random_kills(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["kills"] >= KILLS and all(report["equal"])
-    assert report["rows"] == 52  # two passes of 26 images
-    for computed, kills in zip(report["computed"], report["lost"], strict=True):
-        assert 52 <= computed <= 52 + kills * UNSAFE * BATCH
+    # Two passes of 26 images; or of the 13 that are new, where a job begins with the features of the others.
+    assert set(report["rows"]) == {52, 26}
+    for rows, computed, kills in zip(report["rows"], report["computed"], report["lost"], strict=True):
+        assert rows <= computed <= rows + kills * UNSAFE * BATCH
     # The kills hit what they were meant to hit: files in the making.
     assert sum(count for state, count in report["states"].items() if "partial" in state) >= KILLS // 4
