@@ -1,6 +1,5 @@
 """Image folders and MNIST files to normalised batches: torchvision and torch's DataLoader and peers against cnnrs."""
 
-import inspect
 import json
 import os
 import statistics
@@ -85,9 +84,8 @@ def images(folder: Path, kind: str, peers: bool = True, scaled: bool = False) ->
     """One folder of photos, all contenders."""
     ours = cnnrs.ImageFolder(folder, TUTORIAL)
     made = contenders(torchvision.datasets.ImageFolder(folder, TUTORIAL), ours)
-    if scaled and "decode" in inspect.signature(cnnrs.DataLoader.__init__).parameters:
-        options: dict[str, Any] = {"decode": "scaled"}
-        loader = cnnrs.DataLoader(ours, BATCH, num_workers=THREADS, **options)
+    if scaled:
+        loader = cnnrs.DataLoader(ours, BATCH, num_workers=THREADS, decode="scaled")
         made.append(Contender(f'{OURS}, decode="scaled"', epoch(loader)))
     program = stages_program()
     made.append(Process(DECODING, [program, str(folder), "--decode", str(THREADS)]).contender())

@@ -27,7 +27,7 @@ class Comparison:
     """The same work by several contenders; the first one is the baseline."""
 
     work: str
-    #: "img/s" (more is better) or "ms/step" (less is better).
+    #: "img/s" or "files/s" (more is better), or "ms/step" (less is better).
     unit: str
     contenders: list[Contender]
     rounds: int = 5
@@ -47,10 +47,11 @@ class Comparison:
     def table(self) -> str:
         """A Markdown table: median, smallest, largest, and the median of the single rounds' ratios to the baseline."""
         baseline = self.contenders[0]
+        things = {"img/s": "images", "files/s": "files"}.get(self.unit, "steps")
         lines = [
             f"### {self.work}",
             "",
-            f"n = {self.rounds} rounds of {baseline.amount} {'images' if self.unit == 'img/s' else 'steps'}.",
+            f"n = {self.rounds} rounds of {baseline.amount:,} {things}.",
             "",
             f"| who | median {self.unit} | smallest to largest | times as fast |",
             "|---|---:|---:|---:|",
@@ -67,7 +68,7 @@ class Comparison:
 
     def figure(self, contender: Contender, seconds: float) -> float:
         """Seconds of one round in the unit of the table."""
-        return contender.amount / seconds if self.unit == "img/s" else 1000 * seconds / contender.amount
+        return contender.amount / seconds if self.unit.endswith("/s") else 1000 * seconds / contender.amount
 
 
 def show(figure: float) -> str:

@@ -8,12 +8,18 @@ import sys
 from pathlib import Path
 
 import fit
+import folders
 import loader
 import preconv
 from measure import machine, show
 
 HERE = Path(__file__).parent
-BENCHMARKS = {"loader": loader.comparisons, "fit": fit.comparisons, "preconv": preconv.comparisons}
+BENCHMARKS = {
+    "loader": loader.comparisons,
+    "folders": folders.comparisons,
+    "preconv": preconv.comparisons,
+    "fit": fit.comparisons,
+}
 
 
 def main() -> None:

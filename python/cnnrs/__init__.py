@@ -18,7 +18,9 @@ from cnnrs import _torch as _torch
 _torch.load()  # one readable ImportError when torch is missing or of another version
 
 from cnnrs import errors, layers, models  # noqa: E402
+from cnnrs import ray as ray  # noqa: E402
 from cnnrs._cnnrs import __version__  # noqa: E402
+from cnnrs.backbones import Backbone, backbone  # noqa: E402
 from cnnrs.check import check  # noqa: E402
 from cnnrs.engines import explain  # noqa: E402
 from cnnrs.errors import CnnrsError, DecodeError, NonFiniteLossError, UnsupportedModelError  # noqa: E402
@@ -35,6 +37,7 @@ from cnnrs.summary import summary  # noqa: E402
 
 __all__ = [
     "MNIST",
+    "Backbone",
     "CnnrsError",
     "DataLoader",
     "DecodeError",
@@ -46,6 +49,7 @@ __all__ = [
     "NonFiniteLossError",
     "UnsupportedModelError",
     "__version__",
+    "backbone",
     "check",
     "compile",
     "conv_layers",

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 __all__ = [
     "Cache",
     "CpuNetwork",
+    "CpuPlans",
     "Graph",
     "Loader",
     "Memory",
@@ -19,13 +20,18 @@ __all__ = [
     "apply_op",
     "available_threads",
     "check_files",
+    "copy_rows",
+    "cpu_obstacle",
+    "cpu_slow",
     "decode_image",
-    "extract_python",
+    "extract_rows",
     "extract_torch",
+    "fit_cpu",
     "fit_python",
     "fit_torch",
     "image_orientation",
     "read_idx",
+    "row_checksums",
     "scan_folders",
 ]
 
@@ -52,7 +58,9 @@ class Graph:
 class NativeOptimizer:
     """SGD, Adam or AdamW over float32 CPU tensors that stay the user's."""
 
-    def __new__(cls, sgd: Sequence[Any], adam: Sequence[Any]) -> NativeOptimizer: ...
+    def __new__(
+        cls, sgd: Sequence[Any], adam: Sequence[Any], clip: Callable[[list[torch.Tensor | None]], None] | None
+    ) -> NativeOptimizer: ...
     def take_gradients(self) -> list[torch.Tensor | None]:
         """The last step's gradients, one per parameter in the order given, [] before the first step. Forgets them."""
 
@@ -64,6 +72,8 @@ def fit_torch(
     loss: tuple[Any, ...] | Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     optimizer: NativeOptimizer | tuple[list[torch.Tensor], Callable[[list[torch.Tensor | None]], None]] | None,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    accumulate: int,
+    after: Callable[[int, float], Any] | None,
 ) -> tuple[float, int | None, int]:
     """One epoch of a lowered model through libtorch: (sum of losses, correct predictions or None, samples)."""
 
@@ -71,27 +81,47 @@ def fit_python(
     number: int,
     phase: str,
     forward: Callable[[torch.Tensor, torch.Tensor, bool], tuple[float, int | None, int]],
-    step: Callable[[], None],
+    backward: Callable[[], None],
+    update: Callable[[], None],
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    accumulate: int,
+    after: Callable[[int, float], Any] | None,
 ) -> tuple[float, int | None, int]:
     """One epoch of any module: (sum of losses, correct predictions or None, samples)."""
 
 def extract_torch(
     graph: Graph,
     tensors: Sequence[torch.Tensor],
-    batches: Iterator[torch.Tensor],
-    path: os.PathLike[str] | None,
+    batches: Iterator[tuple[torch.Tensor, list[tuple[int, int]], str]],
+    file: tuple[str, str | None, int | None, bool] | None,
     expected: int,
-) -> tuple[NDArray[np.uint8] | None, list[int], str | None]:
-    """Features of a lowered model: (bytes, or None when written to `path`; shape; NumPy type string)."""
+    dtype: str | None,
+) -> tuple[NDArray[np.uint8] | None, list[int], str]:
+    """Features of a lowered model: (bytes, or None when they are in a file; shape; torch's name of the type).
 
-def extract_python(
-    model: Callable[[torch.Tensor], torch.Tensor],
-    batches: Iterator[torch.Tensor],
-    path: os.PathLike[str] | None,
+    Batches are (inputs, runs (first row, rows) where their features go, JSON of the commit record); a file is (path,
+    journal, rows in all where known, whether to go on with what is there).
+    """
+
+def extract_rows(
+    batches: Iterator[tuple[torch.Tensor, list[tuple[int, int]], str]],
+    file: tuple[str, str | None, int | None, bool] | None,
     expected: int,
-) -> tuple[NDArray[np.uint8] | None, list[int], str | None]:
-    """Features of any callable that maps inputs to a tensor: as `extract_torch`."""
+    dtype: str | None,
+) -> tuple[NDArray[np.uint8] | None, list[int], str]:
+    """Features that somebody else computes: as `extract_torch`, with features for inputs."""
+
+def copy_rows(
+    source: str | os.PathLike[str],
+    file: tuple[str, str | None, int | None, bool],
+    row: Sequence[int],
+    dtype: str,
+    moves: Sequence[tuple[int, int, int, str]],
+) -> None:
+    """Copies rows of shape `row`; moves are (first row there, first row here, rows, JSON of the commit record)."""
+
+def row_checksums(path: str | os.PathLike[str], row_bytes: int, runs: Sequence[tuple[int, int]]) -> list[int | None]:
+    """CRC-32 of runs (first row, rows) of a `.npy` file with our header, None where it ends before."""
 
 def decode_image(data: bytes, *, exif: bool = False, truncated: str = "error") -> tuple[int, int, bytes]:
     """(height, width, height * width * 3 bytes of RGB) of an image file's bytes."""
@@ -146,8 +176,12 @@ class Loader:
         cache: Cache | None = None,
         cached_ops: int = 0,
         exif: bool = False,
+        accept_truncated: bool = False,
+        scaled: bool = False,
     ) -> Loader:
-        """``limits``: pixels and bytes per file; ``cache`` keeps images behind the first ``cached_ops`` operations."""
+        """``limits``: pixels and bytes per file; ``cache`` keeps images behind the first ``cached_ops`` operations;
+        ``scaled``: JPEGs before a resize at a half, a quarter or an eighth of their size.
+        """
 
     def submit_files(
         self, indices: Sequence[int], positions: Sequence[int], paths: Sequence[str | os.PathLike[str]]
@@ -221,3 +255,38 @@ class CpuNetwork:
     @staticmethod
     def obstacle(graph: Graph, tensors: Sequence[torch.Tensor], input: Sequence[int]) -> str | None:
         """Why a graph cannot be computed on inputs of this shape; None where it can."""
+
+@final
+class CpuPlans:
+    """Compiled plans and the threads that run them, kept from epoch to epoch."""
+
+    def __new__(cls) -> CpuPlans: ...
+    def __len__(self) -> int:
+        """Number of plans at hand: one per input shape, phase and set of trained parameters."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the last epoch, also after an exception."""
+
+def cpu_obstacle(graph: Graph, input: Sequence[int], targets: Sequence[int] | None) -> str | None:
+    """Why the cpu engine cannot run a graph on inputs (and targets that are values) of this shape; None if it can."""
+
+def cpu_slow(graph: Graph) -> list[int]:
+    """Nodes that libtorch trains at least as fast as the cpu engine, where they are most of the work; else none."""
+
+def fit_cpu(
+    number: int,
+    phase: str,
+    graph: Graph,
+    tensors: Sequence[torch.Tensor],
+    loss: tuple[Any, ...],
+    sgd: Sequence[Any],
+    adam: Sequence[Any],
+    clip: tuple[str, float] | None,
+    plans: CpuPlans,
+    seed: int,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    accumulate: int,
+    after: Callable[[int, float], Any] | None,
+) -> tuple[float, int | None, int]:
+    """One epoch of a lowered model without libtorch: (sum of losses, correct predictions or None, samples)."""

@@ -32,9 +32,17 @@ class ImageCache:
         limit: Bytes; None means half of the free memory, or all but 1 GiB of what is free on the disk.
         truncated: What becomes of files that end too early; it shapes what is kept.
         exif: Whether images are turned upright.
+        decode: "exact", or "scaled" before a resize.
     """
 
-    def __init__(self, place: str | os.PathLike[str], limit: int | None, truncated: str, exif: bool = False) -> None:
+    def __init__(
+        self,
+        place: str | os.PathLike[str],
+        limit: int | None,
+        truncated: str,
+        exif: bool = False,
+        decode: str = "exact",
+    ) -> None:
         self.place = os.fspath(place)
         if self.place == "":
             raise ValueError('cache must be "ram" or a folder, got ""')
@@ -43,6 +51,7 @@ class ImageCache:
         self.limit = limit
         self.truncated = truncated
         self.exif = exif
+        self.decode = decode
         self._open: tuple[bytes, _cnnrs.Cache] | None = None
         self._told: set[str] = set()
 
@@ -70,6 +79,7 @@ class ImageCache:
             "vertical first": pillow13(),
             "truncated": self.truncated,
             "exif": self.exif,
+            "decode": self.decode,
             "ops": [list(spec) for spec in ops],
         }
         return json.dumps(shaped, sort_keys=True).encode()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import chain
-
 import torch
 
 from cnnrs import _cnnrs
@@ -29,31 +26,27 @@ def obstacle(lowered: Lowered, images: torch.Tensor) -> str | None:
 
 
 def network(
-    lowered: Lowered, batches: Iterable[torch.Tensor], *, required: bool = False, exact: bool = False
-) -> tuple[_cnnrs.CpuNetwork | None, Iterator[torch.Tensor]]:
-    """The engine that computes features of ``batches``, or None where libtorch is to do it.
+    lowered: Lowered, images: torch.Tensor, *, required: bool = False, exact: bool = False
+) -> _cnnrs.CpuNetwork | None:
+    """The engine that computes features of batches like ``images``, or None where libtorch is to do it.
 
-    It is taken wherever it can run: its rounding is libtorch's, its convolutions are faster. The first batch is looked
-    at, because what it can run depends on the images' type and size.
+    It is taken wherever it can run: its rounding is libtorch's, its convolutions are faster.
 
     Args:
         lowered: the frozen model.
-        batches: (N, C, H, W) images.
+        images: the first batch; what the engine can run depends on its type and size.
         required: engine="cpu" was asked for.
         exact: no Winograd convolution.
 
     Returns:
-        A callable from (N, C, H, W) to (N, ...) float32, or None; and the batches, all of them.
+        A callable from (N, C, H, W) to (N, ...) float32, or None.
 
     Raises:
         UnsupportedModelError: ``required``, but it cannot run; the message names the operation.
     """
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
-        return None, iter(())
-    reason = obstacle(lowered, first)
-    if reason is not None and required:
+    reason = obstacle(lowered, images)
+    if reason is None:
+        return _cnnrs.CpuNetwork(lowered.graph, lowered.tensors, exact)
+    if required:
         raise UnsupportedModelError(f"engine 'cpu' cannot run this model: {reason}")
-    made = None if reason is not None else _cnnrs.CpuNetwork(lowered.graph, lowered.tensors, exact)
-    return made, chain([first], iterator)
+    return None

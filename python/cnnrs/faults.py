@@ -107,6 +107,13 @@ def note_turned() -> None:
         )
 
 
+def note_not_scaled() -> None:
+    """One warning per process about an option without effect."""
+    if "scaled" not in _noted:
+        _noted.add("scaled")
+        note('decode="scaled" has an effect only where the transform begins with a Resize; images are decoded whole')
+
+
 _truncated = threading.Lock()
 
 

@@ -15,7 +15,7 @@ from cnnrs import _cnnrs
 from cnnrs.cache import kept_ops
 from cnnrs.device import Mover, can_finish, finish_on
 from cnnrs.errors import DecodeError
-from cnnrs.faults import accepting_truncated, check_limits, note_turned
+from cnnrs.faults import accepting_truncated, check_limits, note_not_scaled, note_turned
 from cnnrs.iterators import Iter, collate
 from cnnrs.resume import Progress
 from cnnrs.sources import Rows, Values, find_source
@@ -24,6 +24,7 @@ from cnnrs.transforms import Native, lower, lower_rest, pillow13, wants_info
 # The random draws of the operations behind a Python step must not repeat those before it.
 REST_SEED = 0x9E37_79B9_7F4A_7C15
 MASK = (1 << 64) - 1
+RESIZES = ("resize", "resize_shorter")
 
 
 @dataclass
@@ -56,7 +57,8 @@ class ImagesIter(Iter):
         self._memory = loader._kept()
         self._ahead = loader._ahead()
         self._limits = (loader.max_pixels, loader.max_bytes)
-        self._truncated, self._exif = loader.truncated, loader.exif
+        self._truncated, self._exif, self._scaled = loader.truncated, loader.exif, loader.decode == "scaled"
+        self._keyed_by_index = loader.keyed_by_index
         self._cache = None if isinstance(source, Rows) else loader._cache
         resumed = state is not None and bool(state["generators"])
         seed = int(self._base_seed) + self._epoch + loader.epoch * REST_SEED
@@ -69,6 +71,8 @@ class ImagesIter(Iter):
         self._moving: deque[tuple[Any, Batch]] = deque()
         super().begin(loader, progress, state)
         first = self._lowered.first
+        if self._scaled and not (first.ops and first.ops[0][0] in RESIZES):
+            note_not_scaled()
         if loader.device is not None:
             on_device = self._whole and can_finish(first)
             finish = finish_on(loader.device, first.finish) if on_device and first.finish is not None else None
@@ -96,6 +100,8 @@ class ImagesIter(Iter):
             cache,
             kept,
             self._exif,
+            self._truncated == "accept",
+            self._scaled,
         )
 
     def _index(self) -> Any:
@@ -182,7 +188,7 @@ class ImagesIter(Iter):
     def _draw(self) -> Batch:
         index = self._index()
         indices = index if self._auto_collation else [index]
-        positions = range(self._position, self._position + len(indices))
+        positions = indices if self._keyed_by_index else range(self._position, self._position + len(indices))
         self._position += len(indices)
         return Batch(indices, positions)
 

@@ -4,6 +4,7 @@
 //! (`surrogateescape`). Byte order differs from that as soon as one name is not UTF-8, hence [`python_order`].
 
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, Metadata};
 use std::os::unix::ffi::OsStrExt;
@@ -11,7 +12,6 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Atomic};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::error::Result;
@@ -80,48 +80,61 @@ pub struct Tree {
 }
 
 /// The files below each of `folders`, links followed, those of one folder sorted as
-/// `sorted(os.walk(folder, followlinks=True))` with sorted file names. `None` for a folder that is not a directory.
+/// `sorted(os.walk(folder, followlinks=True))` with sorted file names. `found` gets them in the order of `folders`, while
+/// others are still being listed; `None` for a folder that is not a directory.
 ///
-/// `interrupted` is asked a few times per second; its error ends the scan. Folders that cannot be read count as empty, as
-/// in `os.walk`. A link that leads back to a folder above it is not followed: `os.walk` goes round until the system
-/// refuses after 40 links, with two such links in one folder that takes 2^40 rounds.
+/// `interrupted` is asked a few times per second; its error ends the scan, as that of `found`. Folders that cannot be read
+/// count as empty, as in `os.walk`. A link that leads back to a folder above it is not followed: `os.walk` goes round until
+/// the system refuses after 40 links, with two such links in one folder that takes 2^40 rounds.
 ///
 /// # Errors
-/// Only those of `interrupted`.
+/// Only those of `found` and `interrupted`.
 pub fn scan(
     folders: &[PathBuf],
     rules: Rules<'_>,
+    mut found: impl FnMut(Option<Tree>) -> Result<()>,
     mut interrupted: impl FnMut() -> Result<()>,
-) -> Result<Vec<Option<Tree>>> {
-    let results: Vec<Mutex<Option<Tree>>> = folders.iter().map(|_| Mutex::default()).collect();
+) -> Result<()> {
     let (cursor, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let (alive, done) = mpsc::channel::<()>();
-    let work = |alive: mpsc::Sender<()>| {
-        let next = || Some(cursor.fetch_add(1, Atomic::Relaxed)).and_then(|i| folders.get(i).zip(results.get(i)));
-        while let Some((folder, result)) = next() {
-            let files = folder.is_dir().then(|| files_below(folder, rules, &stop));
-            *result.lock().unwrap_or_else(PoisonError::into_inner) = files;
+    let (sender, trees) = mpsc::channel::<(usize, Option<Tree>)>();
+    let work = |sender: mpsc::Sender<(usize, Option<Tree>)>| {
+        while !stop.load(Atomic::Relaxed) {
+            let i = cursor.fetch_add(1, Atomic::Relaxed);
+            let Some(folder) = folders.get(i) else { break };
+            let tree = folder.is_dir().then(|| files_below(folder, rules, &stop));
+            // Nobody listens any more after an error.
+            let _ = sender.send((i, tree));
         }
-        drop(alive);
     };
-    let outcome = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         for _ in 0..threads::available().min(folders.len()) {
-            let alive = alive.clone();
+            let sender = sender.clone();
             let work = &work;
-            scope.spawn(move || work(alive));
+            scope.spawn(move || work(sender));
         }
-        drop(alive);
-        // The channel closes when the last thread ends.
-        while done.recv_timeout(Duration::from_millis(20)) == Err(RecvTimeoutError::Timeout) {
-            if let Err(error) = interrupted() {
-                stop.store(true, Atomic::Relaxed);
-                return Err(error);
+        drop(sender);
+        let mut early = BTreeMap::new();
+        let mut next = 0;
+        let mut deliver = || {
+            while next < folders.len() {
+                match trees.recv_timeout(Duration::from_millis(20)) {
+                    Ok((i, tree)) => drop(early.insert(i, tree)),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    // A thread is gone without its tree; the scope passes its panic on.
+                    Err(RecvTimeoutError::Disconnected) => break,
+                }
+                interrupted()?;
+                while let Some(tree) = early.remove(&next) {
+                    found(tree)?;
+                    next += 1;
+                }
             }
-        }
-        Ok(())
-    });
-    outcome?;
-    Ok(results.into_iter().map(|files| files.into_inner().unwrap_or_else(PoisonError::into_inner)).collect())
+            Ok(())
+        };
+        let outcome = deliver();
+        stop.store(true, Atomic::Relaxed);
+        outcome
+    })
 }
 
 fn files_below(root: &Path, rules: Rules<'_>, stop: &AtomicBool) -> Tree {
@@ -251,13 +264,45 @@ mod tests {
         let extensions = [".jpg", ".jpeg", ".png"].map(String::from);
         let folders = [root.path().to_path_buf(), root.path().join("missing")];
         let rules = Rules { extensions: Some(&extensions), skip_hidden: false };
-        let found = scan(&folders, rules, || Ok(())).unwrap();
+        let found = trees(&folders, rules);
         assert!(found[1].is_none());
         let names = files(found[0].as_ref().unwrap(), root.path());
         // "sub-1" < "sub/" because '-' < '/', and a folder comes before the ones inside it.
         let expected = ["a.png", "b.JPG", "é.jpg", "link/z.jpeg", "link/deep/x.jpg", "sub/z.jpeg"];
         let expected = expected.iter().chain(&["sub-1/y.jpg", "sub/deep/x.jpg"]).map(PathBuf::from).collect::<Vec<_>>();
         assert_eq!(names, expected);
+    }
+
+    fn trees(folders: &[PathBuf], rules: Rules<'_>) -> Vec<Option<Tree>> {
+        let mut all = Vec::new();
+        let found = |tree| {
+            all.push(tree);
+            Ok(())
+        };
+        scan(folders, rules, found, || Ok(())).unwrap();
+        all
+    }
+
+    #[test]
+    fn folders_come_in_their_order_and_an_error_ends_the_scan() {
+        let root = tempfile::tempdir().unwrap();
+        let folders: Vec<_> = (0..40).map(|i| root.path().join(format!("{i:02}"))).collect();
+        for (i, folder) in folders.iter().enumerate() {
+            fs::create_dir(folder).unwrap();
+            // The first one takes longest.
+            for j in 0..if i == 0 { 2000 } else { 1 } {
+                fs::write(folder.join(format!("{j}.jpg")), b"").unwrap();
+            }
+        }
+        let found = trees(&folders, Rules::default());
+        assert!(found.iter().zip(&folders).all(|(tree, folder)| tree.as_ref().unwrap().folders[0].0 == *folder));
+        let mut seen = 0;
+        let fails = |_| {
+            seen += 1;
+            if seen == 3 { Err(Error::Interrupted) } else { Ok(()) }
+        };
+        assert!(scan(&folders, Rules::default(), fails, || Ok(())).is_err());
+        assert_eq!(seen, 3);
     }
 
     fn files(tree: &Tree, root: &Path) -> Vec<PathBuf> {
@@ -275,7 +320,7 @@ mod tests {
         for (link, target) in [("a", "class"), ("deep/b", "class"), ("deep/c", "."), ("d", "class/deep")] {
             std::os::unix::fs::symlink(root.path().join(target), class.join(link)).unwrap();
         }
-        let found = scan(std::slice::from_ref(&class), Rules::default(), || Ok(())).unwrap();
+        let found = trees(std::slice::from_ref(&class), Rules::default());
         let tree = found[0].as_ref().unwrap();
         // "c" leads to the root, where the class is met as a folder above: nothing is listed without end.
         let files = files(tree, &class);
@@ -295,7 +340,7 @@ mod tests {
         }
         for (skip_hidden, count) in [(true, 1), (false, 3)] {
             let rules = Rules { skip_hidden, ..Rules::default() };
-            let found = scan(&[root.path().to_path_buf()], rules, || Ok(())).unwrap();
+            let found = trees(&[root.path().to_path_buf()], rules);
             assert_eq!(files(found[0].as_ref().unwrap(), root.path()).len(), count);
         }
     }
@@ -311,7 +356,7 @@ mod tests {
                 std::os::unix::fs::symlink(other, folder.join(format!("to-{i}"))).unwrap();
             }
         }
-        let outcome = scan(&folders[..1], Rules::default(), || Err(Error::Interrupted));
+        let outcome = scan(&folders[..1], Rules::default(), |_| Ok(()), || Err(Error::Interrupted));
         assert!(matches!(outcome, Err(Error::Interrupted)));
     }
 }

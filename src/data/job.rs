@@ -13,7 +13,7 @@ use crate::data::cache::Stamp;
 use crate::data::loader::{Failure, Memory, Ready};
 use crate::data::plan::{Finish, Input, Kept, Output, Plan, Raw, Rows, Sample};
 use crate::error::{Error, Result};
-use crate::image::{self, Image, Key, Layout, Limits, Options, Scratch};
+use crate::image::{self, Image, Key, Layout, Limits, Scratch};
 
 /// What a thread needs for itself; recycled, because its pages are expensive to get.
 #[derive(Default)]
@@ -279,8 +279,7 @@ fn load(input: &Input, file: Option<&Input>, plan: &Plan, worker: &mut Worker) -
 
 fn decode(path: &Path, plan: &Plan, worker: &mut Worker) -> Result<()> {
     read(path, &plan.limits, &mut worker.file)?;
-    let options = Options { limits: plan.limits, exif: plan.exif, ..Options::default() };
-    let seen = image::decode_with(&worker.file, &options, &mut worker.image).map_err(|error| error.at(path))?;
+    let seen = image::decode_with(&worker.file, &plan.options(), &mut worker.image).map_err(|error| error.at(path))?;
     if seen.orientation != 1 {
         plan.turned.store(true, Ordering::Relaxed);
     }

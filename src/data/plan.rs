@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use crate::data::cache::Cache;
 use crate::data::spread::Spread;
 use crate::error::{Error, Result};
-use crate::image::{self, Image, Layout, Limits, Scratch, Transform};
+use crate::image::{self, Image, Layout, Limits, Op, Options, Scratch, Transform, Truncated};
 
 /// Pixels somebody else decoded: packed rows, 1 (gray) or 3 (RGB) bytes per pixel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +77,9 @@ pub struct Plan {
     pub kept: Option<Kept>,
     /// Whether images are turned upright as their EXIF data say.
     pub exif: bool,
+    pub truncated: Truncated,
+    /// Whether large JPEGs are decoded at a fraction of their size, where a [`Op::Resize`] follows.
+    pub scaled: bool,
     /// Whether one would have been, or was.
     pub turned: AtomicBool,
 }
@@ -100,6 +103,17 @@ impl Plan {
         self.transform.ops = prefix.ops.split_off(ops.min(prefix.ops.len()));
         self.kept = Some(Kept { cache, prefix, shape });
         self
+    }
+
+    /// How files are decoded.
+    pub(super) fn options(&self) -> Options {
+        // Every resize is kept where anything is.
+        let ops = self.kept.as_ref().map_or(&self.transform.ops, |kept| &kept.prefix.ops);
+        let scaled = match ops.first() {
+            Some(Op::Resize { size, .. }) if self.scaled => Some(*size),
+            _ => None,
+        };
+        Options { limits: self.limits, exif: self.exif, truncated: self.truncated, scaled }
     }
 
     /// `(channels, height, width)` of every sample, if that is known before one is read.

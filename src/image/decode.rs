@@ -81,7 +81,8 @@ pub struct Options {
 pub enum Truncated {
     #[default]
     Error,
-    /// JPEG and PNG as far as they go, as Pillow shows them under `LOAD_TRUNCATED_IMAGES`; pixels broken inside as well.
+    /// JPEG as far as it goes, as Pillow shows it under `LOAD_TRUNCATED_IMAGES`; pixels broken inside as well. How far
+    /// the others go depends on how far Pillow's zlib reads ahead: still errors, for Pillow to answer.
     Accept,
 }
 
@@ -107,8 +108,16 @@ pub fn decode_with(bytes: &[u8], options: &Options, out: &mut Image) -> Result<S
     }
     let format = Format::of(bytes).ok_or_else(|| not_an_image(bytes))?;
     let run = || {
+        let orientation = exif::orientation(bytes, format);
+        let scaled = match options.scaled {
+            // The file lies on its side until it is turned.
+            Some(Size::Exact { height, width }) if options.exif && orientation >= 5 => {
+                Some(Size::Exact { height: width, width: height })
+            }
+            size => size,
+        };
         let whole = match format {
-            Format::Jpeg => jpeg::decode(bytes, limits, options.scaled, out),
+            Format::Jpeg => jpeg::decode(bytes, limits, scaled, out),
             Format::Png => png::decode(bytes, limits, out),
             Format::Gif => gif::decode(bytes, limits, out),
             Format::WebP => webp::decode(bytes, limits, out),
@@ -121,7 +130,6 @@ pub fn decode_with(bytes: &[u8], options: &Options, out: &mut Image) -> Result<S
         } else {
             whole?;
         }
-        let orientation = exif::orientation(bytes, format);
         if options.exif {
             upright(orientation, out);
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString, PyTuple};
 
-use crate::data::folder::{self, Names, Rules};
+use crate::data::folder::{self, Names, Rules, Tree};
 use crate::py::enter::enter;
 use crate::py::error::stash;
 
@@ -26,10 +26,29 @@ pub fn scan_folders<'py>(
     extensions: Option<Vec<String>>,
     skip_hidden: bool,
 ) -> PyResult<Found<'py>> {
-    let trees = enter(py, || {
-        let mut asked = Instant::now();
+    let numbers: Vec<_> = numbers.into_iter().map(Bound::unbind).collect();
+    let samples = PyList::empty(py).unbind();
+    let (mut counts, mut loops) = (Vec::new(), Vec::new());
+    enter(py, || {
         let rules = Rules { extensions: extensions.as_deref(), skip_hidden };
-        folder::scan(&folders, rules, || {
+        let mut waiting = numbers.iter();
+        let found = |tree: Option<Tree>| {
+            let Some((number, tree)) = waiting.next().zip(tree) else {
+                counts.push(None);
+                return Ok(());
+            };
+            counts.push(Some(tree.folders.iter().map(|(_, names)| names.len()).sum()));
+            loops.extend(tree.loops);
+            // While the next folders are being listed.
+            Python::with_gil(|py| {
+                let mut folders = tree.folders.iter();
+                let samples = samples.bind(py);
+                folders.try_for_each(|(folder, names)| append(py, folder.as_os_str(), names, number.bind(py), samples))
+            })
+            .map_err(stash)
+        };
+        let mut asked = Instant::now();
+        folder::scan(&folders, rules, found, || {
             if asked.elapsed() < Duration::from_millis(50) {
                 return Ok(());
             }
@@ -37,16 +56,7 @@ pub fn scan_folders<'py>(
             Python::with_gil(|py| py.check_signals().map_err(stash))
         })
     })?;
-    let samples = PyList::empty(py);
-    let (mut counts, mut loops) = (Vec::new(), Vec::new());
-    for (tree, number) in trees.into_iter().zip(&numbers) {
-        counts.push(tree.as_ref().map(|tree| tree.folders.iter().map(|(_, names)| names.len()).sum()));
-        for (folder, names) in tree.iter().flat_map(|tree| &tree.folders) {
-            append(py, folder.as_os_str(), names, number, &samples)?;
-        }
-        loops.extend(tree.into_iter().flat_map(|tree| tree.loops));
-    }
-    Ok((samples, counts, loops))
+    Ok((samples.into_bound(py), counts, loops))
 }
 
 /// Strings, not the `pathlib.Path`s that a `PathBuf` becomes: torchvision's samples are strings, and much cheaper.

@@ -11,7 +11,7 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyCapsule, PyList, PyTuple};
 
 use crate::data::{self, Input, Plan, Raw, Ready, Rows, Sample};
-use crate::image::Limits;
+use crate::image::{Limits, Truncated};
 use crate::py::cache::Cache;
 use crate::py::dlpack::{self, View};
 use crate::py::enter::enter;
@@ -59,7 +59,7 @@ pub struct Loader {
 #[pymethods]
 impl Loader {
     #[new]
-    #[pyo3(signature = (ops, finish, pillow13, seed, threads, memory, rows=None, limits=None, cache=None, cached_ops=0, exif=false))]
+    #[pyo3(signature = (ops, finish, pillow13, seed, threads, memory, rows=None, limits=None, cache=None, cached_ops=0, exif=false, accept_truncated=false, scaled=false))]
     // One argument for each decision of `cnnrs.DataLoader`.
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -74,6 +74,8 @@ impl Loader {
         cache: Option<&Cache>,
         cached_ops: usize,
         exif: bool,
+        accept_truncated: bool,
+        scaled: bool,
     ) -> PyResult<Self> {
         let (transform, output) = transform::transform(&ops, finish.as_ref(), pillow13)?;
         let rows = match rows.as_ref().map(View::new).transpose()? {
@@ -86,8 +88,9 @@ impl Loader {
         let (pixels, bytes) = limits.unwrap_or_default();
         let default = Limits::default();
         let limits = Limits { pixels: pixels.unwrap_or(default.pixels), bytes: bytes.unwrap_or(default.bytes) };
+        let truncated = if accept_truncated { Truncated::Accept } else { Truncated::Error };
         let turned = AtomicBool::new(false);
-        let mut plan = Plan { rows, transform, output, limits, seed, kept: None, exif, turned };
+        let mut plan = Plan { rows, transform, output, limits, seed, kept: None, exif, truncated, scaled, turned };
         if let Some(cache) = cache {
             plan = plan.keeping(cache.get(), cached_ops);
         }

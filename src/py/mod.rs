@@ -7,6 +7,7 @@ mod dlpack;
 mod enter;
 mod error;
 mod fit;
+mod fit_cpu;
 mod folder;
 mod graph;
 mod image;
@@ -28,6 +29,8 @@ mod _cnnrs {
     #[pymodule_export]
     use super::fit::{NativeOptimizer, fit_python, fit_torch};
     #[pymodule_export]
+    use super::fit_cpu::{CpuPlans, cpu_obstacle, cpu_slow, fit_cpu};
+    #[pymodule_export]
     use super::folder::scan_folders;
     #[pymodule_export]
     use super::graph::Graph;
@@ -38,7 +41,7 @@ mod _cnnrs {
     #[pymodule_export]
     use super::mnist::read_idx;
     #[pymodule_export]
-    use super::preconv::{extract_python, extract_torch};
+    use super::preconv::{copy_rows, extract_rows, extract_torch, row_checksums};
     #[pymodule_export]
     use super::preconv_cpu::CpuNetwork;
 

@@ -349,3 +349,14 @@ def test_threads_change_nothing_and_epochs_do(spelling: Any, folder: Path) -> No
         assert all(torch.equal(a, b) for a, b in zip(inline, epochs(num_workers, 4), strict=True))
     assert not torch.equal(inline[0], inline[1])
     assert not torch.equal(inline[0], epochs(0, 5)[0])
+
+
+def test_an_erased_rectangle_behind_a_resize_is_where_it_is_without_one(white: Path) -> None:
+    # A resize in the last place writes into the batch while it runs, unless something is to be erased afterwards.
+    erasing = v1.RandomErasing(p=0.7, value=(-1.0, -2.0, -3.0))
+    found = []
+    for resize in ([], [v1.Resize((30, 40))], [v1.Resize((15, 20)), v1.Resize((30, 40))]):
+        torch.manual_seed(1)
+        dataset = ImageFolder(white, v1.Compose([*resize, v1.ToTensor(), erasing]))
+        found.append(torch.cat([images for images, _ in DataLoader(dataset, 100, num_workers=2)]))
+    assert (found[0] < 0).any() and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

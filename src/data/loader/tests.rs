@@ -3,7 +3,7 @@ use std::sync::atomic::AtomicBool;
 use super::*;
 use crate::data::DType;
 use crate::data::plan::{Finish, Output, Rows};
-use crate::image::{Finish as Last, Limits, Op, PillowOrder, Transform};
+use crate::image::{Finish as Last, Limits, Op, PillowOrder, Transform, Truncated};
 
 struct Bytes(Vec<u8>);
 impl AsRef<[u8]> for Bytes {
@@ -23,6 +23,8 @@ fn plan(ops: Vec<Op>, finish: Last) -> Plan {
         seed: 1,
         kept: None,
         exif: false,
+        truncated: Truncated::Error,
+        scaled: false,
         turned: AtomicBool::new(false),
     }
 }

@@ -1,4 +1,4 @@
-//! Files that end too early or are broken inside: those that Pillow reads all the same, and those that it shows as far as
+//! Files that end too early or are broken inside: those that Pillow reads all the same, and JPEGs that it shows as far as
 //! they go under `LOAD_TRUNCATED_IMAGES`.
 
 #![forbid(unsafe_code)]
@@ -13,15 +13,12 @@ use crate::error::{Error, Result};
 use crate::image::{Image, Layout, Limits};
 
 /// What Pillow makes of a file that the decoders above refuse; `None` where it refuses too. With `accept`, pixels that
-/// are missing are black (gray in JPEG).
+/// a JPEG misses are gray.
 pub fn decode(bytes: &[u8], format: Format, limits: &Limits, accept: bool, out: &mut Image) -> Option<Result<()>> {
     match format {
         Format::Jpeg if accept => Some(jpeg(bytes, limits, out)),
         // Pillow does not look behind the last pixel: checksums and the end of the file may be missing.
-        Format::Png => match png(bytes, limits, out) {
-            Ok(complete) => (complete || accept).then_some(Ok(())),
-            Err(error) => accept.then_some(Err(error)),
-        },
+        Format::Png => matches!(png(bytes, limits, out), Ok(true)).then_some(Ok(())),
         _ => None,
     }
 }
