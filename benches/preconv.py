@@ -116,7 +116,7 @@ def eager(model: nn.Module, images: torch.Tensor) -> Callable[[], int]:
 
 def compiled(model: nn.Module, images: torch.Tensor, exact: bool = False) -> _cnnrs.CpuNetwork:
     """What `preconv` runs."""
-    network, _ = cpu_features.network(lower(model), [images], required=True, exact=exact)
+    network = cpu_features.network(lower(model), images, required=True, exact=exact)
     assert network is not None
     return network
 
