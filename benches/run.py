@@ -10,10 +10,16 @@ from pathlib import Path
 import fit
 import folders
 import loader
+import preconv
 from measure import machine, show
 
 HERE = Path(__file__).parent
-BENCHMARKS = {"loader": loader.comparisons, "folders": folders.comparisons, "fit": fit.comparisons}
+BENCHMARKS = {
+    "loader": loader.comparisons,
+    "folders": folders.comparisons,
+    "fit": fit.comparisons,
+    "preconv": preconv.comparisons,
+}
 
 
 def main() -> None:

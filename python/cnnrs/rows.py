@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -134,7 +135,7 @@ class Data:
     @staticmethod
     def _visits_each_once(loader: Any) -> bool:
         sampler, batches = loader.sampler, loader.batch_sampler
-        whole = type(sampler) is SequentialSampler or (
+        whole = type(sampler) in (SequentialSampler, DistributedSampler) or (
             type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)
         )
         return whole and type(batches) is BatchSampler and batches.sampler is sampler
@@ -173,6 +174,10 @@ class Data:
         if not self._is_files or self.files is None:
             return None
         return [_stat(path) for path in self.files]
+
+    def stat(self, sample: int) -> Stat | None:
+        """Size and time of one file, now; None for images in memory."""
+        return _stat(self.files[sample]) if self._is_files and self.files is not None else None
 
     def identity(self, sample: int) -> str:
         """A hash of the contents of one image."""

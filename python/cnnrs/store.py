@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ _WORKING = (
     "features.npy.previous",
     "features.journal.previous",
 )
+_SHARED = re.compile(r"features\.journal\.\d+")
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
 
 
@@ -78,6 +80,7 @@ class Store:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self._verified: tuple[Any, list[tuple[int, int]]] = (None, [])
 
     def path(self, name: str) -> Path:
         """A file of the folder."""
@@ -106,6 +109,11 @@ class Store:
         layout = self.layout(meta)
         blocks = layout.blocks()
         try:
+            status = self.path("features.npy").stat()
+            # One reading per call is enough: a store may be large.
+            state = meta["checksum"], status.st_ino, status.st_size, status.st_mtime_ns
+            if self._verified[0] == state:
+                return self._verified[1]
             if _layout_of(self.path("features.npy")) != layout:
                 return blocks
             found = _cnnrs.row_checksums(self.path("features.npy"), layout.row_bytes, blocks)
@@ -114,7 +122,9 @@ class Store:
         expected = meta["checksums"]["features"]
         if len(expected) != len(blocks):
             return blocks
-        return [block for block, crc, wanted in zip(blocks, found, expected, strict=True) if crc != wanted]
+        bad = [block for block, crc, wanted in zip(blocks, found, expected, strict=True) if crc != wanted]
+        self._verified = state, bad
+        return bad
 
     def labels(self, meta: dict[str, Any]) -> torch.Tensor:
         """The stored labels.
@@ -127,11 +137,14 @@ class Store:
             raise ValueError(f"{path} is damaged: its checksum is not the one in meta.json")
         return torch.from_numpy(np.load(path))
 
-    def features(self, dtype: str) -> torch.Tensor:
-        """The stored features, memory-mapped: a row is read from disk when it is used."""
+    def features(self, meta: dict[str, Any]) -> torch.Tensor | None:
+        """The stored features, memory-mapped: a row is read when it is used. None if `meta` is out of date."""
         # Mode "c": writable for torch, yet nothing ever reaches the file.
         mapped = torch.from_numpy(np.load(self.path("features.npy"), mmap_mode="c"))
-        return mapped.view(torch.bfloat16) if dtype == "bfloat16" else mapped
+        # A commit takes meta.json away before it replaces the rows: these are its rows if it is still there.
+        if (self.meta() or {}).get("checksum") != meta["checksum"]:
+            return None
+        return mapped.view(torch.bfloat16) if meta["dtype"] == "bfloat16" else mapped
 
     def partial_layout(self, name: str = "features.npy.partial") -> Layout | None:
         """The layout of a file in the making, None when there is none that can be read."""
@@ -205,7 +218,8 @@ class Store:
             time.sleep(0.05)
 
     def _refuse_others(self) -> None:
-        others = sorted(entry.name for entry in os.scandir(self.folder) if entry.name not in (*_NAMES, *_WORKING))
+        names = (entry.name for entry in os.scandir(self.folder))
+        others = sorted(name for name in names if name not in (*_NAMES, *_WORKING) and not _SHARED.fullmatch(name))
         if others:
             raise FileExistsError(f"{self.folder} holds {others[0]!r}, not a feature file: give a folder of its own")
 
@@ -216,8 +230,34 @@ class Store:
             os.replace(rows, self.path("features.npy.previous"))
             os.replace(journal, self.path("features.journal.previous"))
         self._unlink("features.npy.partial")
-        text = json.dumps({"format": FORMAT, **header}).encode()
-        self._write("features.journal", b"%08x %s\n" % (zlib.crc32(text), text))
+        self._write_header("features.journal", {"format": FORMAT, **header})
+
+    def _write_header(self, name: str, header: dict[str, Any]) -> None:
+        text = json.dumps(header).encode()
+        self._write(name, b"%08x %s\n" % (zlib.crc32(text), text))
+
+    def shared_journal(self, rank: int) -> Path:
+        """The journal of one of several processes that fill the same file."""
+        if rank == 0:
+            return self.path("features.journal")
+        own = self.path(f"features.journal.{rank}")
+        journal = self.journal()
+        if not own.exists() and journal is not None:
+            self._write_header(own.name, journal.header)
+        return own
+
+    def absorb(self) -> None:
+        """Put what other processes have recorded into the journal."""
+        journal = self.journal()
+        for path in sorted(self.folder.glob("features.journal.[0-9]*")):
+            other = self.journal(path.name)
+            if journal is not None and other is not None and other.header == journal.header:
+                lines = path.read_bytes().splitlines(keepends=True)[1:]
+                with open(self.path("features.journal"), "ab") as file:
+                    file.write(b"".join(lines))
+                    file.flush()
+                    os.fsync(file.fileno())
+            path.unlink()
 
     def discard(self) -> None:
         """Forget what is in the making."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -23,7 +23,7 @@ from cnnrs.store import Layout, Store, good_rows
 Item = tuple[torch.Tensor, list[tuple[int, int]], str]
 #: (path, journal, rows in all, whether the file is there): where an extractor writes.
 File = tuple[str, str | None, int | None, bool]
-Compute = Callable[[Iterable[Item], File], object]
+Compute = Callable[["Update", File], object]
 
 # Of an image that changed while its features were computed: equal to nothing.
 _UNKNOWN = ""
@@ -71,6 +71,11 @@ class Plan:
         self.samples = [i for i in self.samples if i not in gone]
         return len(gone)
 
+    def faults(self) -> dict[str, str]:
+        """The files that are left out, and why."""
+        files = self.data.files or []
+        return {files[i]: reason for i, reason in self.skipped.items()}
+
     def skip_again(self, meta: dict[str, Any]) -> None:
         """Leave out files that could not be read before and have not changed since."""
         now = dict(zip(self.data.files or [], self.stats or [], strict=False))
@@ -105,6 +110,24 @@ class Plan:
         if sample not in self._identities:
             self._identities[sample] = self.data.identity(sample)
         return self._identities[sample]
+
+    def places(self) -> dict[int, int]:
+        """Sample -> its row within a pass."""
+        return {sample: at for at, sample in enumerate(self.samples)}
+
+    def identify(self, samples: list[int]) -> list[str]:
+        """The identities of images that were just read; unknown for those that have changed since the plan was made."""
+        found = []
+        for i in samples:
+            try:
+                one = self.identity(i)
+            except OSError:
+                one = _UNKNOWN
+            files, stats = self.data.files, self.stats
+            if files is not None and stats is not None and not unchanged(files[i], stats[i]):
+                one = _UNKNOWN
+            found.append(one)
+        return found
 
     def identities(self) -> list[str]:
         """Of every row, in order."""
@@ -146,8 +169,12 @@ class Update:
     Args:
         store: the folder.
         plan: what it shall hold.
-        compute: runs the model over batches and writes the rows.
+        compute: runs the model over what is `missing` and writes the rows.
         say: told in one line what is kept and what is computed, when something is kept.
+
+    Attributes:
+        missing: for every pass, the samples to be computed.
+        share: (which, of how many): the batches that this process computes, every n-th.
     """
 
     def __init__(self, store: Store, plan: Plan, compute: Compute, say: Callable[[str], None]) -> None:
@@ -155,6 +182,8 @@ class Update:
         self.plan = plan
         self.compute = compute
         self.say = say
+        self.missing: list[list[int]] = []
+        self.share = (0, 1)
 
     def run(self, meta: dict[str, Any] | None) -> None:
         """Make the store hold exactly the plan's rows; `meta` is that of a complete store with the same key.
@@ -189,6 +218,7 @@ class Update:
     def _resume(self) -> dict[int, str]:
         """Row -> identity of what an interrupted run of the same plan has left; begins a new file if there is none."""
         digest = self.plan.digest()
+        self.store.absorb()
         journal, layout = self.store.journal(), self.store.partial_layout()
         if journal is not None and journal.header.get("plan") == digest:
             if layout is not None and layout.shape[0] == self.plan.rows:
@@ -236,13 +266,15 @@ class Update:
                 for old, new, count in _joined(pairs, max(1, _COPY_BYTES // max(layout.row_bytes, 1)))
             ]
             if moves:
-                _cnnrs.copy_rows(source.path, self._file(), list(layout.shape[1:]), layout.dtype, moves)
+                _cnnrs.copy_rows(source.path, self.file(), list(layout.shape[1:]), layout.dtype, moves)
                 done.update((row, identities[row]) for _, row in pairs)
 
-    def _file(self) -> File:
-        paths = self.store.path("features.npy.partial"), self.store.path("features.journal")
-        there = self.store.partial_layout() is not None
-        return os.fspath(paths[0]), os.fspath(paths[1]), self.plan.rows, there
+    def file(self, journal: Path | None = None) -> File:
+        """Where rows go, and the journal that says so."""
+        journal = journal if journal is not None else self.store.path("features.journal")
+        # A file that others may be writing to is never made anew.
+        there = self.share[1] > 1 or self.store.partial_layout() is not None
+        return os.fspath(self.store.path("features.npy.partial")), os.fspath(journal), self.plan.rows, there
 
     def _ids(self) -> list[str]:
         journal = self.store.journal()
@@ -256,24 +288,30 @@ class Update:
 
     def _compute_missing(self, done: dict[int, str]) -> None:
         each = len(self.plan.samples)
-        passes = range(self.plan.passes)
-        missing = [[at for at in range(each) if number * each + at not in done] for number in passes]
-        if any(missing):
-            self.compute(self._items(missing), self._file())
+        self.missing = [
+            [sample for at, sample in enumerate(self.plan.samples) if number * each + at not in done]
+            for number in range(self.plan.passes)
+        ]
+        if any(self.missing):
+            self.compute(self, self.file())
 
-    def _items(self, missing: list[list[int]]) -> Iterator[Item]:
-        data, size = self.plan.data, self.plan.batch_size
-        place = {sample: at for at, sample in enumerate(self.plan.samples)}
+    def shares(self) -> Iterator[tuple[int, list[list[int]]]]:
+        """This process's batches of samples, for every pass that has any."""
+        size, (mine, all_of_them) = self.plan.batch_size, self.share
+        for number, samples in enumerate(self.missing):
+            batches = [samples[i : i + size] for i in range(0, len(samples), size)][mine::all_of_them]
+            if batches:
+                yield number, batches
+
+    def items(self) -> Iterator[Item]:
+        """What is missing, read by this process."""
+        place = self.plan.places()
         # Beside the model: hashing a file takes about as long as reading it once more.
         with ThreadPoolExecutor(1, thread_name_prefix="cnnrs-identity") as pool:
-            for number, places in enumerate(missing):
-                samples = [self.plan.samples[at] for at in places]
-                batches = [samples[i : i + size] for i in range(0, len(samples), size)]
-                if not batches:
-                    continue
+            for number, batches in self.shares():
                 waiting: tuple[Batch, Future[list[str]]] | None = None
-                for batch in data.batches(batches, self.plan.seed, number):
-                    now = batch, pool.submit(self._identify, batch.samples or [])
+                for batch in self.plan.data.batches(batches, self.plan.seed, number):
+                    now = batch, pool.submit(self.plan.identify, batch.samples or [])
                     if waiting is not None:
                         yield self._item(*waiting, number, place)
                     waiting = now
@@ -282,21 +320,7 @@ class Update:
 
     def _item(self, batch: Batch, identities: Future[list[str]], number: int, place: dict[int, int]) -> Item:
         rows = [number * len(place) + place[sample] for sample in batch.samples or []]
-        return batch.inputs, _runs(rows), json.dumps(identities.result())
-
-    def _identify(self, samples: list[int]) -> list[str]:
-        """The identities of images that were just read; unknown for those that have changed since the plan was made."""
-        found = []
-        for i in samples:
-            try:
-                one = self.plan.identity(i)
-            except OSError:
-                one = _UNKNOWN
-            files, stats = self.plan.data.files, self.plan.stats
-            if files is not None and stats is not None and not unchanged(files[i], stats[i]):
-                one = _UNKNOWN
-            found.append(one)
-        return found
+        return batch.inputs, runs_of(rows), json.dumps(identities.result())
 
     def _faults(self) -> dict[str, str]:
         loader: Any = self.plan.data.data
@@ -330,7 +354,7 @@ def _difference(meta: dict[str, Any] | None, plan: Plan) -> str:
     return f"{words}: " if words else ""
 
 
-def _runs(rows: list[int]) -> list[tuple[int, int]]:
+def runs_of(rows: list[int]) -> list[tuple[int, int]]:
     """Consecutive numbers as (first, how many)."""
     groups = [list(group) for _, group in groupby(enumerate(rows), lambda pair: pair[1] - pair[0])]
     return [(group[0][1], len(group)) for group in groups]
