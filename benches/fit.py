@@ -238,7 +238,7 @@ class Limits:
             "skipping zeros of ReLU and dropout can beat that. Compiling: the first step of a model minus a later "
             "one, pages of the optimizer's new state included.",
             "",
-            "| network | compiling, ms | peak memory beyond the model, MiB | steps/s | share of the limit | bound by |",
+            "| network | compiling, ms | peak memory above the model's, MiB | steps/s | share of limit | bound by |",
             "|---|---:|---:|---:|---:|---|",
         ]
         for name, compiling, memory, rate, share, bound in self.rows:
