@@ -7,10 +7,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Version of the folder's layout; another number is not read.
 FORMAT = 1
@@ -47,6 +50,19 @@ class Features:
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(features, label) of one row."""
         return self.features[index], self.labels[index]
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the rows in the plane of their two largest principal components, one colour per class.
+
+        Args:
+            path: where to write the picture; None only draws, and a notebook shows it.
+
+        Returns:
+            The matplotlib figure.
+        """
+        from cnnrs.plots import plot_features
+
+        return plot_features(self.features, self.labels, self.classes, path)
 
     def __repr__(self) -> str:
         place = f", folder={str(self.folder)!r}" if self.folder else ""

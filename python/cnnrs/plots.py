@@ -1,7 +1,7 @@
 """Pictures for notebooks: a batch, features in two dimensions, who is taken for whom, the worst mistakes.
 
-All need matplotlib (``pip install cnnrs[plots]``). Each returns a matplotlib figure; with a path it is written to a file
-instead of being shown.
+All need matplotlib (``pip install cnnrs[plots]``). Each returns a matplotlib figure; with a path it is written to a
+file instead of being shown.
 """
 
 from __future__ import annotations
@@ -110,18 +110,19 @@ def plot_features(features: Tensor, labels: Tensor, classes: Sequence[str] | Non
     # Exact for what is drawn; a fixed seed, because the method is a random one.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _, _, axes = torch.pca_lowrank(rows, q=min(6, *rows.shape), center=False)  # type: ignore[no-untyped-call]
+        _, _, axes = torch.pca_lowrank(rows, q=min(6, *rows.shape), center=False)
     points = rows @ axes[:, :2]
     if points.shape[1] < 2:
         points = torch.cat([points, torch.zeros_like(points)], dim=1)
     share = 100 * points.var(dim=0).sum() / rows.var(dim=0).sum().clamp(min=1e-30)
     figure = new_figure("Features.plot", path, 6, 5)
     canvas = figure.subplots()
-    for label in labels.unique().tolist():
-        inside = labels == label
-        canvas.scatter(*points[inside].T.numpy(), s=14, alpha=0.7, label=_name(label, classes))
+    present = sorted(set(labels.tolist()))
+    for label in present:
+        x, y = points[labels == label].T.numpy()
+        canvas.scatter(x, y, s=14, alpha=0.7, label=_name(label, classes))
     canvas.set(xticks=[], yticks=[], title=f"two principal components, {share:.0f} % of the variance")
-    if len(labels.unique()) <= 20:
+    if len(present) <= 20:
         canvas.legend()
     return finish(figure, path)
 

@@ -296,6 +296,8 @@ def _train_head(
     say: Callable[[str], None],
 ) -> tuple[cnnrs.History, int]:
     """Train; leaves the weights of the best epoch in ``head`` and returns its number, counted from 0."""
+    # Once more: features that had to be computed have drawn numbers, features that were there have not.
+    torch.manual_seed(options.seed)
     loaders = [
         cnnrs.DataLoader(cnnrs.FeatureDataset(*train), batch_size=options.batch_size, shuffle=True),
         cnnrs.DataLoader(cnnrs.FeatureDataset(*valid), batch_size=256),

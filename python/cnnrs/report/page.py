@@ -150,7 +150,8 @@ def _curves(evidence: Evidence) -> str:
     )  # fmt: skip
     names = {"train": "training", "valid": "validation", "rule": "kept"}
     legend = "".join(f'<li class="{style}">{name}</li>' for style, name in names.items())
-    return f'<div class="pair"><figure>{loss}</figure><figure>{accuracy}</figure></div><ul class="legend">{legend}</ul>{_words(evidence)}'
+    figures = f'<div class="pair"><figure>{loss}</figure><figure>{accuracy}</figure></div>'
+    return f'{figures}<ul class="legend">{legend}</ul>{_words(evidence)}'
 
 
 def _words(evidence: Evidence) -> str:
