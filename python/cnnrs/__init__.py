@@ -19,6 +19,7 @@ _torch.load()  # one readable ImportError when torch is missing or of another ve
 
 from cnnrs import errors, layers, models  # noqa: E402
 from cnnrs._cnnrs import __version__  # noqa: E402
+from cnnrs.backbones import Backbone, backbone  # noqa: E402
 from cnnrs.check import check  # noqa: E402
 from cnnrs.engines import explain  # noqa: E402
 from cnnrs.errors import CnnrsError, DecodeError, NonFiniteLossError, UnsupportedModelError  # noqa: E402
@@ -37,6 +38,7 @@ from cnnrs.summary import summary  # noqa: E402
 
 __all__ = [
     "MNIST",
+    "Backbone",
     "CnnrsError",
     "DataLoader",
     "DecodeError",
@@ -48,6 +50,7 @@ __all__ = [
     "NonFiniteLossError",
     "UnsupportedModelError",
     "__version__",
+    "backbone",
     "check",
     "compile",
     "confusion",

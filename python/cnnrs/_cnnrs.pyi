@@ -18,13 +18,15 @@ __all__ = [
     "apply_op",
     "available_threads",
     "check_files",
+    "copy_rows",
     "decode_image",
-    "extract_python",
+    "extract_rows",
     "extract_torch",
     "fit_python",
     "fit_torch",
     "image_orientation",
     "read_idx",
+    "row_checksums",
     "scan_folders",
 ]
 
@@ -78,19 +80,36 @@ def fit_python(
 def extract_torch(
     graph: Graph,
     tensors: Sequence[torch.Tensor],
-    batches: Iterator[torch.Tensor],
-    path: os.PathLike[str] | None,
+    batches: Iterator[tuple[torch.Tensor, list[tuple[int, int]], str]],
+    file: tuple[str, str | None, int | None, bool] | None,
     expected: int,
-) -> tuple[NDArray[np.uint8] | None, list[int], str | None]:
-    """Features of a lowered model: (bytes, or None when written to `path`; shape; NumPy type string)."""
+    dtype: str | None,
+) -> tuple[NDArray[np.uint8] | None, list[int], str]:
+    """Features of a lowered model: (bytes, or None when they are in a file; shape; torch's name of the type).
 
-def extract_python(
-    model: Callable[[torch.Tensor], torch.Tensor],
-    batches: Iterator[torch.Tensor],
-    path: os.PathLike[str] | None,
+    Batches are (inputs, runs (first row, rows) where their features go, JSON of the commit record); a file is (path,
+    journal, rows in all where known, whether to go on with what is there).
+    """
+
+def extract_rows(
+    batches: Iterator[tuple[torch.Tensor, list[tuple[int, int]], str]],
+    file: tuple[str, str | None, int | None, bool] | None,
     expected: int,
-) -> tuple[NDArray[np.uint8] | None, list[int], str | None]:
-    """Features of any callable that maps inputs to a tensor: as `extract_torch`."""
+    dtype: str | None,
+) -> tuple[NDArray[np.uint8] | None, list[int], str]:
+    """Features that somebody else computes: as `extract_torch`, with features for inputs."""
+
+def copy_rows(
+    source: str | os.PathLike[str],
+    file: tuple[str, str | None, int | None, bool],
+    row: Sequence[int],
+    dtype: str,
+    moves: Sequence[tuple[int, int, int, str]],
+) -> None:
+    """Copies rows of shape `row`; moves are (first row there, first row here, rows, JSON of the commit record)."""
+
+def row_checksums(path: str | os.PathLike[str], row_bytes: int, runs: Sequence[tuple[int, int]]) -> list[int | None]:
+    """CRC-32 of runs (first row, rows) of a `.npy` file with our header, None where it ends before."""
 
 def decode_image(data: bytes, *, exif: bool = False, truncated: str = "error") -> tuple[int, int, bytes]:
     """(height, width, height * width * 3 bytes of RGB) of an image file's bytes."""

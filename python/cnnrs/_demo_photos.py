@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 import cnnrs
+from cnnrs.cli.train import TRAIN_NAMES, VALID_NAMES
 from cnnrs.demo import fit_all, heading, predict, save_curves, verdict
 from cnnrs.layers import last_linear
-
-TRAIN_NAMES = ("train", "training")
-VALID_NAMES = ("valid", "validation", "val", "test")
 
 
 def photos(data: Path, backbone: str, weights: Path | None, epochs: int, out: Path) -> int:

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
+from torch import nn
+
+from cnnrs.store import FORMAT, Store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Version of the folder's layout; another number is not read.
-FORMAT = 1
+# Rows that are compared at a time: bounds the memory of a search, whatever the size of the store.
+_CHUNK = 2048
+
+
+class Neighbour(NamedTuple):
+    """A row that resembles another: `similarity` is the cosine of the two, at most 1."""
+
+    row: int
+    similarity: float
+    label: Any
+    path: str | None
 
 
 @dataclass(eq=False)
 class Features:
-    """Features and labels, row i belonging to the i-th image that the loader gave.
+    """Features and labels, row i belonging to the i-th image.
 
     Unpacks in two, as the tutorial's ``preconvfeat`` does: ``conv_feat, labels = features``.
 
@@ -31,13 +41,15 @@ class Features:
         paths: the image file of each row, None where the data has no files.
         classes: class names by index, None where unknown.
         folder: where the features are stored, None for features in memory.
+        body: the module that computed them, None for features that were opened from a folder.
     """
 
     features: torch.Tensor
     labels: torch.Tensor
     paths: list[str] | None = None
     classes: list[str] | None = None
-    folder: Path | None = field(default=None)
+    folder: Path | None = None
+    body: nn.Module | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Features, then labels: for unpacking. Iterate over ``zip(*features)`` for rows."""
@@ -69,95 +81,246 @@ class Features:
         shape, dtype = tuple(self.features.shape), str(self.features.dtype).removeprefix("torch.")
         return f"Features(features={shape} {dtype}, labels={tuple(self.labels.shape)}{place})"
 
+    def take(self, rows: Sequence[int] | torch.Tensor) -> Features:
+        """Some of the rows, in the order given, copied into memory."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        paths = None if self.paths is None else [self.paths[i] for i in index.tolist()]
+        features, labels = self.features[index.to(self.features.device)], self.labels[index.to(self.labels.device)]
+        return replace(self, features=features, labels=labels, paths=paths, folder=None)
 
-@dataclass(frozen=True)
-class Store:
-    """The folder ``features.npy``, ``labels.npy``, ``meta.json``; complete exactly when ``meta.json`` is there."""
+    def split(self, fraction: float, seed: int = 0) -> tuple[Features, Features]:
+        """Two parts that share no image, ``fraction`` of every class in the second (rounded to whole images).
 
-    folder: Path
+        All passes of an image stay together. A class of two or more images is in both parts. The rows are copied.
 
-    @property
-    def features_path(self) -> Path:
-        """The ``.npy`` file of the features."""
-        return self.folder / "features.npy"
-
-    @property
-    def _labels_path(self) -> Path:
-        return self.folder / "labels.npy"
-
-    @property
-    def _meta_path(self) -> Path:
-        return self.folder / "meta.json"
-
-    def begin(self) -> None:
-        """Make the folder and take back the claim that it is complete.
+        Args:
+            fraction: between 0 and 1.
+            seed: the same seed gives the same parts.
 
         Raises:
-            FileExistsError: the folder holds files that are not features; nothing is touched.
+            ValueError: ``fraction`` is not between 0 and 1, or the labels are not one number per row.
+
+        >>> import torch
+        >>> train, valid = Features(torch.zeros(10, 2), torch.arange(10) % 2).split(0.2)
+        >>> sorted(valid.labels.tolist()), len(train)
+        ([0, 1], 8)
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        ours = {"features.npy", "features.npy.partial", "labels.npy", "meta.json", "meta.json.partial"}
-        others = sorted(entry.name for entry in os.scandir(self.folder) if entry.name not in ours)
-        if others:
-            raise FileExistsError(f"{self.folder} holds {others[0]!r}, not a feature file: give a folder of its own")
-        self._meta_path.unlink(missing_ok=True)
-
-    def finish(self, labels: torch.Tensor, meta: dict[str, Any]) -> None:
-        """Write the labels, then ``meta.json``, which makes the folder complete."""
-        np.save(self._labels_path, labels.numpy())
-        partial = self.folder / "meta.json.partial"
-        partial.write_text(json.dumps({"format": FORMAT, **meta}, indent=1, ensure_ascii=True), encoding="utf-8")
-        os.replace(partial, self._meta_path)
-
-    def meta(self) -> dict[str, Any] | None:
-        """What ``meta.json`` says, None when there is none or it is not one of ours."""
-        try:
-            meta = json.loads(self._meta_path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
-            return None
-        return meta if isinstance(meta, dict) else None
-
-    def load(self, meta: dict[str, Any]) -> Features:
-        """The stored features, memory-mapped: a row is read from disk when it is used.
-
-        Raises:
-            ValueError: the files do not have the shape that ``meta.json`` states.
-        """
-        # Mode "c": writable for torch, yet nothing ever reaches the file.
-        features = np.load(self.features_path, mmap_mode="c")
-        labels = np.load(self._labels_path)
-        if list(features.shape) != meta["shape"] or len(labels) != len(features):
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction must be between 0 and 1 (exclusive), got {fraction}")
+        if self.labels.dim() != 1:
             raise ValueError(
-                f"{self.folder}: expected features of shape {tuple(meta['shape'])} with as many labels, found "
-                f"{features.shape} and {len(labels)} labels"
+                f"a stratified split needs one label per row, got labels of shape {tuple(self.labels.shape)}"
             )
-        return Features(
-            torch.from_numpy(features), torch.from_numpy(labels), meta["paths"], meta["classes"], self.folder
-        )
+        members: dict[Any, dict[Any, list[int]]] = {}
+        for row, label in enumerate(self.labels.tolist()):
+            image: Any = row if self.paths is None else self.paths[row]
+            members.setdefault(label, {}).setdefault(image, []).append(row)
+        generator = torch.Generator().manual_seed(seed)
+        second: list[int] = []
+        for label in sorted(members):
+            images = list(members[label].values())
+            count = round(fraction * len(images))
+            if len(images) > 1:
+                count = min(max(count, 1), len(images) - 1)
+            order = torch.randperm(len(images), generator=generator).tolist()
+            second += [row for i in order[:count] for row in images[i]]
+        chosen = set(second)
+        return self.take([row for row in range(len(self)) if row not in chosen]), self.take(sorted(chosen))
+
+    def to(self, device: str | torch.device) -> Features:
+        """The same with features and labels on ``device``, where all of them must fit."""
+        return replace(self, features=self.features.to(device), labels=self.labels.to(device))
+
+    # -- back to images --------------------------------------------------------------------------------------
+
+    def attach(self, head: nn.Module, body: nn.Module | None = None) -> nn.Module:
+        """The whole network: its output on images is that of ``head`` on their features.
+
+        The parts are shared, not copied: train the head before or after. The body stays in eval mode, also after
+        ``.train()``, because the features were computed in it.
+
+        Args:
+            head: takes (N, ...) features.
+            body: what computed the features; needed for features that were opened with :func:`load_features`.
+
+        Raises:
+            ValueError: there is no body.
+
+        >>> import torch, cnnrs
+        >>> images = torch.rand(4, 3, 8, 8)
+        >>> features = cnnrs.preconv([(images, torch.arange(4))], torch.nn.Conv2d(3, 5, 3))
+        >>> head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(180, 2))
+        >>> torch.equal(features.attach(head)(images), head(features.features))
+        True
+        """
+        body = body if body is not None else self.body
+        if body is None:
+            raise ValueError(
+                "these features do not know the module that computed them: pass it, features.attach(head, vgg.features)"
+            )
+        return Attached(body, head, self.features.dtype)
+
+    # -- resemblance -----------------------------------------------------------------------------------------
+
+    def knn(self, k: int = 5, queries: Features | torch.Tensor | None = None) -> torch.Tensor:
+        """The class that most of the ``k`` most similar rows have, by cosine; ties go to the most similar.
+
+        A quick look at how good the features are, without training: ``(f.knn(5) == f.labels).float().mean()``.
+
+        Args:
+            k: how many rows vote.
+            queries: (M, ...) features to classify; None: every row by the others (rows of the same image do not vote).
+
+        Returns:
+            (M,) labels.
+
+        Raises:
+            ValueError: ``k`` is below 1 or there are not so many rows.
+        """
+        if isinstance(queries, Features):
+            queries = queries.features
+        _, rows = self._search(self.features if queries is None else queries, k, leave_out=queries is None)
+        votes = self.labels.to(rows.device)[rows]
+        same = votes.unsqueeze(2) == votes.unsqueeze(1)
+        # The earlier a row, the more similar: it breaks ties without outvoting anybody.
+        order = torch.linspace(0.5, 0, k, device=rows.device)
+        best = (same.sum(dim=2) + order).argmax(dim=1, keepdim=True)
+        return votes.gather(1, best).squeeze(1)
+
+    def nearest(self, image: str | os.PathLike[str] | int | torch.Tensor, k: int = 5) -> list[Neighbour]:
+        """The ``k`` rows most similar to an image, the most similar first.
+
+        Args:
+            image: the path or the number of a row (which is then left out, with other rows of the same image), or
+                (...) features.
+            k: how many.
+
+        Raises:
+            KeyError: no row has this path.
+            ValueError: ``k`` is below 1 or there are not so many rows.
+        """
+        leave_out = None
+        if not isinstance(image, torch.Tensor):
+            row = image if isinstance(image, int) else self._row_of(os.fspath(image))
+            leave_out = torch.tensor([self._images()[row]])
+            image = self.features[row]
+        values, rows = self._search(image.unsqueeze(0), k, leave_out)
+        return [
+            Neighbour(row, value, self.labels[row].tolist(), None if self.paths is None else self.paths[row])
+            for value, row in zip(values[0].tolist(), rows[0].tolist(), strict=True)
+        ]
+
+    def _row_of(self, path: str) -> int:
+        if self.paths is None:
+            raise KeyError("these features have no paths: give the number of a row")
+        absolute = os.path.abspath(path)
+        for row, one in enumerate(self.paths):
+            if one == path or os.path.abspath(one) == absolute:
+                return row
+        raise KeyError(f"no row is of {path}; the first is of {self.paths[0] if self.paths else None}")
+
+    def _images(self) -> list[int]:
+        """For every row the number of its image: passes share one."""
+        if self.paths is None:
+            return list(range(len(self)))
+        numbers: dict[str, int] = {}
+        return [numbers.setdefault(path, len(numbers)) for path in self.paths]
+
+    def _search(
+        self, queries: torch.Tensor, k: int, leave_out: torch.Tensor | bool | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(M, k) cosines and rows; `leave_out`: numbers of images not to be found, True: each query's own."""
+        if queries.shape[1:] != self.features.shape[1:]:
+            raise ValueError(
+                f"features have shape {tuple(self.features.shape[1:])}, the queries {tuple(queries.shape[1:])}"
+            )
+        if not 1 <= k < len(self) + (leave_out is None):
+            raise ValueError(f"k must be between 1 and the {len(self)} rows there are, got {k}")
+        device = self.features.device
+        images = torch.tensor(self._images(), device=device)
+        values, rows = [], []
+        for begin in range(0, len(queries), _CHUNK):
+            some = _unit(queries[begin : begin + _CHUNK].to(device))
+            own = images[begin : begin + len(some)] if leave_out is True else leave_out
+            best = torch.full((len(some), k), -torch.inf, device=device)
+            where = torch.zeros((len(some), k), dtype=torch.int64, device=device)
+            for start in range(0, len(self), _CHUNK):
+                cosines = some @ _unit(self.features[start : start + _CHUNK]).T
+                if isinstance(own, torch.Tensor):
+                    mine = own.to(device).unsqueeze(1) == images[start : start + _CHUNK]
+                    cosines.masked_fill_(mine, -torch.inf)
+                numbers = torch.arange(start, start + cosines.shape[1], device=device).expand_as(cosines)
+                best, order = torch.cat([best, cosines], dim=1).topk(k, dim=1)
+                where = torch.cat([where, numbers], dim=1).gather(1, order)
+            values.append(best)
+            rows.append(where)
+        return torch.cat(values), torch.cat(rows)
 
 
-def load_features(folder: str | os.PathLike[str]) -> Features:
+class Attached(nn.Sequential):
+    """A frozen body and a head, as one module from images to outputs: what :meth:`Features.attach` returns."""
+
+    def __init__(self, body: nn.Module, head: nn.Module, dtype: torch.dtype) -> None:
+        wanted = next((parameter.dtype for parameter in head.parameters()), dtype)
+        made = next((parameter.dtype for parameter in body.parameters()), dtype)
+        super().__init__(body, *([] if made == dtype == wanted else [_Kept(dtype, wanted)]), head)
+        self.train(head.training)
+
+    def train(self, mode: bool = True) -> Attached:
+        super().train(mode)
+        self[0].eval()
+        return self
+
+
+class _Kept(nn.Module):
+    """Rounds as storing did, so that the head sees what it was trained on."""
+
+    def __init__(self, stored: torch.dtype, wanted: torch.dtype) -> None:
+        super().__init__()
+        self.stored = stored
+        self.wanted = wanted
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, ...) features in the head's type."""
+        return x.to(self.stored).to(self.wanted)
+
+    def extra_repr(self) -> str:
+        return f"{self.stored} to {self.wanted}"
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    """(n, d) float32 rows of length 1."""
+    return nn.functional.normalize(rows.flatten(1).float(), dim=1)
+
+
+def load_features(folder: str | os.PathLike[str], *, verify: bool = True) -> Features:
     """Open features that ``cnnrs.preconv(..., out=folder)`` wrote, without the images and the model.
 
     Args:
         folder: the folder given as ``out``.
+        verify: compare all of it with its checksums, which reads the files once.
 
     Returns:
         Memory-mapped :class:`Features`.
 
     Raises:
         FileNotFoundError: there are no complete features in the folder.
-        ValueError: they were written in another format, or the files contradict each other.
+        ValueError: they were written in another format, or are damaged.
     """
-    store = Store(Path(folder))
+    store = Store(folder)
     meta = store.meta()
     if meta is None:
-        raise FileNotFoundError(f"{store.folder} holds no complete features (no meta.json)")
+        there = store.path("meta.json").exists()
+        state = "its meta.json is damaged" if there else "no meta.json"
+        raise FileNotFoundError(f"{store.folder} holds no complete features ({state}): call preconv to compute them")
     if meta.get("format") != FORMAT:
-        raise ValueError(f"{store.folder} is in format {meta.get('format')}, this cnnrs reads format {FORMAT}")
-    return store.load(meta)
-
-
-def as_labels(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Targets of all batches as one tensor on the CPU."""
-    return torch.cat([part.detach().cpu() for part in parts])
+        raise ValueError(
+            f"{store.folder} is in format {meta.get('format')}, this cnnrs reads format {FORMAT}: call preconv again"
+        )
+    if verify and (bad := store.damaged(meta)):
+        start, count = bad[0]
+        raise ValueError(
+            f"{store.path('features.npy')} is damaged: {sum(size for _, size in bad)} of {meta['shape'][0]} rows do "
+            f"not have their checksums, the first in rows {start} to {start + count - 1}; preconv computes them again"
+        )
+    return Features(store.features(meta["dtype"]), store.labels(meta), meta["paths"], meta["classes"], store.folder)

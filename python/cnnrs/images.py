@@ -58,6 +58,7 @@ class ImagesIter(Iter):
         self._ahead = loader._ahead()
         self._limits = (loader.max_pixels, loader.max_bytes)
         self._truncated, self._exif, self._scaled = loader.truncated, loader.exif, loader.decode == "scaled"
+        self._keyed_by_index = loader.keyed_by_index
         self._cache = None if isinstance(source, Rows) else loader._cache
         resumed = state is not None and bool(state["generators"])
         seed = int(self._base_seed) + self._epoch + loader.epoch * REST_SEED
@@ -187,7 +188,7 @@ class ImagesIter(Iter):
     def _draw(self) -> Batch:
         index = self._index()
         indices = index if self._auto_collation else [index]
-        positions = range(self._position, self._position + len(indices))
+        positions = indices if self._keyed_by_index else range(self._position, self._position + len(indices))
         self._position += len(indices)
         return Batch(indices, positions)
 

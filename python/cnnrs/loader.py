@@ -135,6 +135,8 @@ class DataLoader(TorchDataLoader[Any]):
         self.max_bytes = max_bytes
         self.device = None if device is None else torch.device(device)
         self.epoch = 0
+        # `preconv` visits some samples only and wants the augmentation they have when all are visited in order.
+        self.keyed_by_index = False
         self._cache = None if cache is None else ImageCache(cache, cache_bytes, truncated, exif, decode)
         self._faults = Faults()
         self._progress: resume.Progress | None = None

@@ -2,59 +2,85 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import Dataset
 
 import cnnrs
-from cnnrs import _cnnrs
+from cnnrs._notes import note
 from cnnrs._progress import progress
-from cnnrs.engines import Engine, choose, device_of, to_device
-from cnnrs.features import FORMAT, Features, Store, as_labels
-from cnnrs.graph import Lowered
+from cnnrs.backbones import Backbone, check_transform, resolve, with_transform
+from cnnrs.engines import Engine
+from cnnrs.extract import Extractor, Precision, type_name
+from cnnrs.features import Features
+from cnnrs.fingerprint import Unidentifiable, fingerprint
+from cnnrs.rows import Data
+from cnnrs.store import FORMAT, Layout, Store
+from cnnrs.update import File, Item, Plan, Update
 
 
 def preconv(
     data: Iterable[Any] | Dataset[Any],
-    model: nn.Module,
+    model: nn.Module | str,
     out: str | os.PathLike[str] | None = None,
     *,
+    layer: str | None = None,
+    pool: str | None = None,
+    weights: Any = "DEFAULT",
     batch_size: int = 32,
     num_workers: int | None = None,
     engine: Engine = "auto",
+    precision: Precision | None = None,
+    dtype: str | torch.dtype | np.dtype[Any] | None = None,
+    passes: int = 1,
+    seed: int = 0,
+    any_transform: bool = False,
     verbose: bool = True,
 ) -> Features:
-    """Run ``model`` once over ``data`` and keep what it returns.
+    """Run ``model`` once over ``data`` and keep what it returns: (N, ...) features and (N,) labels.
 
     The model runs in eval mode without gradients; its parameters, batch-norm statistics and train/eval flags are as
     before afterwards. Batches are moved to the device the model is on; the features come back to the CPU.
 
     Args:
-        data: a loader or any iterable of (inputs, targets), or a dataset (read in order, ``batch_size`` at a time).
-        model: the frozen part, for example ``vgg.features``: (N, 3, H, W) float32 to (N, ...) float16, 32 or 64.
-        out: folder to keep the features in: ``features.npy``, ``labels.npy``, ``meta.json``. A second call with the
-            same images, transform and weights loads them instead of computing; if anything changed it says what and
-            recomputes. None keeps them in memory.
+        data: a loader or any iterable of (inputs, targets), or a dataset (read ``batch_size`` at a time). Images
+            without a transform get the one that the weights want, where that is known.
+        model: the frozen part, for example ``vgg.features``: (N, 3, H, W) float32 to (N, ...) float16, bfloat16, 32 or
+            64; or a name, as for :func:`cnnrs.backbone`.
+        out: folder to keep the features in: ``features.npy``, ``labels.npy``, ``meta.json``. Kill it at any time: the
+            next call computes only the rows that are missing. A later call computes only images that are new or
+            changed, and everything when the transform, the weights or the versions are others; it says so in one
+            line. None keeps the features in memory.
+        layer: path of the module whose output is taken, ``"features.29"`` for example; see :func:`cnnrs.backbone`.
+        pool: ``"avg"`` or ``"max"`` over all positions, ``"cls"`` for the first token, None for everything.
+        weights: of a model given by name; see :func:`cnnrs.backbone`.
         batch_size: images at a time when ``data`` is a dataset.
         num_workers: threads that read images when ``data`` is a dataset; None: all cores.
         engine: as for :func:`cnnrs.fit`.
+        precision: "exact" (no TF32), "tf32", or "bf16" and "fp16" by autocast; None: as torch is set.
+        dtype: type to keep features in, "float32", "float16" or "bfloat16"; None: what the model returns. A value that
+            float16 cannot hold is an error.
+        passes: how many times all images are augmented and computed: K * N rows, pass by pass.
+        seed: of the augmentation, which depends on seed, pass and image, on nothing else.
+        any_transform: accept a transform that is not the one the weights were trained with.
         verbose: say what is stored or recomputed, and show a bar on terminals and in notebooks.
 
     Returns:
-        :class:`Features`, in dataset order when the loader does not shuffle. It unpacks: ``conv_feat, labels = ...``
+        :class:`Features`. It unpacks: ``conv_feat, labels = ...``. In a folder, and with passes, the rows are in the
+        order of the data set; in memory in the order the loader gives.
 
     Raises:
-        ValueError: no samples; images of different sizes; an unknown engine.
+        ValueError: no samples; images of different sizes; an unknown engine, layer or type; a transform that is not
+            that of the weights.
         TypeError: batches that are no pairs.
         FileExistsError: ``out`` holds something else than features.
+        OSError: the disk is full: what is computed is safe, and the next call goes on from there.
         RuntimeError: shapes or devices that do not fit, in PyTorch's words.
         UnsupportedModelError: engine="torch" for a model that cannot be lowered.
 
@@ -64,79 +90,214 @@ def preconv(
     >>> features.shape, labels.tolist()
     (torch.Size([8, 5, 6, 6]), [0, 1, 2, 3, 0, 1, 2, 3])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if passes < 1:
+        raise ValueError(f"passes must be at least 1, got {passes}")
+    body = resolve(model, layer, pool, weights)
     loader: Any = data
     if isinstance(data, Dataset):
-        loader = cnnrs.DataLoader(data, batch_size=batch_size, num_workers=num_workers)
-    device = device_of(model)
-    with _frozen(model):
-        lowered = choose(model, engine)
-        source = _Source(loader)
-        if out is None:
-            return _compute(source, model, lowered, device, None, verbose)
-        store = Store(Path(out))
-        key = _key(source, model, lowered)
-        changes = _changes(store, key)
-        if changes is None:
-            return _load(store, source, verbose)
-        if changes and verbose:
-            print(f"{store.folder}: recomputing the features, because {' and '.join(changes)}")
-        store.begin()
-        features = _compute(source, model, lowered, device, store.features_path, verbose)
-        meta = {
-            "shape": list(features.features.shape), "dtype": str(features.features.dtype).removeprefix("torch."),
-            "paths": features.paths, "classes": features.classes, "key": key, "cnnrs": cnnrs.__version__,
-        }  # fmt: skip
-        store.finish(features.labels, meta)
-        return store.load({**meta, "format": FORMAT})
+        wanted = body.transform if isinstance(body, Backbone) else None
+        loader = cnnrs.DataLoader(with_transform(data, wanted), batch_size=batch_size, num_workers=num_workers)
+    source = Data(loader)
+    if isinstance(body, Backbone) and not any_transform:
+        check_transform(source.transform, body)
+    with _frozen(body):
+        extractor = Extractor(body, engine, precision, type_name(dtype), verbose)
+        run = _Run(source, body, extractor, verbose)
+        return run.in_memory(passes, seed) if out is None else run.in_folder(Store(out), passes, seed)
 
 
-def _load(store: Store, source: _Source, verbose: bool) -> Features:
-    meta = store.meta()
-    assert meta is not None
-    features = store.load(meta)
-    if verbose:
-        print(f"{store.folder}: {len(features)} features are up to date, nothing to compute")
-    return features
+class _Run:
+    """One call of `preconv`."""
+
+    def __init__(self, data: Data, model: nn.Module, extractor: Extractor, verbose: bool) -> None:
+        self.data = data
+        self.model = model
+        self.extractor = extractor
+        self.verbose = verbose
+
+    def in_memory(self, passes: int, seed: int) -> Features:
+        """Features as the loader gives them, or `passes` passes in the order of the data set."""
+        if passes == 1:
+            return self._stream(None)
+        plan = self._plan(passes, seed)
+        labels: list[torch.Tensor] = []
+        samples: list[int] = []
+
+        def items() -> Iterator[Item]:
+            for number in range(passes):
+                for batch in self.data.batches(_cut(plan.samples, plan.batch_size), seed, number):
+                    labels.append(batch.targets)
+                    samples.extend(batch.samples or [])
+                    yield batch.inputs, [], ""
+
+        features = self.extractor(self._bar(items()), None, plan.rows)
+        assert features is not None
+        return self._made(features, labels, samples)
+
+    def _stream(self, path: os.PathLike[str] | None) -> Features:
+        labels: list[torch.Tensor] = []
+        samples: list[int] = []
+
+        def items() -> Iterator[Item]:
+            for batch in self.data.stream():
+                labels.append(batch.targets)
+                samples.extend(batch.samples or [])
+                yield batch.inputs, [], ""
+
+        file: File | None = None if path is None else (os.fspath(path), None, None, False)
+        features = self.extractor(self._bar(items()), file, self.data.expected)
+        if features is None:
+            # On disk; the caller opens it.
+            features = torch.empty(0)
+        return self._made(features, labels, samples)
+
+    def _made(self, features: torch.Tensor, labels: list[torch.Tensor], samples: list[int]) -> Features:
+        files = self.data.files
+        paths = None if files is None or not samples else [files[i] for i in samples]
+        return Features(features, torch.cat(labels), paths, self.data.classes, body=self.model)
+
+    def _bar(self, items: Iterator[Item], rows: int = 0) -> Iterator[Item]:
+        return progress(items, "features", verbose=self.verbose)
+
+    # -- a folder --------------------------------------------------------------------------------------------
+
+    def in_folder(self, store: Store, passes: int, seed: int) -> Features:
+        """The stored features, when they are right; else after everything that is missing has been computed."""
+        if self._reason:
+            if passes > 1:
+                self._plan(passes, seed)
+            return self._everything(store)
+        plan = self._plan(passes, seed)
+        if (stored := self._right(store, plan)) is not None:
+            return stored
+        with store.locked(self.verbose):
+            # Another process may have computed them while this one waited.
+            if (stored := self._right(store, plan)) is not None:
+                return stored
+            meta = store.meta()
+            changes = self._changes(meta, plan)
+            usable = meta if meta is not None and not changes else None
+            if usable is not None and self._same_rows(store, plan, usable):
+                # Only names or labels are others.
+                store.discard()
+                store.commit(store.layout(usable), plan.labels(), plan.meta(usable["ids"]))
+            else:
+                if changes:
+                    self._say(f"{store.folder}: recomputing the features, because {' and '.join(changes)}")
+                Update(
+                    store,
+                    plan,
+                    lambda items, file: self.extractor(self._bar(iter(items)), file),
+                    lambda text: self._say(f"{store.folder}: {text}"),
+                ).run(usable)
+            return self._opened(store, plan)
+
+    @property
+    def _reason(self) -> str:
+        return self.data.unidentified or ("the model cannot be compared" if self._model_key is None else "")
+
+    def _plan(self, passes: int, seed: int) -> Plan:
+        if self.data.unidentified and passes > 1:
+            raise ValueError(f"passes={passes} needs a loader over an image folder: {self.data.unidentified}")
+        loader: Any = self.data.data
+        if passes > 1 and not isinstance(loader, cnnrs.DataLoader):
+            raise ValueError(
+                f"passes={passes} needs a cnnrs.DataLoader, whose augmentation depends on seed and image only"
+            )
+        if passes > 1 and not self.data.is_random:
+            note(f"passes={passes}, but the transform draws nothing at random: all passes are the same")
+        key = {
+            "transform": self.data.recipe,
+            "model": self._model_key or "",
+            "precision": self.extractor.precision or "",
+            "dtype": self.extractor.dtype or "",
+            "seed": str(seed) if self.data.is_random else "",
+            "versions": _versions(),
+        }
+        return Plan(self.data, key, passes, seed, loader.batch_size or 1)
+
+    @property
+    def _model_key(self) -> str | None:
+        if not hasattr(self, "_key"):
+            self._key: str | None = _model_hash(self.model)
+        return self._key
+
+    def _changes(self, meta: dict[str, Any] | None, plan: Plan) -> list[str]:
+        """What makes all stored features unusable, in words."""
+        if meta is None:
+            return []
+        if meta.get("format") != FORMAT:
+            return [f"they are stored in format {meta.get('format')}, not {FORMAT}"]
+        if meta["key"] is None:
+            return ["cnnrs cannot tell which images they are of"]
+        return [words for name, words in _WORDS.items() if meta["key"].get(name) != plan.key[name]]
+
+    def _right(self, store: Store, plan: Plan) -> Features | None:
+        """The stored features, when every row is the plan's and undamaged, and names and labels are right."""
+        meta = store.meta()
+        if meta is None or meta.get("format") != FORMAT or meta["key"] != plan.key:
+            return None
+        plan.know(meta)
+        if getattr(self.data.data, "on_error", "raise") == "skip":
+            plan.skip_again(meta)
+        if not self._same_rows(store, plan, meta):
+            return None
+        labels = plan.labels()
+        expected = plan.meta(meta["ids"])
+        try:
+            same = torch.equal(store.labels(meta), labels)
+        except ValueError:
+            same = False
+        if not same or any(meta[name] != _plain(expected[name]) for name in ("paths", "classes", "stats")):
+            return None
+        self._say(f"{store.folder}: {len(labels)} features are up to date, nothing to compute")
+        return self._opened(store, plan)
+
+    def _opened(self, store: Store, plan: Plan) -> Features:
+        meta = store.meta()
+        assert meta is not None
+        features = store.features(meta["dtype"])
+        return Features(features, plan.labels(), meta["paths"], meta["classes"], store.folder, body=self.model)
+
+    @staticmethod
+    def _same_rows(store: Store, plan: Plan, meta: dict[str, Any]) -> bool:
+        same = meta["shape"][0] == plan.rows and meta["passes"] == plan.passes and meta["ids"] == plan.identities()
+        return same and not store.damaged(meta)
+
+    def _everything(self, store: Store) -> Features:
+        """Data that cannot be told apart: computed anew each time."""
+        with store.locked(self.verbose):
+            if store.meta() is not None:
+                self._say(
+                    f"{store.folder}: recomputing the features, because cnnrs cannot tell whether these are the same "
+                    f"images ({self._reason})"
+                )
+            store.discard()
+            made = self._stream(store.path("features.npy.partial"))
+            layout = store.partial_layout()
+            assert layout is not None
+            if self.extractor.dtype is not None:
+                layout = Layout(layout.shape, self.extractor.dtype)
+            meta = {
+                "paths": made.paths, "classes": made.classes, "passes": 1, "key": None, "stats": None, "ids": None,
+                "skipped": [],
+            }  # fmt: skip
+            store.commit(layout, made.labels, meta)
+            made.features, made.folder = store.features(layout.dtype), store.folder
+        return made
+
+    def _say(self, text: str) -> None:
+        if self.verbose:
+            print(text)
 
 
-def _compute(
-    source: _Source, model: nn.Module, lowered: Lowered | None, device: torch.device, path: Path | None, verbose: bool
-) -> Features:
-    labels: list[torch.Tensor] = []
-
-    def inputs() -> Iterator[torch.Tensor]:
-        for batch in progress(source.batches(), "features", verbose=verbose):
-            if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-                raise TypeError(f"data must yield pairs (inputs, targets), got a {type(batch).__name__}")
-            labels.append(torch.as_tensor(batch[1]))
-            yield to_device(torch.as_tensor(batch[0]), device)
-
-    if lowered is not None:
-        memory, shape, dtype = _cnnrs.extract_torch(lowered.graph, lowered.tensors, inputs(), path, source.expected)
-    else:
-        memory, shape, dtype = _cnnrs.extract_python(_without_grad(model), inputs(), path, source.expected)
-    if path is not None:
-        import numpy as np
-
-        features = torch.from_numpy(np.load(path, mmap_mode="c"))
-    else:
-        kinds = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
-        assert memory is not None and dtype is not None
-        features = torch.from_numpy(memory).view(kinds[dtype]).reshape(shape)
-    return Features(features, as_labels(labels), source.paths(), source.classes)
+def _cut(samples: list[int], size: int) -> list[list[int]]:
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 
-def _without_grad(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    def call(inputs: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            output = model(inputs)
-        if not isinstance(output, torch.Tensor):
-            raise TypeError(f"the model must return one tensor, got {type(output).__name__}")
-        return output
-
-    return call
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return [list(one) if isinstance(one, tuple) else one for one in value] if isinstance(value, list) else value
 
 
 @contextmanager
@@ -151,135 +312,28 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-# -- where the rows come from --------------------------------------------------------------------------------
-
-
-class _RecordingSampler(BatchSampler):
-    """Passes a loader's batches of indices on and remembers them."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.seen: list[int] = []
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.inner:
-            self.seen.extend(batch)
-            yield batch
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-
-class _Source:
-    """The batches and, where the data is a loader over files, which file each row comes from."""
-
-    def __init__(self, data: Iterable[Any]) -> None:
-        self._data = data
-        self._files: list[str] | None = None
-        self._recorder: _RecordingSampler | None = None
-        self.classes: list[str] | None = None
-        self.transform = ""
-        if type(data) not in (DataLoader, cnnrs.DataLoader):
-            return
-        loader: DataLoader[Any] = data  # type: ignore[assignment]
-        self._files, dataset = _files(loader.dataset)
-        self.classes = getattr(dataset, "classes", None)
-        self.transform = repr(getattr(dataset, "transform", None))
-        if loader.batch_sampler is not None:
-            self._recorder = _RecordingSampler(loader.batch_sampler)
-
-    @property
-    def expected(self) -> int:
-        """Number of rows, 0 when unknown."""
-        sampler = self._data.sampler if isinstance(self._data, DataLoader) else None
-        return len(sampler) if isinstance(sampler, Sized) else 0
-
-    def batches(self) -> Iterable[Any]:
-        if self._recorder is None:
-            return self._data
-        loader: Any = self._data
-        self._recorder.seen.clear()
-        return type(loader)(  # type: ignore[no-any-return]
-            loader.dataset, batch_sampler=self._recorder, num_workers=loader.num_workers, collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory, generator=loader.generator, worker_init_fn=loader.worker_init_fn,
-        )  # fmt: skip
-
-    def paths(self) -> list[str] | None:
-        """The file of each row, in the order in which the rows came."""
-        if self._files is None or self._recorder is None:
-            return None
-        return [self._files[index] for index in self._recorder.seen]
-
-    def every_file(self) -> list[str] | None:
-        """All files when the loader visits each exactly once, in whatever order; None when it may not."""
-        if self._files is None or not isinstance(self._data, DataLoader) or self._data.drop_last:
-            return None
-        sampler = self._data.sampler
-        whole = type(sampler) is SequentialSampler or (
-            type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(self._files)
-        )
-        own = type(self._data.batch_sampler) is BatchSampler and self._data.batch_sampler.sampler is sampler
-        return self._files if whole and own else None
-
-
-def _files(dataset: Any) -> tuple[list[str] | None, Any]:
-    """The file of each sample, and the dataset below any ``Subset``."""
-    if isinstance(dataset, Subset):
-        files, inner = _files(dataset.dataset)
-        return (None if files is None else [files[i] for i in dataset.indices]), inner
-    samples = getattr(dataset, "samples", None)
-    if isinstance(samples, list) and samples and isinstance(samples[0], tuple) and isinstance(samples[0][0], str):
-        return [sample[0] for sample in samples], dataset
-    return None, dataset
-
-
-# -- the key: everything that shapes the numbers -------------------------------------------------------------
+# -- the key: everything that shapes the numbers, besides the images -----------------------------------------
 
 _WORDS = {
-    "files": "images were added, removed or changed",
     "transform": "the transform changed",
     "model": "the model or its weights changed",
-    "versions": "another version of torch or cnnrs computes them",
+    "precision": "another precision is asked for",
+    "dtype": "another dtype is asked for",
+    "seed": "another seed is asked for",
+    "versions": "another version of torch, Pillow or cnnrs computes them",
 }
 
 
-def _key(source: _Source, model: nn.Module, lowered: Lowered | None) -> dict[str, str] | None:
-    """Hashes of all that shapes the features; None when the data cannot be identified."""
-    files = source.every_file()
-    if files is None:
+def _versions() -> str:
+    import PIL
+
+    return f"torch {torch.__version__}, Pillow {PIL.__version__}, cnnrs {cnnrs.__version__}"
+
+
+def _model_hash(model: nn.Module) -> str | None:
+    """Of what the model computes, whoever runs it; None when it holds something that cannot be compared."""
+    try:
+        # Not by tracing, which would call forward for nothing.
+        return fingerprint(model)
+    except Unidentifiable:
         return None
-    listing = hashlib.sha256()
-    for path in sorted(files):
-        status = os.stat(path)
-        listing.update(json.dumps([path, status.st_size, status.st_mtime_ns]).encode())
-    return {
-        "files": listing.hexdigest(),
-        "transform": source.transform,
-        "model": _model_hash(model, lowered),
-        "versions": f"torch {torch.__version__}, cnnrs {cnnrs.__version__}",
-    }
-
-
-def _model_hash(model: nn.Module, lowered: Lowered | None) -> str:
-    digest = hashlib.sha256(repr(model).encode())
-    if lowered is not None:
-        digest.update(repr(lowered.operations).encode())
-    tensors = list(model.state_dict().values()) if lowered is None else lowered.tensors
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _changes(store: Store, key: dict[str, str] | None) -> list[str] | None:
-    """What makes the stored features unusable, in words: None when they are good, [] when there are none."""
-    meta = store.meta()
-    if meta is None:
-        return []
-    if meta.get("format") != FORMAT:
-        return [f"they are stored in format {meta.get('format')}, not {FORMAT}"]
-    stored = meta.get("key")
-    if key is None or not isinstance(stored, dict):
-        return ["cnnrs cannot tell whether these are the same images (only loaders over image folders can be compared)"]
-    changed = [words for name, words in _WORDS.items() if stored.get(name) != key[name]]
-    return changed or None

@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torchvision
 from torch import nn
 from torchvision import transforms
 
 import cnnrs
-from cnnrs.backbone import LITE0, Preprocessing, cut, skeleton
 from cnnrs.folder import ImageList
+from cnnrs.heads import Preprocessing, cut
 from cnnrs.history import History
+from cnnrs.weights import find
 
 #: Version of ``model.json``; another number is not read.
 FORMAT = 1
@@ -100,7 +102,6 @@ class Run:
         files = [os.fspath(path) for path in paths]
         if not files:
             return [], []
-        # A small first look keeps a folder of nothing but broken files from being an exception.
         loader = cnnrs.DataLoader(
             ImageList(files, self.transform), batch_size=batch_size, num_workers=num_workers, on_error="skip"
         )
@@ -122,7 +123,7 @@ class Run:
     def recipe(self) -> str:
         """Python that opens the classifier, with cnnrs and without."""
         ours = 'run = cnnrs.load_run("RUN")\npredictions, unreadable = run.predict(["photo.jpg"])'
-        if self.backbone == LITE0 or self.head == "mlp":
+        if self.backbone not in torchvision.models.list_models(module=torchvision.models) or self.head == "mlp":
             return ours
         plain = (
             f"model = torchvision.models.{self.backbone}(num_classes={len(self.classes)})\n"
@@ -177,7 +178,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     """
     place = Path(folder)
     card = read_card(place)
-    model = cut(skeleton(card["backbone"]), card["head"], len(card["classes"]), card["dropout"]).join()
+    model = cut(find(card["backbone"], None), card["head"], len(card["classes"]), card["dropout"]).join()
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

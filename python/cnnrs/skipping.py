@@ -79,7 +79,7 @@ class SkippingIter(ImagesIter):
             if self._known_bad(index):
                 continue
             batch.indices.append(index)
-            positions.append(position)
+            positions.append(index if self._keyed_by_index else position)
             if self._flat is not None and (self._held + len(batch.indices)) % self._size == 0:
                 break
         if self._flat is not None and not batch.indices:

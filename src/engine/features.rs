@@ -2,9 +2,11 @@
 
 use crate::error::Result;
 
-/// Element types a `.npy` file can hold.
+/// Element types of features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dtype {
+    /// NumPy has no such type: a `.npy` file holds its bits as uint16.
+    BFloat16,
     Float16,
     Float32,
     Float64,
@@ -14,6 +16,7 @@ impl Dtype {
     /// NumPy's type string.
     pub fn descr(self) -> &'static str {
         match self {
+            Self::BFloat16 => "<u2",
             Self::Float16 => "<f2",
             Self::Float32 => "<f4",
             Self::Float64 => "<f8",
@@ -22,7 +25,7 @@ impl Dtype {
 
     pub fn bytes(self) -> usize {
         match self {
-            Self::Float16 => 2,
+            Self::BFloat16 | Self::Float16 => 2,
             Self::Float32 => 4,
             Self::Float64 => 8,
         }
@@ -40,7 +43,7 @@ pub trait Rows {
 /// Who computes the features of a batch.
 pub trait Extract {
     type Inputs;
-    type Rows: Rows;
+    type Rows: Rows + Send + 'static;
 
     /// # Errors
     /// Whatever stops the computation.

@@ -1,7 +1,23 @@
-//! Batches in, rows of features out, in the order they came.
+//! Batches in, rows of features out.
 
 use crate::engine::{Dtype, Extract, Rows};
 use crate::error::{Error, Result};
+
+/// Where the rows of a batch belong.
+#[derive(Debug, Clone, Default)]
+pub struct Place {
+    /// (first row, rows), in the order of the batch; empty: behind the rows before.
+    pub runs: Vec<(u64, u64)>,
+    /// What the commit record says about these rows, as JSON.
+    pub tag: String,
+}
+
+/// What the model reads, and where its rows go.
+#[derive(Debug)]
+pub struct Batch<I> {
+    pub inputs: I,
+    pub place: Place,
+}
 
 /// Where rows go.
 pub trait Sink {
@@ -13,7 +29,7 @@ pub trait Sink {
 
     /// # Errors
     /// When the rows cannot be kept.
-    fn append(&mut self, bytes: &[u8]) -> Result<()>;
+    fn append(&mut self, rows: Box<dyn Rows + Send>, place: Place) -> Result<()>;
 }
 
 /// Runs every batch through the model and hands the rows on.
@@ -22,17 +38,22 @@ pub trait Sink {
 /// Those of the batches, the model and the sink; rows of another shape or type than the first batch's.
 pub fn extract<E: Extract>(
     model: &mut E,
-    batches: impl IntoIterator<Item = Result<E::Inputs>>,
+    batches: impl IntoIterator<Item = Result<Batch<E::Inputs>>>,
     sink: &mut impl Sink,
 ) -> Result<usize> {
     let mut first: Option<(Vec<usize>, Dtype)> = None;
     let mut count = 0;
     for batch in batches {
-        let rows = model.features(batch?)?;
+        let Batch { inputs, place } = batch?;
+        let rows = model.features(inputs)?;
         let shape = rows.shape();
         let Some((&samples, row)) = shape.split_first() else {
             return Err(Error::Argument("features must have a batch dimension, got a scalar".to_owned()));
         };
+        let places: u64 = place.runs.iter().map(|run| run.1).sum();
+        if !place.runs.is_empty() && places != samples as u64 {
+            return Err(Error::Argument(format!("the model made {samples} rows of {places} images")));
+        }
         match &first {
             None => {
                 sink.begin(row, rows.dtype())?;
@@ -47,39 +68,8 @@ pub fn extract<E: Extract>(
             }
             Some(_) => {}
         }
-        sink.append(rows.bytes())?;
+        sink.append(Box::new(rows), place)?;
         count += samples;
     }
     Ok(count)
-}
-
-/// Rows in memory.
-#[derive(Debug, Default)]
-pub struct Memory {
-    /// Rows to reserve memory for, 0 when unknown.
-    pub expected: usize,
-    pub row: Vec<usize>,
-    pub dtype: Option<Dtype>,
-    pub bytes: Vec<u8>,
-}
-
-impl Sink for Memory {
-    fn begin(&mut self, row: &[usize], dtype: Dtype) -> Result<()> {
-        self.row = row.to_vec();
-        self.dtype = Some(dtype);
-        let bytes = self.expected * row.iter().product::<usize>() * dtype.bytes();
-        // One reservation: growing would copy everything several times and hold two copies while it does.
-        self.bytes.try_reserve_exact(bytes).map_err(|_| {
-            let gib = bytes as f64 / f64::from(1 << 30);
-            Error::Argument(format!(
-                "no memory for {} rows of features ({gib:.1} GiB): use out= to write to disk",
-                self.expected
-            ))
-        })
-    }
-
-    fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        self.bytes.extend_from_slice(bytes);
-        Ok(())
-    }
 }

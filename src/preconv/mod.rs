@@ -1,7 +1,15 @@
 //! Run the frozen part once; keep the result.
 
+mod checksum;
 mod extract;
-mod store;
+mod memory;
+mod npy;
+mod rows;
+mod writer;
 
-pub use extract::{Memory, Sink, extract};
-pub use store::NpyFile;
+pub use checksum::checksums;
+pub use extract::{Batch, Place, Sink, extract};
+pub use memory::Memory;
+pub use npy::HEADER;
+pub use rows::{Move, RowFile, Target};
+pub use writer::Writer;

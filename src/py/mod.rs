@@ -37,7 +37,7 @@ mod _cnnrs {
     #[pymodule_export]
     use super::mnist::read_idx;
     #[pymodule_export]
-    use super::preconv::{extract_python, extract_torch};
+    use super::preconv::{copy_rows, extract_rows, extract_torch, row_checksums};
 
     use super::*;
 

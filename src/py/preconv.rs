@@ -1,4 +1,4 @@
-//! Feature extraction on either engine, into memory or a `.npy` file.
+//! Feature extraction into memory or a store, and what a store needs besides.
 
 use std::path::PathBuf;
 
@@ -9,64 +9,66 @@ use pyo3_tch::PyTensor;
 
 use super::batches::Batches;
 use super::enter::enter;
-use super::error::stash;
 use super::graph::Graph;
-use crate::engine::Extract;
 use crate::engine::torch::{HostRows, TorchExtractor};
+use crate::engine::{Dtype, Extract};
 use crate::error::Result;
-use crate::preconv::{Memory, NpyFile, extract};
+use crate::preconv::{self, Batch, Memory, Move, Place, RowFile, Target, Writer, extract};
 
-/// (bytes in memory or None when written to `path`, shape, NumPy type string)
-type Features = (Option<Py<PyArray1<u8>>>, Vec<usize>, Option<&'static str>);
+/// (bytes in memory or None when written to a file, shape, type)
+type Features = (Option<Py<PyArray1<u8>>>, Vec<usize>, &'static str);
+/// (path, journal, rows in all where known, whether to go on with what is there)
+type File = (PathBuf, Option<PathBuf>, Option<u64>, bool);
 
-/// Features of a lowered model; `batches` yields inputs on the model's device, `expected` is the number of rows (0:
-/// unknown).
+/// Features of a lowered model; `batches` yields (inputs, runs, tag) with inputs on the model's device.
 #[pyfunction]
-#[pyo3(signature = (graph, tensors, batches, path, expected))]
+#[pyo3(signature = (graph, tensors, batches, file, expected, dtype))]
 pub fn extract_torch(
     py: Python<'_>,
     graph: &Graph,
     tensors: Vec<PyTensor>,
     batches: Py<PyAny>,
-    path: Option<PathBuf>,
+    file: Option<File>,
     expected: usize,
+    dtype: Option<&str>,
 ) -> PyResult<Features> {
     if tensors.len() != graph.inner.tensors.len() {
         return Err(PyValueError::new_err(format!("{} tensors for {}", tensors.len(), graph.inner.tensors.len())));
     }
-    let model = TorchExtractor { graph: graph.inner.clone(), tensors: tensors.into_iter().map(|t| t.0).collect() };
-    let batches = Batches { iterator: batches, read: |x: Bound<'_, PyAny>| x.extract::<PyTensor>().map(|t| t.0) };
-    run(py, model, batches, path, expected)
+    let tensors = tensors.into_iter().map(|t| t.0).collect();
+    let model = TorchExtractor { graph: graph.inner.clone(), tensors, dtype: parse(dtype)? };
+    run(py, model, batches, file, expected)
 }
 
-/// Features of any callable that maps inputs to a tensor.
+/// Features that somebody else computes: `batches` yields (features, runs, tag).
 #[pyfunction]
-#[pyo3(signature = (model, batches, path, expected))]
-pub fn extract_python(
+#[pyo3(signature = (batches, file, expected, dtype))]
+pub fn extract_rows(
     py: Python<'_>,
-    model: Py<PyAny>,
     batches: Py<PyAny>,
-    path: Option<PathBuf>,
+    file: Option<File>,
     expected: usize,
+    dtype: Option<&str>,
 ) -> PyResult<Features> {
-    let batches = Batches { iterator: batches, read: |x: Bound<'_, PyAny>| Ok(x.unbind()) };
-    run(py, PythonExtractor(model), batches, path, expected)
+    run(py, Computed(parse(dtype)?), batches, file, expected)
 }
 
-fn run<E: Extract + Send>(
+/// The one loop behind every engine.
+fn run<E: Extract<Inputs = tch::Tensor> + Send>(
     py: Python<'_>,
     mut model: E,
-    batches: impl Iterator<Item = Result<E::Inputs>> + Send,
-    path: Option<PathBuf>,
+    batches: Py<PyAny>,
+    file: Option<File>,
     expected: usize,
 ) -> PyResult<Features> {
-    if let Some(path) = path {
+    let batches = Batches { iterator: batches, read };
+    if let Some((path, journal, total, resume)) = file {
         let shape = enter(py, move || {
-            let mut file = NpyFile::create(&path)?;
-            extract(&mut model, batches, &mut file)?;
-            file.finish()
+            let mut writer = Writer::new(Target { path, journal, total, resume });
+            extract(&mut model, batches, &mut writer)?;
+            writer.finish()
         })?;
-        return Ok((None, shape, None));
+        return Ok((None, shape, ""));
     }
     let (memory, rows) = enter(py, move || {
         let mut memory = Memory { expected, ..Memory::default() };
@@ -75,17 +77,72 @@ fn run<E: Extract + Send>(
     })?;
     let dtype = memory.dtype.ok_or_else(|| PyValueError::new_err("no samples: there are no features to compute"))?;
     let shape = [&[rows], memory.row.as_slice()].concat();
-    Ok((Some(PyArray1::from_vec(py, memory.bytes).unbind()), shape, Some(dtype.descr())))
+    Ok((Some(PyArray1::from_vec(py, memory.bytes).unbind()), shape, name(dtype)))
 }
 
-struct PythonExtractor(Py<PyAny>);
+fn read(item: Bound<'_, PyAny>) -> PyResult<Batch<tch::Tensor>> {
+    let (inputs, runs, tag): (PyTensor, Vec<(u64, u64)>, String) = item.extract()?;
+    Ok(Batch { inputs: inputs.0, place: Place { runs, tag } })
+}
 
-impl Extract for PythonExtractor {
-    type Inputs = Py<PyAny>;
+struct Computed(Option<Dtype>);
+
+impl Extract for Computed {
+    type Inputs = tch::Tensor;
     type Rows = HostRows;
 
-    fn features(&mut self, inputs: Py<PyAny>) -> Result<HostRows> {
-        let output = Python::with_gil(|py| self.0.call1(py, (inputs,)).and_then(|out| out.extract::<PyTensor>(py)));
-        HostRows::new(&output.map_err(stash)?.0)
+    fn features(&mut self, features: tch::Tensor) -> Result<HostRows> {
+        HostRows::new(&features, self.0)
     }
+}
+
+/// Copies rows of shape `row` between stores; each move is (first row there, first row here, rows, tag).
+#[pyfunction]
+#[pyo3(signature = (source, file, row, dtype, moves))]
+pub fn copy_rows(
+    py: Python<'_>,
+    source: PathBuf,
+    file: File,
+    row: Vec<usize>,
+    dtype: &str,
+    moves: Vec<(u64, u64, u64, String)>,
+) -> PyResult<()> {
+    let dtype = parse(Some(dtype))?.unwrap_or(Dtype::Float32);
+    let (path, journal, total, resume) = file;
+    enter(py, move || {
+        let moves: Vec<_> = moves.into_iter().map(|(from, to, count, tag)| Move { from, to, count, tag }).collect();
+        RowFile::open(Target { path, journal, total, resume }, &row, dtype)?.copy(&source, &moves)
+    })
+}
+
+/// CRC-32 of runs (first row, rows) of `row_bytes` each, None where the file ends before.
+#[pyfunction]
+#[pyo3(signature = (path, row_bytes, runs))]
+pub fn row_checksums(
+    py: Python<'_>,
+    path: PathBuf,
+    row_bytes: u64,
+    runs: Vec<(u64, u64)>,
+) -> PyResult<Vec<Option<u32>>> {
+    let parts = |(start, count)| (preconv::HEADER + start * row_bytes, count * row_bytes);
+    let parts: Vec<_> = runs.into_iter().map(parts).collect();
+    enter(py, move || preconv::checksums(&path, &parts))
+}
+
+const TYPES: [Dtype; 4] = [Dtype::BFloat16, Dtype::Float16, Dtype::Float32, Dtype::Float64];
+
+/// torch's name.
+fn name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::BFloat16 => "bfloat16",
+        Dtype::Float16 => "float16",
+        Dtype::Float32 => "float32",
+        Dtype::Float64 => "float64",
+    }
+}
+
+fn parse(dtype: Option<&str>) -> PyResult<Option<Dtype>> {
+    let Some(text) = dtype else { return Ok(None) };
+    let found = TYPES.into_iter().find(|dtype| name(*dtype) == text);
+    found.map(Some).ok_or_else(|| PyValueError::new_err(format!("no type of features: {text}")))
 }

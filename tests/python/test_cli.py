@@ -41,7 +41,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("workplace")
     torch.manual_seed(0)
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), place / "weights.pth")
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), place / "squeezenet.pth")
     fruit(place / "fruit")
+    (place / "photo.pth").write_bytes((place / "fruit" / "plum" / "03.jpg").read_bytes())
     assert train(place, "runs/fruit", "--epochs", "30") == 0
     return place
 
@@ -184,9 +186,10 @@ def test_classifier_head_is_the_tutorials(tmp_path: Path) -> None:
         (["nowhere"], "there is no such folder"),
         (["fruit/plum/03.jpg"], "is a file; a folder with one folder per class is wanted"),
         (["fruit", "--backbone", "vgg61"], "vgg16"),
-        (["fruit", "--backbone", "squeezenet1_1"], "no linear layer"),
+        (["fruit", "--backbone", "squeezenet1_1", "--weights", "squeezenet.pth"], "no linear layer"),
         (["fruit", "--backbone", "resnet18", "--weights", "none.pth"], "none.pth"),
-        (["fruit", "--backbone", "resnet18", "--weights", "fruit/plum/03.jpg"], "cannot be read as weights"),
+        (["fruit", "--backbone", "resnet18", "--weights", "fruit/plum/03.jpg"], "or give a .pth or .safetensors file"),
+        (["fruit", "--backbone", "resnet18", "--weights", "photo.pth"], "cannot be read as weights"),
         (["fruit", "--backbone", "vgg16", "--weights", "weights.pth"], "does not fit"),
         (["fruit", "--backbone", "resnet18", "--weights", "weights.pth", "--head", "classifier"], "VGG or AlexNet"),
         (["fruit", "--valid", "0"], "--valid 0 leaves no photos"),
@@ -272,7 +275,8 @@ def test_predict_goes_on_after_bad_files(workplace: Path, bad_fruit: Path, capsy
     found = json.loads(printed.out)
     assert [Path(entry["path"]).name for entry in found] == ["00.jpg", "01.jpg", "02.jpg", "03.jpg", "02.jpg", "03.jpg"]
     assert all(entry["class"] == Path(entry["path"]).parent.name for entry in found)
-    assert printed.err.count("cnnrs predict: ") == 2
+    # Each file once, and nothing else.
+    assert [line.partition(": ")[0] for line in printed.err.splitlines()] == ["cnnrs predict"] * 2
 
 
 def test_predict_only_bad_files(workplace: Path, bad_fruit: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -408,7 +412,7 @@ def test_summary(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch build"] == torch.__version__
     assert facts["engines"]["torch"] == facts["engines"]["python"] == "usable"
     assert main(["info"]) == 0
     assert f"cnnrs        {cnnrs.__version__}" in capsys.readouterr().out
@@ -485,7 +489,7 @@ def test_ctrl_c(tmp_path: Path, workplace: Path) -> None:
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("resnet18, weights"):
+        if line.startswith("resnet18 ("):
             break
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)

@@ -106,8 +106,8 @@ def test_no_samples_and_unequal_images(folder: Path, tmp_path: Path) -> None:
         cnnrs.preconv([torch.zeros(1, 3, 8, 8)], backbone())
     with pytest.raises(TypeError, match="the model must return one tensor, got tuple"):
         cnnrs.preconv([(torch.zeros(1, 4), torch.zeros(1))], nn.GRU(4, 4))
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
-        cnnrs.preconv([], "vgg16")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
+        cnnrs.preconv([], 7)  # type: ignore[arg-type]
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------
@@ -168,9 +168,9 @@ def test_whatever_shapes_the_numbers_makes_them_new(
     assert run(other).endswith("because the transform changed")
     victim = next(images.rglob("*.png"))
     shutil.copy(next(images.rglob("*.jpg")), victim)
-    assert run(other).endswith("because images were added, removed or changed")
+    assert run(other) == f"{out}: 1 image is gone: computing 0 rows, 26 are there"  # the copy's features are known
     victim.unlink()
-    assert run().endswith("because images were added, removed or changed and the transform changed")
+    assert run().endswith("because the transform changed")
     assert run().endswith("25 features are up to date, nothing to compute")
 
 
@@ -202,11 +202,11 @@ def test_an_incomplete_or_foreign_folder(folder: Path, tmp_path: Path) -> None:
     cnnrs.preconv(data, backbone(), out=out)
     meta = json.loads((out / "meta.json").read_text())
     (out / "meta.json").write_text(json.dumps({**meta, "format": 99}))
-    with pytest.raises(ValueError, match="is in format 99, this cnnrs reads format 1"):
+    with pytest.raises(ValueError, match="is in format 99, this cnnrs reads format 2"):
         cnnrs.load_features(out)
     np.save(out / "labels.npy", np.zeros(3))
-    (out / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match=r"expected features of shape \(26, 6, 11, 11\) with as many labels, found"):
+    (out / "meta.json").write_text(json.dumps(meta, separators=(",", ":")))
+    with pytest.raises(ValueError, match=r"labels\.npy is damaged"):
         cnnrs.load_features(out)
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.tex").write_text("do not lose")

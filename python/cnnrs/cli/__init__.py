@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 import cnnrs
@@ -57,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     run: Callable[[argparse.Namespace], int] = options.run
     try:
-        code = run(options)
+        with warnings.catch_warnings():
+            _tame(options.command)
+            code = run(options)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -72,3 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"cnnrs {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _tame(command: str) -> None:
+    """Warnings are one line each; those that say what the command says itself are left out."""
+    warnings.filterwarnings("ignore", r"cnnrs\.DataLoader skips files")
+    warnings.filterwarnings("ignore", r"dropout2d: Received a 2-D input")
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"cnnrs {command}: note: {message}", file=sys.stderr)
+
+    warnings.showwarning = show

@@ -54,6 +54,7 @@ def collect() -> dict[str, dict[str, Any]]:
         "versions": {
             "cnnrs": cnnrs.__version__, "python": platform.python_version(),
             **{name: _version(name) or "not installed" for name in ("torch", "torchvision", "numpy", "pillow")},
+            "torch build": torch.__version__,
             "system": platform.platform(),
         },
         "optional packages": {

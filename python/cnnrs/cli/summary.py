@@ -14,8 +14,9 @@ import os
 from torch import nn
 
 import cnnrs
-from cnnrs.backbone import skeleton
 from cnnrs.cli.options import add_json, whole
+from cnnrs.heads import cut
+from cnnrs.weights import find
 
 EPILOG = """\
 examples:
@@ -65,4 +66,6 @@ def _model(name: str) -> tuple[nn.Module, int, int]:
     if os.path.isdir(name):
         run = cnnrs.load_run(name)
         return run.model, 3, run.preprocessing.crop
-    return skeleton(name), 3, 299 if name == "inception_v3" else 224
+    found = find(name, None)
+    model = found.model if found.last is None else cut(found, "linear", 1000).join()
+    return model, 3, 299 if name == "inception_v3" else 224

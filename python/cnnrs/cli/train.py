@@ -32,10 +32,11 @@ from torch import Tensor, nn
 
 import cnnrs
 from cnnrs._progress import steps
-from cnnrs.backbone import HEADS, Backbone, cut, load
 from cnnrs.cli.options import add_json, add_threads, between, chatter, whole
+from cnnrs.heads import HEADS, Preprocessing, cut
 from cnnrs.report import Evidence, write_report
 from cnnrs.runs import CARD, REPORT, Run, read_card
+from cnnrs.weights import find
 
 EPILOG = """\
 examples:
@@ -53,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="one folder per class, or train/ and valid/ with these")
     parser.add_argument("--out", type=Path, metavar="RUN", help="the run folder (default: runs/<name of DIR>)")
     parser.add_argument("--backbone", default="vgg16", metavar="NAME", help="the pretrained network (default: vgg16)")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="its weights, instead of a download")
+    parser.add_argument(
+        "--weights", default="DEFAULT", metavar="FILE|NAME", help="its weights: a .pth or .safetensors file, or a name"
+    )
     parser.add_argument(
         "--head",
         choices=HEADS,
@@ -122,17 +125,18 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         data = _find(root, options.valid, options.seed)
     say(f"{len(data.train):,} training and {len(data.valid):,} validation photos of {_list(data.classes)}")
     with clock.stage("weights"):
-        backbone = load(options.backbone, options.weights)
-    say(f"{backbone.name}, weights from {backbone.source}")
+        found = find(options.backbone, options.weights)
+    preprocessing = Preprocessing.of(found.transform)
+    say(found.name)
 
     torch.manual_seed(options.seed)
-    parts = cut(backbone.model, options.head, len(data.classes), options.dropout)
+    parts = cut(found, options.head, len(data.classes), options.dropout)
     parts.body.to(device)
     parts.head.to(device)
     where = options.features or out.parent / "features"
-    name = f"{root.resolve().name}-{backbone.name}{'-classifier' if options.head == 'classifier' else ''}"
+    name = "-".join([root.resolve().name, options.backbone.replace("/", "-"), *(["classifier"] * parts.early)])
     train_features, valid_features = (
-        _features(getattr(data, half), parts.body, where / name / half, backbone, options, clock, say, data)
+        _features(getattr(data, half), parts.body, where / name / half, preprocessing, options, clock, say, data)
         for half in ("train", "valid")
     )
     history, best = _train_head(parts.head, train_features, valid_features, options, clock, say)
@@ -144,11 +148,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     facts = {
         "accuracy": round(confusion.accuracy, 4), "epoch": best + 1, "epochs": options.epochs,
         "train_photos": len(train_features), "valid_photos": len(valid_features), "data": str(root.resolve()),
-        "weights": backbone.source, "seed": options.seed, "command": shlex.join(["cnnrs", *sys.argv[1:]]),
+        "weights": found.name, "seed": options.seed, "command": shlex.join(["cnnrs", *sys.argv[1:]]),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"), "versions": _versions(),
         "device": str(device),
     }  # fmt: skip
-    done = Run(model, data.classes, backbone.preprocessing, backbone.name, options.head, options.dropout, facts)
+    done = Run(model, data.classes, preprocessing, options.backbone, options.head, options.dropout, facts)
     done.save(out, history)
     with clock.stage("report"):
         evidence = Evidence(history, best, scores, valid_features.labels, valid_features.paths, data.classes)
@@ -252,10 +256,10 @@ def _find(root: Path, fraction: float, seed: int) -> Data:
 
 
 def _features(
-    dataset: Any, body: nn.Module, folder: Path, backbone: Backbone, options: argparse.Namespace, clock: Clock,
-    say: Callable[[str], None], data: Data,
+    dataset: Any, body: nn.Module, folder: Path, preprocessing: Preprocessing, options: argparse.Namespace,
+    clock: Clock, say: Callable[[str], None], data: Data,
 ) -> cnnrs.Features:  # fmt: skip
-    dataset.transform = backbone.preprocessing.transform()
+    dataset.transform = preprocessing.transform()
     loader = cnnrs.DataLoader(
         dataset, batch_size=options.batch_size, num_workers=options.threads,
         on_error="skip" if options.skip_bad else "raise",

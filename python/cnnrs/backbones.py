@@ -1,0 +1,307 @@
+"""Any network as a frozen backbone: by name or as a module, cut at any layer, with the transform its weights want."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from cnnrs.cache import kept_ops
+from cnnrs.transforms import lower
+from cnnrs.weights import find
+
+POOLS = ("avg", "max", "cls")
+
+
+class Backbone(nn.Module):
+    """Images to features.
+
+    Attributes:
+        body: (N, 3, H, W) images to what the chosen layer returns.
+        pool: the layer's output to (N, C), or nothing.
+        name: what it is, in words.
+        transform: what makes an image of a file as the weights want it; None when nobody knows.
+    """
+
+    def __init__(
+        self, body: nn.Module, pool: nn.Module, name: str = "", transform: Callable[[Any], Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.pool = pool
+        self.name = name
+        self.transform = transform
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) images to features."""
+        features: torch.Tensor = self.pool(self.body(x))
+        return features
+
+
+def backbone(
+    model: nn.Module | str, layer: str | None = None, pool: str | None = None, weights: Any = "DEFAULT"
+) -> Backbone:
+    """A network up to one of its layers, to be run once over many images.
+
+    Args:
+        model: a module (shared, not copied); or the name of a model of torchvision, of timm (``"timm/<name>"`` where
+            both have it), or ``"efficientnet_lite0"`` (from the packages of that name on PyPI).
+        layer: path of the module whose output is taken, as ``named_modules()`` lists it: ``"features.29"``,
+            ``"layer3"``, ``"encoder"``. None: the whole of a module; of a model by name everything before its last
+            linear layer, or, with ``pool``, before its own pooling.
+        pool: ``"avg"`` or ``"max"`` of (N, C, H, W) or of (N, tokens, C) to (N, C); ``"cls"``: the first token.
+        weights: of a model by name: torchvision's names (``"DEFAULT"``, ``"IMAGENET1K_V1"``) or objects, downloaded to
+            torch's cache when they are not there; a ``.pth`` or ``.safetensors`` file; None for random numbers.
+
+    Returns:
+        A :class:`Backbone`; its ``transform`` prepares images as the weights want them.
+
+    Raises:
+        ValueError: unknown names, layers or poolings; weights that do not fit.
+        FileNotFoundError: the weights are nowhere and cannot be downloaded; says what is wanted and where it goes.
+
+    >>> import torch, cnnrs
+    >>> cnnrs.backbone(cnnrs.models.SimpleCNN(), "conv3", "avg")(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 128])
+    """
+    if pool is not None and pool not in POOLS:
+        raise ValueError(f"pool must be one of {', '.join(map(repr, POOLS))} or None, got {pool!r}")
+    name, transform, own = "", None, model
+    if isinstance(model, str):
+        found = find(model, weights)
+        name, transform, own = found.name, found.transform, found.model
+        if layer is None:
+            layer = found.before_pooling(pool)
+    elif isinstance(model, Backbone):
+        name, transform = model.name, model.transform
+    if not isinstance(own, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    body = own if layer is None else cut(own, layer)
+    return Backbone(body, _pooling(pool, body), " ".join(filter(None, (name, layer, pool))), transform)
+
+
+def resolve(model: nn.Module | str, layer: str | None, pool: str | None, weights: Any) -> nn.Module:
+    """`backbone`, unless it is a module that is to be used as it is."""
+    if isinstance(model, nn.Module) and layer is None and pool is None:
+        return model
+    return backbone(model, layer, pool, weights)
+
+
+# -- up to one layer -----------------------------------------------------------------------------------------
+
+
+def cut(model: nn.Module, layer: str) -> nn.Module:
+    """The part of ``model`` that leads to the output of the module ``layer``; shares its parameters.
+
+    Raises:
+        ValueError: there is no such module.
+    """
+    modules = dict(model.named_modules())
+    if layer not in modules or not layer:
+        close = difflib.get_close_matches(layer, modules, n=4, cutoff=0.3)
+        raise ValueError(f"{type(model).__name__} has no layer {layer!r}; close to it: {', '.join(close) or 'nothing'}")
+    traced = _traced(model, layer)
+    return traced if traced is not None else _Until(model, layer)
+
+
+def _traced(model: nn.Module, layer: str) -> nn.Module | None:
+    """The calls that the layer needs, without the rest; None when ``forward`` cannot be traced to exactly one call."""
+    target = model.get_submodule(layer)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return m is target or super().is_leaf_module(m, module_qualified_name)
+
+    with _in_eval_mode(model):
+        try:
+            graph = Tracer().trace(model)
+        except Exception:
+            # Anything may be raised: forward ran on stand-ins for tensors.
+            return None
+    calls = [node for node in graph.nodes if node.op == "call_module" and node.target == layer]
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(calls) != 1 or len(inputs) != 1:
+        return None
+    for node in reversed(list(graph.nodes)):
+        if node.op == "output":
+            node.args = (calls[0],)
+        elif node is calls[0]:
+            break
+        elif node.op != "placeholder" and not node.users:
+            # Behind the layer: also checks that only look at shapes, which fx takes for needed.
+            graph.erase_node(node)
+    traced = torch.fx.GraphModule(model, graph)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    traced.delete_all_unused_submodules()
+    return traced
+
+
+class _Stop(Exception):
+    """Carries the output of a layer out of ``forward``."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+class _Until(nn.Module):
+    """Runs a model and stops behind one of its layers."""
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.model = model
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> Any:
+        def stop(module: nn.Module, inputs: Any, output: Any) -> None:
+            raise _Stop(output)
+
+        handle = self.model.get_submodule(self.layer).register_forward_hook(stop)
+        try:
+            self.model(x)
+        except _Stop as stopped:
+            return stopped.output
+        finally:
+            handle.remove()
+        raise RuntimeError(f"forward of {type(self.model).__name__} does not call {self.layer}")
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+# -- pooling -------------------------------------------------------------------------------------------------
+
+
+def _pooling(pool: str | None, body: nn.Module) -> nn.Module:
+    if pool is None:
+        return nn.Identity()
+    # Layers that the engines know, where the output is certain to be a picture.
+    if pool == "avg" and _makes_pictures(body):
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return _Pool(pool)
+
+
+def _makes_pictures(body: nn.Module) -> bool:
+    last = next((module for module in reversed(list(body.modules())) if not list(module.children())), None)
+    if isinstance(body, torch.fx.GraphModule):
+        (output,) = (node for node in body.graph.nodes if node.op == "output")
+        made = output.args[0]
+        if isinstance(made, torch.fx.Node) and made.op == "call_module":
+            inner = list(body.get_submodule(str(made.target)).modules())
+            last = inner[-1] if made.target and inner else last
+    pictures = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+    return isinstance(last, pictures) or (
+        isinstance(last, (nn.ReLU, nn.SiLU, nn.Hardswish, nn.ReLU6))
+        and not any(isinstance(module, nn.Linear) for module in body.modules())
+    )
+
+
+class _Pool(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) or (N, tokens, C) to (N, C)."""
+        if self.kind == "cls":
+            if x.dim() != 3:
+                raise ValueError(f'pool="cls" takes the first of (N, tokens, C), this layer returns {tuple(x.shape)}')
+            return x[:, 0]
+        if x.dim() not in (3, 4):
+            raise ValueError(
+                f"pool={self.kind!r} takes (N, C, H, W) or (N, tokens, C), this layer returns {tuple(x.shape)}: leave "
+                "pool out, or take an earlier layer"
+            )
+        x = x.flatten(2) if x.dim() == 4 else x.transpose(1, 2)
+        return x.mean(dim=2) if self.kind == "avg" else x.amax(dim=2)
+
+    def extra_repr(self) -> str:
+        return self.kind
+
+
+# -- transforms ----------------------------------------------------------------------------------------------
+
+
+def with_transform(dataset: Dataset[Any], transform: Any) -> Dataset[Any]:
+    """A view of an image data set that has no transform, with one; anything else as it is."""
+    if transform is None or getattr(dataset, "transform", transform) is not None or not hasattr(dataset, "samples"):
+        return dataset
+    changed: Any = copy.copy(dataset)
+    changed.transform = transform
+    if hasattr(changed, "_join_transforms"):
+        changed._join_transforms()
+    return changed  # type: ignore[no-any-return]
+
+
+def check_transform(transform: Any, body: Backbone) -> None:
+    """That images are prepared as the weights want them, judged by what becomes of a picture.
+
+    Random transforms are free in what they cut and turn; size and normalisation must be right.
+
+    The numbers may differ a little: resizing tensors and resizing pictures is not the same.
+
+    Raises:
+        ValueError: they are not; shows both transforms.
+    """
+    if body.transform is None or transform is None:
+        return
+    ours, theirs = lower(body.transform, 3), lower(transform, 3)
+    wanted, found = body.transform(_picture()), transform(_picture())
+    is_random = kept_ops(theirs.first.ops) < len(theirs.first.ops) or _varies(transform, found)
+    if isinstance(found, torch.Tensor) and found.shape == wanted.shape and found.dtype == wanted.dtype:
+        if is_random and (theirs.first.finish is None or ours.first.finish == theirs.first.finish):
+            return
+        # Resizing tensors and resizing pictures differ by up to 2 of 255 levels, divided by a deviation above 0.2.
+        if not is_random and float((wanted - found).abs().max()) <= 2 / 255 / 0.2:
+            return
+    raise ValueError(
+        f"the images are not prepared as the weights of {body.name} want them:\n"
+        f"  the data:    {_one_line(transform)}\n"
+        f"  the weights: {_one_line(body.transform)}\n"
+        "Give the data set no transform (then the weights' own is used) or cnnrs.backbone(...).transform, or pass "
+        "any_transform=True to go on all the same"
+    )
+
+
+def _varies(transform: Callable[[Any], Any], once: Any) -> bool:
+    """Whether a transform makes something else of the same picture now and then."""
+    if not isinstance(once, torch.Tensor):
+        return False
+    python = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return not all(torch.equal(once, transform(_picture())) for _ in range(8))
+    finally:
+        random.setstate(python)
+
+
+def _picture() -> Any:
+    """Waves with an edge and noise: every way of resizing and cutting makes something else of it."""
+    import numpy as np
+    from PIL import Image
+
+    y, x = np.mgrid[0:300, 0:400].astype(np.float64)
+    waves = np.stack([128 + 90 * np.sin(x / a + y / b) for a, b in ((9, 31), (23, 7), (14, 17))], axis=-1)
+    waves[100:, 200:] *= 0.5
+    waves += np.random.default_rng(0).normal(0, 20, waves.shape)
+    return Image.fromarray(np.clip(waves, 0, 255).astype(np.uint8))
+
+
+def _one_line(transform: Any) -> str:
+    return " ".join(repr(transform).split())

@@ -1,0 +1,216 @@
+"""Who computes the features of a batch: the one place where an engine is chosen for `preconv`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from cnnrs import _cnnrs
+from cnnrs.engines import Engine, choose, device_of, to_device
+from cnnrs.graph import Lowered
+from cnnrs.update import File, Item
+
+Precision = Literal["exact", "tf32", "bf16", "fp16"]
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_TYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+class Extractor:
+    """A frozen model that turns batches into rows.
+
+    Args:
+        model: in eval mode.
+        engine: as for :func:`cnnrs.preconv`.
+        precision: what the model computes in; None: as torch is set.
+        dtype: torch's name of the type to keep, None: what the model returns.
+
+    Attributes:
+        device: where the model is.
+        lowered: the model as a graph, None when it cannot be lowered or the module is to be called.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine = "auto",
+        precision: Precision | None = None,
+        dtype: str | None = None,
+        verbose: bool = True,
+    ) -> None:
+        if precision is not None and precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(map(repr, get_args(Precision)))}, got {precision!r}")
+        self.model = model
+        self.precision = precision
+        self.dtype = dtype
+        self.device = device_of(model)
+        self.verbose = verbose
+        self.lowered: Lowered | None = choose(model, engine)
+        if precision in _AUTOCAST and engine == "torch":
+            raise ValueError(f'precision={precision!r} is autocast of the module itself: use engine="auto" or "python"')
+        # On an accelerator the module is called too: its launches run ahead of the device, whoever makes them.
+        self._calls_module = self.device.type != "cpu" or precision in _AUTOCAST
+
+    def __call__(self, batches: Iterable[Item], file: File | None, expected: int = 0) -> torch.Tensor | None:
+        """Features of all batches in memory, or None when they are in `file`."""
+        if self.lowered is not None and not self._calls_module:
+            moved = ((to_device(inputs, self.device), runs, tag) for inputs, runs, tag in batches)
+            graph, tensors = self.lowered.graph, self.lowered.tensors
+            result = _cnnrs.extract_torch(graph, tensors, moved, file, expected, self.dtype)
+        else:
+            pipeline = Pipeline(self.model, self.device, self.precision, self.dtype, self.verbose)
+            result = _cnnrs.extract_rows(pipeline.run(batches), file, expected, self.dtype)
+        data, shape, made = result
+        return None if data is None else torch.from_numpy(data).view(getattr(torch, made)).reshape(shape)
+
+
+def type_name(dtype: str | torch.dtype | np.dtype[Any] | type | None) -> str | None:
+    """Torch's name of a type that features can have.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else np.dtype(dtype).name
+    if name not in _TYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, _TYPES))}, got {dtype!r}")
+    return name
+
+
+class Pipeline:
+    """Calls a module batch by batch, with one batch in flight: the device computes while the host copies and writes.
+
+    On a CPU the same code runs without streams. When memory runs out, the batch is halved, and all after it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        precision: Precision | None = None,
+        dtype: str | None = None,
+        verbose: bool = True,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.precision = precision
+        self.dtype = None if dtype is None else getattr(torch, dtype)
+        self.verbose = verbose
+        # Images at a time, once the memory has run out.
+        self.limit: int | None = None
+
+    def run(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """(features on the CPU, runs, tag) of every (inputs, runs, tag)."""
+        flying: deque[tuple[torch.Tensor, Any, Item]] = deque()
+        with _tuned(self.model, self.device, self.precision):
+            for item in batches:
+                flying.append((*self._launch(item[0]), item))
+                if len(flying) > 1:
+                    yield _landed(*flying.popleft())
+            while flying:
+                yield _landed(*flying.popleft())
+
+    def _launch(self, inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """The features on their way to the CPU, and the event after which they are there."""
+        features = self._forward(inputs)
+        if self.device.type != "cuda":
+            return features.cpu(), None
+        host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+        host.copy_(features, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return host, event
+
+    def _forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda" and inputs.device.type == "cpu":
+            inputs = inputs.pin_memory()
+        parts: list[torch.Tensor] = []
+        done = 0
+        while done < len(inputs) or not parts:
+            size = min(self.limit or len(inputs), len(inputs) - done)
+            part = self._try(inputs if size == len(inputs) else inputs[done : done + size])
+            # Handled here, where the exception no longer holds the tensors of the failed attempt.
+            if part is None:
+                self._halve(size)
+            else:
+                parts.append(part)
+                done += size
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _try(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        """The features; None when there is not enough memory, but may be for fewer images."""
+        try:
+            return self._call(to_device(inputs, self.device))
+        except torch.OutOfMemoryError:
+            if len(inputs) <= 1:
+                raise
+        return None
+
+    def _halve(self, size: int) -> None:
+        self.limit = size // 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.verbose:
+            print(f"preconv: {self.device} has no memory for {size} images at a time, going on with {self.limit}")
+
+    def _call(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda" and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        autocast = _AUTOCAST.get(self.precision or "")
+        with torch.no_grad(), torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+            output = self.model(inputs)
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"the model must return one tensor, got {type(output).__name__}")
+        # On a device: fewer bytes cross the bus. Overflow of float16 is looked for where the rows are kept.
+        narrow = self.device.type != "cpu" and self.dtype is not None and self.dtype != torch.float16
+        return output.to(self.dtype) if narrow else output
+
+
+def _landed(features: torch.Tensor, event: Any, item: Item) -> Item:
+    if event is not None:
+        event.synchronize()
+    return features, item[1], item[2]
+
+
+@contextmanager
+def _tuned(model: nn.Module, device: torch.device, precision: Precision | None) -> Iterator[None]:
+    """TF32, cuDNN's search and memory formats for the time being."""
+    if device.type != "cuda":
+        yield
+        return
+    with _tf32(precision), _channels_last(model):
+        yield
+
+
+@contextmanager
+def _tf32(precision: Precision | None) -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    try:
+        if precision in ("exact", "tf32"):
+            matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+        # Every batch but the last has the same shape.
+        cudnn.benchmark = True
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+
+
+@contextmanager
+def _channels_last(model: nn.Module) -> Iterator[None]:
+    """4-dimensional weights in the order tensor cores read; the user's own storage comes back afterwards."""
+    before = [(parameter, parameter.data) for parameter in model.parameters() if parameter.dim() == 4]
+    try:
+        for parameter, data in before:
+            parameter.data = data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data

@@ -1,0 +1,312 @@
+"""The folder that holds features, safe at every moment: `features.npy`, `labels.npy`, `meta.json`.
+
+While features are computed they are in `features.npy.partial`, and `features.journal` says which rows of it are safely
+on disk. `meta.json.pending` is written last; from then on the new files count, and whoever comes next finishes the
+renaming.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cnnrs import _cnnrs
+from cnnrs._notes import note
+
+#: Version of the folder's layout; another number is not read.
+FORMAT = 2
+
+_BLOCK_BYTES = 4 << 20
+_NAMES = ("features.npy", "labels.npy", "meta.json")
+_WORKING = (
+    "features.npy.partial",
+    "labels.npy.partial",
+    "meta.json.partial",
+    "meta.json.pending",
+    "features.journal",
+    "features.npy.previous",
+    "features.journal.previous",
+)
+#: Everything that such a folder may hold.
+FILES = (*_NAMES, *_WORKING)
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows as a `.npy` file has them: `shape` is (N, ...), `dtype` torch's name."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        size = int(np.prod(self.shape[1:], dtype=np.int64))
+        return size * getattr(torch, self.dtype).itemsize  # type: ignore[no-any-return]
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """(first row, rows) of the parts that have a checksum each."""
+        rows = max(1, _BLOCK_BYTES // max(self.row_bytes, 1))
+        return [(start, min(rows, self.shape[0] - start)) for start in range(0, self.shape[0], rows)]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What a journal says: its first line, and (first row, rows, checksum, identities of the rows) of what is safe."""
+
+    header: dict[str, Any]
+    runs: list[tuple[int, int, int, list[str]]]
+
+
+class Store:
+    """One folder of features.
+
+    Args:
+        folder: made when something is written.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+
+    def path(self, name: str) -> Path:
+        """A file of the folder."""
+        return self.folder / name
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def meta(self) -> dict[str, Any] | None:
+        """What `meta.json` says; None when there is none, or it is damaged."""
+        try:
+            meta = json.loads(self.path("meta.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        if not isinstance(meta, dict):
+            return None
+        if meta.get("format") == FORMAT and meta.get("checksum") != _meta_checksum(meta):
+            return None
+        return meta
+
+    def layout(self, meta: dict[str, Any]) -> Layout:
+        """The layout that `meta` states."""
+        return Layout(tuple(meta["shape"]), meta["dtype"])
+
+    def damaged(self, meta: dict[str, Any]) -> list[tuple[int, int]]:
+        """(first row, rows) of the blocks of `features.npy` that are not what was written."""
+        layout = self.layout(meta)
+        blocks = layout.blocks()
+        try:
+            if _layout_of(self.path("features.npy")) != layout:
+                return blocks
+            found = _cnnrs.row_checksums(self.path("features.npy"), layout.row_bytes, blocks)
+        except (FileNotFoundError, ValueError):
+            return blocks
+        expected = meta["checksums"]["features"]
+        if len(expected) != len(blocks):
+            return blocks
+        return [block for block, crc, wanted in zip(blocks, found, expected, strict=True) if crc != wanted]
+
+    def labels(self, meta: dict[str, Any]) -> torch.Tensor:
+        """The stored labels.
+
+        Raises:
+            ValueError: the file is not what was written.
+        """
+        path = self.path("labels.npy")
+        if not path.is_file() or zlib.crc32(path.read_bytes()) != meta["checksums"]["labels"]:
+            raise ValueError(f"{path} is damaged: its checksum is not the one in meta.json")
+        return torch.from_numpy(np.load(path))
+
+    def features(self, dtype: str) -> torch.Tensor:
+        """The stored features, memory-mapped: a row is read from disk when it is used."""
+        # Mode "c": writable for torch, yet nothing ever reaches the file.
+        mapped = torch.from_numpy(np.load(self.path("features.npy"), mmap_mode="c"))
+        return mapped.view(torch.bfloat16) if dtype == "bfloat16" else mapped
+
+    def partial_layout(self, name: str = "features.npy.partial") -> Layout | None:
+        """The layout of a file in the making, None when there is none that can be read."""
+        try:
+            return _layout_of(self.path(name))
+        except (OSError, ValueError):
+            return None
+
+    def journal(self, name: str = "features.journal") -> Journal | None:
+        """What is safe of a file in the making, None when nothing is. A torn last record is cut off."""
+        try:
+            data = self.path(name).read_bytes()
+        except FileNotFoundError:
+            return None
+        lines, good = [], 0
+        for line in data.splitlines(keepends=True):
+            crc, _, text = line.partition(b" ")
+            if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text[:-1]):
+                break
+            lines.append(json.loads(text))
+            good += len(line)
+        if good < len(data):
+            os.truncate(self.path(name), good)
+        if not lines:
+            return None
+        runs = []
+        for record in lines[1:]:
+            ids, used = record["ids"], 0
+            for start, count, crc in record["rows"]:
+                runs.append((start, count, crc, ids[used : used + count]))
+                used += count
+        return Journal(lines[0], runs)
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self, verbose: bool) -> Iterator[None]:
+        """The folder, made when needed, for this process alone; waits for another one and says so.
+
+        Raises:
+            FileExistsError: the folder holds files that are not features; nothing is touched.
+            PermissionError: the folder cannot be written.
+        """
+        with _explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._refuse_others()
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            self._wait(handle, verbose)
+            with _explained(self.folder):
+                self._recover()
+                yield
+        finally:
+            os.close(handle)
+
+    def _wait(self, handle: int, verbose: bool) -> None:
+        told = False
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    note(f"{self.folder} is on a file system without locks: let only one process write there")
+                    return
+                if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EINTR):
+                    raise
+            if verbose and not told:
+                print(f"{self.folder}: another process is writing features there, waiting for it", flush=True)
+                told = True
+            time.sleep(0.05)
+
+    def _refuse_others(self) -> None:
+        others = sorted(entry.name for entry in os.scandir(self.folder) if entry.name not in FILES)
+        if others:
+            raise FileExistsError(f"{self.folder} holds {others[0]!r}, not a feature file: give a folder of its own")
+
+    def start(self, header: dict[str, Any]) -> None:
+        """Begin new features; those in the making, if any, become `previous`."""
+        rows, journal = self.path("features.npy.partial"), self.path("features.journal")
+        if rows.exists() and journal.exists():
+            os.replace(rows, self.path("features.npy.previous"))
+            os.replace(journal, self.path("features.journal.previous"))
+        self._unlink("features.npy.partial")
+        text = json.dumps({"format": FORMAT, **header}).encode()
+        self._write("features.journal", b"%08x %s\n" % (zlib.crc32(text), text))
+
+    def discard(self) -> None:
+        """Forget what is in the making."""
+        self._unlink("features.journal", "features.npy.partial", "features.journal.previous", "features.npy.previous")
+
+    def commit(self, layout: Layout, labels: torch.Tensor, meta: dict[str, Any]) -> None:
+        """Make the new rows (or the ones that are there, if none are in the making), labels and meta the store's."""
+        rows = self.path("features.npy.partial")
+        rows = rows if rows.exists() else self.path("features.npy")
+        crcs = _cnnrs.row_checksums(rows, layout.row_bytes, layout.blocks())
+        with open(self.path("labels.npy.partial"), "wb") as file:
+            np.save(file, labels.numpy())
+            file.flush()
+            os.fsync(file.fileno())
+        checksums = {"features": crcs, "labels": zlib.crc32(self.path("labels.npy.partial").read_bytes())}
+        meta = {"format": FORMAT, "shape": list(layout.shape), "dtype": layout.dtype, **meta, "checksums": checksums}
+        meta["checksum"] = _meta_checksum(meta)
+        self._write("meta.json.partial", json.dumps(meta, separators=(",", ":")).encode())
+        os.replace(self.path("meta.json.partial"), self.path("meta.json.pending"))
+        self._sync()
+        self._recover()
+
+    def _recover(self) -> None:
+        """Finish a commit that was interrupted."""
+        if not self.path("meta.json.pending").exists():
+            return
+        self._unlink("meta.json")
+        for name in ("features.npy", "labels.npy"):
+            with suppress(FileNotFoundError):
+                os.replace(self.path(f"{name}.partial"), self.path(name))
+        self._sync()
+        os.replace(self.path("meta.json.pending"), self.path("meta.json"))
+        self.discard()
+        self._sync()
+
+    def _write(self, name: str, data: bytes) -> None:
+        with open(self.path(name), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._sync()
+
+    def _unlink(self, *names: str) -> None:
+        for name in names:
+            self.path(name).unlink(missing_ok=True)
+
+    def _sync(self) -> None:
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            # Some network file systems do not flush folders.
+            if error.errno not in _NO_LOCKS:
+                raise
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Says what to do when the folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        text = f"{error.strerror}: features cannot be written to {folder}; give out= a folder that can be written"
+        raise PermissionError(error.errno, text, error.filename) from error
+
+
+def _layout_of(path: Path) -> Layout:
+    array = np.load(path, mmap_mode="r")
+    kind = str(array.dtype)
+    # NumPy has no bfloat16: its bits are stored as uint16, which features never are.
+    return Layout(array.shape, "bfloat16" if kind == "uint16" else kind)
+
+
+def _meta_checksum(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps({key: value for key, value in meta.items() if key != "checksum"}).encode())
+
+
+def good_rows(path: Path, layout: Layout, runs: Sequence[tuple[int, int, int, list[str]]]) -> dict[int, str]:
+    """Row -> identity of the journal's rows that are in the file as they were written."""
+    within = [run for run in runs if run[0] + run[1] <= layout.shape[0]]
+    found = _cnnrs.row_checksums(path, layout.row_bytes, [(start, count) for start, count, _, _ in within])
+    good: dict[int, str] = {}
+    for (start, _, crc, ids), now in zip(within, found, strict=True):
+        if crc == now:
+            good.update(enumerate(ids, start))
+    return good

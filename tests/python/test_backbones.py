@@ -1,0 +1,350 @@
+"""Any network as a backbone: names, layers, poolings, weights and the transform they want, against torchvision."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from http.client import RemoteDisconnected
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision import models, transforms
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms import v2
+
+import cnnrs
+from cnnrs import backbones, weights
+
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return models.resnet18(weights=None).eval()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resnet: nn.Module) -> Path:
+    """torch's cache with a file for resnet18 whose hash is right, and no network."""
+    place = tmp_path / "hub" / "checkpoints"
+    place.mkdir(parents=True)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    torch.save(resnet.state_dict(), place / "new.pth")
+    name = f"resnet18-{hashlib.sha256((place / 'new.pth').read_bytes()).hexdigest()[:8]}.pth"
+    (place / "new.pth").rename(place / name)
+    entry = models.ResNet18_Weights.IMAGENET1K_V1.value
+    monkeypatch.setitem(entry.__dict__, "url", f"https://example.invalid/{name}")
+    return place / name
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+CASES = [
+    ("vgg11", "features.10"),
+    ("vgg11", "classifier.3"),
+    ("resnet18", "layer2"),
+    ("resnet18", "layer3.0.bn1"),
+    ("mobilenet_v3_small", "features.5"),
+    ("efficientnet_b0", "features.3.0"),
+    ("convnext_tiny", "features.3"),
+    ("densenet121", "features.transition1"),
+    ("vit_b_16", "encoder.layers.encoder_layer_1"),
+    ("swin_t", "features.1"),
+]
+
+
+@pytest.mark.parametrize(("name", "layer"), CASES)
+def test_a_layer_is_the_part_before_it(name: str, layer: str) -> None:
+    torch.manual_seed(0)
+    model = models.get_model(name, weights=None).eval()
+    x = torch.rand(1, 3, 224, 224)
+    expected = create_feature_extractor(model, {layer: "out"})
+    body = cnnrs.backbone(model, layer)
+    with torch.no_grad():
+        assert torch.equal(body(x), expected(x)["out"])
+    # Shared, not copied; and nothing behind the layer is kept.
+    ours = list(body.parameters())
+    assert {id(p) for p in ours} <= {id(p) for p in model.parameters()}
+    assert len(ours) < len(list(model.parameters()))
+    assert model.training is False
+
+
+def test_a_model_that_cannot_be_traced_is_stopped_behind_the_layer() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            if x.sum() > 1e9:
+                return x
+            raise AssertionError("behind the layer")
+
+    model = Branching()
+    x = torch.rand(2, 3, 8, 8)
+    body = cnnrs.backbone(model, "first")
+    assert torch.equal(body(x), model.first(x)) and not model.first._forward_hooks
+    features = cnnrs.preconv([(x, torch.zeros(2))], model, layer="first")
+    assert torch.equal(features.features, model.first(x))
+    model.forward = lambda x: x  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="forward of Branching does not call second"):
+        backbones._Until(model, "second")(x)
+
+
+def test_cut_models_run_on_the_lowered_engine(resnet: nn.Module) -> None:
+    assert cnnrs.explain(cnnrs.backbone(resnet, "layer2", "avg").eval()).engine == "torch"
+    torch.manual_seed(0)
+    vgg = models.vgg11(weights=None).eval()
+    x = torch.rand(1, 3, 64, 64)
+    features = cnnrs.preconv([(x, torch.zeros(1))], vgg, layer="features.20", engine="torch")
+    with torch.no_grad():
+        assert torch.equal(features.features, vgg.features(x))
+
+
+def test_unknown_layers_name_their_likes(resnet: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"ResNet has no layer 'layer5'; close to it: layer"):
+        cnnrs.backbone(resnet, "layer5")
+    with pytest.raises(ValueError, match="pool must be one of 'avg', 'max', 'cls' or None, got 'mean'"):
+        cnnrs.backbone(resnet, pool="mean")
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
+        cnnrs.backbone(7)  # type: ignore[arg-type]
+
+
+# -- poolings ----------------------------------------------------------------------------------------------------------
+
+
+def test_poolings(resnet: nn.Module) -> None:
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        pictures = cnnrs.backbone(resnet, "layer4")(x)
+        mean, largest = (cnnrs.backbone(resnet, "layer4", pool)(x) for pool in ("avg", "max"))
+    assert pictures.shape == (2, 512, 2, 2)
+    assert torch.equal(largest, pictures.amax(dim=(2, 3)))
+    # A mean of 4 numbers below 16, in another order.
+    assert torch.allclose(mean, pictures.mean(dim=(2, 3)), rtol=4 * 2**-24, atol=1e-6)
+    tokens = torch.rand(2, 5, 7)
+    for pool, expected in (("avg", tokens.mean(1)), ("max", tokens.amax(1)), ("cls", tokens[:, 0])):
+        assert torch.allclose(cnnrs.backbone(nn.Identity(), pool=pool)(tokens), expected, rtol=0, atol=5 * 2**-24)
+    with pytest.raises(ValueError, match=r'pool="cls" takes the first of \(N, tokens, C\), .* \(2, 3, 64, 64\)'):
+        cnnrs.backbone(nn.Identity(), pool="cls")(x)
+    with pytest.raises(ValueError, match=r"pool='avg' takes .* this layer returns \(2, 4\)"):
+        cnnrs.backbone(nn.Identity(), pool="avg")(torch.zeros(2, 4))
+
+
+def test_the_class_token_of_a_transformer() -> None:
+    torch.manual_seed(0)
+    model = models.vit_b_16(weights=None).eval()
+    x = torch.rand(1, 3, 224, 224)
+    head, model.heads = model.heads, nn.Identity()
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(cnnrs.backbone(model, "encoder", "cls")(x), expected)
+    model.heads = head
+
+
+# -- names and weights -------------------------------------------------------------------------------------------------
+
+
+def test_names_give_the_model_before_its_head(cache: Path, resnet: nn.Module) -> None:
+    body = cnnrs.backbone("resnet18").eval()
+    x = torch.rand(2, 3, 64, 64)
+    headless = nn.Sequential(*list(resnet.children())[:-1], nn.Flatten())
+    with torch.no_grad():
+        assert torch.equal(body(x), headless(x))
+        assert torch.equal(cnnrs.backbone("resnet18", "layer3").eval()(x), cnnrs.backbone(resnet, "layer3")(x))
+        assert cnnrs.backbone("resnet18", pool="max").eval()(x).shape == (2, 512)
+    assert body.name == "resnet18 (IMAGENET1K_V1)"
+    for chosen in ("IMAGENET1K_V1", models.ResNet18_Weights.IMAGENET1K_V1, "ResNet18_Weights.IMAGENET1K_V1"):
+        assert cnnrs.backbone("resnet18", weights=chosen).name == "resnet18 (IMAGENET1K_V1)"
+    with pytest.raises(ValueError, match=r"resnet18 has the weights IMAGENET1K_V1, DEFAULT, or give a \.pth"):
+        cnnrs.backbone("resnet18", weights="IMAGENET22K")
+
+
+def test_vgg_by_name_has_the_tutorials_features() -> None:
+    body = cnnrs.backbone("vgg11", "features", weights=None)
+    assert body(torch.zeros(1, 3, 64, 64)).shape == (1, 512, 2, 2)
+    assert cnnrs.backbone("vgg11", weights=None).eval()(torch.zeros(1, 3, 224, 224)).shape == (1, 4096)
+    assert cnnrs.backbone("vgg11", pool="avg", weights=None)(torch.zeros(1, 3, 64, 64)).shape == (1, 512)
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match="no model is called 'resnet19'; close to it: resnet"):
+        cnnrs.backbone("resnet19")
+
+
+@pytest.mark.parametrize("kind", ["plain", "wrapped", "parallel"])
+def test_a_file_of_ones_own(tmp_path: Path, resnet: nn.Module, kind: str) -> None:
+    torch.manual_seed(3)
+    own = models.resnet18(weights=None, num_classes=2)
+    state: Any = own.state_dict()
+    if kind == "wrapped":
+        state = {"epoch": 3, "state_dict": state}
+    if kind == "parallel":
+        state = {f"module.{key}": value for key, value in state.items()}
+    path = tmp_path / "own.pth"
+    torch.save(state, path)
+    x = torch.rand(1, 3, 64, 64)
+    for given in (path, str(path)):
+        body = cnnrs.backbone("resnet18", weights=given).eval()
+        own.fc = nn.Identity()
+        with torch.no_grad():
+            assert torch.equal(body(x), own.eval()(x))
+    assert isinstance(body.transform, type(models.ResNet18_Weights.DEFAULT.transforms()))
+
+
+def test_files_that_are_no_weights(tmp_path: Path, resnet: nn.Module) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.pth'?: there is no such file"):
+        cnnrs.backbone("resnet18", weights=tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text\.pth cannot be read as weights"):
+        cnnrs.backbone("resnet18", weights=tmp_path / "text.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list\.pth holds a list, not a state_dict"):
+        cnnrs.backbone("resnet18", weights=tmp_path / "list.pth")
+    torch.save(models.resnet34(weights=None).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth does not fit ResNet: Unexpected key"):
+        cnnrs.backbone("resnet18", weights=tmp_path / "other.pth")
+
+
+def test_a_damaged_download_is_refused(cache: Path) -> None:
+    data = bytearray(cache.read_bytes())
+    data[len(data) // 2] ^= 1
+    cache.write_bytes(data)
+    with pytest.raises(ValueError, match=r"resnet18-\w+\.pth is damaged: its sha256 begins with \w+, not \w+\. Delete"):
+        cnnrs.backbone("resnet18")
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), TimeoutError("timed out"), RemoteDisconnected("closed")])
+def test_offline(cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fail)
+    name = cache.name
+    cache.unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        cnnrs.backbone("resnet18")
+    text = str(caught.value)
+    assert f"wanted:  {name}, from https://example.invalid/{name}" in text and f"looked:  {cache.parent}" in text
+    assert "weights=<path>" in text
+
+
+# -- transforms --------------------------------------------------------------------------------------------------------
+
+
+def test_images_without_a_transform_get_the_weights_own(cache: Path, folder: Path) -> None:
+    features = cnnrs.preconv(cnnrs.ImageFolder(folder), "resnet18")
+    own = models.ResNet18_Weights.DEFAULT.transforms()
+    expected = cnnrs.preconv(cnnrs.ImageFolder(folder, own), cnnrs.backbone("resnet18"))
+    assert features.features.shape == (26, 512) and torch.equal(features.features, expected.features)
+
+
+FLOAT = v2.ToDtype(torch.float32, scale=True)
+SAME = {
+    "the weights' own": models.ResNet18_Weights.DEFAULT.transforms(),
+    "spelled out": transforms.Compose(
+        [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
+    ),
+    "v2": v2.Compose(
+        [
+            v2.Resize(256),
+            v2.CenterCrop(224),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(*IMAGENET),
+        ]
+    ),
+    "tensors": v2.Compose(
+        [
+            v2.ToImage(),
+            v2.Resize(256),
+            v2.CenterCrop(224),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(*IMAGENET),
+        ]
+    ),
+    "random": transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(*IMAGENET),
+        ]
+    ),
+}
+OTHER = {
+    "not normalised": transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]),
+    "another mean": transforms.Compose(
+        [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+    ),
+    "another size": transforms.Compose(
+        [transforms.Resize(256), transforms.CenterCrop(192), transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
+    ),
+    "squeezed": transforms.Compose(
+        [transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
+    ),
+    "nearest": transforms.Compose(
+        [
+            transforms.Resize(256, transforms.InterpolationMode.NEAREST),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(*IMAGENET),
+        ]
+    ),
+    "bytes": transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()]),
+    "random, not normalised": transforms.Compose([transforms.RandomResizedCrop(224), transforms.ToTensor()]),
+    "random, another size": transforms.Compose(
+        [transforms.RandomCrop(96, pad_if_needed=True), transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_transforms_that_say_the_same(cache: Path, kind: str) -> None:
+    backbones.check_transform(SAME[kind], cnnrs.backbone("resnet18"))
+
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_a_mismatch_shows_both(cache: Path, folder: Path, kind: str) -> None:
+    data = cnnrs.ImageFolder(folder, OTHER[kind])
+    with pytest.raises(ValueError, match="not prepared as the weights of resnet18") as caught:
+        cnnrs.preconv(data, "resnet18")
+    text = str(caught.value)
+    assert (
+        " ".join(repr(OTHER[kind]).split()) in text and "ImageClassification" in text and "any_transform=True" in text
+    )
+    if kind in ("squeezed", "another mean"):
+        data.samples = data.samples[:2]
+        assert len(cnnrs.preconv(data, "resnet18", any_transform=True)) == 2
+
+
+def test_the_store_knows_layers_and_poolings(cache: Path, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    data = cnnrs.ImageFolder(folder)
+    data.samples = data.samples[:3]
+    out = tmp_path / "f"
+    for options, computes in (
+        ({}, True), ({}, False), ({"layer": "layer1"}, True), ({"layer": "layer1", "pool": "avg"}, True),
+        ({"layer": "layer1", "pool": "max"}, True), ({"layer": "layer1", "pool": "max"}, False),
+    ):  # fmt: skip
+        cnnrs.preconv(data, "resnet18", out=out, **options)  # type: ignore[arg-type]
+        text = capsys.readouterr().out
+        assert ("nothing to compute" in text) is not computes
+
+
+def test_hashes_of_names(tmp_path: Path) -> None:
+    for name in ("model.pth", "model-final.pth", "resnet18-new.pth"):
+        (tmp_path / name).write_bytes(b"anything")
+        weights.check_hash(tmp_path / name)
+    digest = hashlib.sha256(b"anything").hexdigest()
+    shutil.copy(tmp_path / "model.pth", tmp_path / f"m-{digest[:8]}.pth")
+    weights.check_hash(tmp_path / f"m-{digest[:8]}.pth")
+    shutil.copy(tmp_path / "model.pth", tmp_path / "m-0123abcd.pth")
+    with pytest.raises(ValueError, match="damaged"):
+        weights.check_hash(tmp_path / "m-0123abcd.pth")

@@ -1,0 +1,622 @@
+"""The folder that `preconv(out=...)` writes: what is kept, what is computed, what becomes of every kind of trouble."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import zlib
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision import transforms
+
+import cnnrs
+from cnnrs.store import Store
+
+TRANSFORM = transforms.Compose([transforms.Resize((24, 24)), transforms.ToTensor()])
+# Another number of images at a time may take another kernel: sums of 27 products of values below 1, 2**-24 each.
+ROUNDING = 27 * 2**-24
+
+
+# How many images each call of a model has seen.
+SEEN: list[int] = []
+
+
+class Counting(nn.Module):
+    """A backbone that counts the images it sees."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2))
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        SEEN.append(len(x))
+        return self.layers(x) * self.scale
+
+
+def computed() -> int:
+    """Images since the last call."""
+    count = sum(SEEN)
+    SEEN.clear()
+    return count
+
+
+@pytest.fixture(autouse=True)
+def _nothing_seen() -> None:
+    SEEN.clear()
+
+
+@pytest.fixture
+def images(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the 26 images, to be changed."""
+    shutil.copytree(folder, tmp_path / "images")
+    return tmp_path / "images"
+
+
+def run(images: Path, out: Path, model: nn.Module | None = None, **options: Any) -> cnnrs.Features:
+    data = cnnrs.ImageFolder(images, options.pop("transform", TRANSFORM))
+    options.setdefault("engine", "python")
+    return cnnrs.preconv(data, model or Counting(), out=out, batch_size=4, **options)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out.strip()
+
+
+def fresh(images: Path, **options: Any) -> cnnrs.Features:
+    """What is right, computed without a store."""
+    features = run(images, None, **options)  # type: ignore[arg-type]
+    SEEN.clear()
+    return features
+
+
+# -- types -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("engine", ["torch", "python"])
+def test_types(images: Path, tmp_path: Path, name: str, engine: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU())
+    kind = getattr(torch, name)
+    expected = fresh(images, model=model, engine=engine)
+    for out in (None, tmp_path / "f"):
+        for given in (name, kind):
+            found = run(images, out, model, dtype=given, engine=engine)  # type: ignore[arg-type]
+            assert found.features.dtype == kind and torch.equal(found.features, expected.features.to(kind))
+    opened = np.load(tmp_path / "f" / "features.npy", mmap_mode="r")
+    assert opened.shape == (26, 6, 22, 22)
+    if name == "bfloat16":
+        # NumPy has no such type: the upper halves of float32.
+        opened = (opened.astype(np.uint32) << 16).view(np.float32)
+        assert np.array_equal(opened, expected.features.bfloat16().float().numpy())
+    else:
+        assert np.array_equal(opened, expected.features.to(kind).numpy())
+    assert torch.equal(cnnrs.load_features(tmp_path / "f").features, expected.features.to(kind))
+
+
+@pytest.mark.parametrize("engine", ["torch", "python"])
+def test_a_value_that_float16_cannot_hold_is_an_error(images: Path, tmp_path: Path, engine: Any) -> None:
+    model = nn.Conv2d(3, 6, 3)
+    with torch.no_grad():
+        model.weight.fill_(1e5)
+    with pytest.raises(ValueError, match=r"larger than float16 can hold \(65504\): use dtype=\"bfloat16\""):
+        run(images, tmp_path / "f", model, dtype="float16", engine=engine)
+    assert torch.isfinite(run(images, tmp_path / "f", model, dtype="bfloat16", engine=engine).features).all()
+    with pytest.raises(ValueError, match=r"dtype must be one of 'float16', .* got 'int8'"):
+        run(images, tmp_path / "f", model, dtype="int8")
+
+
+def test_another_type_is_another_store(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(images, tmp_path / "f")
+    said(capsys)
+    run(images, tmp_path / "f", dtype="float16")
+    assert said(capsys).endswith("recomputing the features, because another dtype is asked for")
+
+
+# -- images that change ------------------------------------------------------------------------------------------------
+
+
+def test_only_what_changed_is_computed(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "f"
+    run(images, out)
+    assert computed() == 26 and said(capsys) == ""
+
+    def again(count: int, message: str) -> cnnrs.Features:
+        found = run(images, out)
+        assert computed() == count
+        assert said(capsys) == f"{out}: {message}"
+        right = fresh(images)
+        assert torch.allclose(found.features, right.features, rtol=0, atol=ROUNDING)
+        assert torch.equal(found.labels, right.labels) and found.paths == right.paths and found.classes == right.classes
+        assert found.folder == out
+        assert torch.equal(cnnrs.load_features(out).features, found.features)
+        assert sorted(path.name for path in out.iterdir()) == ["features.npy", "labels.npy", "meta.json"]
+        return found
+
+    same = "26 features are up to date, nothing to compute"
+    again(0, same)
+    victim = images / "bee" / "1.jpg"
+    Image.open(victim).rotate(90).save(victim)
+    again(1, "1 image is new or changed and 1 image is gone: computing 1 rows, 25 are there")
+    again(0, same)
+    for i in range(3):
+        Image.open(victim).rotate(30 + i).save(images / "ant" / f"new{i}.png")
+    again(3, "3 images are new or changed: computing 3 rows, 26 are there")
+    (images / "cat" / "2.png").unlink()
+    victim.unlink()
+    again(0, "2 images are gone: computing 0 rows, 27 are there")
+    # A class more in front of the others: all rows move, all labels change.
+    (images / "aaa").mkdir()
+    Image.new("RGB", (30, 30), (9, 99, 199)).save(images / "aaa" / "blue.png")
+    found = again(1, "1 image is new or changed: computing 1 rows, 27 are there")
+    assert found.classes == ["aaa", "ant", "bee", "cat"] and found.labels[0] == 0 and found.labels[1] == 1
+
+
+def test_touched_renamed_and_moved_images_are_the_same(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "f"
+    first = run(images, out)
+    inode = (out / "features.npy").stat().st_ino
+    computed()
+    for path in images.rglob("*.png"):
+        os.utime(path)
+    moved = tmp_path / "elsewhere"
+    images.rename(moved)
+    found = run(moved, out)
+    assert computed() == 0 and torch.equal(found.features, first.features)
+    assert found.paths == [str(moved / Path(path).relative_to(images)) for path in first.paths or []]
+    assert (out / "features.npy").stat().st_ino == inode  # not even copied
+    assert cnnrs.load_features(out).paths == found.paths
+    # A new name sorts elsewhere: rows change places.
+    (moved / "ant" / "6.png").rename(moved / "cat" / "zzz.png")
+    found = run(moved, out)
+    assert computed() == 0
+    right = fresh(moved)
+    assert torch.allclose(found.features, right.features, rtol=0, atol=ROUNDING)
+    assert torch.equal(found.labels, right.labels) and found.paths == right.paths
+
+
+def test_an_image_that_changes_while_it_is_read_is_read_again(images: Path, tmp_path: Path) -> None:
+    victim, out = images / "ant" / "9.jpg", tmp_path / "f"
+
+    class Vandal(Counting):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not SEEN:
+                # After it was decoded or before: nobody can tell, so its features may not be kept.
+                Image.new("RGB", (40, 40), (1, 2, 3)).save(victim)
+            return super().forward(x)
+
+    run(images, out, Vandal())
+    SEEN.append(0)
+    found = run(images, out, Vandal())
+    assert computed() >= 1
+    SEEN.append(0)
+    assert torch.allclose(found.features, fresh(images, model=Vandal()).features, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("make", [DataLoader, cnnrs.DataLoader])
+def test_loaders_subsets_and_tensors_are_recognised(images: Path, tmp_path: Path, make: Any) -> None:
+    data = cnnrs.ImageFolder(images, TRANSFORM)
+    model = Counting()
+    whole = cnnrs.preconv(data, model, batch_size=4, engine="python")
+    part = Subset(data, [20, 3, 11, 7, 0])
+    computed()
+    for count in (5, 0):
+        found = cnnrs.preconv(make(part, batch_size=2, shuffle=True), model, out=tmp_path / "part", engine="python")
+        assert computed() == count
+        assert torch.allclose(found.features, whole.features[part.indices], rtol=0, atol=ROUNDING)
+        assert torch.equal(found.labels, whole.labels[part.indices])
+        assert found.paths == [data.samples[i][0] for i in part.indices]
+    pixels = torch.rand(9, 3, 8, 8)
+    for count, extra in ((9, 0), (0, 0), (1, 1)):
+        inputs = pixels.clone()
+        inputs[4] += extra
+        tensors = TensorDataset(inputs, torch.arange(9))
+        found = cnnrs.preconv(make(tensors, batch_size=4), model, out=tmp_path / "tensors", engine="python")
+        assert computed() == count and torch.equal(found.labels, torch.arange(9))
+        with torch.no_grad():
+            assert torch.allclose(found.features, model(inputs), rtol=0, atol=2 * ROUNDING)
+        computed()
+
+
+def test_mnist_is_recognised(mnist_root: Path, tmp_path: Path) -> None:
+    model = nn.Conv2d(1, 2, 5)
+    data = cnnrs.MNIST(mnist_root, train=False, transform=transforms.ToTensor())
+    first = cnnrs.preconv(data, model, out=tmp_path / "f", batch_size=16)
+    meta = json.loads((tmp_path / "f" / "meta.json").read_text())
+    assert len(meta["ids"]) == len(data) == 70
+    inode = (tmp_path / "f" / "features.npy").stat().st_ino
+    again = cnnrs.preconv(data, model, out=tmp_path / "f", batch_size=16)
+    assert (tmp_path / "f" / "features.npy").stat().st_ino == inode and torch.equal(again.features, first.features)
+    assert torch.equal(first.labels, data.targets)
+    assert torch.equal(first.features, cnnrs.preconv(data, model, batch_size=16).features)
+
+
+def test_code_of_transforms_and_models_counts(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def with_lambda(factor: float) -> Any:
+        return transforms.Compose([*TRANSFORM.transforms, transforms.Lambda(lambda x: x * factor)])
+
+    out = tmp_path / "f"
+    with pytest.warns(UserWarning, match="in Python"):
+        run(images, out, transform=with_lambda(1.0))
+    run(images, out, transform=with_lambda(1.0))
+    assert said(capsys).endswith("nothing to compute")
+    run(images, out, transform=with_lambda(2.0))  # repr says "Lambda()" for both
+    assert said(capsys).endswith("because the transform changed")
+    run(images, out, Counting(3.0), transform=with_lambda(2.0))  # nor does a module's repr show its numbers
+    assert said(capsys).endswith("because the model or its weights changed")
+
+
+# -- passes ------------------------------------------------------------------------------------------------------------
+
+AUGMENT = transforms.Compose(
+    [transforms.RandomResizedCrop(24), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+)
+
+
+def test_passes_are_keyed_by_seed_and_image(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(images, tmp_path / "a", transform=AUGMENT, passes=3, seed=5)
+    assert computed() == 78 and len(found) == 78 and len(found.paths or []) == 78
+    first, second, third = found.features.chunk(3)
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(found.labels, found.labels[:26].repeat(3))
+    # The same in memory, with other threads, and image by image.
+    in_memory = run(images, None, transform=AUGMENT, passes=3, seed=5, num_workers=0)  # type: ignore[arg-type]
+    assert torch.equal(in_memory.features, found.features) and in_memory.paths == found.paths
+    computed()
+    fewer = run(images, tmp_path / "a", transform=AUGMENT, passes=2, seed=5)
+    assert computed() == 0 and torch.equal(fewer.features, torch.cat([first, second]))
+    more = run(images, tmp_path / "a", transform=AUGMENT, passes=3, seed=5)
+    assert computed() == 26 and torch.equal(more.features[52:], third)
+    said(capsys)
+    other = run(images, tmp_path / "a", transform=AUGMENT, passes=1, seed=6)
+    assert said(capsys).endswith("because another seed is asked for")
+    assert not torch.equal(other.features, first)
+    train, valid = found.split(0.3, seed=1)
+    assert not set(train.paths or []) & set(valid.paths or []) and len(train) + len(valid) == 78
+
+
+def test_passes_that_make_no_sense(images: Path) -> None:
+    data = cnnrs.ImageFolder(images, TRANSFORM)
+    with pytest.raises(ValueError, match="passes must be at least 1, got 0"):
+        cnnrs.preconv(data, Counting(), passes=0)
+    with pytest.raises(ValueError, match="passes=2 needs a loader over an image folder"):
+        cnnrs.preconv([(torch.zeros(1, 3, 8, 8), torch.zeros(1))], Counting(), passes=2)
+    with pytest.raises(ValueError, match=r"passes=2 needs a cnnrs\.DataLoader"):
+        cnnrs.preconv(DataLoader(data), Counting(), passes=2)
+    with pytest.warns(UserWarning, match="draws nothing at random"):
+        cnnrs.preconv(data, Counting(), passes=2)
+
+
+# -- trouble -----------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Counting):
+    """Stops after some images, once."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        os.environ["CNNRS_TEST_STOP"] = str(after)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if sum(SEEN) >= int(os.environ.get("CNNRS_TEST_STOP", "1000000")):
+            raise KeyboardInterrupt
+        return super().forward(x)
+
+
+def interrupted(images: Path, out: Path, after: int, **options: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(images, out, Interrupted(after), **options)
+    del os.environ["CNNRS_TEST_STOP"]
+
+
+def resumed(images: Path, out: Path, **options: Any) -> cnnrs.Features:
+    model = Interrupted(1_000_000)
+    return run(images, out, model, **options)
+
+
+def test_ctrl_c_keeps_what_is_there(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resumed(images, tmp_path / "whole")
+    computed()
+    out = tmp_path / "f"
+    interrupted(images, out, after=16)
+    before = computed()
+    assert not (out / "meta.json").exists()
+    with pytest.raises(FileNotFoundError, match="no complete features"):
+        cnnrs.load_features(out)
+    resumed(images, out)
+    # One batch was in flight when the exception came.
+    assert before == 16 and computed() in (10, 14)
+    assert "rows, 1" in said(capsys)
+    for name in ("features.npy", "labels.npy", "meta.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_images_that_change_during_a_break(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "f"
+    interrupted(images, out, after=16)
+    safe = 12
+    computed()
+    victim = sorted(images.rglob("*.png"))[0]
+    Image.new("RGB", (40, 40), (200, 2, 3)).save(victim)
+    (images / "aaa").mkdir()
+    Image.new("RGB", (30, 30), (9, 99, 199)).save(images / "aaa" / "blue.png")
+    found = resumed(images, out)
+    assert computed() <= 27 - safe + 1
+    assert torch.allclose(found.features, fresh(images, model=Interrupted(10**6)).features, rtol=0, atol=ROUNDING)
+
+
+def flip(path: Path, place: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte[0] ^ 0x10]))
+
+
+def test_a_damaged_store(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    # Blocks of 5 rows, so that one of them is not everything.
+    monkeypatch.setattr("cnnrs.store._BLOCK_BYTES", 5 * 6 * 11 * 11 * 4)
+    out = tmp_path / "f"
+    first = run(images, out)
+    right = first.features.clone()
+    computed()
+    flip(out / "features.npy", 256 + 7 * 6 * 11 * 11 * 4)
+    with pytest.raises(ValueError, match=r"features\.npy is damaged: 5 of 26 rows .* in rows 5 to 9; preconv computes"):
+        cnnrs.load_features(out)
+    found = run(images, out)
+    assert computed() == 5 and said(capsys) == f"{out}: computing 5 rows, 21 are there"
+    assert torch.allclose(found.features, right, rtol=0, atol=ROUNDING)
+    os.truncate(out / "features.npy", 5000)
+    with pytest.raises(ValueError, match="damaged: 26 of 26"):
+        cnnrs.load_features(out)
+    assert torch.equal(run(images, out).features, right) and computed() == 26
+    flip(out / "labels.npy", 140)
+    with pytest.raises(ValueError, match=r"labels\.npy is damaged"):
+        cnnrs.load_features(out)
+    assert torch.equal(run(images, out).labels, first.labels) and computed() == 0
+    assert torch.equal(cnnrs.load_features(out).labels, first.labels)
+    flip(out / "meta.json", 300)
+    with pytest.raises(FileNotFoundError, match=r"meta\.json is damaged"):
+        cnnrs.load_features(out)
+    assert torch.equal(run(images, out).features, right)
+    assert torch.equal(cnnrs.load_features(out).features, right)
+    (out / "features.npy").unlink()
+    assert torch.equal(run(images, out).features, right)
+
+
+def test_damage_to_what_an_interrupted_run_left(images: Path, tmp_path: Path) -> None:
+    resumed(images, tmp_path / "whole")
+    rng = np.random.default_rng(0)
+    for trial in range(12):
+        out = tmp_path / f"f{trial}"
+        computed()
+        interrupted(images, out, after=20)
+        for name in ("features.npy.partial", "features.journal"):
+            size = (out / name).stat().st_size
+            if trial % 3 == 2:
+                os.truncate(out / name, int(rng.integers(size)))
+            else:
+                flip(out / name, int(rng.integers(size)))
+        found = resumed(images, out)
+        for name in ("features.npy", "labels.npy"):
+            whole = (tmp_path / "whole" / name).read_bytes()
+            assert (out / name).read_bytes() == whole or torch.allclose(
+                found.features, cnnrs.load_features(tmp_path / "whole").features, rtol=0, atol=ROUNDING
+            )
+
+
+def test_another_format(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "f"
+    run(images, out)
+    (out / "meta.json").write_text(json.dumps({"format": 1, "shape": [26], "paths": []}))
+    with pytest.raises(ValueError, match=r"is in format 1, this cnnrs reads format 2: call preconv again"):
+        cnnrs.load_features(out)
+    said(capsys)
+    run(images, out)
+    assert said(capsys) == f"{out}: recomputing the features, because they are stored in format 1, not 2"
+
+
+def test_a_disk_without_room(images: Path, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE stands for the disk: the real calls fail, first the reservation of the file."""
+    out = tmp_path / "f"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"0 of 26 rows are safe.*Make room and call preconv again") as caught:
+            run(images, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno in (errno.EFBIG, errno.ENOSPC) and "features.npy.partial" in str(caught.value.filename)
+    computed()
+    assert torch.equal(run(images, out).features, fresh(images).features)
+
+
+def test_a_disk_that_fills_up_on_the_way(images: Path, tmp_path: Path) -> None:
+    """Rows that are safe stay so: here the commit records are what finds no more room."""
+    out = tmp_path / "f"
+    interrupted(images, out, after=12)
+    size = (out / "features.npy.partial").stat().st_size
+    done = computed()
+    # The rows have their place reserved; nothing beyond it, and the labels and meta.json are written afterwards.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((out / "features.journal").stat().st_size + 200, hard))
+    try:
+        with pytest.raises(OSError, match=r"of 26 rows are safe"):
+            resumed(images, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert done == 12 and (out / "features.npy.partial").stat().st_size == size
+    found = resumed(images, out)
+    assert torch.equal(found.features, fresh(images, model=Interrupted(10**6)).features)
+
+
+def test_a_full_file_system(images: Path, tmp_path: Path) -> None:
+    """A real, tiny file system where the machine allows to mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        with pytest.raises(OSError, match="rows are safe") as caught:
+            run(images, disk / "f")
+        assert caught.value.errno == errno.ENOSPC
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        assert torch.equal(run(images, disk / "f").features, fresh(images).features)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        computed()
+        # Reading needs no writing.
+        assert torch.equal(run(images, disk / "f").features, fresh(images).features) and computed() == 0
+        with pytest.raises(PermissionError, match=r"features cannot be written to .* give out= a folder that can be"):
+            run(images, disk / "f", Counting(2.0))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_only_be_read(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "f"
+    first = run(images, out)
+    out.chmod(0o555)
+    try:
+        computed()
+        assert torch.equal(run(images, out).features, first.features) and computed() == 0
+        with pytest.raises(PermissionError, match="give out= a folder that can be written"):
+            run(images, out, Counting(2.0))
+    finally:
+        out.chmod(0o755)
+
+
+def test_files_that_cannot_be_read_are_left_out(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "f"
+    bad = [images / "ant" / "broken.jpg", images / "bee" / "1.jpg", images / "cat" / "broken.png"]
+    for path in bad:
+        path.write_bytes(b"no image")
+    data = cnnrs.ImageFolder(images, TRANSFORM)
+    with pytest.raises(cnnrs.DecodeError, match="broken"):
+        cnnrs.preconv(data, Counting(), out=out, batch_size=4, engine="python")
+    computed()
+    for count in (None, 0):
+        loader = cnnrs.DataLoader(data, batch_size=4, on_error="skip")
+        with pytest.warns(UserWarning, match="skips files") if count is None else nullcontext():
+            found = cnnrs.preconv(loader, Counting(), out=out, engine="python")
+        assert len(found) == 25 and not {str(path) for path in bad} & set(found.paths or [])
+        assert count is None or computed() == count
+        computed()
+    good = cnnrs.ImageList([sample for sample in data.samples if Path(sample[0]) not in bad], TRANSFORM)
+    right = cnnrs.preconv(good, Counting(), batch_size=4, engine="python")
+    assert torch.allclose(found.features, right.features, rtol=0, atol=ROUNDING)
+    assert torch.equal(found.labels, right.labels) and found.paths == right.paths
+    skipped = json.loads((out / "meta.json").read_text())["skipped"]
+    assert sorted(path for path, _, _ in skipped) == sorted(map(str, bad))
+    computed()
+    Image.new("RGB", (30, 30), (9, 99, 199)).save(bad[0])
+    loader = cnnrs.DataLoader(data, batch_size=4, on_error="skip")
+    assert len(cnnrs.preconv(loader, Counting(), out=out, engine="python")) == 26
+    assert computed() == 1
+
+
+# -- two at a time -----------------------------------------------------------------------------------------------------
+
+
+INSIDE, GOES_ON = threading.Event(), threading.Event()
+
+
+class Waiting(Counting):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        INSIDE.set()
+        GOES_ON.wait(20)
+        return super().forward(x)
+
+
+def test_two_at_a_time_compute_once(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, results = tmp_path / "f", []
+    INSIDE.clear(), GOES_ON.clear()
+
+    def work() -> None:
+        results.append(run(images, out, Waiting()))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    threads[0].start()
+    assert INSIDE.wait(20)
+    threads[1].start()
+    # The second one says that it waits.
+    deadline = 400
+    text = ""
+    while "another process is writing features there, waiting for it" not in text and deadline:
+        threading.Event().wait(0.05)
+        text += capsys.readouterr().out
+        deadline -= 1
+    assert deadline
+    GOES_ON.set()
+    for thread in threads:
+        thread.join(60)
+    assert computed() == 26 and len(results) == 2
+    assert torch.equal(results[0].features, results[1].features)
+    assert "26 features are up to date" in said(capsys)
+
+
+MEMORY = """
+import resource, sys, torch, cnnrs
+from torch import nn
+from torch.utils.data import TensorDataset
+torch.set_num_threads(1)
+rows = int(sys.argv[1])
+model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU())
+# An expanded tensor: a data set that takes no memory, so that what is measured is the store's.
+data = TensorDataset(torch.rand(1, 1, 28, 28).expand(rows, 1, 28, 28), torch.zeros(1, dtype=torch.int64).expand(rows))
+loader = cnnrs.DataLoader(data, batch_size=50)
+cnnrs.preconv(loader, model, out=sys.argv[2], engine=sys.argv[3], verbose=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize("engine", ["torch", "python"])
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, engine: str) -> None:
+    peaks = []
+    for rows in (1_000, 10_000):
+        command = [sys.executable, "-c", MEMORY, str(rows), str(tmp_path / f"{rows}"), engine]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout) / 1024)
+        assert (tmp_path / f"{rows}" / "features.npy").stat().st_size == 256 + rows * 4 * 28 * 28 * 4
+    # 9,000 rows more are 108 MiB of features; their identities in memory and in the journal are a few MiB.
+    assert peaks[1] - peaks[0] < 25, peaks
+
+
+def test_stores_are_known_by_their_journal(tmp_path: Path) -> None:
+    """A torn last record, and one whose text was changed, end what counts."""
+    store = Store(tmp_path)
+    store.start({"plan": "p", "key": {}, "passes": 1})
+    path = tmp_path / "features.journal"
+    whole = path.read_bytes()
+    record = b'{"rows":[[0,2,5]],"ids":["a","b"]}'
+    line = b"%08x %s\n" % (zlib.crc32(record), record)
+    for tail, count in (
+        (b"", 0),
+        (line, 1),
+        (line + line[:20], 1),
+        (line + line.replace(b"5", b"6"), 1),
+        (line * 2, 2),
+    ):
+        path.write_bytes(whole + tail)
+        journal = store.journal()
+        assert journal is not None and journal.runs == [(0, 2, 5, ["a", "b"])] * count
+        assert path.read_bytes() == whole + line * count
