@@ -152,6 +152,11 @@ def test_curves_of_anything(values: list[float]) -> None:
     assert "nan" not in svg and "inf" not in svg
 
 
+def test_ticks_are_labelled_with_their_value() -> None:
+    svg = curves("loss", "loss", [("training", "train", [0.9, 0.1])], 0, 0.0, None)
+    assert re.findall(r'text-anchor="end">([^<]*)<', svg) == ["0.00", "0.25", "0.50", "0.75", "1.00"]
+
+
 def test_reliability_of_nothing() -> None:
     assert "circle" not in reliability(cnnrs.metrics.Calibration([], 0.0))
 

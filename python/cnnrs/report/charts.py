@@ -98,7 +98,8 @@ def _svg(title: str, width: int, height: int, parts: Sequence[str]) -> str:
 def _frame(ticks: Sequence[float], y: object, unit: str) -> str:
     assert callable(y)
     parts = []
-    decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0])))
+    step = ticks[1] - ticks[0]
+    decimals = next(digits for digits in range(20) if abs(round(step, digits) - step) < 1e-6 * step)
     for tick in ticks:
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(_text(_LEFT - 6, y(tick) + 4, f"{tick:.{decimals}f}", "end"))
