@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+use super::avx2::{Loop, with_avx2};
 use super::{Filter, Image};
 use crate::error::{Error, Result};
 
@@ -69,17 +70,10 @@ fn by_pixel<const N: usize>(image: &Image, m: &[f64; 6], filter: Filter, fill: [
     let fits =
         |x: f64, y: f64| (x * m[0] + y * m[1] + m[2]).abs() < 32768.0 && (x * m[3] + y * m[4] + m[5]).abs() < 32768.0;
     let (w, h) = (width as f64, height as f64);
-    let lines = out.data.chunks_exact_mut(width * N);
-    if filter != Filter::Nearest {
-        for (y, line) in lines.enumerate() {
-            for (x, value) in line.chunks_exact_mut(N).enumerate() {
-                let (x, y) = (x as f64 + 0.5, y as f64 + 0.5);
-                let at = (m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]);
-                let found =
-                    if filter == Filter::Bilinear { bilinear(image, at, pixels) } else { bicubic(image, at, pixels) };
-                value.copy_from_slice(&found.unwrap_or(fill));
-            }
-        }
+    if filter == Filter::Bilinear {
+        with_avx2(Smooth::<N, false> { image, m, fill, out });
+    } else if filter == Filter::Bicubic {
+        with_avx2(Smooth::<N, true> { image, m, fill, out });
     } else if m[1] == 0.0 && m[3] == 0.0 {
         // No rotation left (a centre was given with a right angle of 0 or 180): positions add up axis by axis.
         let table = |start: f64, step: f64, count: usize, limit: usize| {
@@ -88,7 +82,7 @@ fn by_pixel<const N: usize>(image: &Image, m: &[f64; 6], filter: Filter, fill: [
         };
         let columns = table(m[2] + m[0] * 0.5, m[0], width, image.width);
         let rows = table(m[5] + m[4] * 0.5, m[4], height, image.height);
-        for (y, line) in lines.enumerate() {
+        for (y, line) in out.data.chunks_exact_mut(width * N).enumerate() {
             for (column, value) in columns.iter().zip(line.chunks_exact_mut(N)) {
                 value.copy_from_slice(&rows[y].zip(*column).map_or(fill, |(y, x)| pixels(y, x)));
             }
@@ -97,7 +91,7 @@ fn by_pixel<const N: usize>(image: &Image, m: &[f64; 6], filter: Filter, fill: [
         let fix = |v: f64| (v * 65536.0 + 0.5).floor() as i32;
         let step = [m[0], m[1], m[3], m[4]].map(fix);
         let mut start = [fix(m[2] + m[0] * 0.5 + m[1] * 0.5), fix(m[5] + m[3] * 0.5 + m[4] * 0.5)];
-        for line in lines {
+        for line in out.data.chunks_exact_mut(width * N) {
             let [mut xx, mut yy] = start;
             for value in line.chunks_exact_mut(N) {
                 let (x, y) = ((xx >> 16) as usize, (yy >> 16) as usize);
@@ -110,7 +104,7 @@ fn by_pixel<const N: usize>(image: &Image, m: &[f64; 6], filter: Filter, fill: [
         }
     } else {
         let mut start = (m[2] + m[1] * 0.5 + m[0] * 0.5, m[5] + m[4] * 0.5 + m[3] * 0.5);
-        for line in lines {
+        for line in out.data.chunks_exact_mut(width * N) {
             let (mut xx, mut yy) = start;
             for value in line.chunks_exact_mut(N) {
                 let at = inside(yy, image.height).zip(inside(xx, image.width));
@@ -122,16 +116,38 @@ fn by_pixel<const N: usize>(image: &Image, m: &[f64; 6], filter: Filter, fill: [
     }
 }
 
+/// Every position of `out` from several pixels of `image`.
+struct Smooth<'a, const N: usize, const CUBIC: bool> {
+    image: &'a Image,
+    m: &'a [f64; 6],
+    fill: [u8; N],
+    out: &'a mut Image,
+}
+
+impl<const N: usize, const CUBIC: bool> Loop for Smooth<'_, N, CUBIC> {
+    #[inline(always)]
+    fn run(self) {
+        let Self { image, m, fill, out } = self;
+        let (pixels, size) = (image.data.as_chunks::<N>().0, [image.width, image.height]);
+        for (y, line) in out.data.as_chunks_mut::<N>().0.chunks_exact_mut(out.width.max(1)).enumerate() {
+            let y = y as f64 + 0.5;
+            for (x, value) in line.iter_mut().enumerate() {
+                let x = x as f64 + 0.5;
+                let at = [m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]];
+                let found = if CUBIC { bicubic(pixels, size, at) } else { bilinear(pixels, size, at) };
+                *value = found.unwrap_or(fill);
+            }
+        }
+    }
+}
+
 fn inside(position: f64, limit: usize) -> Option<usize> {
     (position >= 0.0 && position < limit as f64).then_some(position as usize)
 }
 
-fn bilinear<const N: usize>(
-    image: &Image,
-    (x, y): (f64, f64),
-    pixels: impl Fn(usize, usize) -> [u8; N],
-) -> Option<[u8; N]> {
-    let (width, height) = (image.width as f64, image.height as f64);
+#[inline(always)]
+fn bilinear<const N: usize>(pixels: &[[u8; N]], [columns, rows]: [usize; 2], [x, y]: [f64; 2]) -> Option<[u8; N]> {
+    let (width, height) = (columns as f64, rows as f64);
     if !(x >= 0.0 && x < width && y >= 0.0 && y < height) {
         return None;
     }
@@ -140,47 +156,45 @@ fn bilinear<const N: usize>(
     let (dx, dy) = (x - left, y - top);
     // Outside the edges the edge pixel is repeated.
     let column = |x: f64| x.clamp(0.0, width - 1.0) as usize;
-    let row = |y: f64| y.clamp(0.0, height - 1.0) as usize;
+    let row = |y: f64| y.clamp(0.0, height - 1.0) as usize * columns;
     let mix = |a: f64, b: f64, d: f64| a + (b - a) * d;
-    let line = |y: usize| {
-        let (a, b) = (pixels(y, column(left)), pixels(y, column(left + 1.0)));
-        std::array::from_fn::<f64, N, _>(|c| mix(f64::from(a[c]), f64::from(b[c]), dx))
+    let (left, right) = (column(left), column(left + 1.0));
+    let line = |start: usize| {
+        let (a, b) = (pixels[start + left].map(f64::from), pixels[start + right].map(f64::from));
+        std::array::from_fn::<f64, N, _>(|c| mix(a[c], b[c], dx))
     };
     let upper = line(row(top));
     let lower = if top + 1.0 < height { line(row(top + 1.0)) } else { upper };
     Some(std::array::from_fn(|c| mix(upper[c], lower[c], dy) as u8))
 }
 
-fn bicubic<const N: usize>(
-    image: &Image,
-    (x, y): (f64, f64),
-    pixels: impl Fn(usize, usize) -> [u8; N],
-) -> Option<[u8; N]> {
-    let (width, height) = (image.width as f64, image.height as f64);
+#[inline(always)]
+fn bicubic<const N: usize>(pixels: &[[u8; N]], [columns, rows]: [usize; 2], [x, y]: [f64; 2]) -> Option<[u8; N]> {
+    let (width, height) = (columns as f64, rows as f64);
     if !(x >= 0.0 && x < width && y >= 0.0 && y < height) {
         return None;
     }
     let (x, y) = (x - 0.5, y - 0.5);
     let (dx, dy) = (x - x.floor(), y - y.floor());
     let (left, top) = (x.floor() - 1.0, y.floor() - 1.0);
-    let columns = [0.0, 1.0, 2.0, 3.0].map(|i| (left + i).clamp(0.0, width - 1.0) as usize);
-    let line = |y: usize| {
-        let taps = columns.map(|x| pixels(y, x));
-        std::array::from_fn::<f64, N, _>(|c| cubic(taps.map(|tap| f64::from(tap[c])), dx))
-    };
+    let places = [0.0, 1.0, 2.0, 3.0].map(|i| (left + i).clamp(0.0, width - 1.0) as usize);
+    let line = |y: usize| cubic(places.map(|x| pixels[y * columns + x].map(f64::from)), dx);
     // Rows outside repeat the row before them.
-    let mut rows = [line(top.clamp(0.0, height - 1.0) as usize); 4];
+    let mut lines = [line(top.clamp(0.0, height - 1.0) as usize); 4];
     for i in 1..4 {
         let y = top + i as f64;
-        rows[i] = if y >= 0.0 && y < height { line(y as usize) } else { rows[i - 1] };
+        lines[i] = if y >= 0.0 && y < height { line(y as usize) } else { lines[i - 1] };
     }
-    Some(std::array::from_fn(|c| cubic(rows.map(|row| row[c]), dy) as u8))
+    Some(cubic(lines, dy).map(|v| v as u8))
 }
 
-fn cubic([v1, v2, v3, v4]: [f64; 4], d: f64) -> f64 {
-    let p1 = v2;
-    let p2 = -v1 + v3;
-    let p3 = 2.0 * (v1 - v2) + v3 - v4;
-    let p4 = -v1 + v2 - v3 + v4;
-    p1 + d * (p2 + d * (p3 + d * p4))
+#[inline(always)]
+fn cubic<const N: usize>([v1, v2, v3, v4]: [[f64; N]; 4], d: f64) -> [f64; N] {
+    std::array::from_fn(|c| {
+        let p1 = v2[c];
+        let p2 = -v1[c] + v3[c];
+        let p3 = 2.0 * (v1[c] - v2[c]) + v3[c] - v4[c];
+        let p4 = -v1[c] + v2[c] - v3[c] + v4[c];
+        p1 + d * (p2 + d * (p3 + d * p4))
+    })
 }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::augment::luma;
+use super::avx2::{Loop, with_avx2};
 use super::{Image, Layout};
 
 /// `PIL.Image.blend(degenerate, image, factor)` of two bytes: in single precision, cut off, clipped when extrapolating.
@@ -55,14 +56,24 @@ pub fn hue(image: &mut Image, factor: f64) {
         return;
     }
     let turn = (factor * 255.0) as i32 as u8;
-    for pixel in image.data.as_chunks_mut::<4>().0 {
-        let [h, s, v] = to_hsv([pixel[0], pixel[1], pixel[2]]);
-        let [r, g, b] = from_hsv([h.wrapping_add(turn), s, v]);
-        *pixel = [r, g, b, 255];
+    with_avx2(Turn(image.data.as_chunks_mut().0, turn));
+}
+
+struct Turn<'a>(&'a mut [[u8; 4]], u8);
+
+impl Loop for Turn<'_> {
+    #[inline(always)]
+    fn run(self) {
+        for pixel in self.0 {
+            let [h, s, v] = to_hsv([pixel[0], pixel[1], pixel[2]]);
+            let [r, g, b] = from_hsv([h.wrapping_add(self.1), s, v]);
+            *pixel = [r, g, b, 255];
+        }
     }
 }
 
 /// Floats where Pillow has floats, doubles where its literals make doubles.
+#[inline(always)]
 fn to_hsv([r, g, b]: [u8; 3]) -> [u8; 3] {
     let (highest, lowest) = (r.max(g).max(b), r.min(g).min(b));
     if highest == lowest {
@@ -78,10 +89,13 @@ fn to_hsv([r, g, b]: [u8; 3]) -> [u8; 3] {
     } else {
         (4.0 + f64::from(gc) - f64::from(rc)) as f32
     };
-    let hue = ((f64::from(sector) / 6.0 + 1.0) % 1.0) as f32;
+    // At least 5/6 and less than 2: the remainder of a division by 1 is what follows the point.
+    let turned = f64::from(sector) / 6.0 + 1.0;
+    let hue = (turned - turned.trunc()) as f32;
     [(f64::from(hue) * 255.0) as u8, (f64::from(saturation) * 255.0) as u8, highest]
 }
 
+#[inline(always)]
 fn from_hsv([h, s, v]: [u8; 3]) -> [u8; 3] {
     if s == 0 {
         return [v; 3];

@@ -7,6 +7,7 @@
 
 mod affine;
 mod augment;
+mod avx2;
 mod color;
 mod crop;
 mod decode;

@@ -24,6 +24,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let mut decoder = WebPDecoder::new(Cursor::new(bytes)).map_err(failed)?;
     let (width, height) = decoder.dimensions();
     check_pixels(width.into(), height.into(), limits)?;
+    check_frames(bytes, u64::from(width) * u64::from(height))?;
     let size = decoder.output_buffer_size().ok_or_else(|| Error::decode("the WebP does not fit into memory"))?;
     let mut samples = vec![0; size];
     decoder.read_image(&mut samples).map_err(failed)?;
@@ -31,4 +32,26 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let size = (width as usize, height as usize);
     fill_rows(size, out, Samples::Bytes { step, rgb: [0, 1, 2] }, &samples, size.0 * step, false)
         .ok_or_else(|| truncated("WebP", bytes.len()))
+}
+
+/// The decoder takes memory for what a lossy frame says about its size before it compares that with the picture's.
+fn check_frames(bytes: &[u8], pixels: u64) -> Result<()> {
+    let mut at = 12;
+    while let Some((name, rest)) = bytes.get(at..).and_then(|rest| rest.split_first_chunk::<4>())
+        && let Some((length, data)) = rest.split_first_chunk::<4>()
+    {
+        let length = u32::from_le_bytes(*length) as usize;
+        // Behind the start code, two more bits each say how to scale.
+        if let (b"VP8 ", [_, _, _, 0x9d, 0x01, 0x2a, w0, w1, h0, h1, ..]) = (name, data) {
+            let (width, height) = (u16::from_le_bytes([*w0, *w1]) & 0x3fff, u16::from_le_bytes([*h0, *h1]) & 0x3fff);
+            if u64::from(width) * u64::from(height) > pixels {
+                return Err(Error::decode(format_args!(
+                    "broken WebP: a frame of {width} x {height} in a picture of {pixels} pixels"
+                )));
+            }
+        }
+        // The chunks of an animation's frame follow 16 bytes about it.
+        at += 8 + if name == b"ANMF" { 16 } else { length + length % 2 };
+    }
+    Ok(())
 }
