@@ -25,7 +25,7 @@ def cats_and_dogs(
 
     Args:
         photos: a folder with one folder per class, or with ``train`` and ``valid`` that have them (a fifth of the
-            photos is held back otherwise). None downloads Oxford-IIIT Pet (about 800 MB, 7,349 photos) into ``root``, once.
+            photos is held back otherwise). None downloads Oxford-IIIT Pet (800 MB, 7,349 photos) into ``root``, once.
         train_transform: of the training photos.
         valid_transform: of the validation photos.
         per_class: at most so many training photos of each class, for a first look; and a third as many for validation.
