@@ -18,6 +18,7 @@ from cnnrs import _torch as _torch
 _torch.load()  # one readable ImportError when torch is missing or of another version
 
 from cnnrs import errors, layers, models  # noqa: E402
+from cnnrs import ray as ray  # noqa: E402
 from cnnrs._cnnrs import __version__  # noqa: E402
 from cnnrs.backbones import Backbone, backbone  # noqa: E402
 from cnnrs.check import check  # noqa: E402

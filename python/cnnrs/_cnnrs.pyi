@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Cache",
+    "CpuPlans",
     "Graph",
     "Loader",
     "Memory",
@@ -19,9 +20,12 @@ __all__ = [
     "available_threads",
     "check_files",
     "copy_rows",
+    "cpu_obstacle",
+    "cpu_slow",
     "decode_image",
     "extract_rows",
     "extract_torch",
+    "fit_cpu",
     "fit_python",
     "fit_torch",
     "image_orientation",
@@ -53,7 +57,9 @@ class Graph:
 class NativeOptimizer:
     """SGD, Adam or AdamW over float32 CPU tensors that stay the user's."""
 
-    def __new__(cls, sgd: Sequence[Any], adam: Sequence[Any]) -> NativeOptimizer: ...
+    def __new__(
+        cls, sgd: Sequence[Any], adam: Sequence[Any], clip: Callable[[list[torch.Tensor | None]], None] | None
+    ) -> NativeOptimizer: ...
     def take_gradients(self) -> list[torch.Tensor | None]:
         """The last step's gradients, one per parameter in the order given, [] before the first step. Forgets them."""
 
@@ -65,6 +71,8 @@ def fit_torch(
     loss: tuple[Any, ...] | Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     optimizer: NativeOptimizer | tuple[list[torch.Tensor], Callable[[list[torch.Tensor | None]], None]] | None,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    accumulate: int,
+    after: Callable[[int, float], Any] | None,
 ) -> tuple[float, int | None, int]:
     """One epoch of a lowered model through libtorch: (sum of losses, correct predictions or None, samples)."""
 
@@ -72,8 +80,11 @@ def fit_python(
     number: int,
     phase: str,
     forward: Callable[[torch.Tensor, torch.Tensor, bool], tuple[float, int | None, int]],
-    step: Callable[[], None],
+    backward: Callable[[], None],
+    update: Callable[[], None],
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    accumulate: int,
+    after: Callable[[int, float], Any] | None,
 ) -> tuple[float, int | None, int]:
     """One epoch of any module: (sum of losses, correct predictions or None, samples)."""
 
@@ -225,3 +236,38 @@ def check_files(
     limits: tuple[int | None, int | None] | None = None,
 ) -> list[tuple[str | None, int, int, int, int, Exception | None]]:
     """Per file: (format, width, height, bytes, hash of the contents, what is wrong with it)."""
+
+@final
+class CpuPlans:
+    """Compiled plans and the threads that run them, kept from epoch to epoch."""
+
+    def __new__(cls) -> CpuPlans: ...
+    def __len__(self) -> int:
+        """Number of plans at hand: one per input shape, phase and set of trained parameters."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the last epoch, also after an exception."""
+
+def cpu_obstacle(graph: Graph, input: Sequence[int], targets: Sequence[int] | None) -> str | None:
+    """Why the cpu engine cannot run a graph on inputs (and targets that are values) of this shape; None if it can."""
+
+def cpu_slow(graph: Graph) -> list[int]:
+    """Nodes that libtorch trains at least as fast as the cpu engine, where they are most of the work; else none."""
+
+def fit_cpu(
+    number: int,
+    phase: str,
+    graph: Graph,
+    tensors: Sequence[torch.Tensor],
+    loss: tuple[Any, ...],
+    sgd: Sequence[Any],
+    adam: Sequence[Any],
+    clip: tuple[str, float] | None,
+    plans: CpuPlans,
+    seed: int,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    accumulate: int,
+    after: Callable[[int, float], Any] | None,
+) -> tuple[float, int | None, int]:
+    """One epoch of a lowered model without libtorch: (sum of losses, correct predictions or None, samples)."""

@@ -9,23 +9,24 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from cnnrs import _cnnrs, cpu_engine
 from cnnrs.errors import UnsupportedModelError
 from cnnrs.graph import Lowered, lower
 from cnnrs.operations import Unsupported
 
-Engine = Literal["auto", "torch", "python"]
+Engine = Literal["auto", "cpu", "torch", "python"]
 
 
 def choose(model: nn.Module, engine: Engine) -> Lowered | None:
-    """The lowered model for engine ``torch``, or None for engine ``python``.
+    """The lowered model for engines ``torch`` and ``cpu``, or None for engine ``python``.
 
     Args:
         model: the module, in the mode it will run in.
         engine: "auto" takes ``torch`` where the model can be lowered.
 
     Raises:
-        UnsupportedModelError: engine is "torch" and the model cannot be lowered; the message gives the reasons.
-        ValueError: engine is not one of the three.
+        UnsupportedModelError: engine is "torch" or "cpu" and the model cannot be lowered; the message says why.
+        ValueError: engine is not one of the four.
         TypeError: model is no ``nn.Module``.
     """
     if not isinstance(model, nn.Module):
@@ -37,9 +38,22 @@ def choose(model: nn.Module, engine: Engine) -> Lowered | None:
     try:
         return lower(model)
     except Unsupported as reasons:
-        if engine == "torch":
-            raise UnsupportedModelError(f"engine 'torch' cannot run this model:\n{reasons}") from None
+        if engine != "auto":
+            raise UnsupportedModelError(f"engine {engine!r} cannot run this model:\n{reasons}") from None
         return None
+
+
+def slow_on_cpu(lowered: Lowered) -> list[str]:
+    """Operations that libtorch trains at least as fast as engine ``cpu``, where they are most of a model's work.
+
+    Convolutions with a max-pool behind them, and linear layers, have kernels of their own in engine ``cpu``: several
+    times as fast. All others become matrix products, in which libtorch is as good. Where these hold more than half of
+    the convolutions' weights, "auto" takes ``torch``.
+    """
+    return [
+        f"{lowered.names[node]} (Conv2d): no faster kernel than libtorch's (not 3x3 or 5x5, stride 1, then a max-pool)"
+        for node in _cnnrs.cpu_slow(lowered.graph)
+    ]
 
 
 @dataclass(frozen=True)
@@ -47,9 +61,9 @@ class Explanation:
     """Why a model takes the engine it takes; prints as text.
 
     Attributes:
-        engine: what ``engine="auto"`` picks, "torch" or "python".
+        engine: what ``engine="auto"`` picks for :func:`cnnrs.fit`: "cpu", "torch" or "python".
         operations: number of operations of the lowered graph, 0 for engine "python".
-        reasons: what keeps the model from being lowered; empty for engine "torch".
+        reasons: what keeps the model from a faster engine, with the names of the layers; empty for engine "cpu".
     """
 
     engine: str
@@ -57,14 +71,20 @@ class Explanation:
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
-        if not self.reasons:
-            return (
-                f"engine 'torch': all {self.operations} operations are lowered; forward, loss and backward run in "
-                "libtorch without Python, and SGD, Adam and AdamW update CPU weights in one pass over memory"
+        if self.engine == "python":
+            first = "engine 'python': the model is called as it is, once per batch, because"
+        elif self.engine == "torch":
+            first = (
+                f"engine 'torch': all {self.operations} operations run in libtorch without Python, with the bits of "
+                "the plain loop on the CPU; not engine 'cpu', because"
             )
-        return "\n".join(
-            ["engine 'python': the model is called as it is, once per batch, because", *listed(self.reasons)]
-        )
+        else:
+            return (
+                f"engine 'cpu': all {self.operations} operations are compiled to native code; equal to the plain loop "
+                "up to float rounding, without .grad. A loss or optimizer that it does not know, batches that are not "
+                "float32, and amp take engine 'torch', which has the plain loop's bits"
+            )
+        return "\n".join([first, *listed(self.reasons)])
 
     __repr__ = __str__
 
@@ -76,7 +96,7 @@ def listed(reasons: Sequence[str], most: int = 8) -> list[str]:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Say in words which engine :func:`cnnrs.fit` and :func:`cnnrs.preconv` pick for ``model``, and why.
+    """Say in words which engine :func:`cnnrs.fit` picks for ``model``, and why.
 
     Args:
         model: any module; it is looked at in its present mode (train or eval) and not changed.
@@ -89,14 +109,16 @@ def explain(model: nn.Module) -> Explanation:
 
     >>> import cnnrs
     >>> cnnrs.explain(cnnrs.models.MnistNet()).engine
-    'torch'
+    'cpu'
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     try:
-        return Explanation("torch", len(lower(model).graph) - 1, ())
+        lowered = lower(model)
     except Unsupported as reasons:
         return Explanation("python", 0, tuple(str(reasons).split("\n")))
+    slow = cpu_engine.tensor_obstacles(lowered) or slow_on_cpu(lowered)
+    return Explanation("torch" if slow else "cpu", len(lowered.graph) - 1, tuple(slow))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -21,15 +21,22 @@ class Step:
     Args:
         optimizer: any ``torch.optim.Optimizer``.
         tensors: the tensors the model reads; parameters that are not among them get no gradient.
+        clip: changes the gradients of the parameters it is given, in place, before they are applied.
 
     Attributes:
         handle: what the extension takes: a native optimizer, or (parameters, callable).
         native: whether SGD, Adam or AdamW runs in Rust.
     """
 
-    def __init__(self, optimizer: Optimizer, tensors: list[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        tensors: list[torch.Tensor],
+        clip: Callable[[list[torch.Tensor]], None] | None = None,
+    ) -> None:
         used = {id(tensor) for tensor in tensors}
         self._optimizer = optimizer
+        self._clip = clip
         self._rows: list[tuple[dict[str, Any], torch.Tensor]] = [
             (group, p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) in used
         ]
@@ -40,24 +47,29 @@ class Step:
     def _parameters(self) -> list[torch.Tensor]:
         return [p for _, p in self._rows]
 
-    def _python_step(self, grads: list[torch.Tensor | None]) -> None:
+    def _clip_grads(self, grads: list[torch.Tensor | None]) -> None:
         for parameter, grad in zip(self._parameters(), grads, strict=True):
             parameter.grad = grad
+        if self._clip is not None:
+            self._clip(self._parameters())
+
+    def _python_step(self, grads: list[torch.Tensor | None]) -> None:
+        self._clip_grads(grads)
         self._optimizer.step()
 
     def _native_handle(self) -> _cnnrs.NativeOptimizer:
+        clip = self._clip_grads if self._clip is not None else None
         if type(self._optimizer) is SGD:
-            return _cnnrs.NativeOptimizer([self._sgd_row(*row) for row in self._rows], [])
-        return _cnnrs.NativeOptimizer([], [self._adam_row(*row) for row in self._rows])
+            return _cnnrs.NativeOptimizer([self._sgd_row(*row) for row in self._rows], [], clip)
+        return _cnnrs.NativeOptimizer([], [self._adam_row(*row) for row in self._rows], clip)
 
     def _sgd_row(self, group: dict[str, Any], p: torch.Tensor) -> Any:
         buffer = self._optimizer.state[p].get("momentum_buffer") if p in self._optimizer.state else None
         used = buffer is not None
         if group["momentum"] != 0 and buffer is None:
             buffer = self._fresh[id(p)] = torch.empty_like(p)
-        options = (group["lr"], group["momentum"], group["dampening"], group["weight_decay"])
         momentum = buffer if group["momentum"] != 0 else None
-        return (p, momentum, used, tuple(map(float, options)), group["nesterov"], group["maximize"])
+        return (p, momentum, used, _numbers(group), group["nesterov"], group["maximize"])
 
     def _adam_row(self, group: dict[str, Any], p: torch.Tensor) -> Any:
         state = self._optimizer.state[p]
@@ -69,9 +81,12 @@ class Step:
             if group["amsgrad"]:
                 state["max_exp_avg_sq"] = torch.zeros_like(p)
         names = ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
-        options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         decoupled = group.get("decoupled_weight_decay", type(self._optimizer) is AdamW)
-        return (p, [state[name] for name in names], tuple(map(float, options)), group["maximize"], decoupled)
+        return (p, [state[name] for name in names], _numbers(group), group["maximize"], decoupled)
+
+    def numbers(self) -> list[tuple[float, ...]]:
+        """Learning rate and the like of every native row, as the groups have them now; empty when none is native."""
+        return [_numbers(group) for group, _ in self._rows] if self.native else []
 
     def finish(self) -> None:
         """Leave the optimizer and the gradients as its own ``step()`` would have; also after an exception."""
@@ -83,6 +98,12 @@ class Step:
                 self._optimizer.state[parameter]["momentum_buffer"] = self._fresh[id(parameter)]
             # What lr_scheduler looks at to see that the optimizer has stepped.
             self._optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _numbers(group: dict[str, Any]) -> tuple[float, ...]:
+    if "betas" in group:
+        return tuple(map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"])))
+    return tuple(map(float, (group["lr"], group["momentum"], group["dampening"], group["weight_decay"])))
 
 
 def _is_native(optimizer: Optimizer, parameters: list[torch.Tensor]) -> bool:

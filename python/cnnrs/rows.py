@@ -174,6 +174,10 @@ class Data:
             return None
         return [_stat(path) for path in self.files]
 
+    def stat(self, sample: int) -> Stat | None:
+        """Size and time of one file, now; None for images in memory."""
+        return _stat(self.files[sample]) if self._is_files and self.files is not None else None
+
     def identity(self, sample: int) -> str:
         """A hash of the contents of one image."""
         digest = hashlib.blake2b(digest_size=_ID_BYTES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -23,7 +23,7 @@ from cnnrs.store import Layout, Store, good_rows
 Item = tuple[torch.Tensor, list[tuple[int, int]], str]
 #: (path, journal, rows in all, whether the file is there): where an extractor writes.
 File = tuple[str, str | None, int | None, bool]
-Compute = Callable[[Iterable[Item], File], object]
+Compute = Callable[["Update", File], object]
 
 # Of an image that changed while its features were computed: equal to nothing.
 _UNKNOWN = ""
@@ -106,6 +106,24 @@ class Plan:
             self._identities[sample] = self.data.identity(sample)
         return self._identities[sample]
 
+    def places(self) -> dict[int, int]:
+        """Sample -> its row within a pass."""
+        return {sample: at for at, sample in enumerate(self.samples)}
+
+    def identify(self, samples: list[int]) -> list[str]:
+        """The identities of images that were just read; unknown for those that have changed since the plan was made."""
+        found = []
+        for i in samples:
+            try:
+                one = self.identity(i)
+            except OSError:
+                one = _UNKNOWN
+            files, stats = self.data.files, self.stats
+            if files is not None and stats is not None and not unchanged(files[i], stats[i]):
+                one = _UNKNOWN
+            found.append(one)
+        return found
+
     def identities(self) -> list[str]:
         """Of every row, in order."""
         return [self.identity(i) for i in self.samples] * self.passes
@@ -146,8 +164,11 @@ class Update:
     Args:
         store: the folder.
         plan: what it shall hold.
-        compute: runs the model over batches and writes the rows.
+        compute: runs the model over what is `missing` and writes the rows.
         say: told in one line what is kept and what is computed, when something is kept.
+
+    Attributes:
+        missing: for every pass, the samples to be computed.
     """
 
     def __init__(self, store: Store, plan: Plan, compute: Compute, say: Callable[[str], None]) -> None:
@@ -155,6 +176,7 @@ class Update:
         self.plan = plan
         self.compute = compute
         self.say = say
+        self.missing: list[list[int]] = []
 
     def run(self, meta: dict[str, Any] | None) -> None:
         """Make the store hold exactly the plan's rows; `meta` is that of a complete store with the same key.
@@ -256,24 +278,26 @@ class Update:
 
     def _compute_missing(self, done: dict[int, str]) -> None:
         each = len(self.plan.samples)
-        passes = range(self.plan.passes)
-        missing = [[at for at in range(each) if number * each + at not in done] for number in passes]
-        if any(missing):
-            self.compute(self._items(missing), self._file())
+        self.missing = [
+            [sample for at, sample in enumerate(self.plan.samples) if number * each + at not in done]
+            for number in range(self.plan.passes)
+        ]
+        if any(self.missing):
+            self.compute(self, self._file())
 
-    def _items(self, missing: list[list[int]]) -> Iterator[Item]:
+    def items(self) -> Iterator[Item]:
+        """What is missing, read by this process."""
         data, size = self.plan.data, self.plan.batch_size
-        place = {sample: at for at, sample in enumerate(self.plan.samples)}
+        place = self.plan.places()
         # Beside the model: hashing a file takes about as long as reading it once more.
         with ThreadPoolExecutor(1, thread_name_prefix="cnnrs-identity") as pool:
-            for number, places in enumerate(missing):
-                samples = [self.plan.samples[at] for at in places]
+            for number, samples in enumerate(self.missing):
                 batches = [samples[i : i + size] for i in range(0, len(samples), size)]
                 if not batches:
                     continue
                 waiting: tuple[Batch, Future[list[str]]] | None = None
                 for batch in data.batches(batches, self.plan.seed, number):
-                    now = batch, pool.submit(self._identify, batch.samples or [])
+                    now = batch, pool.submit(self.plan.identify, batch.samples or [])
                     if waiting is not None:
                         yield self._item(*waiting, number, place)
                     waiting = now
@@ -282,21 +306,7 @@ class Update:
 
     def _item(self, batch: Batch, identities: Future[list[str]], number: int, place: dict[int, int]) -> Item:
         rows = [number * len(place) + place[sample] for sample in batch.samples or []]
-        return batch.inputs, _runs(rows), json.dumps(identities.result())
-
-    def _identify(self, samples: list[int]) -> list[str]:
-        """The identities of images that were just read; unknown for those that have changed since the plan was made."""
-        found = []
-        for i in samples:
-            try:
-                one = self.plan.identity(i)
-            except OSError:
-                one = _UNKNOWN
-            files, stats = self.plan.data.files, self.plan.stats
-            if files is not None and stats is not None and not unchanged(files[i], stats[i]):
-                one = _UNKNOWN
-            found.append(one)
-        return found
+        return batch.inputs, runs_of(rows), json.dumps(identities.result())
 
     def _faults(self) -> dict[str, str]:
         loader: Any = self.plan.data.data
@@ -330,7 +340,7 @@ def _difference(meta: dict[str, Any] | None, plan: Plan) -> str:
     return f"{words}: " if words else ""
 
 
-def _runs(rows: list[int]) -> list[tuple[int, int]]:
+def runs_of(rows: list[int]) -> list[tuple[int, int]]:
     """Consecutive numbers as (first, how many)."""
     groups = [list(group) for _, group in groupby(enumerate(rows), lambda pair: pair[1] - pair[0])]
     return [(group[0][1], len(group)) for group in groups]

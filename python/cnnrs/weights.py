@@ -169,11 +169,13 @@ def _timm(name: str, weights: Any) -> Found:
             "  Fetch the file on a machine with network and say where it is: weights=<path>"
         ) from error
     config = timm.data.resolve_model_data_config(model)
-    state = read(weights) if _is_file(weights) else None
-    if state is not None:
-        _fill(model, state, str(weights), {})
+    head = model.pretrained_cfg.get("classifier") or ()
     last = _last(model)
     model.reset_classifier(0)
+    if _is_file(weights):
+        heads = (head,) if isinstance(head, str) else head
+        unused = {f"{one}.{kind}" for one in heads for kind in ("weight", "bias")}
+        _fill(model, read(weights), str(weights), unused)
     return Found(f"timm/{name} ({weights or 'random'})", model, timm_transform(timm, config), last)
 
 

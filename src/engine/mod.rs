@@ -1,5 +1,6 @@
 //! Who computes it. `fit` and `preconv` know this trait, not its implementors.
 
+pub mod cpu;
 mod features;
 pub mod optimizer;
 #[cfg(feature = "torch")]
@@ -44,9 +45,17 @@ pub trait Engine {
     /// Whatever stops the computation: shapes that do not fit, targets out of range, no memory.
     fn forward(&mut self, batch: Self::Batch, phase: Phase) -> Result<Step>;
 
-    /// Gradients of the last training loss, then one step of the optimizer.
+    /// Gradients of the last training loss, added to those since the last update.
+    ///
+    /// `update`: [`Engine::update`] follows at once, so that an engine may do both in one go; it is not called then.
     ///
     /// # Errors
     /// As for [`Engine::forward`].
-    fn step(&mut self) -> Result<()>;
+    fn backward(&mut self, update: bool) -> Result<()>;
+
+    /// One step of the optimizer with the gradients since the last one.
+    ///
+    /// # Errors
+    /// As for [`Engine::forward`].
+    fn update(&mut self) -> Result<()>;
 }

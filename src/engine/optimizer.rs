@@ -38,19 +38,36 @@ pub struct AdamState<'a> {
 const CHUNK: usize = 1 << 15;
 
 impl Sgd {
+    /// New (lr, momentum, dampening, weight_decay); a row of another length changes nothing.
+    pub fn set(&mut self, row: &[f64]) {
+        if let &[lr, momentum, dampening, weight_decay] = row {
+            *self = Self { lr, momentum, dampening, weight_decay, ..*self };
+        }
+    }
+
     /// One step. `momentum` is the buffer, empty without momentum; at its `first` use it becomes the gradient itself.
     pub fn update(&self, param: &mut [f32], grad: &[f32], momentum: &mut [f32], first: bool) {
         let chunks = param.chunks_mut(CHUNK).zip(grad.chunks(CHUNK)).zip(maybe_chunks(momentum));
-        threads::for_each(chunks.collect(), |((param, grad), momentum)| {
-            with_fma(|fma| match fma {
-                true => sgd::<true>(self, param, grad, momentum, first),
-                false => sgd::<false>(self, param, grad, momentum, first),
-            });
+        threads::for_each(chunks.collect(), |((param, grad), momentum)| self.update_part(param, grad, momentum, first));
+    }
+
+    /// As [`Sgd::update`], on the calling thread.
+    pub fn update_part(&self, param: &mut [f32], grad: &[f32], momentum: &mut [f32], first: bool) {
+        with_fma(|fma| match fma {
+            true => sgd::<true>(self, param, grad, momentum, first),
+            false => sgd::<false>(self, param, grad, momentum, first),
         });
     }
 }
 
 impl Adam {
+    /// New (lr, beta1, beta2, eps, weight_decay); a row of another length changes nothing.
+    pub fn set(&mut self, row: &[f64]) {
+        if let &[lr, beta1, beta2, eps, weight_decay] = row {
+            *self = Self { lr, betas: (beta1, beta2), eps, weight_decay, ..*self };
+        }
+    }
+
     /// The first half of a step: weight decay and both moving averages.
     pub fn average(&self, param: &mut [f32], grad: &[f32], state: AdamState<'_>) {
         let constants = AdamConstants::new(self);

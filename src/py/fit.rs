@@ -12,22 +12,25 @@ use super::enter::enter;
 use super::error::{convert, stash};
 use super::graph::Graph;
 use crate::engine::optimizer::{Adam, Sgd};
-use crate::engine::torch::{Loss, Native, Optimizer, Parameter, Rule, TorchEngine, TorchLoss, correct, gradients};
+use crate::engine::torch::{
+    Gathered, Hook, Loss, Native, Optimizer, Parameter, Rule, TorchEngine, TorchLoss, correct, gradients,
+};
 use crate::engine::{Engine, Phase, Step};
 use crate::error::{Error, Result};
 use crate::fit::{Metrics, epoch};
 use crate::threads;
 
 /// (sum of losses, correct predictions or None, samples)
-type Totals = (f64, Option<u64>, u64);
+pub(super) type Totals = (f64, Option<u64>, u64);
 
 /// One epoch of a lowered model through libtorch.
 ///
 /// `loss`: ("nll", weight, ignore_index), ("cross_entropy", weight, ignore_index, label_smoothing) or a callable;
 /// `optimizer`: a NativeOptimizer, or (parameters, callable that takes their gradients and steps), or None;
-/// `batches`: iterator of (inputs, targets), already on the model's device.
+/// `batches`: iterator of (inputs, targets), already on the model's device; `accumulate`: batches per step; `after`: as
+/// for [`Callback`].
 #[pyfunction]
-#[pyo3(signature = (number, phase, graph, tensors, loss, optimizer, batches))]
+#[pyo3(signature = (number, phase, graph, tensors, loss, optimizer, batches, accumulate, after))]
 #[allow(clippy::too_many_arguments)] // one doorway per engine; Python has given every argument its name already
 pub fn fit_torch(
     py: Python<'_>,
@@ -38,6 +41,8 @@ pub fn fit_torch(
     loss: &Bound<'_, PyAny>,
     optimizer: Option<&Bound<'_, PyAny>>,
     batches: Py<PyAny>,
+    accumulate: usize,
+    after: Option<Py<PyAny>>,
 ) -> PyResult<Totals> {
     let phase = parse_phase(phase)?;
     if tensors.len() != graph.inner.tensors.len() {
@@ -49,36 +54,63 @@ pub fn fit_torch(
     let metrics = enter(py, move || {
         let kernel_threads = usize::try_from(tch::get_num_threads()).unwrap_or(1);
         threads::set_compute_threads(kernel_threads)?;
-        let mut engine = TorchEngine::new(graph, tensors, loss, optimizer);
+        let mut engine = TorchEngine::new(graph, tensors, loss, optimizer, accumulate);
+        let after = Callback(after);
         epoch(
             number,
             phase,
             &mut engine,
             Batches { iterator: batches, read: |batch: Bound<'_, PyAny>| batch.extract().map(tensor_pair) },
+            accumulate,
+            |engine, batch, loss| after.call(batch, loss, |rows| engine.set_options(rows)),
         )
     })?;
     Ok(totals(&metrics))
 }
 
+/// What the user wants called after every batch: `after(batch, mean loss)` returns None, or new options for each of the
+/// optimizer's rows: (lr, momentum, dampening, weight_decay) or (lr, beta1, beta2, eps, weight_decay).
+pub(super) struct Callback(pub Option<Py<PyAny>>);
+
+impl Callback {
+    pub fn call(&self, batch: usize, loss: f64, set_options: impl FnOnce(&[Vec<f64>])) -> Result<()> {
+        let Some(after) = &self.0 else { return Ok(()) };
+        let rows: Option<Vec<Vec<f64>>> =
+            Python::with_gil(|py| after.call1(py, (batch, loss))?.extract(py)).map_err(stash)?;
+        if let Some(rows) = rows {
+            set_options(&rows);
+        }
+        Ok(())
+    }
+}
+
 /// One epoch of any module: `forward(inputs, targets, training)` returns (sum of losses, correct or None, samples),
-/// `step()` does the rest of a training step.
+/// `backward()` adds the gradients of that loss, `update()` steps the optimizer.
 #[pyfunction]
+#[pyo3(signature = (number, phase, forward, backward, update, batches, accumulate, after))]
+#[allow(clippy::too_many_arguments)] // one doorway per engine; Python has given every argument its name already
 pub fn fit_python(
     py: Python<'_>,
     number: i64,
     phase: &str,
     forward: Py<PyAny>,
-    step: Py<PyAny>,
+    backward: Py<PyAny>,
+    update: Py<PyAny>,
     batches: Py<PyAny>,
+    accumulate: usize,
+    after: Option<Py<PyAny>>,
 ) -> PyResult<Totals> {
     let phase = parse_phase(phase)?;
     let metrics = enter(py, move || {
-        let mut engine = PythonEngine { forward, step };
+        let mut engine = PythonEngine { forward, backward, update };
+        let after = Callback(after);
         epoch(
             number,
             phase,
             &mut engine,
             Batches { iterator: batches, read: |batch: Bound<'_, PyAny>| batch.extract() },
+            accumulate,
+            |_, batch, loss| after.call(batch, loss, |_| ()),
         )
     })?;
     Ok(totals(&metrics))
@@ -88,7 +120,7 @@ fn totals(metrics: &Metrics) -> Totals {
     (metrics.loss, metrics.correct, metrics.samples)
 }
 
-fn parse_phase(phase: &str) -> PyResult<Phase> {
+pub(super) fn parse_phase(phase: &str) -> PyResult<Phase> {
     match phase {
         "training" => Ok(Phase::Training),
         "validation" => Ok(Phase::Validation),
@@ -113,7 +145,8 @@ fn parse_optimizer(optimizer: &Bound<'_, PyAny>) -> PyResult<Box<dyn Optimizer>>
         return Ok(Box::new(Shared(Arc::clone(&native.get().inner))));
     }
     let (parameters, step) = optimizer.extract::<(Vec<PyTensor>, Py<PyAny>)>()?;
-    Ok(Box::new(PythonOptimizer { parameters: parameters.into_iter().map(|p| p.0).collect(), step }))
+    let parameters = parameters.into_iter().map(|p| p.0).collect();
+    Ok(Box::new(PythonOptimizer { parameters, gathered: Gathered::default(), step }))
 }
 
 fn tensor_pair((inputs, targets): (PyTensor, PyTensor)) -> (Tensor, Tensor) {
@@ -123,7 +156,8 @@ fn tensor_pair((inputs, targets): (PyTensor, PyTensor)) -> (Tensor, Tensor) {
 /// Calls the user's module, loss and optimizer.
 struct PythonEngine {
     forward: Py<PyAny>,
-    step: Py<PyAny>,
+    backward: Py<PyAny>,
+    update: Py<PyAny>,
 }
 
 impl Engine for PythonEngine {
@@ -137,8 +171,13 @@ impl Engine for PythonEngine {
         })
     }
 
-    fn step(&mut self) -> Result<()> {
-        Python::with_gil(|py| self.step.call0(py).map(drop)).map_err(stash)
+    fn backward(&mut self, update: bool) -> Result<()> {
+        Python::with_gil(|py| self.backward.call0(py).map(drop)).map_err(stash)?;
+        if update { self.update() } else { Ok(()) }
+    }
+
+    fn update(&mut self) -> Result<()> {
+        Python::with_gil(|py| self.update.call0(py).map(drop)).map_err(stash)
     }
 }
 
@@ -166,15 +205,25 @@ impl Loss for PythonLoss {
 /// An optimizer of the user's: gets the gradients, steps in Python.
 struct PythonOptimizer {
     parameters: Vec<Tensor>,
+    gathered: Gathered,
     step: Py<PyAny>,
 }
 
 impl Optimizer for PythonOptimizer {
-    fn step(&mut self, loss: &Tensor) -> Result<()> {
+    fn gather(&mut self, loss: &Tensor) -> Result<()> {
         let parameters: Vec<&Tensor> = self.parameters.iter().collect();
-        let grads: Vec<Option<PyTensor>> = gradients(loss, &parameters)?.into_iter().map(|g| g.map(PyTensor)).collect();
-        Python::with_gil(|py| self.step.call1(py, (grads,)).map(drop)).map_err(stash)
+        self.gathered.add(gradients(loss, &parameters)?)
     }
+
+    fn update(&mut self) -> Result<()> {
+        let grads = std::mem::take(&mut self.gathered.gradients);
+        call_with(&self.step, &grads)
+    }
+}
+
+fn call_with(function: &Py<PyAny>, grads: &[Option<Tensor>]) -> Result<()> {
+    let grads: Vec<Option<PyTensor>> = grads.iter().map(|g| g.as_ref().map(|g| PyTensor(g.shallow_clone()))).collect();
+    Python::with_gil(|py| function.call1(py, (grads,)).map(drop)).map_err(stash)
 }
 
 /// SGD, Adam or AdamW over float32 CPU tensors that stay the user's.
@@ -186,8 +235,16 @@ pub struct NativeOptimizer {
 struct Shared(Arc<Mutex<Native>>);
 
 impl Optimizer for Shared {
-    fn step(&mut self, loss: &Tensor) -> Result<()> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).step(loss)
+    fn gather(&mut self, loss: &Tensor) -> Result<()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).gather(loss)
+    }
+
+    fn update(&mut self) -> Result<()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).update()
+    }
+
+    fn set_options(&mut self, rows: &[Vec<f64>]) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).set_options(rows);
     }
 }
 
@@ -195,9 +252,10 @@ impl Optimizer for Shared {
 impl NativeOptimizer {
     /// `sgd`: (param, momentum buffer or None, whether the buffer has been used, (lr, momentum, dampening, weight_decay),
     /// nesterov, maximize); `adam`: (param, [step, exp_avg, exp_avg_sq(, max_exp_avg_sq)], (lr, beta1, beta2, eps,
-    /// weight_decay), maximize, decoupled).
+    /// weight_decay), maximize, decoupled); `clip` gets the gradients before they are applied and changes them in place.
     #[new]
-    fn new(py: Python<'_>, sgd: Vec<SgdRow>, adam: Vec<AdamRow>) -> PyResult<Self> {
+    #[pyo3(signature = (sgd, adam, clip))]
+    fn new(py: Python<'_>, sgd: Vec<SgdRow>, adam: Vec<AdamRow>, clip: Option<Py<PyAny>>) -> PyResult<Self> {
         let mut parameters = Vec::with_capacity(sgd.len() + adam.len());
         for (value, buffer, used, (lr, momentum, dampening, weight_decay), nesterov, maximize) in sgd {
             let options = Sgd { lr, momentum, dampening, weight_decay, nesterov, maximize };
@@ -213,7 +271,8 @@ impl NativeOptimizer {
             let rule = Rule::Adam { options, step, exp_avg, exp_avg_sq, max_exp_avg_sq: state.next() };
             parameters.push(Parameter { value: value.0, rule });
         }
-        let inner = Native::new(parameters).map_err(|error| convert(py, error))?;
+        let hook = clip.map(|clip| Box::new(move |grads: &[Option<Tensor>]| call_with(&clip, grads)) as Hook);
+        let inner = Native::new(parameters, hook).map_err(|error| convert(py, error))?;
         Ok(Self { inner: Arc::new(Mutex::new(inner)) })
     }
 
@@ -224,5 +283,5 @@ impl NativeOptimizer {
     }
 }
 
-type SgdRow = (PyTensor, Option<PyTensor>, bool, (f64, f64, f64, f64), bool, bool);
-type AdamRow = (PyTensor, Vec<PyTensor>, (f64, f64, f64, f64, f64), bool, bool);
+pub(super) type SgdRow = (PyTensor, Option<PyTensor>, bool, (f64, f64, f64, f64), bool, bool);
+pub(super) type AdamRow = (PyTensor, Vec<PyTensor>, (f64, f64, f64, f64, f64), bool, bool);

@@ -7,6 +7,7 @@ mod dlpack;
 mod enter;
 mod error;
 mod fit;
+mod fit_cpu;
 mod folder;
 mod graph;
 mod image;
@@ -26,6 +27,8 @@ mod _cnnrs {
     use super::check::check_files;
     #[pymodule_export]
     use super::fit::{NativeOptimizer, fit_python, fit_torch};
+    #[pymodule_export]
+    use super::fit_cpu::{CpuPlans, cpu_obstacle, cpu_slow, fit_cpu};
     #[pymodule_export]
     use super::folder::scan_folders;
     #[pymodule_export]

@@ -73,9 +73,8 @@ def test_a_shuffled_loader_and_dropout_share_the_random_numbers_as_in_the_tutori
     expected = [tutorial.fit(theirs, loader, "training", their_sgd, F.nll_loss) for _ in range(2)]
     torch.manual_seed(3)
     loader = cnnrs.DataLoader(cnnrs.FeatureDataset(x, y), batch_size=8, shuffle=True)
-    got = [
-        cnnrs.fit(e, ours, loader, "training", optimizer=our_sgd, loss_fn=F.nll_loss, verbose=False) for e in range(2)
-    ]
+    fit = cnnrs.compile(optimizer=our_sgd, loss_fn=F.nll_loss, engine="torch", verbose=False)
+    got = [fit(e, ours, loader, "training") for e in range(2)]
     assert got == expected
     assert tutorial.same(ours.state_dict(), theirs.state_dict())
 

@@ -115,7 +115,7 @@ def test_the_table_and_a_model_that_cannot_be_lowered() -> None:
     lines = text.splitlines()
     assert lines[0].split("  ")[0] == "layer" and lines[2].split() == [
         "conv1.0", "Conv2d", "1", "x", "10", "x", "24", "x", "24", "260", "5", "x", "5", "0.29"]  # fmt: skip
-    assert lines[-1] == "21,840 parameters, 21,840 trainable, 1.0 MFLOP, engine 'torch'"
+    assert lines[-1] == "21,840 parameters, 21,840 trainable, 1.0 MFLOP, engine 'cpu'"
     convnext = zoo.convnext_tiny(weights=None)
     summary = cnnrs.summary(convnext, (1, 3, 64, 64))
     assert summary.parameters == sum(p.numel() for p in convnext.parameters())

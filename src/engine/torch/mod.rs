@@ -8,7 +8,7 @@ mod optimizer;
 pub use features::{HostRows, TorchExtractor};
 pub use forward::forward;
 pub use loss::{Loss, TorchLoss, correct};
-pub use optimizer::{Native, Optimizer, Parameter, Rule, gradients};
+pub use optimizer::{Gathered, Hook, Native, Optimizer, Parameter, Rule, gradients};
 
 use tch::Tensor;
 
@@ -22,13 +22,32 @@ pub struct TorchEngine {
     tensors: Vec<Tensor>,
     loss: Box<dyn Loss>,
     optimizer: Option<Box<dyn Optimizer>>,
+    /// Batches per step of the optimizer: the loss is divided by it.
+    accumulate: usize,
     /// The loss to differentiate, between `forward` and `step`.
     pending: Option<Tensor>,
 }
 
 impl TorchEngine {
-    pub fn new(graph: Graph, tensors: Vec<Tensor>, loss: Box<dyn Loss>, optimizer: Option<Box<dyn Optimizer>>) -> Self {
-        Self { graph, tensors, loss, optimizer, pending: None }
+    pub fn new(
+        graph: Graph,
+        tensors: Vec<Tensor>,
+        loss: Box<dyn Loss>,
+        optimizer: Option<Box<dyn Optimizer>>,
+        accumulate: usize,
+    ) -> Self {
+        Self { graph, tensors, loss, optimizer, accumulate, pending: None }
+    }
+
+    /// As [`Optimizer::set_options`].
+    pub fn set_options(&mut self, rows: &[Vec<f64>]) {
+        if let Some(optimizer) = &mut self.optimizer {
+            optimizer.set_options(rows);
+        }
+    }
+
+    fn optimizer(&mut self) -> Result<&mut Box<dyn Optimizer>> {
+        self.optimizer.as_mut().ok_or_else(|| Error::Argument("training needs an optimizer".to_owned()))
     }
 }
 
@@ -43,15 +62,18 @@ impl Engine for TorchEngine {
         }
         let output = forward(&self.graph, &self.tensors, inputs)?;
         let (loss, step) = self.loss.evaluate(&output, &targets)?;
-        self.pending = Some(loss);
+        self.pending = Some(if self.accumulate > 1 { loss.f_div_scalar(self.accumulate as i64)? } else { loss });
         Ok(step)
     }
 
-    fn step(&mut self) -> Result<()> {
-        let loss = self.pending.take().ok_or_else(|| Error::Argument("step() before forward()".to_owned()))?;
-        match &mut self.optimizer {
-            Some(optimizer) => optimizer.step(&loss),
-            None => Err(Error::Argument("training needs an optimizer".to_owned())),
-        }
+    fn backward(&mut self, update: bool) -> Result<()> {
+        let loss = self.pending.take().ok_or_else(|| Error::Argument("backward() before forward()".to_owned()))?;
+        let optimizer = self.optimizer()?;
+        optimizer.gather(&loss)?;
+        if update { optimizer.update() } else { Ok(()) }
+    }
+
+    fn update(&mut self) -> Result<()> {
+        self.optimizer()?.update()
     }
 }

@@ -6,12 +6,55 @@ use crate::engine::optimizer::{Adam, AdamState, Sgd};
 use crate::error::{Error, Result};
 
 pub trait Optimizer: Send {
-    /// Differentiates `loss` and takes one step.
+    /// Differentiates `loss` and adds to the gradients since the last [`Optimizer::update`].
     ///
     /// # Errors
     /// libtorch's own.
-    fn step(&mut self, loss: &Tensor) -> Result<()>;
+    fn gather(&mut self, loss: &Tensor) -> Result<()>;
+
+    /// One step.
+    ///
+    /// # Errors
+    /// libtorch's own.
+    fn update(&mut self) -> Result<()>;
+
+    /// New learning rates and the like, one row per parameter; an optimizer of the user's reads them itself.
+    fn set_options(&mut self, _rows: &[Vec<f64>]) {}
 }
+
+/// Gradients between two updates: the sum, in the order of the batches, as `Tensor.backward` adds to `.grad`.
+#[derive(Default)]
+pub struct Gathered {
+    pub gradients: Vec<Option<Tensor>>,
+    used: bool,
+}
+
+impl Gathered {
+    /// # Errors
+    /// libtorch's own.
+    pub fn add(&mut self, new: Vec<Option<Tensor>>) -> Result<()> {
+        if self.used || self.gradients.is_empty() {
+            (self.gradients, self.used) = (new, false);
+            return Ok(());
+        }
+        let _guard = tch::no_grad_guard();
+        for (sum, grad) in self.gradients.iter_mut().zip(new) {
+            *sum = match (sum.take(), grad) {
+                (Some(sum), Some(grad)) => Some(sum.f_add(&grad)?),
+                (sum, grad) => sum.or(grad),
+            };
+        }
+        Ok(())
+    }
+
+    /// They have been applied: the next ones start anew, but `.grad` still shows these.
+    pub fn applied(&mut self) {
+        self.used = true;
+    }
+}
+
+/// Changes gradients in place before they are applied, as clipping does.
+pub type Hook = Box<dyn Fn(&[Option<Tensor>]) -> Result<()> + Send>;
 
 /// The derivative of `loss` by each of `parameters`; `None` where it does not depend on one.
 ///
@@ -49,13 +92,14 @@ pub enum Rule {
 /// SGD, Adam and AdamW on contiguous float32 CPU tensors.
 pub struct Native {
     parameters: Vec<Parameter>,
-    gradients: Vec<Option<Tensor>>,
+    gathered: Gathered,
+    hook: Option<Hook>,
 }
 
 impl Native {
     /// # Errors
     /// `Argument` for a tensor that is not contiguous float32 in CPU memory.
-    pub fn new(parameters: Vec<Parameter>) -> Result<Self> {
+    pub fn new(parameters: Vec<Parameter>, hook: Option<Hook>) -> Result<Self> {
         for parameter in &parameters {
             let state: Vec<&Tensor> = match &parameter.rule {
                 Rule::Sgd { momentum, .. } => momentum.iter().map(|(buffer, _)| buffer).collect(),
@@ -75,25 +119,41 @@ impl Native {
                 }
             }
         }
-        Ok(Self { parameters, gradients: Vec::new() })
+        Ok(Self { parameters, gathered: Gathered::default(), hook })
     }
 
     /// The gradients of the last step, one per parameter; empty before the first.
     pub fn take_gradients(&mut self) -> Vec<Option<Tensor>> {
-        std::mem::take(&mut self.gradients)
+        std::mem::take(&mut self.gathered.gradients)
     }
 }
 
 impl Optimizer for Native {
-    fn step(&mut self, loss: &Tensor) -> Result<()> {
+    fn gather(&mut self, loss: &Tensor) -> Result<()> {
         let values: Vec<&Tensor> = self.parameters.iter().map(|p| &p.value).collect();
-        self.gradients = gradients(loss, &values)?;
-        for (parameter, grad) in self.parameters.iter_mut().zip(&self.gradients) {
+        self.gathered.add(gradients(loss, &values)?)
+    }
+
+    fn update(&mut self) -> Result<()> {
+        if let Some(hook) = &self.hook {
+            hook(&self.gathered.gradients)?;
+        }
+        for (parameter, grad) in self.parameters.iter_mut().zip(&self.gathered.gradients) {
             if let Some(grad) = grad {
                 update(parameter, &grad.f_contiguous()?)?;
             }
         }
+        self.gathered.applied();
         Ok(())
+    }
+
+    fn set_options(&mut self, rows: &[Vec<f64>]) {
+        for (parameter, row) in self.parameters.iter_mut().zip(rows) {
+            match &mut parameter.rule {
+                Rule::Sgd { options, .. } => options.set(row),
+                Rule::Adam { options, .. } => options.set(row),
+            }
+        }
     }
 }
 

@@ -1,0 +1,278 @@
+"""One call of `preconv`: what is right is opened, what is missing is computed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+import cnnrs
+from cnnrs._notes import note
+from cnnrs._progress import progress
+from cnnrs.backbones import Backbone, check_transform, with_transform
+from cnnrs.extract import Extractor
+from cnnrs.features import Features
+from cnnrs.fingerprint import Unidentifiable, fingerprint
+from cnnrs.rows import Data
+from cnnrs.store import FORMAT, Layout, Store
+from cnnrs.update import File, Item, Plan, Update
+
+
+def source_of(
+    data: Iterable[Any] | Dataset[Any], body: nn.Module, batch_size: int, num_workers: int | None, any_transform: bool
+) -> Data:
+    """The images, with the transform that the weights want where they have none.
+
+    Raises:
+        ValueError: they have another one, and `any_transform` is not set.
+    """
+    loader: Any = data
+    if isinstance(data, Dataset):
+        wanted = body.transform if isinstance(body, Backbone) else None
+        loader = cnnrs.DataLoader(with_transform(data, wanted), batch_size=batch_size, num_workers=num_workers)
+    source = Data(loader)
+    if isinstance(body, Backbone) and not any_transform:
+        check_transform(source.transform, body)
+    return source
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time being; every layer gets its own flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+class Run:
+    """One call of `preconv`."""
+
+    def __init__(self, data: Data, model: nn.Module, extractor: Extractor, verbose: bool) -> None:
+        self.data = data
+        self.model = model
+        self.extractor = extractor
+        self.verbose = verbose
+
+    def in_memory(self, passes: int, seed: int) -> Features:
+        """Features as the loader gives them, or `passes` passes in the order of the data set."""
+        if passes == 1:
+            return self._stream(None)
+        plan = self.plan(passes, seed)
+        labels: list[torch.Tensor] = []
+        samples: list[int] = []
+
+        def items() -> Iterator[Item]:
+            for number in range(passes):
+                for batch in self.data.batches(_cut(plan.samples, plan.batch_size), seed, number):
+                    labels.append(batch.targets)
+                    samples.extend(batch.samples or [])
+                    yield batch.inputs, [], ""
+
+        features = self.extractor(self._bar(items()), None, plan.rows)
+        assert features is not None
+        return self._made(features, labels, samples)
+
+    def _stream(self, path: os.PathLike[str] | None) -> Features:
+        labels: list[torch.Tensor] = []
+        samples: list[int] = []
+
+        def items() -> Iterator[Item]:
+            for batch in self.data.stream():
+                labels.append(batch.targets)
+                samples.extend(batch.samples or [])
+                yield batch.inputs, [], ""
+
+        file: File | None = None if path is None else (os.fspath(path), None, None, False)
+        features = self.extractor(self._bar(items()), file, self.data.expected)
+        if features is None:
+            # On disk; the caller opens it.
+            features = torch.empty(0)
+        return self._made(features, labels, samples)
+
+    def _made(self, features: torch.Tensor, labels: list[torch.Tensor], samples: list[int]) -> Features:
+        files = self.data.files
+        paths = None if files is None or not samples else [files[i] for i in samples]
+        return Features(features, torch.cat(labels), paths, self.data.classes, body=self.model)
+
+    def _bar(self, items: Iterator[Item], rows: int = 0) -> Iterator[Item]:
+        return progress(items, "features", verbose=self.verbose)
+
+    # -- a folder --------------------------------------------------------------------------------------------
+
+    def in_folder(self, store: Store, passes: int, seed: int) -> Features:
+        """The stored features, when they are right; else after everything that is missing has been computed."""
+        if self._reason:
+            if passes > 1:
+                self.plan(passes, seed)
+            return self._everything(store)
+        plan = self.plan(passes, seed)
+        if (stored := self._right(store, plan)) is not None:
+            return stored
+        with store.locked(self.verbose):
+            # Another process may have computed them while this one waited.
+            if (stored := self._right(store, plan)) is not None:
+                return stored
+            meta = store.meta()
+            changes = self._changes(meta, plan)
+            usable = meta if meta is not None and not changes else None
+            if usable is not None and self._same_rows(store, plan, usable):
+                # Only names or labels are others.
+                store.discard()
+                store.commit(store.layout(usable), plan.labels(), plan.meta(usable["ids"]))
+            else:
+                if changes:
+                    self._say(f"{store.folder}: recomputing the features, because {' and '.join(changes)}")
+                Update(store, plan, self.compute, lambda text: self._say(f"{store.folder}: {text}")).run(usable)
+            return self._opened(store, plan)
+
+    def compute(self, update: Update, file: File) -> None:
+        """Compute what is missing and write it."""
+        self.extractor(self._bar(update.items()), file)
+
+    @property
+    def _reason(self) -> str:
+        return self.data.unidentified or ("the model cannot be compared" if self._model_key is None else "")
+
+    def plan(self, passes: int, seed: int) -> Plan:
+        """The rows there shall be.
+
+        Raises:
+            ValueError: passes of data that cannot be told apart, or whose augmentation cannot be keyed.
+        """
+        if self.data.unidentified and passes > 1:
+            raise ValueError(f"passes={passes} needs a loader over an image folder: {self.data.unidentified}")
+        loader: Any = self.data.data
+        if passes > 1 and not isinstance(loader, cnnrs.DataLoader):
+            raise ValueError(
+                f"passes={passes} needs a cnnrs.DataLoader, whose augmentation depends on seed and image only"
+            )
+        if passes > 1 and not self.data.is_random:
+            note(f"passes={passes}, but the transform draws nothing at random: all passes are the same")
+        key = {
+            "transform": self.data.recipe,
+            "model": self._model_key or "",
+            "precision": self.extractor.precision or "",
+            "dtype": self.extractor.dtype or "",
+            "seed": str(seed) if self.data.is_random else "",
+            "versions": _versions(),
+        }
+        return Plan(self.data, key, passes, seed, loader.batch_size or 1)
+
+    @property
+    def _model_key(self) -> str | None:
+        if not hasattr(self, "_key"):
+            self._key: str | None = _model_hash(self.model)
+        return self._key
+
+    def _changes(self, meta: dict[str, Any] | None, plan: Plan) -> list[str]:
+        """What makes all stored features unusable, in words."""
+        if meta is None:
+            return []
+        if meta.get("format") != FORMAT:
+            return [f"they are stored in format {meta.get('format')}, not {FORMAT}"]
+        if meta["key"] is None:
+            return ["cnnrs cannot tell which images they are of"]
+        return [words for name, words in _WORDS.items() if meta["key"].get(name) != plan.key[name]]
+
+    def _right(self, store: Store, plan: Plan) -> Features | None:
+        """The stored features, when every row is the plan's and undamaged, and names and labels are right."""
+        meta = store.meta()
+        if meta is None or meta.get("format") != FORMAT or meta["key"] != plan.key:
+            return None
+        plan.know(meta)
+        if getattr(self.data.data, "on_error", "raise") == "skip":
+            plan.skip_again(meta)
+        if not self._same_rows(store, plan, meta):
+            return None
+        labels = plan.labels()
+        expected = plan.meta(meta["ids"])
+        try:
+            same = torch.equal(store.labels(meta), labels)
+        except ValueError:
+            same = False
+        if not same or any(meta[name] != _plain(expected[name]) for name in ("paths", "classes", "stats")):
+            return None
+        self._say(f"{store.folder}: {len(labels)} features are up to date, nothing to compute")
+        return self._opened(store, plan)
+
+    def _opened(self, store: Store, plan: Plan) -> Features:
+        meta = store.meta()
+        assert meta is not None
+        features = store.features(meta["dtype"])
+        return Features(features, plan.labels(), meta["paths"], meta["classes"], store.folder, body=self.model)
+
+    @staticmethod
+    def _same_rows(store: Store, plan: Plan, meta: dict[str, Any]) -> bool:
+        same = meta["shape"][0] == plan.rows and meta["passes"] == plan.passes and meta["ids"] == plan.identities()
+        return same and not store.damaged(meta)
+
+    def _everything(self, store: Store) -> Features:
+        """Data that cannot be told apart: computed anew each time."""
+        with store.locked(self.verbose):
+            if store.meta() is not None:
+                self._say(
+                    f"{store.folder}: recomputing the features, because cnnrs cannot tell whether these are the same "
+                    f"images ({self._reason})"
+                )
+            store.discard()
+            made = self._stream(store.path("features.npy.partial"))
+            layout = store.partial_layout()
+            assert layout is not None
+            if self.extractor.dtype is not None:
+                layout = Layout(layout.shape, self.extractor.dtype)
+            meta = {
+                "paths": made.paths, "classes": made.classes, "passes": 1, "key": None, "stats": None, "ids": None,
+                "skipped": [],
+            }  # fmt: skip
+            store.commit(layout, made.labels, meta)
+            made.features, made.folder = store.features(layout.dtype), store.folder
+        return made
+
+    def _say(self, text: str) -> None:
+        if self.verbose:
+            print(text)
+
+
+def _cut(samples: list[int], size: int) -> list[list[int]]:
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return [list(one) if isinstance(one, tuple) else one for one in value] if isinstance(value, list) else value
+
+
+# -- the key: everything that shapes the numbers, besides the images -----------------------------------------
+
+_WORDS = {
+    "transform": "the transform changed",
+    "model": "the model or its weights changed",
+    "precision": "another precision is asked for",
+    "dtype": "another dtype is asked for",
+    "seed": "another seed is asked for",
+    "versions": "another version of torch, Pillow or cnnrs computes them",
+}
+
+
+def _versions() -> str:
+    import PIL
+
+    return f"torch {torch.__version__}, Pillow {PIL.__version__}, cnnrs {cnnrs.__version__}"
+
+
+def _model_hash(model: nn.Module) -> str | None:
+    """Of what the model computes, whoever runs it; None when it holds something that cannot be compared."""
+    try:
+        # Not by tracing, which would call forward for nothing.
+        return fingerprint(model)
+    except Unidentifiable:
+        return None

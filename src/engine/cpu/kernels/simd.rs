@@ -1,0 +1,233 @@
+//! Eight floats at a time: AVX2 where the processor has it, plain arrays elsewhere (and as the reference in tests).
+//!
+//! No closures in kernels: a closure is compiled without the processor features of the function around it.
+//!
+//! A kernel is written once against [`Vector`] and compiled for each; [`dispatch`] picks at run time. On Zen 3 and 4 AVX2
+//! reaches the arithmetic peak that AVX-512 has (512-bit operations take two passes), so there is no third variant.
+
+/// Eight lanes. Loads and stores are unaligned.
+pub trait Vector: Copy {
+    /// # Safety
+    /// Eight floats must be readable at `from`.
+    unsafe fn load(from: *const f32) -> Self;
+    /// # Safety
+    /// Eight floats must be writable at `to`.
+    unsafe fn store(self, to: *mut f32);
+    fn splat(value: f32) -> Self;
+    /// `self * b + c`
+    fn mul_add(self, b: Self, c: Self) -> Self;
+    /// Lanes 0, 2, 4, ... of `a` then `b`, and lanes 1, 3, 5, ...
+    fn unzip(a: Self, b: Self) -> (Self, Self);
+    /// Of each pair of lanes PyTorch's maximum when `other` comes later in the window: the first wins a tie, a NaN wins
+    /// everything; `tag` is `mine` or `others` accordingly.
+    fn later_max(self, other: Self, mine: Self, others: Self) -> (Self, Self);
+    fn add(self, other: Self) -> Self;
+    /// ReLU: NaN stays NaN.
+    fn relu(self) -> Self;
+    fn sum(self) -> f32;
+    /// Asks for the cache line at `at` ahead of time; any address will do.
+    #[inline(always)]
+    fn prefetch(_at: *const f32) {}
+}
+
+#[derive(Clone, Copy)]
+pub struct Portable([f32; 8]);
+
+impl Vector for Portable {
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's promise; arrays of floats have no stricter alignment than floats.
+        Self(unsafe { from.cast::<[f32; 8]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: as above.
+        unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        Self([value; 8])
+    }
+
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        // Without the instruction a fused multiply-add is a library call.
+        let fused = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
+        Self(std::array::from_fn(|i| match fused {
+            true => self.0[i].mul_add(b.0[i], c.0[i]),
+            false => self.0[i] * b.0[i] + c.0[i],
+        }))
+    }
+
+    #[inline(always)]
+    fn unzip(a: Self, b: Self) -> (Self, Self) {
+        let at = |i: usize| if i < 8 { a.0[i] } else { b.0[i - 8] };
+        (Self(std::array::from_fn(|i| at(2 * i))), Self(std::array::from_fn(|i| at(2 * i + 1))))
+    }
+
+    #[inline(always)]
+    fn later_max(self, other: Self, mine: Self, others: Self) -> (Self, Self) {
+        let takes = |i: usize| other.0[i] > self.0[i] || other.0[i].is_nan();
+        let pick = |a: Self, b: Self| Self(std::array::from_fn(|i| if takes(i) { b.0[i] } else { a.0[i] }));
+        (pick(self, other), pick(mine, others))
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] + other.0[i]))
+    }
+
+    #[inline(always)]
+    fn relu(self) -> Self {
+        Self(self.0.map(|x| if x < 0.0 { 0.0 } else { x }))
+    }
+
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        let [a, b, c, d, e, f, g, h] = self.0;
+        ((a + e) + (c + g)) + ((b + f) + (d + h))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use super::Vector;
+    use std::arch::x86_64::*;
+
+    /// Only made inside [`super::dispatch`], after the processor was asked.
+    #[derive(Clone, Copy)]
+    pub struct Avx2(__m256);
+
+    // SAFETY, for every block below: values of this type exist only in kernels that `dispatch` runs after it has found
+    // AVX2 and FMA; memory is the caller's promise.
+    impl Vector for Avx2 {
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: see above.
+            Self(unsafe { _mm256_loadu_ps(from) })
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: see above.
+            unsafe { _mm256_storeu_ps(to, self.0) }
+        }
+
+        #[inline(always)]
+        fn splat(value: f32) -> Self {
+            // SAFETY: see above.
+            Self(unsafe { _mm256_set1_ps(value) })
+        }
+
+        #[inline(always)]
+        fn mul_add(self, b: Self, c: Self) -> Self {
+            // SAFETY: see above.
+            Self(unsafe { _mm256_fmadd_ps(self.0, b.0, c.0) })
+        }
+
+        #[inline(always)]
+        fn unzip(a: Self, b: Self) -> (Self, Self) {
+            // SAFETY: see above. The shuffles work within 128 bits; the permutations put the quarters in order.
+            unsafe {
+                let even = _mm256_castps_pd(_mm256_shuffle_ps::<0b10_00_10_00>(a.0, b.0));
+                let odd = _mm256_castps_pd(_mm256_shuffle_ps::<0b11_01_11_01>(a.0, b.0));
+                let even = _mm256_permute4x64_pd::<0b11_01_10_00>(even);
+                let odd = _mm256_permute4x64_pd::<0b11_01_10_00>(odd);
+                (Self(_mm256_castpd_ps(even)), Self(_mm256_castpd_ps(odd)))
+            }
+        }
+
+        #[inline(always)]
+        fn later_max(self, other: Self, mine: Self, others: Self) -> (Self, Self) {
+            // SAFETY: see above.
+            unsafe {
+                let greater = _mm256_cmp_ps::<_CMP_GT_OQ>(other.0, self.0);
+                let takes = _mm256_or_ps(greater, _mm256_cmp_ps::<_CMP_UNORD_Q>(other.0, other.0));
+                (Self(_mm256_blendv_ps(self.0, other.0, takes)), Self(_mm256_blendv_ps(mine.0, others.0, takes)))
+            }
+        }
+
+        #[inline(always)]
+        fn add(self, other: Self) -> Self {
+            // SAFETY: see above.
+            Self(unsafe { _mm256_add_ps(self.0, other.0) })
+        }
+
+        #[inline(always)]
+        fn relu(self) -> Self {
+            // SAFETY: see above. Of a NaN and a number the instruction returns its second operand.
+            Self(unsafe { _mm256_max_ps(_mm256_setzero_ps(), self.0) })
+        }
+
+        #[inline(always)]
+        fn prefetch(at: *const f32) {
+            // SAFETY: a prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+
+        #[inline(always)]
+        fn sum(self) -> f32 {
+            // SAFETY: see above.
+            unsafe {
+                let half = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+                let pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+                _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps::<1>(pair, pair)))
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub use avx2::Avx2;
+
+/// A loop that can be compiled for any [`Vector`]; `run` must be `#[inline(always)]`.
+pub trait Kernel {
+    type Output;
+
+    fn run<V: Vector>(self) -> Self::Output;
+}
+
+/// Runs a kernel with the widest vectors this processor has.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+    #[target_feature(enable = "avx2,fma")]
+    fn avx2<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run::<Avx2>()
+    }
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        // SAFETY: both features were just detected.
+        unsafe { avx2(kernel) }
+    } else {
+        kernel.run::<Portable>()
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+#[inline]
+pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<Portable>()
+}
+
+/// `value` where `keep`, else zero, without a branch: a conditional store would become a masked one, which is slow.
+#[inline(always)]
+pub fn select(keep: bool, value: f32) -> f32 {
+    f32::from_bits(value.to_bits() & if keep { u32::MAX } else { 0 })
+}
+
+/// Compiles a plain loop for the widest vectors this processor has: the compiler vectorises it.
+#[inline]
+pub fn vectorised<T>(work: impl FnOnce() -> T) -> T {
+    struct Plain<F>(F);
+    impl<T, F: FnOnce() -> T> Kernel for Plain<F> {
+        type Output = T;
+
+        #[inline(always)]
+        fn run<V: Vector>(self) -> T {
+            (self.0)()
+        }
+    }
+    dispatch(Plain(work))
+}

@@ -1,0 +1,353 @@
+//! Convolution, dropout of channels, ReLU and 2 x 2 max-pool as one layer. Three quarters of the derivative behind such
+//! a pool are zero, and ReLU and dropout zero more: backward walks the rest only.
+
+use crate::engine::cpu::kernels::direct::{
+    Combine, ConvPool as Kernel, SLACK, Term, combine, conv_pool, position, terms,
+};
+use crate::engine::cpu::kernels::simd::{select, vectorised};
+use crate::engine::cpu::layer::{Context, Edge, Grain, Layer, Out, Param};
+use crate::engine::cpu::memory::Slot;
+use crate::engine::cpu::random::{dropout_mask, key};
+use crate::model::{Activation, Graph, Op, Pair, Shape};
+
+/// A convolution and what follows it in one kernel.
+#[derive(Debug, Clone)]
+pub struct Chain {
+    /// The nodes after the convolution.
+    pub nodes: Vec<usize>,
+    pub last: usize,
+    pub relu: bool,
+    /// Probability of dropping a channel.
+    pub dropout: Option<f64>,
+}
+
+/// Planes above this many pixels have positions that the kernel's floats cannot count.
+const PIXELS: usize = 1 << 23;
+
+/// The chain that starts at the convolution `index`, if it ends in the right pool.
+///
+/// Without `shapes` whether there is one for images that are not too large.
+pub fn chain(graph: &Graph, shapes: Option<&[Shape]>, readers: &[Vec<usize>], index: usize) -> Option<Chain> {
+    let Op::Conv2d { weight, stride: [1, 1], padding, dilation: [1, 1], groups: 1, .. } = graph.nodes[index].op else {
+        return None;
+    };
+    let [outs, _, kh, kw] = *graph.tensors[weight].as_slice() else { return None };
+    let padded = shapes.map_or(0, |shapes| {
+        let input = &shapes[graph.nodes[index].inputs[0]];
+        (input[2] + 2 * padding[0]) * (input[3] + 2 * padding[1])
+    });
+    if outs > MAX_CHANNELS || kh != kw || !matches!(kh, 3 | 5) || padded > PIXELS {
+        return None;
+    }
+    let mut chain = Chain { nodes: Vec::new(), last: index, relu: false, dropout: None };
+    let mut pooled = false;
+    while let [next] = readers[chain.last][..] {
+        match graph.nodes.get(next).map(|node| &node.op) {
+            Some(Op::Activation { function: Activation::Relu, .. }) => chain.relu = true,
+            Some(Op::Dropout { training, p, .. }) if !training || *p == 0.0 => {}
+            Some(Op::Dropout { channels: true, p, .. }) if chain.dropout.is_none() => chain.dropout = Some(*p),
+            Some(Op::MaxPool2d {
+                kernel: [2, 2],
+                stride: [2, 2],
+                padding: [0, 0],
+                dilation: [1, 1],
+                ceil_mode: false,
+            }) if !pooled => {
+                pooled = true;
+            }
+            _ => break,
+        }
+        chain.nodes.push(next);
+        chain.last = next;
+    }
+    pooled.then_some(chain)
+}
+
+pub struct ConvPool {
+    pub channels: usize,
+    pub out_channels: usize,
+    /// Input height and width.
+    pub size: Pair,
+    pub padding: Pair,
+    pub k: usize,
+    pub pooled: Pair,
+    pub relu: bool,
+    pub input: Edge,
+    pub out: Out,
+    pub weight: Param,
+    pub bias: Option<Param>,
+    /// Probability, stream and memory of the channels' draws.
+    pub dropout: Option<(f64, u64, Slot)>,
+    pub slots: Slots,
+}
+
+/// Working memory, one copy per worker.
+pub struct Slots {
+    /// The input with its padding, by channel.
+    pub padded: Slot,
+    /// A list of channels: a term for each, and one more.
+    pub live: Slot,
+    /// Backward only.
+    pub backward: Option<BackwardSlots>,
+}
+
+pub struct BackwardSlots {
+    /// Positions of the maxima, one per output, kept from forward.
+    pub origins: Slot,
+    /// The input with its padding, channels innermost; its derivative likewise.
+    pub pixels: Slot,
+    pub pixel_grads: Slot,
+    /// `out_channels x k x row`: weights and their derivative, channels innermost, rows filled up to whole vectors.
+    pub weights: Slot,
+    pub weight_grads: Slot,
+    /// Derivative before the pool, one per output.
+    pub grads: Slot,
+    /// Lists of terms, two floats each: one per output position, and 4 per output channel.
+    pub terms: Slot,
+}
+
+impl ConvPool {
+    /// Padded height and width.
+    fn padded(&self) -> Pair {
+        [self.size[0] + 2 * self.padding[0], self.size[1] + 2 * self.padding[1]]
+    }
+
+    /// Length of an image with its slack.
+    pub fn image_len(channels: usize, size: Pair, padding: Pair) -> usize {
+        channels * (size[0] + 2 * padding[0]) * (size[1] + 2 * padding[1]) + SLACK
+    }
+
+    /// Length of a row of the weights with channels innermost.
+    pub fn row_len(channels: usize, k: usize) -> usize {
+        (channels * k).next_multiple_of(8)
+    }
+
+    fn row(&self) -> usize {
+        Self::row_len(self.channels, self.k)
+    }
+
+    /// Output channels that dropout left alive, with their scales.
+    fn live<'a>(&self, cx: &Context<'a>, sample: usize) -> &'a [Term] {
+        let mask = self.dropout.map(|(_, _, slot)| cx.one(slot, sample));
+        let live = terms(cx.own(self.slots.live));
+        let mut count = 0;
+        for o in 0..self.out_channels {
+            let scale = mask.map_or(1.0, |m| m[o]);
+            live[count] = Term { offset: o as u32, factor: scale };
+            count += usize::from(scale != 0.0);
+        }
+        &live[..count]
+    }
+
+    /// The offset of element (c, ky, kx) within an output channel's weights with channels innermost.
+    fn inner(&self, c: usize, ky: usize, kx: usize) -> usize {
+        ky * self.row() + kx * self.channels + c
+    }
+
+    fn each_weight(&self, mut f: impl FnMut(usize, usize)) {
+        let mut outer = 0;
+        for o in 0..self.out_channels {
+            for c in 0..self.channels {
+                for ky in 0..self.k {
+                    for kx in 0..self.k {
+                        f(outer, o * self.k * self.row() + self.inner(c, ky, kx));
+                        outer += 1;
+                    }
+                }
+            }
+        }
+    }
+
+    fn sample_forward(&self, cx: &Context<'_>, sample: usize) {
+        let [height, width] = self.padded();
+        let padded = cx.own(self.slots.padded);
+        let image = cx.one(self.input.value, sample);
+        // The border was zero from the start and nobody writes it.
+        for (row, line) in image.chunks_exact(self.size[1]).enumerate() {
+            let (c, y) = (row / self.size[0], row % self.size[0]);
+            padded[(c * height + y + self.padding[0]) * width + self.padding[1]..][..line.len()].copy_from_slice(line);
+        }
+        let out = cx.one_mut(self.out.value, sample);
+        if let Some((p, stream, slot)) = self.dropout {
+            let mask = cx.one_mut(slot, sample);
+            dropout_mask(mask, p, key(cx.seed, cx.step, stream, sample as u64));
+            let pixels = self.pooled[0] * self.pooled[1];
+            for (out, &scale) in out.chunks_exact_mut(pixels).zip(&*mask) {
+                if scale == 0.0 {
+                    out.fill(0.0);
+                }
+            }
+        }
+        conv_pool(Kernel {
+            image: padded,
+            channels: self.channels,
+            height,
+            width,
+            weights: cx.tensor(self.weight.tensor),
+            bias: self.bias.map(|b| cx.tensor(b.tensor)),
+            k: self.k,
+            relu: self.relu,
+            live: self.live(cx, sample),
+            pooled: self.pooled,
+            out,
+            origins: self.slots.backward.as_ref().map_or(&mut [], |b| cx.one_mut(b.origins, sample)),
+        });
+    }
+
+    #[allow(clippy::neg_cmp_op_on_partial_ord)] // so that NaN lets its gradient through, as in PyTorch
+    fn sample_backward(&self, cx: &Context<'_>, slots: &BackwardSlots, grad: Slot, sample: usize) {
+        let (c, [_, width], outputs) = (self.channels, self.padded(), self.pooled[0] * self.pooled[1]);
+        let (y, dy) = (cx.one(self.out.value, sample), cx.one(grad, sample));
+        let (origins, grads) = (cx.one(slots.origins, sample), cx.own(slots.grads));
+        let terms = terms(cx.own(slots.terms));
+        let live = self.live(cx, sample);
+        if self.weight.grad.is_some() {
+            self.channels_innermost(cx.one(self.input.value, sample), cx.own(slots.pixels));
+        }
+        for &Term { offset: o, factor: scale } in live {
+            let o = o as usize;
+            let range = o * outputs..(o + 1) * outputs;
+            let (y, dy, origins) = (&y[range.clone()], &dy[range.clone()], &origins[range.clone()]);
+            let grads = &mut grads[range];
+            let relu = self.relu;
+            let rows = grads.iter_mut().zip(y).zip(dy);
+            vectorised(|| match relu {
+                true => rows.for_each(|((g, y), dy)| *g = select(!(*y <= 0.0), dy * scale)),
+                false => rows.for_each(|((g, _), dy)| *g = dy * scale),
+            });
+            let (mut len, mut sum) = (0, 0.0);
+            for (g, origin) in grads.iter().zip(origins) {
+                sum += g;
+                // No branch: every other output is zero, which no predictor guesses.
+                terms[len] = Term { offset: position(*origin) * c as u32, factor: *g };
+                len += usize::from(*g != 0.0);
+            }
+            if let Some(share) = self.bias.and_then(|b| b.grad) {
+                cx.own(share)[o] += sum;
+            }
+            if self.weight.grad.is_some() && len > 0 {
+                combine(Combine {
+                    terms: &terms[..len],
+                    from: cx.own(slots.pixels),
+                    from_stride: width * c,
+                    to: &mut cx.own(slots.weight_grads)[o * self.k * self.row()..],
+                    to_stride: self.row(),
+                    rows: self.k,
+                    vectors: self.row() / 8,
+                });
+            }
+        }
+        if let Some(input) = self.input.grad {
+            self.input_grads(cx, slots, live, origins);
+            self.add_pixels(cx.own(slots.pixel_grads), cx.one_mut(input, sample));
+        }
+    }
+
+    /// Every pooled window spreads its outputs' derivatives over the input; those with the same origin together.
+    fn input_grads(&self, cx: &Context<'_>, slots: &BackwardSlots, live: &[Term], origins: &[f32]) {
+        let (c, [_, width], row) = (self.channels, self.padded(), self.row());
+        let outputs = self.pooled[0] * self.pooled[1];
+        let (grads, pixels) = (cx.own(slots.grads), cx.own(slots.pixel_grads));
+        let (weights, lists) = (cx.own(slots.weights), terms(cx.own(slots.terms)));
+        pixels.fill(0.0);
+        let (mut column, mut corner) = (0, 0);
+        for window in 0..outputs {
+            if column == self.pooled[1] {
+                (column, corner) = (0, corner + 2 * (width - column));
+            }
+            let mut lens = [0; 4];
+            for &Term { offset: o, .. } in live {
+                let (o, at) = (o as usize, o as usize * outputs + window);
+                let step = position(origins[at]) as usize - corner;
+                let place = if step >= width { 2 + step - width } else { step } & 3;
+                lists[place * self.out_channels + lens[place]] =
+                    Term { offset: (o * self.k * row) as u32, factor: grads[at] };
+                lens[place] += usize::from(grads[at] != 0.0);
+            }
+            for (place, &len) in lens.iter().enumerate().filter(|(_, len)| **len > 0) {
+                let at = (corner + place / 2 * width + place % 2) * c;
+                combine(Combine {
+                    terms: &lists[place * self.out_channels..][..len],
+                    from: weights,
+                    from_stride: row,
+                    to: &mut pixels[at..],
+                    to_stride: width * c,
+                    rows: self.k,
+                    vectors: row / 8,
+                });
+            }
+            (column, corner) = (column + 1, corner + 2);
+        }
+    }
+
+    /// The part of a padded image with channels innermost that row `y` of the input covers.
+    fn line(&self, y: usize) -> std::ops::Range<usize> {
+        let start = ((y + self.padding[0]) * self.padded()[1] + self.padding[1]) * self.channels;
+        start..start + self.size[1] * self.channels
+    }
+
+    fn channels_innermost(&self, image: &[f32], pixels: &mut [f32]) {
+        let ([height, width], c) = (self.size, self.channels);
+        for y in 0..height {
+            let to = &mut pixels[self.line(y)];
+            if c == 1 {
+                to.copy_from_slice(&image[y * width..][..width]);
+                continue;
+            }
+            for channel in 0..c {
+                let from = &image[(channel * height + y) * width..][..width];
+                to.chunks_exact_mut(c).zip(from).for_each(|(p, x)| p[channel] = *x);
+            }
+        }
+    }
+
+    fn add_pixels(&self, pixels: &[f32], image: &mut [f32]) {
+        let ([height, width], c) = (self.size, self.channels);
+        for y in 0..height {
+            let from = &pixels[self.line(y)];
+            for channel in 0..c {
+                let to = &mut image[(channel * height + y) * width..][..width];
+                let from = from.chunks_exact(c);
+                match self.input.add {
+                    true => to.iter_mut().zip(from).for_each(|(x, p)| *x += p[channel]),
+                    false => to.iter_mut().zip(from).for_each(|(x, p)| *x = p[channel]),
+                }
+            }
+        }
+    }
+}
+
+/// Output channels of the widest layer this kernel takes.
+const MAX_CHANNELS: usize = 512;
+
+impl Layer for ConvPool {
+    fn grain(&self) -> Grain {
+        Grain::Sample
+    }
+
+    fn begin(&self, cx: &Context<'_>) {
+        let Some(slots) = &self.slots.backward else { return };
+        cx.own(slots.weight_grads).fill(0.0);
+        if self.input.grad.is_some() {
+            let (inner, outer) = (cx.own(slots.weights), cx.tensor(self.weight.tensor));
+            self.each_weight(|o, i| inner[i] = outer[o]);
+        }
+    }
+
+    fn forward(&self, cx: &Context<'_>) {
+        cx.samples.clone().for_each(|sample| self.sample_forward(cx, sample));
+    }
+
+    fn backward(&self, cx: &Context<'_>) {
+        if let (Some(slots), Some(grad)) = (&self.slots.backward, self.out.grad) {
+            cx.samples.clone().for_each(|sample| self.sample_backward(cx, slots, grad, sample));
+        }
+    }
+
+    fn end(&self, cx: &Context<'_>) {
+        if let (Some(slots), Some(share)) = (&self.slots.backward, self.weight.grad) {
+            let (inner, outer) = (cx.own(slots.weight_grads), cx.own(share));
+            self.each_weight(|o, i| outer[o] += inner[i]);
+        }
+    }
+}

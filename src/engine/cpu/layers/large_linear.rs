@@ -1,0 +1,214 @@
+//! Linear layers whose weights do not fit a cache: the workers divide the matrix, not the batch, and the gradient of
+//! the weights is applied where it arises, so that it never goes to memory.
+
+use std::ops::Range;
+
+use crate::engine::cpu::kernels::skinny::{Dots, OUTER_ROWS, Outer, PANEL, dots, outer, pack, pack_transposed};
+use crate::engine::cpu::layer::{Context, Edge, Grain, Layer, Out, Param, share};
+use crate::engine::cpu::memory::Slot;
+
+pub struct LargeLinear {
+    pub in_features: usize,
+    pub out_features: usize,
+    pub input: Edge,
+    pub out: Out,
+    pub weight: Param,
+    pub bias: Option<Param>,
+    /// Whether the weights are trained: their gradient has no slot.
+    pub trained: bool,
+    /// `batch x (out_features / workers + 4)` of the output.
+    pub sums: Slot,
+    /// The same turned round, the batch filled up to whole panels.
+    pub turned: Slot,
+    /// `batch (filled up) x columns` of the input, `6 x columns` of the gradient, `batch x 6` of the output's gradient.
+    pub packed: Slot,
+    pub rows: Slot,
+    pub picked: Slot,
+    /// Columns of the weights that are updated together.
+    pub columns: usize,
+}
+
+/// Floats of the input that a core's second-level cache holds beside the weights that stream past.
+const RESIDENT: usize = 1 << 16;
+
+impl LargeLinear {
+    /// From this many weights on a layer is worth two barriers.
+    pub const THRESHOLD: usize = 1 << 18;
+
+    /// Columns updated together for a batch of this size.
+    pub fn columns(batch: usize, in_features: usize) -> usize {
+        (RESIDENT / batch.max(1)).clamp(512, 4096).min(in_features).next_multiple_of(PANEL)
+    }
+
+    /// `dx = dy w` for some columns, with the weights of before the update.
+    fn input_grads(&self, cx: &Context<'_>, input: Slot, dy: &[f32], columns: Range<usize>) {
+        let (k, n, tile) = (self.in_features, self.out_features, cx.own(self.packed));
+        let (whole, width) = (columns.len() / PANEL, columns.len().next_multiple_of(PANEL));
+        let weights = cx.tensor(self.weight.tensor);
+        for b in (0..cx.batch).step_by(OUTER_ROWS) {
+            let rows = OUTER_ROWS.min(cx.batch - b);
+            outer(Outer {
+                d: &dy[b * n..],
+                d_step: 1,
+                d_row: n,
+                rows,
+                x: &weights[columns.start..],
+                x_step: k,
+                x_panel: PANEL,
+                steps: n,
+                panels: whole,
+                out: &mut tile[b * width..],
+                out_row: width,
+                add: false,
+                ahead: [&[]; 2],
+                ahead_row: 0,
+            });
+            // Columns that do not fill a panel: the matrix ends in the middle of one.
+            for r in 0..rows {
+                let dy = &dy[(b + r) * n..][..n];
+                for c in whole * PANEL..columns.len() {
+                    let column = weights[columns.start + c..].iter().step_by(k);
+                    tile[(b + r) * width + c] = dy.iter().zip(column).map(|(d, w)| d * w).sum();
+                }
+            }
+        }
+        for (sample, row) in tile.chunks_exact(width).take(cx.batch).enumerate() {
+            let dx = cx.store.part_mut(input, sample, columns.clone());
+            match self.input.add {
+                true => dx.iter_mut().zip(row).for_each(|(d, t)| *d += t),
+                false => dx.copy_from_slice(&row[..columns.len()]),
+            }
+        }
+    }
+
+    fn update_weights(&self, cx: &Context<'_>, x: &[f32], dy: &[f32], columns: Range<usize>) {
+        let (k, n) = (self.in_features, self.out_features);
+        let (packed, grads, picked) = (cx.own(self.packed), cx.own(self.rows), cx.own(self.picked));
+        let (weights, state) = (cx.tensor(self.weight.tensor), cx.updates.state(self.weight.tensor));
+        let panels = columns.len().div_ceil(PANEL);
+        pack(x, k, columns.start, columns.len(), packed);
+        for row in (0..n).step_by(OUTER_ROWS) {
+            let rows = OUTER_ROWS.min(n - row);
+            // Neighbouring samples are `n` apart, often a power of two: side by side they do not fight for cache lines.
+            for (to, from) in picked.chunks_exact_mut(OUTER_ROWS).zip(dy.chunks_exact(n)) {
+                to[..rows].copy_from_slice(&from[row..][..rows]);
+            }
+            outer(Outer {
+                d: picked,
+                d_step: OUTER_ROWS,
+                d_row: 1,
+                rows,
+                x: packed,
+                x_step: PANEL,
+                x_panel: cx.batch * PANEL,
+                steps: cx.batch,
+                panels,
+                out: grads,
+                out_row: panels * PANEL,
+                add: false,
+                ahead: [weights, state].map(|m| m.get(row * k + columns.start..).unwrap_or_default()),
+                ahead_row: k,
+            });
+            for (r, grad) in grads.chunks_exact_mut(panels * PANEL).take(rows).enumerate() {
+                let first = (row + r) * k + columns.start;
+                cx.updates.take(cx, self.weight.tensor, first, &mut grad[..columns.len()]);
+            }
+        }
+    }
+
+    /// Few samples: the matrix streams past the inputs once, row by row.
+    fn forward_few(&self, cx: &Context<'_>, own: Range<usize>, sums: &mut [f32]) {
+        let (k, rows, x) = (self.in_features, own.len(), cx.all(self.input.value));
+        let w = &cx.tensor(self.weight.tensor)[own.start * k..own.end * k];
+        dots(Dots { w, rows, x, batch: cx.batch, k, y: sums, ldy: rows });
+    }
+
+    /// Many samples: they lie across the lanes, and a block of their features stays in the cache.
+    fn forward_many(&self, cx: &Context<'_>, own: Range<usize>, sums: &mut [f32]) {
+        let (k, rows, x) = (self.in_features, own.len(), cx.all(self.input.value));
+        let (packed, panels) = (cx.own(self.packed), cx.batch.div_ceil(PANEL));
+        let (weights, width) = (cx.tensor(self.weight.tensor), panels * PANEL);
+        let turned = &mut cx.own(self.turned)[..rows * width];
+        turned.fill(0.0);
+        let block = (packed.len() / width).min(self.columns);
+        for start in (0..k).step_by(block) {
+            let columns = block.min(k - start);
+            pack_transposed(x, k, start, columns, packed);
+            for row in (0..rows).step_by(OUTER_ROWS) {
+                outer(Outer {
+                    d: &weights[(own.start + row) * k + start..],
+                    d_step: 1,
+                    d_row: k,
+                    rows: OUTER_ROWS.min(rows - row),
+                    x: packed,
+                    x_step: PANEL,
+                    x_panel: columns * PANEL,
+                    steps: columns,
+                    panels,
+                    out: &mut turned[row * width..],
+                    out_row: width,
+                    add: true,
+                    ahead: [&[]; 2],
+                    ahead_row: 0,
+                });
+            }
+        }
+        for (b, sums) in sums.chunks_exact_mut(rows).enumerate() {
+            sums.iter_mut().zip(turned[b..].iter().step_by(width)).for_each(|(s, t)| *s += t);
+        }
+    }
+}
+
+/// Up to this many samples the matrix is read as rows; above, samples fill the lanes.
+const FEW: usize = 8;
+
+impl Layer for LargeLinear {
+    fn grain(&self) -> Grain {
+        Grain::Batch
+    }
+
+    fn forward(&self, cx: &Context<'_>) {
+        cx.barrier.wait();
+        let own = share(self.out_features, cx.worker, cx.workers, 4);
+        let rows = own.len();
+        let sums = &mut cx.own(self.sums)[..cx.batch * rows];
+        for row in sums.chunks_exact_mut(rows.max(1)) {
+            match self.bias {
+                Some(bias) => row.copy_from_slice(&cx.tensor(bias.tensor)[own.clone()]),
+                None => row.fill(0.0),
+            }
+        }
+        if rows > 0 {
+            match cx.batch {
+                ..=FEW => self.forward_few(cx, own.clone(), sums),
+                _ => self.forward_many(cx, own.clone(), sums),
+            }
+        }
+        for (sample, row) in sums.chunks_exact(rows.max(1)).enumerate() {
+            cx.store.part_mut(self.out.value, sample, own.clone()).copy_from_slice(row);
+        }
+        cx.barrier.wait();
+    }
+
+    fn backward(&self, cx: &Context<'_>) {
+        let Some(grad) = self.out.grad else { return };
+        cx.barrier.wait();
+        let (k, n) = (self.in_features, self.out_features);
+        let (x, dy) = (cx.all(self.input.value), cx.all(grad));
+        if let (0, Some(share)) = (cx.worker, self.bias.and_then(|b| b.grad)) {
+            let share = cx.own(share);
+            dy.chunks_exact(n).for_each(|row| share.iter_mut().zip(row).for_each(|(db, d)| *db += d));
+        }
+        let own = share(k, cx.worker, cx.workers, PANEL);
+        for start in own.clone().step_by(self.columns) {
+            let columns = start..(start + self.columns).min(own.end);
+            if let Some(input) = self.input.grad {
+                self.input_grads(cx, input, dy, columns.clone());
+            }
+            if self.trained {
+                self.update_weights(cx, x, dy, columns);
+            }
+        }
+        cx.barrier.wait();
+    }
+}
