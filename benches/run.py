@@ -10,6 +10,7 @@ from pathlib import Path
 import fit
 import folders
 import loader
+import readme
 from measure import machine, show
 
 HERE = Path(__file__).parent
@@ -40,6 +41,7 @@ def main() -> None:
         ]
     )
     (HERE / "RESULTS.md").write_text(text)
+    readme.main()
     print(text)
 
 
