@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cnnrs.cli.train import TRAIN_NAMES, VALID_NAMES
+from cnnrs.cli.options import find_halves
 from cnnrs.folder import ImageFolder, ImageList
 
 Transform = Callable[..., Any] | None
@@ -49,11 +49,10 @@ def cats_and_dogs(
 def _own(folder: Path) -> tuple[ImageList, ImageList]:
     if not folder.is_dir():
         raise FileNotFoundError(f"PHOTOS = {str(folder)!r}: there is no such folder; one folder per class is wanted")
-    train = next((folder / name for name in TRAIN_NAMES if (folder / name).is_dir()), None)
-    valid = next((folder / name for name in VALID_NAMES if (folder / name).is_dir()), None)
-    if train is None or valid is None:
+    halves = find_halves(folder)
+    if halves is None:
         return ImageFolder(folder).split(0.2, seed=0)
-    return ImageFolder(train), ImageFolder(valid)
+    return ImageFolder(halves[0]), ImageFolder(halves[1])
 
 
 def _oxford(root: Path) -> tuple[ImageList, ImageList]:

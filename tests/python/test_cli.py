@@ -357,6 +357,22 @@ def test_check_fix_overwrites_nothing(bad_fruit: Path) -> None:
     assert aside.with_name("00-1.jpg").read_bytes() == b""
 
 
+def test_check_of_two_halves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for half, number in (("train", 4), ("valid", 3)):
+        fruit(tmp_path / half, number)
+    twin = (tmp_path / "train" / "plum" / "01.jpg").read_bytes()
+    for path in (tmp_path / "valid").rglob("*.jpg"):
+        path.unlink() if path.name == "02.jpg" else Image.effect_noise((30, 30), 90).convert("RGB").save(path)
+    (tmp_path / "valid" / "plum" / "copy.jpg").write_bytes(twin)
+    assert main(["check", str(tmp_path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["classes"] == {"train/berry": 4, "train/plum": 4, "valid/berry": 2, "valid/plum": 3}
+    (leak,) = report["in_train_and_valid"]
+    assert {Path(path).name for path in leak} == {"01.jpg", "copy.jpg"}
+    assert main(["check", str(tmp_path)]) == 0
+    assert "1 photo is in both train and valid" in capsys.readouterr().out
+
+
 def test_check_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tmp_path)]) == 0
     assert "no photos here; expected one folder per class" in capsys.readouterr().out

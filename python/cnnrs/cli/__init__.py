@@ -1,4 +1,4 @@
-"""The command ``cnnrs``: look at photos, train a classifier on them, use it; without writing code."""
+"""From a folder of photos to a classifier, without writing code."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import cnnrs
 from cnnrs.check import Report
-from cnnrs.cli.options import add_json, add_threads
+from cnnrs.cli.options import add_json, add_threads, find_halves
 
 EPILOG = """\
 examples:
@@ -52,12 +52,21 @@ def run(options: argparse.Namespace) -> int:
         kind = "is a file, not a folder" if root.exists() else "there is no such folder"
         raise FileNotFoundError(f"{root}: {kind}")
     report = cnnrs.check(root, num_workers=options.threads)
+    halves = find_halves(root)
+    if halves is not None:
+        report.classes = {f"{half.name}/{name}": count for half in halves for name, count in _counts(half).items()}
+        report.empty_classes = [str(root / name) for name, count in report.classes.items() if not count]
+    leaks = [] if halves is None else [group for group in report.duplicates if _spans(group, halves)]
     bad = [path for path, _ in (*report.corrupt, *report.truncated, *report.unreadable)]
     fixed = [_fix(Path(path), root, options.fix) for path in bad] if options.fix else []
     if options.json:
-        print(json.dumps({**_plain(report), "fixed": fixed}, indent=1, ensure_ascii=False))
+        print(json.dumps({**_plain(report), "in_train_and_valid": leaks, "fixed": fixed}, indent=1, ensure_ascii=False))
     else:
         _show(report, bad, fixed, options)
+        if leaks:
+            names = " and ".join(half.name for half in halves or ())
+            count = f"{len(leaks):,} photos are" if len(leaks) > 1 else "1 photo is"
+            print(f"\n{count} in both {names}, for example {leaks[0][0]}: the accuracy will look better than it is")
     return 0 if report.ok or fixed else 1
 
 
@@ -79,6 +88,17 @@ def _show(report: Report, bad: list[str], fixed: list[dict[str, str]], options: 
         print(f"\n{len(fixed):,} file{'s' if len(fixed) > 1 else ''} {target}")
     elif bad:
         print("\nnext: look at them, then `cnnrs check ... --fix move` or `--fix delete`; or train with --skip-bad")
+
+
+def _counts(half: Path) -> dict[str, int]:
+    folder = cnnrs.ImageFolder(half, allow_empty=True)
+    counted = Counter(folder.targets)
+    return {name: counted[number] for name, number in folder.class_to_idx.items()}
+
+
+def _spans(group: list[str], halves: tuple[Path, Path]) -> bool:
+    """Whether copies of one photo are in both halves."""
+    return all(any(Path(path).is_relative_to(half) for path in group) for half in halves)
 
 
 def _bars(counts: dict[str, int], most: int = 12) -> None:

@@ -6,6 +6,10 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+TRAIN_NAMES = ("train", "training")
+VALID_NAMES = ("valid", "validation", "val", "test")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +59,13 @@ def chatter(json: bool) -> Iterator[None]:
     """While it lasts, what is printed goes to stderr when stdout belongs to a JSON document."""
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         yield
+
+
+def find_halves(root: Path) -> tuple[Path, Path] | None:
+    """The folders with training and validation photos inside ``root``; None where it has not both."""
+    train = next((root / name for name in TRAIN_NAMES if (root / name).is_dir()), None)
+    valid = next((root / name for name in VALID_NAMES if (root / name).is_dir()), None)
+    return None if train is None or valid is None else (train, valid)
 
 
 def size(count: float) -> str:

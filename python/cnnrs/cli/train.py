@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 import cnnrs
 from cnnrs._progress import steps
-from cnnrs.cli.options import add_json, add_threads, between, chatter, whole
+from cnnrs.cli.options import add_json, add_threads, between, chatter, find_halves, whole
 from cnnrs.heads import HEADS, Preprocessing, cut
 from cnnrs.report import Evidence, write_report
 from cnnrs.runs import CARD, REPORT, Run, read_card
-from cnnrs.weights import find
+from cnnrs.weights import Found, find
 
 EPILOG = """\
 examples:
@@ -45,8 +45,6 @@ examples:
   cnnrs train pets --head mlp --epochs 30                   the features are there already: seconds
   cnnrs train pets --weights vgg16-397923af.pth             without network
 """
-TRAIN_NAMES = ("train", "training")
-VALID_NAMES = ("valid", "validation", "val", "test")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +123,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         data = _find(root, options.valid, options.seed)
     say(f"{len(data.train):,} training and {len(data.valid):,} validation photos of {_list(data.classes)}")
     with clock.stage("weights"):
-        found = find(options.backbone, options.weights)
+        found = _network(options.backbone, options.weights)
     preprocessing = Preprocessing.of(found.transform)
     say(found.name)
 
@@ -217,6 +215,14 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def _network(name: str, weights: str) -> Found:
+    try:
+        return find(name, weights)
+    except FileNotFoundError as error:
+        # Said to somebody who writes Python.
+        raise FileNotFoundError(str(error).replace("weights=<path>", "--weights FILE")) from error
+
+
 def _need_safetensors() -> None:
     try:
         import safetensors.torch  # noqa: F401
@@ -228,12 +234,11 @@ def _find(root: Path, fraction: float, seed: int) -> Data:
     if not root.is_dir():
         kind = "is a file; a folder with one folder per class is wanted" if root.exists() else "there is no such folder"
         raise FileNotFoundError(f"{root}: {kind}")
-    train = next((root / name for name in TRAIN_NAMES if (root / name).is_dir()), None)
-    valid = next((root / name for name in VALID_NAMES if (root / name).is_dir()), None)
-    if train is not None and valid is not None:
-        halves = cnnrs.ImageFolder(train), cnnrs.ImageFolder(valid)
+    folders = find_halves(root)
+    if folders is not None:
+        halves = cnnrs.ImageFolder(folders[0]), cnnrs.ImageFolder(folders[1])
         if halves[0].classes != halves[1].classes:
-            raise ValueError(f"{train} has the classes {halves[0].classes}, {valid} has {halves[1].classes}")
+            raise ValueError(f"{folders[0]} has the classes {halves[0].classes}, {folders[1]} has {halves[1].classes}")
     else:
         if fraction == 0:
             raise ValueError(
