@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torchvision
 from torch import nn
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 
 from cnnrs.layers import set_dropout
 from cnnrs.weights import Found
+
+if TYPE_CHECKING:
+    from torchvision import transforms
 
 Head = Literal["linear", "mlp", "classifier"]
 HEADS: tuple[str, ...] = get_args(Head)
@@ -49,6 +49,9 @@ class Preprocessing:
 
     def transform(self) -> transforms.Compose:
         """The same as torchvision's objects."""
+        from torchvision import transforms
+        from torchvision.transforms import InterpolationMode
+
         return transforms.Compose(
             [
                 transforms.Resize(self.resize, InterpolationMode(self.interpolation)),
@@ -89,6 +92,8 @@ def cut(found: Found, head: str, num_classes: int, dropout: float = 0.0) -> Part
     Raises:
         ValueError: there is no linear layer; "classifier" for a network that has only one.
     """
+    import torchvision
+
     model = found.model
     if found.last is None:
         raise ValueError(f"{found.name} has no linear layer to put a new head in; try vgg16 or resnet18")

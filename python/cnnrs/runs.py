@@ -9,17 +9,18 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torchvision
 from torch import nn
-from torchvision import transforms
 
 import cnnrs
 from cnnrs.folder import ImageList
 from cnnrs.heads import Preprocessing, cut
 from cnnrs.history import History
 from cnnrs.weights import find
+
+if TYPE_CHECKING:
+    from torchvision import transforms
 
 #: Version of ``model.json``; another number is not read.
 FORMAT = 1
@@ -122,6 +123,8 @@ class Run:
 
     def recipe(self) -> str:
         """Python that opens the classifier, with cnnrs and without."""
+        import torchvision
+
         ours = 'run = cnnrs.load_run("RUN")\npredictions, unreadable = run.predict(["photo.jpg"])'
         if self.backbone not in torchvision.models.list_models(module=torchvision.models) or self.head == "mlp":
             return ours

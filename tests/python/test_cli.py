@@ -251,6 +251,28 @@ def test_predict_json(workplace: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert all(0.5 <= entry["probability"] <= 1 for entry in found)
 
 
+def test_predict_agrees_with_a_notebook(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Features, a head with the run's weights, both joined: the road of notebook 05."""
+    body = cnnrs.backbone("resnet18", weights=workplace / "weights.pth")
+    photos = cnnrs.ImageFolder(workplace / "fruit", body.transform)
+    features = cnnrs.preconv(cnnrs.DataLoader(photos, batch_size=8), body, verbose=False)
+    head = torch.nn.Linear(512, 2)
+    state = load_file(workplace / "runs" / "fruit" / "model.safetensors")
+    head.load_state_dict({"weight": state["fc.weight"], "bias": state["fc.bias"]})
+    whole = features.attach(head).eval()
+    with torch.no_grad():
+        probabilities = torch.cat([whole(images) for images, _ in cnnrs.DataLoader(photos, batch_size=8)]).softmax(
+            dim=1
+        )
+    assert predict(workplace, workplace / "fruit", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["path"] for entry in found] == features.paths
+    assert [entry["class"] for entry in found] == [photos.classes[i] for i in probabilities.argmax(dim=1)]
+    # Rounded to six digits; other sizes of batches may round otherwise.
+    expected = probabilities.max(dim=1).values.tolist()
+    assert [entry["probability"] for entry in found] == pytest.approx(expected, abs=2e-5)
+
+
 def test_predict_csv(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [workplace / "fruit" / "plum" / "03.jpg", workplace / "fruit" / "berry" / "04.jpg"]
     assert predict(workplace, *files, "--csv") == 0
@@ -537,3 +559,9 @@ def test_cats_and_dogs(photos: Path, tmp_path: Path) -> None:
     found = json.loads(again.stdout)
     right = sum(entry["class"] == Path(entry["path"]).parent.name for entry in found)
     assert 100 * right / len(found) == result["accuracy"]
+
+
+def test_the_command_costs_nothing_to_those_who_import_cnnrs() -> None:
+    code = "import cnnrs, sys; print([m for m in ('torchvision', 'matplotlib', 'safetensors', 'PIL') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"
