@@ -44,6 +44,13 @@ test: $(EXTENSION) ## Rust tests, pytest, doctests, README examples
 	cargo test --locked
 	python -m pytest
 
+.PHONY: test-extras
+test-extras: $(EXTENSION) ## Tests of the optional packages (timm, safetensors, Ray), beside .venv in an environment of their own
+	python -m venv .extras-venv
+	python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.extras-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	.extras-venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/extras.txt
+	PYTHONPATH="$(CURDIR)/python" .extras-venv/bin/python -m pytest tests/python/test_backbones_extras.py tests/python/test_ray.py
+
 .PHONY: lint
 # maturin sets this for pyo3's build script; without the same value each of the two throws the other's build away.
 lint: export PYO3_ENVIRONMENT_SIGNATURE = $(shell $(PYO3_PYTHON) -c 'import sys; print(f"{sys.implementation.name}-{sys.version_info[0]}.{sys.version_info[1]}-{sys.maxsize.bit_length() + 1}bit")')
@@ -68,7 +75,7 @@ bench: $(EXTENSION) ## Measure against torchvision and the tutorial's loop; writ
 	python benches/run.py
 
 .PHONY: bench-peers
-bench-peers: ## Install the other loaders into an environment of their own, for `make bench`
+bench-peers: ## Install the other loaders and runtimes into an environment of their own, for `make bench`
 	"$(PYTHON)" -m venv .bench-venv
 	.bench-venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/bench.txt
 
@@ -86,7 +93,7 @@ locks: ## Derive locks/*.lock from Cargo.lock after a change of dependencies
 
 .PHONY: clean
 clean: ## Remove everything that was built, downloaded or written
-	rm -rf .venv .venv-* target build dist demo-output $(EXTENSION) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* .extras-venv target build dist demo-output $(EXTENSION) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find python tests benches -name __pycache__ -prune -exec rm -rf {} +
 
 $(PACKAGES): requirements/torch-$(TORCH).txt requirements/dev.txt

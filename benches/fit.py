@@ -1,11 +1,16 @@
-"""One epoch of training: the tutorial's loop against `cnnrs.fit` on each engine, on batches that lie in memory."""
+"""Training: the tutorial's loop against `cnnrs.fit` on each engine."""
 
+import resource
+import statistics
+import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import Comparison, Contender
+from measure import Comparison, Contender, show
 from torch import nn
 
 import cnnrs
@@ -13,66 +18,246 @@ import cnnrs
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def comparisons() -> list[Comparison]:
-    """The tutorial's two networks and the head of VGG16."""
+@dataclass(frozen=True)
+class Case:
+    """A network, what it trains on, and how many steps make a round."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    batch: int
+    classes: int
+    steps: int
+    loss_fn: Callable[..., torch.Tensor] = F.cross_entropy
+    lr: float = 0.01
+    momentum: float = 0.0
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """SGD, as in the tutorial."""
+        return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum)
+
+    def batches(self, steps: int | None = None) -> Batches:
+        """Random numbers that lie in memory."""
+        torch.manual_seed(0)
+        steps = self.steps if steps is None else steps
+        few = [
+            (torch.randn(self.batch, *self.shape), torch.randint(self.classes, (self.batch,)))
+            for _ in range(min(steps, 8))
+        ]
+        return [few[i % len(few)] for i in range(steps)]
+
+
+def vgg_head() -> nn.Module:
+    """`vgg16().classifier` of the tutorial, for two classes."""
+    return nn.Sequential(
+        nn.Linear(25088, 4096), nn.ReLU(True), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(True), nn.Dropout(),
+        nn.Linear(4096, 2),
+    )  # fmt: skip
+
+
+def resnet18() -> nn.Module:
+    """torchvision's, for ten classes."""
+    from torchvision.models import resnet18
+
+    net: nn.Module = resnet18(num_classes=10)
+    return net
+
+
+def head(batch: int, steps: int) -> Case:
+    """The tutorial trains it with momentum."""
+    name = f"head of VGG16 (25088-4096-4096-2), batches of {batch}"
+    return Case(name, vgg_head, (25088,), batch, 2, steps, lr=0.0001, momentum=0.5)
+
+
+MNIST = Case("MnistNet, batches of 32", cnnrs.models.MnistNet, (1, 28, 28), 32, 10, 150, F.nll_loss)
+CATDOG = Case("CatDogNet, batches of 32", cnnrs.models.CatDogNet, (3, 224, 224), 32, 2, 3, F.nll_loss)
+CASES = [
+    MNIST,
+    CATDOG,
+    head(5, 4),
+    head(32, 3),
+    head(64, 2),
+    Case("SimpleCNN, batches of 32", cnnrs.models.SimpleCNN, (3, 32, 32), 32, 10, 30),
+    Case("resnet18 at 64 x 64, batches of 32", resnet18, (3, 64, 64), 32, 10, 3, momentum=0.9),
+]
+
+
+def comparisons() -> list[Any]:
+    """The tutorial's two networks, the head of VGG16, a network with batch norm; what a step costs and why."""
     warnings.filterwarnings("ignore", message="dropout2d: Received a 2-D input")
     return [
-        Comparison(
-            "Training: MnistNet, batches of 32, SGD",
-            "ms/step",
-            contenders(cnnrs.models.MnistNet, (1, 28, 28), 10, 150, F.nll_loss, lambda p: torch.optim.SGD(p, lr=0.01)),
-        ),
-        Comparison(
-            "Training: CatDogNet, batches of 32, SGD",
-            "ms/step",
-            contenders(cnnrs.models.CatDogNet, (3, 224, 224), 2, 4, F.nll_loss, lambda p: torch.optim.SGD(p, lr=0.01)),
-            rounds=3,
-        ),
-        Comparison(
-            "Training: head of VGG16 (25088-4096-4096-2), batches of 32, SGD with momentum",
-            "ms/step",
-            contenders(
-                vgg_head, (25088,), 2, 4, F.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.0001, momentum=0.5)
-            ),
-            rounds=3,
-        ),
+        *(Comparison(f"Training: {case.name}", "ms/step", contenders(case), rounds=5) for case in CASES),
+        Comparison("Training: MnistNet, batches of 32, loading included", "ms/step", with_loader(), rounds=3),
+        Sweep(),
+        Limits([MNIST, CATDOG, *(head(batch, 2) for batch in (5, 32, 64))]),
     ]
 
 
-def contenders(
-    make: Callable[[], nn.Module],
-    shape: tuple[int, ...],
-    classes: int,
-    steps: int,
-    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    optimizer: Callable[..., torch.optim.Optimizer],
-) -> list[Contender]:
+def contenders(case: Case) -> list[Contender]:
     """The loop and the engines, each with a model and an optimizer of its own."""
-    torch.manual_seed(0)
-    batches = [(torch.randn(32, *shape), torch.randint(classes, (32,))) for _ in range(steps)]
+    batches = case.batches()
 
     def contender(name: str, epoch: Callable[[nn.Module, torch.optim.Optimizer], object]) -> Contender:
-        model = make()
-        step = optimizer(model.parameters())
+        model = case.make()
+        optimizer = case.optimizer(model)
 
         def run() -> int:
-            epoch(model, step)
-            return steps
+            epoch(model, optimizer)
+            return len(batches)
 
         return Contender(name, run)
 
-    def ours(engine: str) -> Contender:
+    def ours(engine: Any) -> Contender:
         return contender(
             f"cnnrs.fit, engine={engine!r}",
-            lambda model, step: cnnrs.fit(
-                0, model, batches, optimizer=step, loss_fn=loss_fn, engine=engine, verbose=False
+            lambda model, optimizer: cnnrs.fit(
+                0, model, batches, optimizer=optimizer, loss_fn=case.loss_fn, engine=engine, verbose=False
             ),
         )
 
+    engines = ("auto", "cpu", "torch") if case.shape != (25088,) else ("auto", "torch")
     return [
-        contender("the tutorial's loop", lambda model, step: tutorials_fit(model, batches, step, loss_fn)),
-        *(ours(engine) for engine in ("auto", "torch", "python")),
+        contender(
+            "the tutorial's loop", lambda model, optimizer: tutorials_fit(model, batches, optimizer, case.loss_fn)
+        ),
+        *map(ours, engines),
     ]
+
+
+def with_loader(digits: int = 3200) -> list[Contender]:
+    """From bytes to weights: torchvision's MNIST and torch's DataLoader, and cnnrs's, both shuffled."""
+    from torch.utils.data import DataLoader
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+    pixels = torch.randint(256, (digits, 28, 28), dtype=torch.uint8)
+    targets = torch.randint(10, (digits,))
+
+    def dataset(kind: Any) -> Any:
+        # The same arrays without files: only what `__getitem__` reads.
+        made = kind.__new__(kind)
+        made.data, made.targets, made.transform, made.target_transform = pixels, targets, transform, None
+        return made
+
+    steps = digits // 32
+    theirs, ours = cnnrs.models.MnistNet(), cnnrs.models.MnistNet()
+    their_sgd, our_sgd = MNIST.optimizer(theirs), MNIST.optimizer(ours)
+    their_loader = DataLoader(dataset(datasets.MNIST), batch_size=32, shuffle=True)
+    our_loader = cnnrs.DataLoader(dataset(datasets.MNIST), batch_size=32, shuffle=True)
+
+    def run_theirs() -> int:
+        tutorials_fit(theirs, their_loader, their_sgd, F.nll_loss)
+        return steps
+
+    def run_ours() -> int:
+        cnnrs.fit(0, ours, our_loader, optimizer=our_sgd, loss_fn=F.nll_loss, verbose=False)
+        return steps
+
+    return [Contender("the tutorial's loop and loader", run_theirs), Contender("cnnrs.fit, cnnrs.DataLoader", run_ours)]
+
+
+class Sweep:
+    """MnistNet: how the cost of a step grows with the batch."""
+
+    sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+    def measure(self) -> "Sweep":
+        """Both in turn, the smallest of five rounds."""
+        self.rows = []
+        for size in self.sizes:
+            case = Case("", MNIST.make, MNIST.shape, size, 10, max(4, 256 // size), F.nll_loss)
+            loop, ours = contenders(case)[:2]
+            best = [float("inf")] * 2
+            for _ in range(6):
+                for i, contender in enumerate((loop, ours)):
+                    start = time.perf_counter()
+                    steps = contender.run()
+                    best[i] = min(best[i], (time.perf_counter() - start) / steps)
+            self.rows.append((size, best))
+        return self
+
+    def table(self) -> str:
+        """Milliseconds per step and digits per second."""
+        lines = [
+            "### Training: MnistNet, cost of a step by batch size",
+            "",
+            "Smallest of 5 rounds after one to warm up, data in memory.",
+            "",
+            "| batch | tutorial's loop, ms | cnnrs.fit, ms | times as fast | cnnrs.fit, digits/s |",
+            "|---:|---:|---:|---:|---:|",
+        ]
+        for size, (loop, ours) in self.rows:
+            figures = (show(1e3 * loop), show(1e3 * ours), f"{loop / ours:.1f}", show(size / ours))
+            lines.append(f"| {size} | {' | '.join(figures)} |")
+        return "\n".join([*lines, ""])
+
+
+class Limits:
+    """What a step costs against what the machine could do at best."""
+
+    def __init__(self, cases: list[Case]) -> None:
+        self.cases = cases
+
+    def measure(self) -> "Limits":
+        """Compile time, memory, steps per second and the share of the arithmetic's or the memory's limit."""
+        self.flops, self.bandwidth = _peaks()
+        self.rows = []
+        for case in self.cases:
+            model = case.make()
+            optimizer = case.optimizer(model)
+
+            def epoch(steps: int, case: Case = case, model: nn.Module = model, optimizer: Any = optimizer) -> float:
+                batches = case.batches(steps)
+                start = time.perf_counter()
+                cnnrs.fit(0, model, batches, optimizer=optimizer, loss_fn=case.loss_fn, engine="cpu", verbose=False)
+                return time.perf_counter() - start
+
+            case.batches(1)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            first = epoch(1)
+            memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            second = statistics.median(epoch(1) for _ in range(3))
+            step = min(epoch(case.steps) for _ in range(3)) / case.steps
+            # Backward is twice forward; less for the first layer, hence an upper bound.
+            work = 3 * case.batch * sum(layer.flops or 0 for layer in cnnrs.summary(model, (1, *case.shape)).layers)
+            # Weights: read forward, read for the input's gradient, read and written by the update; momentum likewise.
+            traffic = 4 * sum(p.numel() for p in model.parameters()) * (4 + 2 * (case.momentum > 0))
+            limit = max(work / self.flops, traffic / self.bandwidth)
+            bound = "arithmetic" if work / self.flops > traffic / self.bandwidth else "memory"
+            self.rows.append((case.name, max(0.0, first - second), memory, 1 / step, limit / step, bound))
+        return self
+
+    def table(self) -> str:
+        """One row per network."""
+        lines = [
+            "### Training: engine `cpu` against the machine's limits",
+            "",
+            f"Limits measured here with libtorch: {show(self.flops / 1e9)} GFLOP/s (product of two 2048 x 2048 "
+            f"matrices) and {show(self.bandwidth / 1e9)} GB/s (one pass over 256 MiB, read and written). A step needs "
+            "three times the forward pass's arithmetic, and weights (and momentum) cross the bus four (six) times; "
+            "skipping zeros of ReLU and dropout can beat that. Compiling: the first step of a model minus a later "
+            "one, pages of the optimizer's new state included.",
+            "",
+            "| network | compiling, ms | peak memory above the model's, MiB | steps/s | share of the limit | bound by |",
+            "|---|---:|---:|---:|---:|---|",
+        ]
+        for name, compiling, memory, rate, share, bound in self.rows:
+            figures = (show(1e3 * compiling), show(memory), show(rate), f"{100 * share:.0f} %", bound)
+            lines.append(f"| {name} | {' | '.join(figures)} |")
+        return "\n".join([*lines, ""])
+
+
+def _peaks() -> tuple[float, float]:
+    a, x = torch.randn(2048, 2048), torch.zeros(1 << 26)
+    products, passes = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        products.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        x.add_(1.0)
+        passes.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(products), 2 * 4 * x.numel() / min(passes)
 
 
 def tutorials_fit(model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, loss_fn: Callable) -> None:
@@ -89,11 +274,3 @@ def tutorials_fit(model: nn.Module, batches: Batches, optimizer: torch.optim.Opt
         running_correct += preds.eq(target.data.view_as(preds)).cpu().sum()
         loss.backward()
         optimizer.step()
-
-
-def vgg_head() -> nn.Module:
-    """`vgg16().classifier` of the tutorial, for two classes."""
-    return nn.Sequential(
-        nn.Linear(25088, 4096), nn.ReLU(True), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(True), nn.Dropout(),
-        nn.Linear(4096, 2),
-    )  # fmt: skip

@@ -10,11 +10,17 @@ from pathlib import Path
 import fit
 import folders
 import loader
+import preconv
 import readme
 from measure import machine, show
 
 HERE = Path(__file__).parent
-BENCHMARKS = {"loader": loader.comparisons, "folders": folders.comparisons, "fit": fit.comparisons}
+BENCHMARKS = {
+    "loader": loader.comparisons,
+    "folders": folders.comparisons,
+    "fit": fit.comparisons,
+    "preconv": preconv.comparisons,
+}
 
 
 def main() -> None:

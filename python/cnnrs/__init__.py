@@ -22,6 +22,7 @@ from cnnrs import ray as ray  # noqa: E402
 from cnnrs._cnnrs import __version__  # noqa: E402
 from cnnrs.backbones import Backbone, backbone  # noqa: E402
 from cnnrs.check import check  # noqa: E402
+from cnnrs.checkpoint import BestCheckpoint, EarlyStopping  # noqa: E402
 from cnnrs.engines import explain  # noqa: E402
 from cnnrs.errors import CnnrsError, DecodeError, NonFiniteLossError, UnsupportedModelError  # noqa: E402
 from cnnrs.feature_dataset import FeatureDataset, data_gen  # noqa: E402
@@ -40,9 +41,11 @@ from cnnrs.summary import summary  # noqa: E402
 __all__ = [
     "MNIST",
     "Backbone",
+    "BestCheckpoint",
     "CnnrsError",
     "DataLoader",
     "DecodeError",
+    "EarlyStopping",
     "FeatureDataset",
     "Features",
     "History",

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Cache",
+    "CpuNetwork",
     "CpuPlans",
     "Graph",
     "Loader",
@@ -266,8 +267,26 @@ def fit_cpu(
     clip: tuple[str, float] | None,
     plans: CpuPlans,
     seed: int,
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]] | tuple[torch.Tensor, torch.Tensor, list[int], list[int]],
     accumulate: int,
     after: Callable[[int, float], Any] | None,
 ) -> tuple[float, int | None, int]:
     """One epoch of a lowered model without libtorch: (sum of losses, correct predictions or None, samples)."""
+
+@final
+class CpuNetwork:
+    """A frozen network on engine cpu, compiled for the shape of the first batch and again when it changes."""
+
+    def __new__(cls, graph: Graph, tensors: Sequence[torch.Tensor], exact: bool) -> CpuNetwork: ...
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Features of one batch."""
+
+    def timings(self) -> list[tuple[str, str, str, int, float]]:
+        """Per step: name, kind, method, floating-point operations per image, seconds since the first batch."""
+
+    def bytes(self) -> tuple[int, int, int]:
+        """Bytes of activations, weights and the workers' memory, 0 before the first batch."""
+
+    @staticmethod
+    def obstacle(graph: Graph, tensors: Sequence[torch.Tensor], input: Sequence[int]) -> str | None:
+        """Why a graph cannot be computed on inputs of this shape; None where it can."""

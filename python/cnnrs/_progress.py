@@ -66,7 +66,7 @@ def progress(items: Iterable[T], description: str, unit: str = "batch", verbose:
     step = Step(description)
     for listener in _listeners:
         listener.append(step)
-    bar = _bar(description, unit, _length(items)) if verbose and (sys.stderr.isatty() or _in_notebook()) else None
+    bar = _bar(description, unit, _length(items)) if verbose and is_shown() else None
     if bar is None and not _listeners:
         return iter(items)
     return _timed(iter(items), step, bar)
@@ -102,6 +102,11 @@ def _size(item: Any) -> int:
         return len(item[0])
     except (TypeError, IndexError, KeyError):
         return 1
+
+
+def is_shown() -> bool:
+    """Whether there is somebody to see a bar."""
+    return sys.stderr.isatty() or _in_notebook()
 
 
 def _in_notebook() -> bool:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from itertools import accumulate as running_sums
+from itertools import chain, islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from cnnrs import _cnnrs
 from cnnrs.graph import Lowered
+from cnnrs.iterators import RowsIter, columns
+from cnnrs.loader import DataLoader
 from cnnrs.optimizers import Step
 
 #: Compiled plans and their threads live as long as the model.
@@ -78,7 +84,7 @@ def run(
     lowered: Lowered,
     loss: tuple[Any, ...],
     optimizer: Optimizer | None,
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]] | FeatureRows,
     clip: tuple[str, float] | None = None,
     accumulate: int = 1,
     after: Callable[[int, float, Step | None], Any] | None = None,
@@ -96,7 +102,7 @@ def run(
         loss: ("nll", weight, ignore_index), ("cross_entropy", weight, ignore_index, label_smoothing), ("mse",) or
             ("bce_with_logits",).
         optimizer: SGD, Adam or AdamW; None for validation.
-        batches: yields float32 (N, ...) inputs and int64 (N,) or float32 (N, K) targets.
+        batches: yields float32 (N, ...) inputs and int64 (N,) or float32 (N, K) targets; or rows of features.
         clip: ("norm" or "value", the largest there may be) of the gradients.
         accumulate: batches per step of the optimizer.
         after: called with number and mean loss of every batch, and the optimizer's rows; returns their new options or
@@ -106,11 +112,20 @@ def run(
         (sum of losses, correct predictions, samples).
     """
     plans = _PLANS.setdefault(model, _cnnrs.CpuPlans())
+    if isinstance(batches, FeatureRows):
+        totals: tuple[float, int | None, int] = batches.epoch(
+            lambda rows: run(epoch, phase, model, lowered, loss, optimizer, rows, clip, accumulate, after),
+            lambda: plans.steps * accumulate,
+        )
+        return totals
     arguments = (epoch, phase, lowered.graph, [t.detach() for t in lowered.tensors], loss)
     if phase == "validation" or optimizer is None:
         bound = None if after is None else lambda batch, mean: after(batch, mean, None)
         return _cnnrs.fit_cpu(*arguments, [], [], None, plans, 0, batches, 1, bound)
     optimizer.zero_grad()
+    if isinstance(batches, Iterator):
+        # The loader draws its order before dropout draws, as in a plain loop.
+        batches = chain(list(islice(batches, 1)), batches)
     draws = any(kind == "Dropout" and a["training"] and a["p"] > 0 for _, kind, _, a in lowered.operations)
     seed = int(torch.empty((), dtype=torch.int64).random_()) if draws else 0
     step = _Rows(optimizer, lowered.tensors)
@@ -120,6 +135,83 @@ def run(
         return _cnnrs.fit_cpu(*arguments, sgd, adam, clip, plans, seed, batches, accumulate, bound)
     finally:
         step.finish_after(plans.steps)
+
+
+class FeatureRows:
+    """A `cnnrs.DataLoader` over features in memory or in a mapped file, whose epochs need no Python per batch.
+
+    Attributes:
+        features: (N, ...) float32.
+        labels: (N,) int64 or (N, K) float32.
+    """
+
+    def __init__(self, loader: DataLoader, features: torch.Tensor, labels: torch.Tensor) -> None:
+        self._loader = loader
+        self.features = features
+        self.labels = labels
+
+    @staticmethod
+    def of(loader: Any) -> FeatureRows | None:
+        """The rows of a loader, or None where its batches must be asked for one by one."""
+        if type(loader) is not DataLoader or loader.device is not None or loader.pin_memory:
+            return None
+        found = columns(loader)
+        if found is None or len(found) != 2:
+            return None
+        features, labels = map(_shared, found)
+        if features is None or labels is None or features.dtype is not torch.float32 or features.dim() < 2:
+            return None
+        classes = labels.dtype is torch.int64 and labels.dim() == 1
+        values = labels.dtype is torch.float32 and labels.dim() == 2
+        return FeatureRows(loader, features, labels) if len(features) == len(labels) and (classes or values) else None
+
+    def example(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of a batch of the usual size."""
+        rows = min(self._loader.batch_size or 1, len(self.features))
+        return self.features[:rows], self.labels[:rows]
+
+    def epoch(self, work: Callable[[Any], Any], done: Callable[[], int]) -> Any:
+        """Draws the order of an epoch as the loader would and gives it to ``work``; ``done`` counts its batches."""
+        iterator = iter(self._loader)
+        assert isinstance(iterator, RowsIter)
+        progress, size = iterator._progress, len(self.features)
+        began = (progress.batches, progress.samples)
+        parts: list[list[int]] = []
+        try:
+            while True:
+                parts.append(iterator._base(iterator._index()))
+        except StopIteration:
+            pass
+        order = [row + size if row < 0 else row for part in parts for row in part]
+        outside = next((row for row in order if not 0 <= row < size), None)
+        if outside is not None:
+            raise IndexError(f"index {outside} is out of range for {size} features")
+        ended = (progress.batches, progress.samples)
+        progress.batches, progress.samples = began
+        ends = list(running_sums(map(len, parts)))
+        try:
+            result = work((self.features, self.labels, order, ends))
+        except BaseException:
+            progress.batches += done()
+            progress.samples += sum(map(len, parts[: done()]))
+            raise
+        progress.batches, progress.samples = ended
+        progress.finished = True
+        return result
+
+
+def _shared(column: Any) -> torch.Tensor | None:
+    """A column as a contiguous tensor over the same memory, where there is one."""
+    if isinstance(column, list):
+        column = np.asarray(column) if all(type(value) is int for value in column) else None
+    if isinstance(column, np.ndarray) and column.dtype.isnative and column.flags.c_contiguous:
+        with warnings.catch_warnings():
+            # That a mapped file is read-only does not matter: nobody writes to it.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            column = torch.from_numpy(np.asarray(column)) if column.dtype in (np.float32, np.int64) else None
+    if isinstance(column, torch.Tensor) and column.device.type == "cpu" and column.is_contiguous():
+        return column.detach()
+    return None
 
 
 class _Rows(Step):

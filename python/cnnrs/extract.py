@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from cnnrs import _cnnrs
+from cnnrs import _cnnrs, cpu_features
 from cnnrs.engines import Engine, choose, device_of, to_device
 from cnnrs.graph import Lowered
 from cnnrs.update import File, Item
@@ -47,27 +48,43 @@ class Extractor:
         if precision is not None and precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(map(repr, get_args(Precision)))}, got {precision!r}")
         self.model = model
+        self.engine = engine
         self.precision = precision
         self.dtype = dtype
         self.device = device_of(model)
         self.verbose = verbose
         self.lowered: Lowered | None = choose(model, engine)
-        if precision in _AUTOCAST and engine == "torch":
+        if precision in _AUTOCAST and engine in ("torch", "cpu"):
             raise ValueError(f'precision={precision!r} is autocast of the module itself: use engine="auto" or "python"')
         # On an accelerator the module is called too: its launches run ahead of the device, whoever makes them.
         self._calls_module = self.device.type != "cpu" or precision in _AUTOCAST
 
     def __call__(self, batches: Iterable[Item], file: File | None, expected: int = 0) -> torch.Tensor | None:
         """Features of all batches in memory, or None when they are in `file`."""
+        items = iter(batches)
+        first = next(items, None)
+        items = items if first is None else chain([first], items)
         if self.lowered is not None and not self._calls_module:
-            moved = ((to_device(inputs, self.device), runs, tag) for inputs, runs, tag in batches)
-            graph, tensors = self.lowered.graph, self.lowered.tensors
-            result = _cnnrs.extract_torch(graph, tensors, moved, file, expected, self.dtype)
+            network = None if first is None else self._native(self.lowered, first[0])
+            if network is not None:
+                rows = ((network(to_device(inputs, self.device)), runs, tag) for inputs, runs, tag in items)
+                result = _cnnrs.extract_rows(rows, file, expected, self.dtype)
+            else:
+                moved = ((to_device(inputs, self.device), runs, tag) for inputs, runs, tag in items)
+                graph, tensors = self.lowered.graph, self.lowered.tensors
+                result = _cnnrs.extract_torch(graph, tensors, moved, file, expected, self.dtype)
         else:
             pipeline = Pipeline(self.model, self.device, self.precision, self.dtype, self.verbose)
-            result = _cnnrs.extract_rows(pipeline.run(batches), file, expected, self.dtype)
+            result = _cnnrs.extract_rows(pipeline.run(items), file, expected, self.dtype)
         data, shape, made = result
         return None if data is None else torch.from_numpy(data).view(getattr(torch, made)).reshape(shape)
+
+    def _native(self, lowered: Lowered, images: torch.Tensor) -> _cnnrs.CpuNetwork | None:
+        """Engine ``cpu``, where it is wanted and can run; it needs a batch to tell."""
+        if self.engine == "torch":
+            return None
+        exact, required = self.precision == "exact", self.engine == "cpu"
+        return cpu_features.network(lowered, images, required=required, exact=exact)
 
 
 def type_name(dtype: str | torch.dtype | np.dtype[Any] | type | None) -> str | None:

@@ -136,8 +136,9 @@ class Features:
     def attach(self, head: nn.Module, body: nn.Module | None = None) -> nn.Module:
         """The whole network: its output on images is that of ``head`` on their features.
 
-        The parts are shared, not copied: train the head before or after. The body stays in eval mode, also after
-        ``.train()``, because the features were computed in it.
+        Bit for bit where the features came from engine "torch" or "python" on the same device in batches of the same
+        size, up to float rounding otherwise. The parts are shared, not copied: train the head before or after. The body
+        stays in eval mode, also after ``.train()``, because the features were computed in it.
 
         Args:
             head: takes (N, ...) features.
@@ -148,7 +149,7 @@ class Features:
 
         >>> import torch, cnnrs
         >>> images = torch.rand(4, 3, 8, 8)
-        >>> features = cnnrs.preconv([(images, torch.arange(4))], torch.nn.Conv2d(3, 5, 3))
+        >>> features = cnnrs.preconv([(images, torch.arange(4))], torch.nn.Conv2d(3, 5, 3), engine="torch")
         >>> head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(180, 2))
         >>> torch.equal(features.attach(head)(images), head(features.features))
         True
@@ -323,4 +324,8 @@ def load_features(folder: str | os.PathLike[str], *, verify: bool = True) -> Fea
             f"{store.path('features.npy')} is damaged: {sum(size for _, size in bad)} of {meta['shape'][0]} rows do "
             f"not have their checksums, the first in rows {start} to {start + count - 1}; preconv computes them again"
         )
-    return Features(store.features(meta["dtype"]), store.labels(meta), meta["paths"], meta["classes"], store.folder)
+    labels, features = store.labels(meta), store.features(meta)
+    if features is None:
+        # Another process has just written new ones.
+        return load_features(folder, verify=verify)
+    return Features(features, labels, meta["paths"], meta["classes"], store.folder)

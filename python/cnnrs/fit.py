@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from cnnrs import _cnnrs, cpu_engine
+from cnnrs._progress import is_shown
 from cnnrs._progress import progress as bar
 from cnnrs.engines import Engine, choose, device_of, slow_on_cpu, to_device
 from cnnrs.errors import UnsupportedModelError
@@ -115,8 +116,10 @@ def fit(
     loop = _Loop(_clip(clip_grad_norm, clip_grad_value), _positive(accumulate), on_batch_end, _dtype(amp))
     model.train(phase == "training")
     job = _Job(epoch, phase, model, loss_fn, optimizer if phase == "training" else None, device_of(model), loop)
-    batches = _batches(loader, job.device, f"{phase} epoch {epoch}", verbose if progress is None else progress)
-    total, correct, samples = _run(job, engine, batches)
+    shown = verbose if progress is None else progress
+    rows = cpu_engine.FeatureRows.of(loader) if on_batch_end is None and not (shown and is_shown()) else None
+    batches = _batches(loader, job.device, f"{phase} epoch {epoch}", shown)
+    total, correct, samples = _run(job, engine, batches, rows)
     if samples == 0:
         raise ValueError(f"the loader yielded no samples: nothing to do in {phase} epoch {epoch}")
     loss = total / samples
@@ -242,7 +245,7 @@ class _Job:
         return torch.autocast(self.device.type, dtype=self.loop.amp, cache_enabled=keep)
 
 
-def _run(job: _Job, engine: Engine, batches: Iterator[Any]) -> Totals:
+def _run(job: _Job, engine: Engine, batches: Iterator[Any], rows: cpu_engine.FeatureRows | None) -> Totals:
     lowered = choose(job.model, engine)
     if lowered is not None and job.loop.amp is torch.float16:
         if engine != "auto":
@@ -256,11 +259,13 @@ def _run(job: _Job, engine: Engine, batches: Iterator[Any]) -> Totals:
         reasons = _obstacles(job, lowered, None)
         if reasons:
             raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this:", *reasons]))
-        return _run_cpu(job, lowered, batches)
+        return _run_cpu(job, lowered, batches if rows is None else rows)
     if engine == "auto" and not slow_on_cpu(lowered) and not _obstacles(job, lowered, None):
         # What decides the rest is the shape of a batch.
-        first = next(batches, None)
-        if first is not None:
+        if rows is not None:
+            if not _obstacles(job, lowered, rows.example()):
+                return _run_cpu(job, lowered, rows)
+        elif (first := next(batches, None)) is not None:
             batches = chain([first], batches)
             if not _obstacles(job, lowered, first):
                 return _run_cpu(job, lowered, batches)
@@ -279,7 +284,7 @@ def _obstacles(job: _Job, lowered: Lowered, batch: tuple[torch.Tensor, torch.Ten
     return cpu_engine.supports(lowered, job.optimizer, loss, job.device, inputs.dtype, tuple(inputs.shape), targets)
 
 
-def _run_cpu(job: _Job, lowered: Lowered, batches: Iterator[Any]) -> Totals:
+def _run_cpu(job: _Job, lowered: Lowered, batches: Iterator[Any] | cpu_engine.FeatureRows) -> Totals:
     loss = _loss(job.loss_fn)
     assert loss is not None
     loop = job.loop

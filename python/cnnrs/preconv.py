@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from cnnrs import ranks
 from cnnrs.backbones import resolve
 from cnnrs.engines import Engine
 from cnnrs.extract import Extractor, Precision, type_name
@@ -50,14 +51,17 @@ def preconv(
         out: folder to keep the features in: ``features.npy``, ``labels.npy``, ``meta.json``. Kill it at any time: the
             next call computes only the rows that are missing. A later call computes only images that are new or
             changed, and everything when the transform, the weights or the versions are others; it says so in one
-            line. None keeps the features in memory.
+            line. None keeps the features in memory. With a loader made with ``rank`` and ``world_size``, all processes
+            of ``torchrun`` call this with the same folder, share the work and get all features.
         layer: path of the module whose output is taken, ``"features.29"`` for example; see :func:`cnnrs.backbone`.
         pool: ``"avg"`` or ``"max"`` over all positions, ``"cls"`` for the first token, None for everything.
         weights: of a model given by name; see :func:`cnnrs.backbone`.
         batch_size: images at a time when ``data`` is a dataset.
         num_workers: threads that read images when ``data`` is a dataset; None: all cores.
-        engine: as for :func:`cnnrs.fit`.
-        precision: "exact" (no TF32), "tf32", or "bf16" and "fp16" by autocast; None: as torch is set.
+        engine: "cpu" computes float32 images on the CPU in native code, equal to PyTorch up to float rounding; "torch"
+            runs the layers through libtorch, "python" calls the module. "auto" takes the first that can.
+        precision: "exact" (no TF32 on a GPU; no Winograd convolution on a CPU, whose rounding is a little coarser),
+            "tf32", or "bf16" and "fp16" by autocast; None: as torch is set.
         dtype: type to keep features in, "float32", "float16" or "bfloat16"; None: what the model returns. A value that
             float16 cannot hold is an error.
         passes: how many times all images are augmented and computed: K * N rows, pass by pass.
@@ -76,7 +80,7 @@ def preconv(
         FileExistsError: ``out`` holds something else than features.
         OSError: the disk is full: what is computed is safe, and the next call goes on from there.
         RuntimeError: shapes or devices that do not fit, in PyTorch's words.
-        UnsupportedModelError: engine="torch" for a model that cannot be lowered.
+        UnsupportedModelError: engine="torch" or "cpu" for a model that it cannot run.
 
     >>> import torch, cnnrs
     >>> batches = [(torch.rand(4, 3, 8, 8), torch.arange(4))] * 2
@@ -90,4 +94,8 @@ def preconv(
     source = source_of(data, body, batch_size, num_workers, any_transform)
     with frozen(body):
         run = Run(source, body, Extractor(body, engine, precision, type_name(dtype), verbose), verbose)
-        return run.in_memory(passes, seed) if out is None else run.in_folder(Store(out), passes, seed)
+        if out is None:
+            return run.in_memory(passes, seed)
+        if ranks.is_shared(source.data):
+            return ranks.in_folder(run, Store(out), passes, seed)
+        return run.in_folder(Store(out), passes, seed)

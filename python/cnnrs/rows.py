@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -134,7 +135,7 @@ class Data:
     @staticmethod
     def _visits_each_once(loader: Any) -> bool:
         sampler, batches = loader.sampler, loader.batch_sampler
-        whole = type(sampler) is SequentialSampler or (
+        whole = type(sampler) in (SequentialSampler, DistributedSampler) or (
             type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)
         )
         return whole and type(batches) is BatchSampler and batches.sampler is sampler

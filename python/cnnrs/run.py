@@ -19,8 +19,8 @@ from cnnrs.extract import Extractor
 from cnnrs.features import Features
 from cnnrs.fingerprint import Unidentifiable, fingerprint
 from cnnrs.rows import Data
-from cnnrs.store import FORMAT, Layout, Store
-from cnnrs.update import File, Item, Plan, Update
+from cnnrs.store import FORMAT, Store
+from cnnrs.update import Compute, File, Item, Plan, Update
 
 
 def source_of(
@@ -61,6 +61,8 @@ class Run:
         self.model = model
         self.extractor = extractor
         self.verbose = verbose
+        # Replaced where several processes share the work.
+        self.computes: Compute = self.compute
 
     def in_memory(self, passes: int, seed: int) -> Features:
         """Features as the loader gives them, or `passes` passes in the order of the data set."""
@@ -131,8 +133,12 @@ class Run:
             else:
                 if changes:
                     self._say(f"{store.folder}: recomputing the features, because {' and '.join(changes)}")
-                Update(store, plan, self.compute, lambda text: self._say(f"{store.folder}: {text}")).run(usable)
-            return self._opened(store, plan)
+                Update(store, plan, self.computes, lambda text: self._say(f"{store.folder}: {text}")).run(usable)
+            meta = store.meta()
+            made = None if meta is None else self._opened(store, meta, plan.labels())
+        if made is None:
+            raise OSError(f"{store.folder} changed although it is locked: is something else writing there?")
+        return made
 
     def compute(self, update: Update, file: File) -> None:
         """Compute what is missing and write it."""
@@ -201,14 +207,26 @@ class Run:
             same = False
         if not same or any(meta[name] != _plain(expected[name]) for name in ("paths", "classes", "stats")):
             return None
-        self._say(f"{store.folder}: {len(labels)} features are up to date, nothing to compute")
-        return self._opened(store, plan)
+        found = self._opened(store, meta, labels)
+        if found is not None:
+            self._say(f"{store.folder}: {len(labels)} features are up to date, nothing to compute")
+        return found
 
-    def _opened(self, store: Store, plan: Plan) -> Features:
+    def opened(self, store: Store, plan: Plan) -> Features | None:
+        """The features of the store, when they are the plan's."""
         meta = store.meta()
-        assert meta is not None
-        features = store.features(meta["dtype"])
-        return Features(features, plan.labels(), meta["paths"], meta["classes"], store.folder, body=self.model)
+        if meta is None or meta["key"] != plan.key:
+            return None
+        plan.skip_again(meta)
+        if meta["shape"][0] != plan.rows:
+            return None
+        return self._opened(store, meta, plan.labels())
+
+    def _opened(self, store: Store, meta: dict[str, Any], labels: torch.Tensor) -> Features | None:
+        features = store.features(meta)
+        if features is None:
+            return None
+        return Features(features, labels, meta["paths"], meta["classes"], store.folder, body=self.model)
 
     @staticmethod
     def _same_rows(store: Store, plan: Plan, meta: dict[str, Any]) -> bool:
@@ -227,15 +245,14 @@ class Run:
             made = self._stream(store.path("features.npy.partial"))
             layout = store.partial_layout()
             assert layout is not None
-            if self.extractor.dtype is not None:
-                layout = Layout(layout.shape, self.extractor.dtype)
             meta = {
                 "paths": made.paths, "classes": made.classes, "passes": 1, "key": None, "stats": None, "ids": None,
                 "skipped": [],
             }  # fmt: skip
             store.commit(layout, made.labels, meta)
-            made.features, made.folder = store.features(layout.dtype), store.folder
-        return made
+            opened = self._opened(store, store.meta() or {}, made.labels)
+        assert opened is not None
+        return opened
 
     def _say(self, text: str) -> None:
         if self.verbose:

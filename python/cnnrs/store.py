@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -39,9 +40,13 @@ _WORKING = (
     "features.npy.previous",
     "features.journal.previous",
 )
-#: Everything that such a folder may hold.
-FILES = (*_NAMES, *_WORKING)
+_SHARED = re.compile(r"features\.journal\.\d+")
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of this name belongs to a folder of features."""
+    return name in (*_NAMES, *_WORKING) or _SHARED.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -137,11 +142,14 @@ class Store:
             raise ValueError(f"{path} is damaged: its checksum is not the one in meta.json")
         return torch.from_numpy(np.load(path))
 
-    def features(self, dtype: str) -> torch.Tensor:
-        """The stored features, memory-mapped: a row is read from disk when it is used."""
+    def features(self, meta: dict[str, Any]) -> torch.Tensor | None:
+        """The stored features, memory-mapped: a row is read when it is used. None if `meta` is out of date."""
         # Mode "c": writable for torch, yet nothing ever reaches the file.
         mapped = torch.from_numpy(np.load(self.path("features.npy"), mmap_mode="c"))
-        return mapped.view(torch.bfloat16) if dtype == "bfloat16" else mapped
+        # A commit takes meta.json away before it replaces the rows: these are its rows if it is still there.
+        if (self.meta() or {}).get("checksum") != meta["checksum"]:
+            return None
+        return mapped.view(torch.bfloat16) if meta["dtype"] == "bfloat16" else mapped
 
     def partial_layout(self, name: str = "features.npy.partial") -> Layout | None:
         """The layout of a file in the making, None when there is none that can be read."""
@@ -215,7 +223,7 @@ class Store:
             time.sleep(0.05)
 
     def _refuse_others(self) -> None:
-        others = sorted(entry.name for entry in os.scandir(self.folder) if entry.name not in FILES)
+        others = sorted(entry.name for entry in os.scandir(self.folder) if not is_ours(entry.name))
         if others:
             raise FileExistsError(f"{self.folder} holds {others[0]!r}, not a feature file: give a folder of its own")
 
@@ -226,8 +234,34 @@ class Store:
             os.replace(rows, self.path("features.npy.previous"))
             os.replace(journal, self.path("features.journal.previous"))
         self._unlink("features.npy.partial")
-        text = json.dumps({"format": FORMAT, **header}).encode()
-        self._write("features.journal", b"%08x %s\n" % (zlib.crc32(text), text))
+        self._write_header("features.journal", {"format": FORMAT, **header})
+
+    def _write_header(self, name: str, header: dict[str, Any]) -> None:
+        text = json.dumps(header).encode()
+        self._write(name, b"%08x %s\n" % (zlib.crc32(text), text))
+
+    def shared_journal(self, rank: int) -> Path:
+        """The journal of one of several processes that fill the same file."""
+        if rank == 0:
+            return self.path("features.journal")
+        own = self.path(f"features.journal.{rank}")
+        journal = self.journal()
+        if not own.exists() and journal is not None:
+            self._write_header(own.name, journal.header)
+        return own
+
+    def absorb(self) -> None:
+        """Put what other processes have recorded into the journal."""
+        journal = self.journal()
+        for path in sorted(self.folder.glob("features.journal.[0-9]*")):
+            other = self.journal(path.name)
+            if journal is not None and other is not None and other.header == journal.header:
+                lines = path.read_bytes().splitlines(keepends=True)[1:]
+                with open(self.path("features.journal"), "ab") as file:
+                    file.write(b"".join(lines))
+                    file.flush()
+                    os.fsync(file.fileno())
+            path.unlink()
 
     def discard(self) -> None:
         """Forget what is in the making."""

@@ -71,6 +71,11 @@ class Plan:
         self.samples = [i for i in self.samples if i not in gone]
         return len(gone)
 
+    def faults(self) -> dict[str, str]:
+        """The files that are left out, and why."""
+        files = self.data.files or []
+        return {files[i]: reason for i, reason in self.skipped.items()}
+
     def skip_again(self, meta: dict[str, Any]) -> None:
         """Leave out files that could not be read before and have not changed since."""
         now = dict(zip(self.data.files or [], self.stats or [], strict=False))
@@ -169,6 +174,7 @@ class Update:
 
     Attributes:
         missing: for every pass, the samples to be computed.
+        share: (which, of how many): the batches that this process computes, every n-th.
     """
 
     def __init__(self, store: Store, plan: Plan, compute: Compute, say: Callable[[str], None]) -> None:
@@ -177,6 +183,7 @@ class Update:
         self.compute = compute
         self.say = say
         self.missing: list[list[int]] = []
+        self.share = (0, 1)
 
     def run(self, meta: dict[str, Any] | None) -> None:
         """Make the store hold exactly the plan's rows; `meta` is that of a complete store with the same key.
@@ -211,6 +218,7 @@ class Update:
     def _resume(self) -> dict[int, str]:
         """Row -> identity of what an interrupted run of the same plan has left; begins a new file if there is none."""
         digest = self.plan.digest()
+        self.store.absorb()
         journal, layout = self.store.journal(), self.store.partial_layout()
         if journal is not None and journal.header.get("plan") == digest:
             if layout is not None and layout.shape[0] == self.plan.rows:
@@ -258,13 +266,15 @@ class Update:
                 for old, new, count in _joined(pairs, max(1, _COPY_BYTES // max(layout.row_bytes, 1)))
             ]
             if moves:
-                _cnnrs.copy_rows(source.path, self._file(), list(layout.shape[1:]), layout.dtype, moves)
+                _cnnrs.copy_rows(source.path, self.file(), list(layout.shape[1:]), layout.dtype, moves)
                 done.update((row, identities[row]) for _, row in pairs)
 
-    def _file(self) -> File:
-        paths = self.store.path("features.npy.partial"), self.store.path("features.journal")
-        there = self.store.partial_layout() is not None
-        return os.fspath(paths[0]), os.fspath(paths[1]), self.plan.rows, there
+    def file(self, journal: Path | None = None) -> File:
+        """Where rows go, and the journal that says so."""
+        journal = journal if journal is not None else self.store.path("features.journal")
+        # A file that others may be writing to is never made anew.
+        there = self.share[1] > 1 or self.store.partial_layout() is not None
+        return os.fspath(self.store.path("features.npy.partial")), os.fspath(journal), self.plan.rows, there
 
     def _ids(self) -> list[str]:
         journal = self.store.journal()
@@ -283,20 +293,24 @@ class Update:
             for number in range(self.plan.passes)
         ]
         if any(self.missing):
-            self.compute(self, self._file())
+            self.compute(self, self.file())
+
+    def shares(self) -> Iterator[tuple[int, list[list[int]]]]:
+        """This process's batches of samples, for every pass that has any."""
+        size, (mine, all_of_them) = self.plan.batch_size, self.share
+        for number, samples in enumerate(self.missing):
+            batches = [samples[i : i + size] for i in range(0, len(samples), size)][mine::all_of_them]
+            if batches:
+                yield number, batches
 
     def items(self) -> Iterator[Item]:
         """What is missing, read by this process."""
-        data, size = self.plan.data, self.plan.batch_size
         place = self.plan.places()
         # Beside the model: hashing a file takes about as long as reading it once more.
         with ThreadPoolExecutor(1, thread_name_prefix="cnnrs-identity") as pool:
-            for number, samples in enumerate(self.missing):
-                batches = [samples[i : i + size] for i in range(0, len(samples), size)]
-                if not batches:
-                    continue
+            for number, batches in self.shares():
                 waiting: tuple[Batch, Future[list[str]]] | None = None
-                for batch in data.batches(batches, self.plan.seed, number):
+                for batch in self.plan.data.batches(batches, self.plan.seed, number):
                     now = batch, pool.submit(self.plan.identify, batch.samples or [])
                     if waiting is not None:
                         yield self._item(*waiting, number, place)

@@ -21,7 +21,7 @@ pub struct Target {
     pub journal: Option<PathBuf>,
     /// Rows in the finished file, where that is known before.
     pub total: Option<u64>,
-    /// Whether the file is there, with the rows that the journal names.
+    /// Whether the file may be there, with the rows that the journal names.
     pub resume: bool,
 }
 
@@ -61,9 +61,10 @@ impl RowFile {
         let head = header(dtype, target.total.unwrap_or(0), row);
         let io = |source| Error::Io { path: target.path.clone(), source };
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create(!target.resume).truncate(!target.resume);
+        options.read(true).write(true).create(true).truncate(!target.resume);
         let file = options.open(&target.path).map_err(io)?;
-        if target.resume {
+        // Of several processes that begin at the same time each writes the same header.
+        if file.metadata().map_err(io)?.len() >= HEADER {
             let mut found = vec![0; head.len()];
             file.read_exact_at(&mut found, 0).map_err(io)?;
             if found != head {

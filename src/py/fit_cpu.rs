@@ -10,6 +10,7 @@ use tch::{Device, Kind};
 use super::batches::Batches;
 use super::enter::enter;
 use super::error::convert;
+use super::feature_rows::{FeatureRows, Gathered};
 use super::fit::{AdamRow, Callback, SgdRow, Totals, parse_phase};
 use super::graph::Graph;
 use crate::engine::cpu::{self, ClassLoss, Clip, CpuEngine, Floats, HostBatch, Loss, Plans, Rule, Targets, Tensor};
@@ -68,7 +69,8 @@ pub fn cpu_slow(graph: &Graph) -> Vec<usize> {
 ///
 /// `loss`: ("nll", weight, ignore_index), ("cross_entropy", weight, ignore_index, label_smoothing), ("mse",) or
 /// ("bce_with_logits",); `sgd`, `adam`: rows as for NativeOptimizer, each after the index of its tensor; `clip`: ("norm"
-/// or "value", most); `seed`: key of this epoch's dropout; `accumulate`, `after`: as for `fit_torch`.
+/// or "value", most); `seed`: key of this epoch's dropout; `batches`: iterator of (inputs, targets), or (features, labels,
+/// order of the rows, ends of the batches in it); `accumulate`, `after`: as for `fit_torch`.
 #[pyfunction]
 #[pyo3(signature = (number, phase, graph, tensors, loss, sgd, adam, clip, plans, seed, batches, accumulate, after))]
 #[allow(clippy::too_many_arguments)] // one doorway per engine; Python has given every argument its name already
@@ -105,23 +107,23 @@ pub fn fit_cpu(
     let tensors: Vec<tch::Tensor> = tensors.into_iter().map(|t| t.0).collect();
     let memory = tensors.iter().map(memory).collect::<Result<Vec<_>>>().map_err(|error| convert(py, error))?;
     let counters: Vec<usize> = graph.nodes.iter().filter_map(|node| counter(&node.op)).collect();
+    let batches = batches_of(batches.bind(py)).map_err(|error| convert(py, error))?;
     let metrics = enter(py, move || {
         let workers = usize::try_from(tch::get_num_threads()).unwrap_or(1);
-        let mut kept = plans.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let Kept { plans, steps } = &mut *kept;
-        *steps = 0;
-        let mut engine = CpuEngine::new(graph, plans, memory, loss, rules, clip, accumulate, seed, workers)?;
+        // Taken out, not locked: what the user calls after a batch may validate this very model.
+        let mut kept = std::mem::take(&mut *plans.inner.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut engine = CpuEngine::new(graph, &mut kept.plans, memory, loss, rules, clip, accumulate, seed, workers)?;
         let after = Callback(after);
-        let batches = Batches { iterator: batches, read: |batch: Bound<'_, PyAny>| batch.extract().and_then(read) };
         let result = epoch(number, phase, &mut engine, batches, accumulate, |engine, batch, loss| {
             after.call(batch, loss, |rows| {
                 let rows: Vec<_> = order.iter().copied().zip(rows.iter().cloned()).collect();
                 engine.set_options(&rows);
             })
         });
-        *steps = engine.steps;
+        kept.steps = engine.steps;
         let forwards = i64::try_from(engine.forwards).unwrap_or(i64::MAX);
         drop(engine);
+        *plans.inner.lock().unwrap_or_else(PoisonError::into_inner) = kept;
         for counter in counters {
             let _ = tch::no_grad(|| tensors[counter].shallow_clone().f_add_scalar_(forwards))?;
         }
@@ -129,6 +131,44 @@ pub fn fit_cpu(
         result
     })?;
     Ok((metrics.loss, metrics.correct, metrics.samples))
+}
+
+/// The caller's iterator of pairs, or rows of features.
+fn batches_of(batches: &Bound<'_, PyAny>) -> Result<Box<dyn Iterator<Item = Result<Batch>> + Send>> {
+    if let Ok((features, labels, order, ends)) = batches.extract::<(PyTensor, PyTensor, Vec<i64>, Vec<usize>)>() {
+        let rows = FeatureRows::new(features, labels, order, ends)?;
+        return Ok(Box::new(rows.map(|batch| batch.map(Batch::Rows))));
+    }
+    let read = |batch: Bound<'_, PyAny>| batch.extract().and_then(read).map(Batch::Tensors);
+    Ok(Box::new(Batches { iterator: batches.clone().unbind(), read }))
+}
+
+enum Batch {
+    Tensors(TorchBatch),
+    Rows(Gathered),
+}
+
+impl HostBatch for Batch {
+    fn shape(&self) -> &[usize] {
+        match self {
+            Self::Tensors(batch) => batch.shape(),
+            Self::Rows(batch) => batch.shape(),
+        }
+    }
+
+    fn inputs(&self) -> &[f32] {
+        match self {
+            Self::Tensors(batch) => batch.inputs(),
+            Self::Rows(batch) => batch.inputs(),
+        }
+    }
+
+    fn targets(&self) -> Targets<'_> {
+        match self {
+            Self::Tensors(batch) => batch.targets(),
+            Self::Rows(batch) => batch.targets(),
+        }
+    }
 }
 
 /// The `num_batches_tracked` that a training layer counts up.

@@ -6,6 +6,7 @@ mod check;
 mod dlpack;
 mod enter;
 mod error;
+mod feature_rows;
 mod fit;
 mod fit_cpu;
 mod folder;
@@ -14,6 +15,7 @@ mod image;
 mod loader;
 mod mnist;
 mod preconv;
+mod preconv_cpu;
 mod transform;
 
 use pyo3::prelude::*;
@@ -41,6 +43,8 @@ mod _cnnrs {
     use super::mnist::read_idx;
     #[pymodule_export]
     use super::preconv::{copy_rows, extract_rows, extract_torch, row_checksums};
+    #[pymodule_export]
+    use super::preconv_cpu::CpuNetwork;
 
     use super::*;
 

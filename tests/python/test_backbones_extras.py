@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,11 @@ def test_efficientnet_lite0_knows_cats_from_dogs(photos: Path, tmp_path: Path) -
     data.transform = wrong
     with pytest.raises(ValueError, match=r"not prepared as the weights of efficientnet_lite0 \(DEFAULT\) want"):
         cnnrs.preconv(data, "efficientnet_lite0")
+
+
+def test_the_extras_are_pinned_as_they_are_tested() -> None:
+    root = Path(__file__).resolve().parents[2]
+    extras = re.findall(r'"([\w\[\]]+==[\d.]+)"', (root / "pyproject.toml").read_text().partition("[tool.")[0])
+    tested = (root / "requirements" / "extras.txt").read_text().splitlines()
+    assert {"timm==1.0.31", "ray[data]==2.60.0"} <= set(extras)
+    assert {one for one in extras if not one.startswith("torch")} <= set(tested)

@@ -15,7 +15,7 @@ import torch
 
 import cnnrs
 from cnnrs.cli.options import add_json, size
-from cnnrs.store import FILES
+from cnnrs.store import is_ours
 
 EPILOG = """\
 examples:
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _info(folder: Path) -> dict[str, Any]:
-    count = sum((folder / name).stat().st_size for name in FILES if (folder / name).exists())
+    count = sum(path.stat().st_size for path in folder.iterdir() if is_ours(path.name))
     entry: dict[str, Any] = {"folder": str(folder), "bytes": count}
     try:
         features = cnnrs.load_features(folder, verify=False)
@@ -85,9 +85,8 @@ def _verify(folder: Path) -> dict[str, Any]:
 
 def _clear(folder: Path) -> dict[str, Any]:
     count = 0
-    for name in FILES:
-        path = folder / name
-        if path.exists():
+    for path in list(folder.iterdir()):
+        if is_ours(path.name):
             count += path.stat().st_size
             path.unlink()
     try:

@@ -16,7 +16,8 @@ use super::memory::{Place, Slot};
 use super::spans;
 use super::structure::{Item, Structure};
 use super::window_of;
-use crate::engine::cpu::kernels::skinny::{OUTER_ROWS, PANEL};
+use crate::engine::cpu::kernels::skinny::PANEL;
+use crate::engine::cpu::kernels::sparse::ROWS;
 use crate::error::{Error, Result};
 use crate::model::{Graph, Op, Tensor};
 
@@ -297,6 +298,8 @@ impl<'a> Builder<'a> {
         let Op::Linear { bias, .. } = self.graph.nodes[node].op else { unreachable!() };
         let [out_features, in_features] = pair(&self.graph.tensors[weight]);
         let columns = LargeLinear::columns(self.batch, in_features);
+        let trained = self.training && self.trained[weight];
+        let nothing = Slot { place: Place::Worker, offset: 0, len: 0 };
         LargeLinear {
             in_features,
             out_features,
@@ -304,13 +307,14 @@ impl<'a> Builder<'a> {
             out,
             weight: Param { tensor: weight, grad: None },
             bias: bias.map(|b| self.param(b)),
-            trained: self.training && self.trained[weight],
+            trained,
             sums: self.own(self.batch * (out_features / self.workers + 8)),
             turned: self.own(self.batch.next_multiple_of(PANEL) * (out_features / self.workers + 8)),
             packed: self.own(self.batch.next_multiple_of(PANEL) * columns),
-            rows: self.own(OUTER_ROWS * columns),
-            picked: self.own(OUTER_ROWS * self.batch),
-            columns: columns / PANEL * PANEL,
+            rows: self.own(ROWS * columns),
+            terms: [self.batch, self.batch, 1]
+                .map(|each| if trained { self.own(out_features * each) } else { nothing }),
+            columns,
         }
     }
 

@@ -10,6 +10,7 @@
 
 mod build;
 mod geometry;
+pub mod infer;
 mod kernels;
 mod layer;
 mod layers;

@@ -5,3 +5,4 @@ pub mod im2col;
 pub mod matmul;
 pub mod simd;
 pub mod skinny;
+pub mod sparse;

@@ -17,6 +17,9 @@ pub struct Dots<'a> {
 /// Floats of `x` that stay in a core's second-level cache while rows of `w` stream past.
 const RESIDENT: usize = 1 << 17;
 
+/// Distance in floats at which a row is asked for: some hundred nanoseconds.
+const AHEAD: usize = 512;
+
 impl Kernel for Dots<'_> {
     type Output = ();
 
@@ -70,6 +73,10 @@ impl Dots<'_> {
                     *input = V::load(x.add(i * self.k + at));
                 }
                 for r in 0..R {
+                    if b == 0 {
+                        // The first to pass by fetches for all; rows cross pages, where the processor's own prefetch stops.
+                        V::prefetch(w.wrapping_add(r * self.k + at + AHEAD));
+                    }
                     let row = V::load(w.add(r * self.k + at));
                     for i in 0..B {
                         acc[i][r] = inputs[i].mul_add(row, acc[i][r]);
@@ -95,19 +102,6 @@ pub fn dots(work: Dots<'_>) {
 pub const OUTER_ROWS: usize = 6;
 /// Columns per panel.
 pub const PANEL: usize = 16;
-
-/// Reorders columns `start..start + columns` of `x (batch x k)` to panels of 16 columns, each `batch x 16`; the last
-/// panel is filled up with zeros.
-pub fn pack(x: &[f32], k: usize, start: usize, columns: usize, packed: &mut [f32]) {
-    let batch = x.len() / k;
-    for (p, panel) in packed.chunks_exact_mut(batch * PANEL).take(columns.div_ceil(PANEL)).enumerate() {
-        let len = PANEL.min(columns - p * PANEL);
-        for (row, to) in x.chunks_exact(k).zip(panel.chunks_exact_mut(PANEL)) {
-            to[..len].copy_from_slice(&row[start + p * PANEL..][..len]);
-            to[len..].fill(0.0);
-        }
-    }
-}
 
 /// Rows of `x` with lanes across the batch: `packed[panel][k][16]`, filled up with zeros, for columns
 /// `start..start + columns` of `x (batch x k)`.
@@ -140,9 +134,6 @@ pub struct Outer<'a> {
     pub out_row: usize,
     /// Add to `out` instead of overwriting it.
     pub add: bool,
-    /// Matrices whose elements, `[r * ahead_row + panel * 16 ..]`, are wanted next: fetched while this computes.
-    pub ahead: [&'a [f32]; 2],
-    pub ahead_row: usize,
 }
 
 impl Kernel for Outer<'_> {
@@ -190,11 +181,6 @@ impl Outer<'_> {
             }
             x = x.wrapping_add(self.x_step);
             d = d.wrapping_add(self.d_step);
-        }
-        for matrix in self.ahead {
-            for r in 0..if matrix.is_empty() { 0 } else { R } {
-                V::prefetch(matrix.as_ptr().wrapping_add(r * self.ahead_row + panel * PANEL));
-            }
         }
         for (r, acc) in acc.into_iter().enumerate() {
             let out = self.out[r * self.out_row + panel * PANEL..].as_mut_ptr();
@@ -249,7 +235,12 @@ mod tests {
         for rows in 1..=OUTER_ROWS {
             let (x, d) = (numbers(batch * k), numbers(batch * rows));
             let mut packed = vec![f32::NAN; batch * panels * PANEL];
-            pack(&x, k, start, columns, &mut packed);
+            for (p, panel) in packed.chunks_exact_mut(batch * PANEL).enumerate() {
+                for (b, to) in panel.chunks_exact_mut(PANEL).enumerate() {
+                    let from = |c: usize| if p * PANEL + c < columns { x[b * k + start + p * PANEL + c] } else { 0.0 };
+                    to.iter_mut().enumerate().for_each(|(c, to)| *to = from(c));
+                }
+            }
             for (portable, add) in [(false, false), (true, true)] {
                 let mut out = vec![1.0; rows * panels * PANEL];
                 let work = Outer {
@@ -265,8 +256,6 @@ mod tests {
                     out: &mut out,
                     out_row: panels * PANEL,
                     add,
-                    ahead: [&[]; 2],
-                    ahead_row: 0,
                 };
                 match portable {
                     true => work.run::<Portable>(),

@@ -3,7 +3,8 @@
 
 use std::ops::Range;
 
-use crate::engine::cpu::kernels::skinny::{Dots, OUTER_ROWS, Outer, PANEL, dots, outer, pack, pack_transposed};
+use crate::engine::cpu::kernels::skinny::{Dots, OUTER_ROWS, Outer, PANEL, dots, outer, pack_transposed};
+use crate::engine::cpu::kernels::sparse::{BLOCK, ROWS, SparseOuter, Terms, pack_blocks, sparse_outer};
 use crate::engine::cpu::layer::{Context, Edge, Grain, Layer, Out, Param, share};
 use crate::engine::cpu::memory::Slot;
 
@@ -20,10 +21,12 @@ pub struct LargeLinear {
     pub sums: Slot,
     /// The same turned round, the batch filled up to whole panels.
     pub turned: Slot,
-    /// `batch (filled up) x columns` of the input, `6 x columns` of the gradient, `batch x 6` of the output's gradient.
+    /// `batch (filled up) x columns` of the input, `16 x columns` of the gradient.
     pub packed: Slot,
     pub rows: Slot,
-    pub picked: Slot,
+    /// `out_features x batch` twice and `out_features`: the terms of the gradient that are not zero, their samples, and
+    /// how many there are in each row.
+    pub terms: [Slot; 3],
     /// Columns of the weights that are updated together.
     pub columns: usize,
 }
@@ -37,7 +40,7 @@ impl LargeLinear {
 
     /// Columns updated together for a batch of this size.
     pub fn columns(batch: usize, in_features: usize) -> usize {
-        (RESIDENT / batch.max(1)).clamp(512, 4096).min(in_features).next_multiple_of(PANEL)
+        (RESIDENT / batch.max(1)).clamp(512, 4096).min(in_features).next_multiple_of(BLOCK)
     }
 
     /// `dx = dy w` for some columns, with the weights of before the update.
@@ -60,8 +63,6 @@ impl LargeLinear {
                 out: &mut tile[b * width..],
                 out_row: width,
                 add: false,
-                ahead: [&[]; 2],
-                ahead_row: 0,
             });
             // Columns that do not fill a panel: the matrix ends in the middle of one.
             for r in 0..rows {
@@ -81,35 +82,25 @@ impl LargeLinear {
         }
     }
 
-    fn update_weights(&self, cx: &Context<'_>, x: &[f32], dy: &[f32], columns: Range<usize>) {
+    fn update_weights(&self, cx: &Context<'_>, x: &[f32], terms: &Terms<'_>, columns: Range<usize>) {
         let (k, n) = (self.in_features, self.out_features);
-        let (packed, grads, picked) = (cx.own(self.packed), cx.own(self.rows), cx.own(self.picked));
+        let (packed, grads) = (cx.own(self.packed), cx.own(self.rows));
         let (weights, state) = (cx.tensor(self.weight.tensor), cx.updates.state(self.weight.tensor));
-        let panels = columns.len().div_ceil(PANEL);
-        pack(x, k, columns.start, columns.len(), packed);
-        for row in (0..n).step_by(OUTER_ROWS) {
-            let rows = OUTER_ROWS.min(n - row);
-            // Neighbouring samples are `n` apart, often a power of two: side by side they do not fight for cache lines.
-            for (to, from) in picked.chunks_exact_mut(OUTER_ROWS).zip(dy.chunks_exact(n)) {
-                to[..rows].copy_from_slice(&from[row..][..rows]);
-            }
-            outer(Outer {
-                d: picked,
-                d_step: OUTER_ROWS,
-                d_row: 1,
+        let blocks = columns.len().div_ceil(BLOCK);
+        pack_blocks(x, k, columns.start, columns.len(), packed);
+        for row in (0..n).step_by(ROWS) {
+            let rows = ROWS.min(n - row);
+            sparse_outer(SparseOuter {
+                terms,
+                first: row,
                 rows,
                 x: packed,
-                x_step: PANEL,
-                x_panel: cx.batch * PANEL,
-                steps: cx.batch,
-                panels,
+                blocks,
                 out: grads,
-                out_row: panels * PANEL,
-                add: false,
                 ahead: [weights, state].map(|m| m.get(row * k + columns.start..).unwrap_or_default()),
                 ahead_row: k,
             });
-            for (r, grad) in grads.chunks_exact_mut(panels * PANEL).take(rows).enumerate() {
+            for (r, grad) in grads.chunks_exact_mut(blocks * BLOCK).take(rows).enumerate() {
                 let first = (row + r) * k + columns.start;
                 cx.updates.take(cx, self.weight.tensor, first, &mut grad[..columns.len()]);
             }
@@ -148,8 +139,6 @@ impl LargeLinear {
                     out: &mut turned[row * width..],
                     out_row: width,
                     add: true,
-                    ahead: [&[]; 2],
-                    ahead_row: 0,
                 });
             }
         }
@@ -199,6 +188,11 @@ impl Layer for LargeLinear {
             let share = cx.own(share);
             dy.chunks_exact(n).for_each(|row| share.iter_mut().zip(row).for_each(|(db, d)| *db += d));
         }
+        let [values, samples, counts] = self.terms.map(|slot| cx.own(slot));
+        let mut terms = Terms { values, samples, counts, batch: cx.batch };
+        if self.trained {
+            terms.find(dy, n);
+        }
         let own = share(k, cx.worker, cx.workers, PANEL);
         for start in own.clone().step_by(self.columns) {
             let columns = start..(start + self.columns).min(own.end);
@@ -206,7 +200,7 @@ impl Layer for LargeLinear {
                 self.input_grads(cx, input, dy, columns.clone());
             }
             if self.trained {
-                self.update_weights(cx, x, dy, columns);
+                self.update_weights(cx, x, &terms, columns);
             }
         }
         cx.barrier.wait();

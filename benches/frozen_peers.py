@@ -1,0 +1,75 @@
+"""Other runtimes on the same frozen network, each in a process of its own (`make bench-peers` installs them).
+
+`python frozen_peers.py RUNTIME NETWORK BATCH THREADS` answers every line on its standard input with one pass over a batch
+of (BATCH, 3, 224, 224) float32; then it prints the number of images.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+
+torch.manual_seed(0)
+
+
+def network(name: str) -> nn.Module:
+    """A torchvision network in eval mode; "vgg16.features" is a part of one."""
+    whole, _, part = name.partition(".")
+    model: nn.Module = getattr(torchvision.models, whole)().eval()
+    return model.get_submodule(part)
+
+
+def onnx(name: str, batch: int, folder: str) -> str:
+    """The network as an ONNX file for this batch size."""
+    path = str(Path(folder) / "network.onnx")
+    torch.onnx.export(network(name), (torch.rand(batch, 3, 224, 224),), path, dynamo=True, verbose=False)
+    return path
+
+
+def onnxruntime(path: str, images: np.ndarray, threads: int) -> Callable[[], object]:
+    """ONNX Runtime with all graph optimisations."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    inputs = {session.get_inputs()[0].name: images}
+    return lambda: session.run(None, inputs)
+
+
+def openvino(path: str, images: np.ndarray, threads: int) -> Callable[[], object]:
+    """OpenVINO in float32, tuned for throughput of one batch at a time."""
+    import openvino
+
+    core = openvino.Core()
+    config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    compiled = core.compile_model(core.read_model(path), "CPU", config)
+    return lambda: compiled([images])
+
+
+RUNTIMES = {"ONNX Runtime": onnxruntime, "OpenVINO": openvino}
+
+
+def main() -> None:
+    """Serve one runtime."""
+    runtime, name, batch, threads = sys.argv[1:5]
+    answers = os.fdopen(os.dup(1), "w")
+    # Libraries that print must not answer for us.
+    os.dup2(2, 1)
+    images = np.random.default_rng(0).random((int(batch), 3, 224, 224), dtype=np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RUNTIMES[runtime](onnx(name, int(batch), folder), images, int(threads))
+        for _ in sys.stdin:
+            run()
+            print(len(images), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+//! From layers to steps: kernels, geometry, memory and weights.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::fuse::{Layer, Tensors, unsupported};
+use super::kernels::lanes::{Isa, LANES};
+use super::memory::{Arena, Geometry, Value};
+use super::method::{Method, Window};
+use super::steps::{
+    self, Binary, Cat, Conv, Depthwise, Load, Packing, Pointwise, Pool, Relayout, Softmax, Step, Store,
+};
+use super::steps::{Taps, Winograd};
+use crate::engine::cpu::workers::Team;
+use crate::error::{Error, Result};
+use crate::model::{Graph, Node, Op, Shape, Tensor};
+
+/// What the steps of a plan are made from.
+pub struct Network<'a> {
+    pub graph: &'a Graph,
+    pub shapes: &'a [Shape],
+    pub tensors: &'a Tensors<'a>,
+    pub layers: Vec<Layer>,
+    /// The node whose value is the result.
+    pub output: usize,
+    pub isa: Isa,
+    pub exact: bool,
+    pub workers: usize,
+}
+
+type Write<'a> = Box<dyn Fn(&mut [f32]) + Sync + 'a>;
+
+/// Numbers that a step reads, to be written before the first batch.
+pub struct Fill<'a> {
+    pub len: usize,
+    pub write: Write<'a>,
+}
+
+/// Room for weights, and who writes it.
+#[derive(Default)]
+pub struct Weights<'a> {
+    pub len: usize,
+    pub fills: Vec<Fill<'a>>,
+}
+
+impl<'a> Weights<'a> {
+    fn reserve(&mut self, len: usize, write: impl Fn(&mut [f32]) + Sync + 'a) -> usize {
+        let offset = self.len;
+        // Whole cache lines, so that no vector straddles two.
+        self.len += len.next_multiple_of(LANES);
+        self.fills.push(Fill { len, write: Box::new(write) });
+        offset
+    }
+
+    /// One number per channel, zeros in the lanes beyond.
+    fn vector(&mut self, values: Vec<f64>) -> usize {
+        self.reserve(values.len().next_multiple_of(LANES), move |to| {
+            to.iter_mut().zip(&values).for_each(|(to, &v)| *to = v as f32);
+        })
+    }
+
+    /// # Errors
+    /// `Argument` when there is no memory, `Panic` when a worker panicked.
+    pub fn arena(self, team: &mut Team) -> Result<Arena> {
+        let mut arena = Arena::new(self.len)?;
+        let mut rest = arena.slice_mut();
+        let mut parts = Vec::with_capacity(self.fills.len());
+        for fill in &self.fills {
+            let (part, more) = rest.split_at_mut(fill.len.next_multiple_of(LANES));
+            parts.push((&mut part[..fill.len], &fill.write));
+            rest = more;
+        }
+        let parts = Mutex::new(parts);
+        team.run(&|_, _| {
+            let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            while let Some((part, write)) = next() {
+                write(part);
+            }
+        })?;
+        drop(parts);
+        Ok(arena)
+    }
+}
+
+impl<'a> Network<'a> {
+    /// Where every layer's value would lie, wide enough for all that read it. Indexed by node.
+    pub fn geometries(&self) -> Result<Vec<Option<Geometry>>> {
+        let mut geometries = vec![None; self.graph.nodes.len()];
+        for layer in &self.layers {
+            let shape = &self.shapes[layer.last][1..];
+            let node = &self.graph.nodes[layer.last];
+            geometries[layer.last] = Some(
+                Geometry::of(shape).ok_or_else(|| unsupported(node, &format!("has a result of shape {shape:?}")))?,
+            );
+        }
+        for layer in &self.layers {
+            if let (Some(window), method) = self.method(layer)
+                && let Some(input) = &mut geometries[layer.inputs[0]]
+            {
+                method.widen(&window, input);
+            }
+        }
+        let dense = |l: &Layer| matches!(self.method(l), (Some(w), Method::Direct { .. }) if w.groups == 1);
+        if let Some(input) = &mut geometries[0]
+            && input.channels < LANES
+            && self.layers.iter().filter(|l| l.inputs.contains(&0)).all(dense)
+            && self.layers.iter().all(|l| l.residual != Some(0))
+            && self.output != 0
+        {
+            // Colour images: channels side by side instead of thirteen lanes of zeros.
+            input.pixel = input.channels;
+        }
+        Ok(geometries)
+    }
+
+    /// # Errors
+    /// `Argument` naming what this engine does not compute.
+    pub fn check(&self) -> Result<()> {
+        self.geometries()?;
+        for layer in &self.layers {
+            if let Op::Conv2d { weight, bias, .. } | Op::Linear { weight, bias } = self.node(layer).op {
+                self.floats(layer, weight)?;
+                bias.map(|bias| self.floats(layer, bias)).transpose()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn method(&self, layer: &Layer) -> (Option<Window>, Method) {
+        let window = Window::of(self.graph, self.shapes, layer.node);
+        (window, Method::of(self.graph, self.shapes, layer.node, self.exact))
+    }
+
+    fn node(&self, layer: &Layer) -> &'a Node {
+        &self.graph.nodes[layer.node]
+    }
+
+    fn floats(&self, layer: &Layer, tensor: Tensor) -> Result<&'a [f32]> {
+        let node = self.node(layer);
+        let expected: usize = self.graph.tensors[tensor].iter().product();
+        match self.tensors.get(tensor).copied().flatten() {
+            Some(floats) if floats.len() == expected => Ok(floats),
+            _ => Err(unsupported(node, "has parameters that are not contiguous float32 on the CPU")),
+        }
+    }
+
+    /// The step of a layer; `value` is where a node's value lies.
+    pub fn step(
+        &self,
+        layer: &Layer,
+        value: impl Fn(usize) -> Result<Value>,
+        weights: &mut Weights<'a>,
+    ) -> Result<Box<dyn Step>> {
+        let (output, isa, activation) = (value(layer.last)?, self.isa, layer.activation);
+        let node = self.node(layer);
+        if matches!(node.op, Op::Input) {
+            return Ok(Box::new(Load { output }));
+        }
+        let input = value(layer.inputs[0])?;
+        let plane = |v: &Value| [v.geometry.height, v.geometry.width];
+        Ok(match &node.op {
+            Op::Conv2d { .. } | Op::Linear { .. } => {
+                let residual = layer.residual.map(&value).transpose()?;
+                return self.sums(layer, input, output, residual, weights);
+            }
+            Op::MaxPool2d { .. } | Op::AvgPool2d { .. } | Op::AdaptiveAvgPool2d { .. } | Op::Mean { .. } => {
+                let (spans, reduce) = Pool::windows(&node.op, plane(&input), plane(&output))
+                    .ok_or_else(|| unsupported(node, "is no pooling"))?;
+                Box::new(Pool { isa, input, output, spans, reduce, activation })
+            }
+            Op::Add { .. } | Op::Mul => {
+                let op = if matches!(node.op, Op::Mul) { Binary::Mul } else { Binary::Add };
+                let second = Some((op, value(layer.inputs[1])?));
+                Box::new(Pointwise { isa, input, second, affine: None, output, activation })
+            }
+            Op::BatchNorm2d { .. } | Op::Activation { .. } => {
+                let affine =
+                    layer.affine.clone().map(|[factor, summand]| [weights.vector(factor), weights.vector(summand)]);
+                Box::new(Pointwise { isa, input, second: None, affine, output, activation })
+            }
+            Op::Cat { .. } => {
+                let mut first = 0;
+                let mut inputs = Vec::new();
+                for &i in &layer.inputs {
+                    let part = value(i)?;
+                    inputs.push((part, first));
+                    first += part.geometry.channels;
+                }
+                Box::new(Cat { inputs, output })
+            }
+            Op::Flatten { .. } | Op::Reshape { .. } => Box::new(Relayout { input, output }),
+            Op::Softmax { log, .. } => Box::new(Softmax { input, output, log: *log }),
+            Op::Input | Op::Dropout { .. } => return Err(Error::Argument(format!("{}: not a layer", node.name))),
+        })
+    }
+
+    /// The step that hands the result to the caller.
+    pub fn store(&self, value: Value) -> Box<dyn Step> {
+        Box::new(Store { input: value })
+    }
+
+    fn sums(
+        &self,
+        layer: &Layer,
+        input: Value,
+        output: Value,
+        residual: Option<Value>,
+        weights: &mut Weights<'a>,
+    ) -> Result<Box<dyn Step>> {
+        let (node, isa, activation) = (self.node(layer), self.isa, layer.activation);
+        let (Some(w), method) = self.method(layer) else { return Err(unsupported(node, "is no convolution")) };
+        let (Op::Conv2d { weight, bias, .. } | Op::Linear { weight, bias }) = node.op else {
+            return Err(unsupported(node, "is no convolution"));
+        };
+        let filters = self.floats(layer, weight)?;
+        let mut summand = vec![0.0; w.out_channels];
+        if let Some(bias) = bias {
+            summand = self.floats(layer, bias)?.iter().map(|&b| f64::from(b)).collect();
+        }
+        let scale = layer.affine.as_ref().map(|[factor, shift]| {
+            for ((s, f), t) in summand.iter_mut().zip(factor).zip(shift) {
+                *s = *s * f + t;
+            }
+            factor.clone()
+        });
+        let bias = weights.vector(summand);
+        let (ins, outs) = (w.channels.next_multiple_of(LANES), w.out_channels.next_multiple_of(LANES));
+        let (stride, padding) = (w.stride, w.padding);
+        Ok(match method {
+            Method::Winograd(size) => {
+                let weights = weights.reserve(ins * outs * size.products(), move |u| {
+                    steps::transform(size, isa, w.out_channels, w.channels, filters, scale.as_deref(), u);
+                });
+                let tiles = steps::tiles(size, w.output);
+                let pool = layer.pool;
+                let (block, alone) = Winograd::blocking(isa, size, input.geometry.blocks(), self.workers);
+                let offsets = (0..input.geometry.blocks()).map(|q| q * isa.rows() * LANES).collect();
+                Box::new(Winograd {
+                    isa,
+                    size,
+                    input,
+                    output,
+                    residual,
+                    weights,
+                    bias,
+                    padding,
+                    activation,
+                    pool,
+                    tiles,
+                    block,
+                    alone,
+                    offsets,
+                })
+            }
+            Method::Depthwise => {
+                let window = w.kernel[0] * w.kernel[1];
+                let weights = weights.reserve(outs * window, move |to| {
+                    for (c, filter) in filters.chunks_exact(window).enumerate() {
+                        let factor = scale.as_ref().map_or(1.0, |s| s[c]);
+                        for (k, &f) in filter.iter().enumerate() {
+                            to[(c / LANES * window + k) * LANES + c % LANES] = (f64::from(f) * factor) as f32;
+                        }
+                    }
+                });
+                let taps = Taps::new(&input.geometry, 1, w.kernel, w.dilation).offsets;
+                Box::new(Depthwise { isa, input, output, residual, weights, bias, stride, padding, taps, activation })
+            }
+            Method::Direct { groups } => {
+                let inp = w.channels / groups;
+                let taps = Taps::new(&input.geometry, inp, w.kernel, w.dilation);
+                let (depth, packing) = (taps.depth(), taps.clone());
+                let weights = weights.reserve(outs * depth, move |to| {
+                    let joined = join(&w, groups, filters);
+                    let packing = Packing {
+                        isa,
+                        out: w.out_channels,
+                        groups,
+                        inp,
+                        kernel: w.kernel,
+                        taps: &packing,
+                        pixel: input.geometry.pixel,
+                        weight: joined.as_deref().unwrap_or(filters),
+                        scale: scale.as_deref(),
+                    };
+                    steps::pack(&packing, to);
+                });
+                Box::new(Conv {
+                    isa,
+                    input,
+                    output,
+                    residual,
+                    weights,
+                    bias,
+                    stride,
+                    padding,
+                    groups,
+                    taps,
+                    activation,
+                })
+            }
+            Method::None => return Err(unsupported(node, "is no convolution")),
+        })
+    }
+}
+
+/// The filters of `w.groups` groups as those of fewer, with zeros where an output does not see an input.
+fn join(w: &Window, groups: usize, filters: &[f32]) -> Option<Vec<f32>> {
+    if w.groups == groups {
+        return None;
+    }
+    let window = w.kernel[0] * w.kernel[1];
+    let (narrow, wide) = (w.channels / w.groups, w.channels / groups);
+    let mut joined = vec![0.0; w.out_channels * wide * window];
+    for (o, filter) in filters.chunks_exact(narrow * window).enumerate() {
+        let group = o / (w.out_channels / w.groups);
+        let first = group * narrow % wide;
+        joined[(o * wide + first) * window..][..narrow * window].copy_from_slice(filter);
+    }
+    Some(joined)
+}

@@ -1,0 +1,236 @@
+//! From the graph to layers: what follows an operation and only reads its result becomes part of it.
+//!
+//! ```text
+//! Conv2d | Linear  -> BatchNorm2d* -> Add -> activation -> MaxPool2d 2x2 (Winograd only)
+//! Add | Mul | BatchNorm2d | pooling -> activation
+//! ```
+
+use super::kernels::activate::Activate;
+use super::method::Method;
+use crate::error::{Error, Result};
+use crate::model::{Dim, Graph, Node, Op, Shape};
+
+/// An operation and what has been fused with it.
+#[derive(Debug)]
+pub struct Layer {
+    pub node: usize,
+    /// The node whose value the layer makes.
+    pub last: usize,
+    /// Nodes whose values it reads.
+    pub inputs: Vec<usize>,
+    /// Batch norm after the sums: factor and summand per channel.
+    pub affine: Option<[Vec<f64>; 2]>,
+    /// Node whose value is added before the activation.
+    pub residual: Option<usize>,
+    pub activation: Activate,
+    pub pool: bool,
+}
+
+/// Parameters and buffers of the graph, as float32; `None` for those that hold no float32.
+pub type Tensors<'a> = [Option<&'a [f32]>];
+
+pub fn unsupported(node: &Node, reason: &str) -> Error {
+    Error::Argument(format!("{} ({}): {reason}", node.name, node.op.kind()))
+}
+
+struct Fusion<'a> {
+    graph: &'a Graph,
+    shapes: &'a [Shape],
+    tensors: &'a Tensors<'a>,
+    exact: bool,
+    /// Nodes that read each node.
+    readers: Vec<Vec<usize>>,
+    /// The node that holds each node's value.
+    source: Vec<usize>,
+    taken: Vec<bool>,
+}
+
+/// The layers in the order in which they can run.
+///
+/// # Errors
+/// `Argument`, naming the first operation that this engine does not compute.
+pub fn fuse(graph: &Graph, shapes: &[Shape], tensors: &Tensors<'_>, exact: bool) -> Result<(Vec<Layer>, usize)> {
+    let mut readers = vec![Vec::new(); graph.nodes.len()];
+    for (index, node) in graph.nodes.iter().enumerate() {
+        for &input in &node.inputs {
+            readers[input].push(index);
+        }
+    }
+    let source = (0..graph.nodes.len()).collect();
+    let taken = vec![false; graph.nodes.len()];
+    let mut fusion = Fusion { graph, shapes, tensors, exact, readers, source, taken };
+    let mut layers = Vec::new();
+    for index in 0..graph.nodes.len() {
+        if !fusion.taken[index] {
+            layers.extend(fusion.layer(index)?);
+        }
+    }
+    // A layer that ends in an addition runs where the addition stood: by then the other operand is known.
+    layers.sort_by_key(|layer| layer.last);
+    let resolve = |node: &mut usize| *node = fusion.source[*node];
+    for layer in &mut layers {
+        layer.inputs.iter_mut().for_each(resolve);
+        layer.residual.as_mut().map(resolve);
+    }
+    Ok((layers, fusion.source[graph.output]))
+}
+
+impl Fusion<'_> {
+    fn layer(&mut self, index: usize) -> Result<Option<Layer>> {
+        let node = &self.graph.nodes[index];
+        let (from, shape) = (node.inputs.first().map(|&i| &self.shapes[i]), &self.shapes[index]);
+        if !matches!(shape.len(), 2 | 4) {
+            return Err(unsupported(node, &format!("has a result of shape {shape:?}, not (N, C, H, W) or (N, F)")));
+        }
+        match &node.op {
+            Op::Dropout { p, training, .. } => {
+                if *training && *p > 0.0 {
+                    return Err(unsupported(node, "drops values in training mode; call eval()"));
+                }
+                self.source[index] = self.source[node.inputs[0]];
+                return Ok(None);
+            }
+            Op::Flatten { .. } | Op::Reshape { .. } => {
+                if let Op::Reshape { dims } = &node.op
+                    && matches!(dims.first(), Some(Dim::Fixed(_)))
+                {
+                    return Err(unsupported(node, "fixes the number of images"));
+                }
+                if from.is_some_and(|from| from[0] != shape[0]) {
+                    return Err(unsupported(node, "mixes the images of a batch"));
+                }
+                let pixels = |s: &Shape| s.iter().skip(2).product::<usize>();
+                if from.is_some_and(|from| pixels(from) == 1) && pixels(shape) == 1 {
+                    self.source[index] = self.source[node.inputs[0]];
+                    return Ok(None);
+                }
+            }
+            Op::Linear { .. } if shape.len() != 2 => return Err(unsupported(node, "is applied to images")),
+            Op::Softmax { dim, .. } if !matches!(axis(*dim, shape.len()), 1) => {
+                return Err(unsupported(node, "runs along another dimension than the channels"));
+            }
+            Op::Cat { dim } if axis(*dim, shape.len()) != 1 => {
+                return Err(unsupported(node, "joins another dimension than the channels"));
+            }
+            Op::Mean { dims, .. } => {
+                let rank = from.map_or(0, Vec::len);
+                let mut axes: Vec<_> = dims.iter().map(|&d| axis(d, rank)).collect();
+                axes.sort_unstable();
+                if rank != 4 || axes != [2, 3] {
+                    return Err(unsupported(node, "is not over height and width"));
+                }
+            }
+            Op::Add { .. } | Op::Mul => {
+                let one_pixel = |s: &Shape| s.len() == 4 && s[..2] == shape[..2] && s[2..] == [1, 1];
+                let fits = |&i: &usize| self.shapes[i] == *shape || one_pixel(&self.shapes[i]);
+                if !node.inputs.iter().all(fits) {
+                    return Err(unsupported(node, "broadcasts something else than one pixel per channel"));
+                }
+            }
+            _ => {}
+        }
+        let mut layer = Layer {
+            node: index,
+            last: index,
+            inputs: node.inputs.clone(),
+            affine: None,
+            residual: None,
+            activation: Activate::Nothing,
+            pool: false,
+        };
+        match &node.op {
+            Op::BatchNorm2d { .. } => layer.affine = Some(self.norm(node)?),
+            Op::Activation { function, .. } => layer.activation = (*function).into(),
+            _ => {}
+        }
+        if !matches!(node.op, Op::Input | Op::Cat { .. } | Op::Softmax { .. } | Op::Flatten { .. } | Op::Reshape { .. })
+        {
+            self.follow(&mut layer)?;
+        }
+        self.source[layer.last] = layer.last;
+        Ok(Some(layer))
+    }
+
+    /// Takes in the operations that are the only readers of what comes before them.
+    fn follow(&mut self, layer: &mut Layer) -> Result<()> {
+        let sums = matches!(self.graph.nodes[layer.node].op, Op::Conv2d { .. } | Op::Linear { .. });
+        while let [next] = self.readers[layer.last][..] {
+            let node = &self.graph.nodes[next];
+            let plain = layer.activation == Activate::Nothing;
+            if layer.last == self.graph.output || self.taken[next] {
+                break;
+            }
+            match &node.op {
+                Op::Dropout { p, training, .. } if !*training || *p == 0.0 => {}
+                Op::BatchNorm2d { .. } if sums && plain && layer.residual.is_none() => {
+                    let norm = self.norm(node)?;
+                    layer.affine = Some(match layer.affine.take() {
+                        Some(before) => compose(before, norm),
+                        None => norm,
+                    });
+                }
+                Op::Add { .. } if sums && plain && layer.residual.is_none() && node.inputs[0] != node.inputs[1] => {
+                    let other = node.inputs[usize::from(node.inputs[0] == layer.last)];
+                    if self.shapes[other] != self.shapes[next] || self.shapes[layer.last] != self.shapes[next] {
+                        break;
+                    }
+                    layer.residual = Some(other);
+                }
+                Op::Activation { function, .. } if plain => layer.activation = (*function).into(),
+                Op::MaxPool2d { kernel: [2, 2], stride: [2, 2], padding: [0, 0], dilation: [1, 1], ceil_mode }
+                    if sums
+                        && layer.residual.is_none()
+                        && layer.activation.keeps_order()
+                        && (!ceil_mode || self.shapes[layer.last][2..].iter().all(|side| side % 2 == 0)) =>
+                {
+                    // Only Winograd's output transform can do it.
+                    if !Method::of(self.graph, self.shapes, layer.node, self.exact).pools() {
+                        break;
+                    }
+                    layer.pool = true;
+                    self.taken[next] = true;
+                    layer.last = next;
+                    break;
+                }
+                _ => break,
+            }
+            self.taken[next] = true;
+            layer.last = next;
+        }
+        Ok(())
+    }
+
+    /// Factor and summand per channel of a batch norm with fixed statistics.
+    fn norm(&self, node: &Node) -> Result<[Vec<f64>; 2]> {
+        let Op::BatchNorm2d { weight, bias, running_mean, running_var, eps, training, .. } = &node.op else {
+            return Err(unsupported(node, "is no batch norm"));
+        };
+        let (Some(mean), Some(var), false) = (running_mean, running_var, training) else {
+            return Err(unsupported(node, "uses the statistics of the batch; call eval()"));
+        };
+        let floats = |t: usize| {
+            self.tensors[t]
+                .ok_or_else(|| unsupported(node, "has parameters that are not contiguous float32 on the CPU"))
+        };
+        let (mean, var) = (floats(*mean)?, floats(*var)?);
+        let mut factor: Vec<f64> = var.iter().map(|&v| 1.0 / (f64::from(v) + eps).sqrt()).collect();
+        if let Some(weight) = weight {
+            factor.iter_mut().zip(floats(*weight)?).for_each(|(f, &w)| *f *= f64::from(w));
+        }
+        let mut summand: Vec<f64> = factor.iter().zip(mean).map(|(f, &m)| -f * f64::from(m)).collect();
+        if let Some(bias) = bias {
+            summand.iter_mut().zip(floats(*bias)?).for_each(|(s, &b)| *s += f64::from(b));
+        }
+        Ok([factor, summand])
+    }
+}
+
+/// First `before`, then `after`.
+fn compose([f1, s1]: [Vec<f64>; 2], [f2, s2]: [Vec<f64>; 2]) -> [Vec<f64>; 2] {
+    let summand = s1.iter().zip(&f2).zip(&s2).map(|((s1, f2), s2)| s1 * f2 + s2).collect();
+    [f1.iter().zip(&f2).map(|(a, b)| a * b).collect(), summand]
+}
+
+fn axis(dim: i64, rank: usize) -> usize {
+    usize::try_from(if dim < 0 { dim + rank as i64 } else { dim }).unwrap_or(usize::MAX)
+}

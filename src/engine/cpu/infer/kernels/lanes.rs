@@ -1,0 +1,200 @@
+//! Sixteen floats at a time: one AVX-512 register, two AVX2 registers, or an array (other processors, and the reference
+//! in tests).
+//!
+//! A kernel is written once against [`Lanes`] and compiled for each; [`dispatch`] picks at run time. No closures in
+//! kernels: a closure is compiled without the processor features of the function around it.
+
+/// Channels that travel together through every layer.
+pub const LANES: usize = 16;
+
+/// Which instructions a plan is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Isa {
+    /// What this processor has, widest last.
+    pub fn available() -> Vec<Self> {
+        let mut all = vec![Self::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if avx2 {
+                all.push(Self::Avx2);
+            }
+            if avx2 && is_x86_feature_detected!("avx512f") {
+                all.push(Self::Avx512);
+            }
+        }
+        all
+    }
+
+    pub fn best() -> Self {
+        Self::available().last().copied().unwrap_or(Self::Portable)
+    }
+
+    /// Pixels (or tiles) per microkernel, bounded by the number of registers.
+    pub fn rows(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => 14,
+            _ => 6,
+        }
+    }
+
+    /// Blocks of [`LANES`] output channels per microkernel.
+    pub fn columns(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => 2,
+            _ => 1,
+        }
+    }
+}
+
+/// Sixteen lanes. Loads and stores are unaligned.
+pub trait Lanes: Copy {
+    /// # Safety
+    /// Sixteen floats must be readable at `from`.
+    unsafe fn load(from: *const f32) -> Self;
+    /// # Safety
+    /// Sixteen floats must be writable at `to`.
+    unsafe fn store(self, to: *mut f32);
+    fn splat(value: f32) -> Self;
+    fn add(self, other: Self) -> Self;
+    fn sub(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    /// `self * b + c`
+    fn mul_add(self, b: Self, c: Self) -> Self;
+    /// The larger of both; a NaN in `self` stays.
+    fn max(self, other: Self) -> Self;
+    /// The larger of both, NaN where either is: PyTorch's max-pooling.
+    fn max_or_nan(self, other: Self) -> Self;
+    /// The smaller of both; a NaN in `self` stays.
+    fn min(self, other: Self) -> Self;
+    fn to_array(self) -> [f32; LANES];
+    fn from_array(lanes: [f32; LANES]) -> Self;
+    /// Whether there are registers for 14 x 2 sums; otherwise 6 x 1.
+    const WIDE: bool = false;
+    /// Whether more code for common strides is worth its size.
+    const FAST: bool = true;
+    /// Asks for the cache line at `at` ahead of time; any address will do.
+    #[inline(always)]
+    fn prefetch(_at: *const f32) {}
+}
+
+#[derive(Clone, Copy)]
+pub struct Portable([f32; LANES]);
+
+impl Portable {
+    #[inline(always)]
+    fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Self(std::array::from_fn(|i| f(self.0[i], other.0[i])))
+    }
+}
+
+impl Lanes for Portable {
+    const FAST: bool = false;
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's promise; arrays of floats have no stricter alignment than floats.
+        Self(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: as above.
+        unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        Self([value; LANES])
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self.zip(other, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        self.zip(other, |a, b| a - b)
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        self.zip(other, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        // Without the instruction a fused multiply-add is a library call.
+        let fused = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
+        Self(std::array::from_fn(|i| match fused {
+            true => self.0[i].mul_add(b.0[i], c.0[i]),
+            false => self.0[i] * b.0[i] + c.0[i],
+        }))
+    }
+
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        self.zip(other, |a, b| if b > a { b } else { a })
+    }
+
+    #[inline(always)]
+    fn max_or_nan(self, other: Self) -> Self {
+        self.zip(other, |a, b| if b > a || b.is_nan() { b } else { a })
+    }
+
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        self.zip(other, |a, b| if b < a { b } else { a })
+    }
+
+    #[inline(always)]
+    fn to_array(self) -> [f32; LANES] {
+        self.0
+    }
+
+    #[inline(always)]
+    fn from_array(lanes: [f32; LANES]) -> Self {
+        Self(lanes)
+    }
+}
+
+/// A loop that can be compiled for any [`Lanes`]; `run` must be `#[inline(always)]`.
+pub trait Kernel {
+    fn run<V: Lanes>(self);
+}
+
+/// Runs a kernel with the instructions of `isa`.
+#[inline]
+pub fn dispatch<K: Kernel>(isa: Isa, kernel: K) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2<K: Kernel>(kernel: K) {
+            kernel.run::<super::x86::Avx2>();
+        }
+        #[target_feature(enable = "avx512f,avx2,fma")]
+        fn avx512<K: Kernel>(kernel: K) {
+            kernel.run::<super::x86::Avx512>();
+        }
+        match isa {
+            // SAFETY: a plan gets its `Isa` from `available`, which asks the processor.
+            Isa::Avx2 => return unsafe { avx2(kernel) },
+            // SAFETY: as above.
+            Isa::Avx512 => return unsafe { avx512(kernel) },
+            Isa::Portable => {}
+        }
+    }
+    let _ = isa;
+    kernel.run::<Portable>();
+}

@@ -1,0 +1,8 @@
+//! Loops on memory; each knows nothing of plans.
+
+pub mod activate;
+pub mod lanes;
+pub mod tile;
+pub mod winograd;
+#[cfg(target_arch = "x86_64")]
+mod x86;

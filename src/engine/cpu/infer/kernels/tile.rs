@@ -1,0 +1,231 @@
+//! The one inner loop: a few pixels times a few output channels, all products of one pixel row in registers.
+
+use super::activate::{Activate, activate};
+use super::lanes::{LANES, Lanes};
+
+/// Where the products come from and where their sums go.
+///
+/// Pixel `r` reads `len` floats at `input + r * stride + offset` for each offset; the weights lie in the order in which
+/// they are used, `columns * LANES` at a time. Output block `c` of pixel `r` goes to
+/// `output + r * output_stride + c * output_block`.
+#[derive(Clone, Copy)]
+pub struct Tile<'a> {
+    pub input: *const f32,
+    pub stride: usize,
+    pub offsets: &'a [usize],
+    pub len: usize,
+    pub weights: *const f32,
+    pub output: *mut f32,
+    pub output_stride: usize,
+    pub output_block: usize,
+    /// Added to the sums, one float per output channel, or null.
+    pub bias: *const f32,
+    /// Added after the bias, laid out with strides of its own, or null.
+    pub residual: *const f32,
+    pub residual_stride: usize,
+    pub residual_block: usize,
+    pub activation: Activate,
+}
+
+/// One call of the kernel of this size.
+macro_rules! fixed {
+    ($v:ty, $c:literal, $stride:expr, $rows:expr, $t:expr, $($r:literal)*) => {
+        match $rows {
+            $($r => run::<$v, $r, $c, { $stride }>($t),)*
+            rows => unreachable!("no microkernel for {rows} rows"),
+        }
+    };
+}
+
+/// `rows` pixels times `columns` blocks of output channels. Without `ANY` the stride is [`LANES`] and there is nothing but
+/// sums.
+///
+/// # Safety
+/// All addresses that the description names must be valid; `rows` and `columns` at most what the `Isa` of `V` allows.
+#[inline(always)]
+pub unsafe fn tile<V: Lanes, const ANY: bool>(rows: usize, columns: usize, t: &Tile<'_>) {
+    let blocks = !ANY || t.stride == LANES;
+    // SAFETY: the caller's promise; the parts below cover the rows one after the other.
+    unsafe {
+        if blocks && V::WIDE && columns == 2 {
+            fixed!(V, 2, LANES, rows, t, 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+        } else if blocks && !V::WIDE {
+            fixed!(V, 1, LANES, rows, t, 1 2 3 4 5 6);
+        } else {
+            // Few sizes for all others: they are short parts of a network, and code is not free.
+            let mut done = 0;
+            while done < rows {
+                let mut part = *t;
+                part.input = t.input.add(done * t.stride);
+                part.output = t.output.add(done * t.output_stride);
+                if !t.residual.is_null() {
+                    part.residual = t.residual.add(done * t.residual_stride);
+                }
+                let size = largest::<V>(rows - done);
+                match columns {
+                    2 if V::WIDE => strides::<V, 2, ANY>(size, &part),
+                    _ => strides::<V, 1, ANY>(size, &part),
+                }
+                done += size;
+            }
+        }
+        if ANY && t.activation.bounds().is_none() {
+            curve::<V>(rows, columns, t);
+        }
+    }
+}
+
+/// The largest microkernel that [`strides`] has for so many rows.
+#[inline(always)]
+fn largest<V: Lanes>(rows: usize) -> usize {
+    match rows {
+        14.. if V::WIDE => 14,
+        7.. if V::WIDE => 7,
+        6.. if !V::WIDE => 6,
+        4.. => 4,
+        2.. => 2,
+        _ => 1,
+    }
+}
+
+/// Known strides become part of the instructions instead of occupying registers.
+#[inline(always)]
+unsafe fn strides<V: Lanes, const C: usize, const ANY: bool>(rows: usize, t: &Tile<'_>) {
+    macro_rules! sizes {
+        ($stride:expr) => {
+            if V::WIDE {
+                match rows {
+                    1 => run::<V, 1, C, { $stride }>(t),
+                    2 => run::<V, 2, C, { $stride }>(t),
+                    4 => run::<V, 4, C, { $stride }>(t),
+                    7 => run::<V, 7, C, { $stride }>(t),
+                    _ => run::<V, 14, C, { $stride }>(t),
+                }
+            } else {
+                match rows {
+                    1 => run::<V, 1, C, { $stride }>(t),
+                    2 => run::<V, 2, C, { $stride }>(t),
+                    4 => run::<V, 4, C, { $stride }>(t),
+                    _ => run::<V, 6, C, { $stride }>(t),
+                }
+            }
+        };
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        match t.stride {
+            LANES => sizes!(LANES),
+            _ if !ANY => unreachable!("stride {}", t.stride),
+            // Blocks of channels with stride 2; colour images with stride 1 and 2.
+            32 if V::FAST => sizes!(32),
+            3 if V::FAST => sizes!(3),
+            6 if V::FAST => sizes!(6),
+            _ => sizes!(0),
+        }
+    }
+}
+
+/// Products that are added up one after the other before they join the sum so far: the rounding error of a long sum grows
+/// with the square root of its length.
+const CHUNK: usize = 256;
+
+#[inline(always)]
+unsafe fn run<V: Lanes, const R: usize, const C: usize, const STRIDE: usize>(t: &Tile<'_>) {
+    let stride = if STRIDE > 0 { STRIDE } else { t.stride };
+    let mut weights = t.weights;
+    let mut rest = t.offsets;
+    // SAFETY: the caller's promise covers every address below.
+    unsafe {
+        loop {
+            let mut sums = [[V::splat(0.0); C]; R];
+            let (now, later) = rest.split_at(rest.len().min((CHUNK / t.len).max(1)));
+            for &offset in now {
+                let input = t.input.add(offset);
+                for k in 0..t.len {
+                    let mut w = [V::splat(0.0); C];
+                    for (c, w) in w.iter_mut().enumerate() {
+                        *w = V::load(weights.add(c * LANES));
+                    }
+                    // Some steps ahead, so that weights from the second-level cache arrive in time.
+                    V::prefetch(weights.wrapping_add(16 * C * LANES));
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let x = V::splat(*input.add(r * stride + k));
+                        for (sum, w) in sums.iter_mut().zip(w) {
+                            *sum = x.mul_add(w, *sum);
+                        }
+                    }
+                    weights = weights.add(C * LANES);
+                }
+            }
+            if rest.len() < t.offsets.len() {
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    for (c, sum) in sums.iter_mut().enumerate() {
+                        *sum = sum.add(V::load(t.output.add(r * t.output_stride + c * t.output_block)));
+                    }
+                }
+            }
+            rest = later;
+            if rest.is_empty() {
+                finish::<V, R, C>(t, &mut sums);
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                for (c, sum) in sums.iter().enumerate() {
+                    sum.store(t.output.add(r * t.output_stride + c * t.output_block));
+                }
+            }
+            if rest.is_empty() {
+                return;
+            }
+        }
+    }
+}
+
+/// Bias, residual and bounds. Nothing here may keep the sums from living in registers: what is more than a bound goes over
+/// memory again.
+#[inline(always)]
+unsafe fn finish<V: Lanes, const R: usize, const C: usize>(t: &Tile<'_>, sums: &mut [[V; C]; R]) {
+    if t.bias.is_null() {
+        return;
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut bias = [V::splat(0.0); C];
+        for (c, bias) in bias.iter_mut().enumerate() {
+            *bias = V::load(t.bias.add(c * LANES));
+        }
+        for sums in sums.iter_mut() {
+            for (sum, bias) in sums.iter_mut().zip(bias) {
+                *sum = sum.add(bias);
+            }
+        }
+        if !t.residual.is_null() {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for (c, sum) in sums.iter_mut().enumerate() {
+                    *sum = sum.add(V::load(t.residual.add(r * t.residual_stride + c * t.residual_block)));
+                }
+            }
+        }
+    }
+    if let Some([low, high]) = t.activation.bounds()
+        && t.activation != Activate::Nothing
+    {
+        let (low, high) = (V::splat(low), V::splat(high));
+        for sums in sums.iter_mut() {
+            for sum in sums.iter_mut() {
+                *sum = sum.max(low).min(high);
+            }
+        }
+    }
+}
+
+/// Applies the activation to outputs that have just been written.
+#[inline(always)]
+unsafe fn curve<V: Lanes>(rows: usize, columns: usize, t: &Tile<'_>) {
+    for c in 0..columns {
+        for r in 0..rows {
+            let at = t.output.wrapping_add(r * t.output_stride + c * t.output_block);
+            // SAFETY: the outputs of this tile.
+            unsafe { activate(t.activation, V::load(at)).store(at) };
+        }
+    }
+}

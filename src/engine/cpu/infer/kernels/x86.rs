@@ -1,0 +1,192 @@
+//! [`Lanes`] on x86-64.
+//!
+//! Values of these types exist only in kernels that `dispatch` runs after the processor was asked for the instructions;
+//! that, and the caller's promise about memory, is the safety of every block below.
+
+use std::arch::x86_64::*;
+
+use super::lanes::{LANES, Lanes};
+
+#[derive(Clone, Copy)]
+pub struct Avx2(__m256, __m256);
+
+#[derive(Clone, Copy)]
+pub struct Avx512(__m512);
+
+impl Lanes for Avx2 {
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: see the head of this file.
+        unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: see the head of this file.
+        unsafe {
+            _mm256_storeu_ps(to, self.0);
+            _mm256_storeu_ps(to.add(8), self.1);
+        }
+    }
+
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        // SAFETY: see the head of this file.
+        let all = unsafe { _mm256_set1_ps(value) };
+        Self(all, all)
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        // SAFETY: see the head of this file.
+        unsafe { Self(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        // SAFETY: see the head of this file.
+        unsafe { Self(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        // SAFETY: see the head of this file.
+        unsafe { Self(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        // SAFETY: see the head of this file.
+        unsafe { Self(_mm256_fmadd_ps(self.0, b.0, c.0), _mm256_fmadd_ps(self.1, b.1, c.1)) }
+    }
+
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        // SAFETY: see the head of this file. Of a NaN and a number the instruction returns its second operand.
+        unsafe { Self(_mm256_max_ps(other.0, self.0), _mm256_max_ps(other.1, self.1)) }
+    }
+
+    #[inline(always)]
+    fn max_or_nan(self, other: Self) -> Self {
+        let largest = self.max(other);
+        // SAFETY: see the head of this file.
+        unsafe {
+            let nan =
+                [_mm256_cmp_ps::<_CMP_UNORD_Q>(other.0, other.0), _mm256_cmp_ps::<_CMP_UNORD_Q>(other.1, other.1)];
+            Self(_mm256_blendv_ps(largest.0, other.0, nan[0]), _mm256_blendv_ps(largest.1, other.1, nan[1]))
+        }
+    }
+
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        // SAFETY: see the head of this file. Of a NaN and a number the instruction returns its second operand.
+        unsafe { Self(_mm256_min_ps(other.0, self.0), _mm256_min_ps(other.1, self.1)) }
+    }
+
+    #[inline(always)]
+    fn to_array(self) -> [f32; LANES] {
+        let mut lanes = [0.0; LANES];
+        // SAFETY: the array holds sixteen floats.
+        unsafe { self.store(lanes.as_mut_ptr()) };
+        lanes
+    }
+
+    #[inline(always)]
+    fn from_array(lanes: [f32; LANES]) -> Self {
+        // SAFETY: the array holds sixteen floats.
+        unsafe { Self::load(lanes.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn prefetch(at: *const f32) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}
+
+impl Lanes for Avx512 {
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: see the head of this file.
+        Self(unsafe { _mm512_loadu_ps(from) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: see the head of this file.
+        unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        // SAFETY: see the head of this file.
+        Self(unsafe { _mm512_set1_ps(value) })
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        // SAFETY: see the head of this file.
+        unsafe { Self(_mm512_add_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        // SAFETY: see the head of this file.
+        unsafe { Self(_mm512_sub_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        // SAFETY: see the head of this file.
+        unsafe { Self(_mm512_mul_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        // SAFETY: see the head of this file.
+        unsafe { Self(_mm512_fmadd_ps(self.0, b.0, c.0)) }
+    }
+
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        // SAFETY: see the head of this file. Of a NaN and a number the instruction returns its second operand.
+        unsafe { Self(_mm512_max_ps(other.0, self.0)) }
+    }
+
+    #[inline(always)]
+    fn max_or_nan(self, other: Self) -> Self {
+        // SAFETY: see the head of this file.
+        unsafe {
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(other.0, other.0);
+            Self(_mm512_mask_mov_ps(self.max(other).0, nan, other.0))
+        }
+    }
+
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        // SAFETY: see the head of this file. Of a NaN and a number the instruction returns its second operand.
+        unsafe { Self(_mm512_min_ps(other.0, self.0)) }
+    }
+
+    #[inline(always)]
+    fn to_array(self) -> [f32; LANES] {
+        let mut lanes = [0.0; LANES];
+        // SAFETY: the array holds sixteen floats.
+        unsafe { self.store(lanes.as_mut_ptr()) };
+        lanes
+    }
+
+    #[inline(always)]
+    fn from_array(lanes: [f32; LANES]) -> Self {
+        // SAFETY: the array holds sixteen floats.
+        unsafe { Self::load(lanes.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn prefetch(at: *const f32) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}

@@ -1,0 +1,111 @@
+//! Which kernel computes a convolution, and what that asks of its input.
+
+use super::kernels::lanes::LANES;
+use super::kernels::winograd::Size;
+use super::memory::Geometry;
+use super::steps;
+use crate::model::{Graph, Op, Pair, Shape};
+
+/// The window of a convolution or, as the convolution of one pixel, a linear layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    pub channels: usize,
+    pub out_channels: usize,
+    pub groups: usize,
+    pub kernel: Pair,
+    pub stride: Pair,
+    pub padding: Pair,
+    pub dilation: Pair,
+    pub input: Pair,
+    pub output: Pair,
+}
+
+impl Window {
+    pub fn of(graph: &Graph, shapes: &[Shape], node: usize) -> Option<Self> {
+        let side = |shape: &Shape| [shape.get(2).copied().unwrap_or(1), shape.get(3).copied().unwrap_or(1)];
+        let from = &shapes[*graph.nodes[node].inputs.first()?];
+        let (input, output) = (side(from), side(&shapes[node]));
+        match &graph.nodes[node].op {
+            Op::Conv2d { weight, stride, padding, dilation, groups, .. } => Some(Self {
+                channels: from[1],
+                out_channels: shapes[node][1],
+                groups: *groups,
+                kernel: [graph.tensors[*weight][2], graph.tensors[*weight][3]],
+                stride: *stride,
+                padding: *padding,
+                dilation: *dilation,
+                input,
+                output,
+            }),
+            Op::Linear { .. } => Some(Self {
+                channels: from[1],
+                out_channels: shapes[node][1],
+                groups: 1,
+                kernel: [1, 1],
+                stride: [1, 1],
+                padding: [0, 0],
+                dilation: [1, 1],
+                input,
+                output,
+            }),
+            _ => None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    Winograd(Size),
+    Depthwise,
+    /// With so many groups: small groups are joined (and filled with zeros) until they fill blocks of channels.
+    Direct {
+        groups: usize,
+    },
+    /// No convolution.
+    None,
+}
+
+/// Below this many channels the transforms cost more than the products they save.
+const LEAST_CHANNELS: usize = 32;
+
+impl Method {
+    pub fn of(graph: &Graph, shapes: &[Shape], node: usize, exact: bool) -> Self {
+        let Some(w) = Window::of(graph, shapes, node) else { return Self::None };
+        let plain = w.kernel == [3, 3] && w.stride == [1, 1] && w.dilation == [1, 1] && w.groups == 1;
+        let wide = w.channels.min(w.out_channels) >= LEAST_CHANNELS && w.output[0].min(w.output[1]) >= 4;
+        if plain && wide && !exact && w.padding[0].max(w.padding[1]) <= 2 {
+            return Self::Winograd(steps::best_size(w.output));
+        }
+        if w.groups > 1 && w.groups == w.channels && w.channels == w.out_channels {
+            return Self::Depthwise;
+        }
+        let fits = |groups: &usize| {
+            w.groups.is_multiple_of(*groups)
+                && (w.channels / groups).is_multiple_of(LANES)
+                && (w.out_channels / groups).is_multiple_of(LANES)
+        };
+        Self::Direct { groups: (2..=w.groups).rev().find(fits).unwrap_or(1) }
+    }
+
+    /// Whether the kernel can pool 2 x 2 outputs.
+    pub fn pools(self) -> bool {
+        matches!(self, Self::Winograd(_))
+    }
+
+    /// Makes room around the input for everything the kernel reads.
+    pub fn widen(self, w: &Window, input: &mut Geometry) {
+        let tiles = match self {
+            Self::Winograd(size) => Some((steps::tiles(size, w.output), size.outputs())),
+            _ => None,
+        };
+        let mut after = [0; 2];
+        for i in 0..2 {
+            let end = match tiles {
+                Some((tiles, outputs)) => tiles[i] * outputs + 2,
+                None => (w.output[i] - 1) * w.stride[i] + (w.kernel[i] - 1) * w.dilation[i] + 1,
+            };
+            after[i] = end.saturating_sub(w.padding[i] + w.input[i]);
+        }
+        input.widen(w.padding, after);
+    }
+}

@@ -1,0 +1,175 @@
+//! Frozen networks on the CPU without libtorch.
+//!
+//! ```text
+//! graph -> fuse -> method -> build -> plan -> features
+//!          layers  kernels   steps    segments, memory, workers
+//! ```
+//! Values are `[channels / 16][height + border][width + border][16]` with zeros around each image, so no kernel asks where
+//! the image ends. 3 x 3 convolutions of stride 1 run as Winograd's algorithm unless `exact`.
+
+mod build;
+mod fuse;
+mod kernels;
+mod memory;
+mod method;
+mod plan;
+#[cfg(test)]
+mod reference;
+mod steps;
+#[cfg(test)]
+mod tests;
+
+use build::Network;
+pub use kernels::lanes::Isa;
+use method::Method;
+use plan::Plan;
+
+use super::workers::Team;
+use crate::error::{Error, Result};
+use crate::model::{self, Graph, Shape};
+
+/// The network's parameters and buffers in the caller's memory.
+pub trait Parameters {
+    /// Contiguous float32; `None` for any other type or place.
+    fn floats(&self, index: usize) -> Option<&[f32]>;
+}
+
+impl Parameters for Vec<Vec<f32>> {
+    fn floats(&self, index: usize) -> Option<&[f32]> {
+        self.get(index).map(Vec::as_slice)
+    }
+}
+
+/// How a network is computed.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    pub workers: usize,
+    /// Direct convolution everywhere: no rounding by Winograd's transforms.
+    pub exact: bool,
+    pub isa: Isa,
+}
+
+/// Most images that one plan takes through the network together: what memory the boundaries between segments need does
+/// not grow with the caller's batch.
+const MOST_IMAGES: usize = 32;
+
+/// A frozen graph. Compiled for the first batch's shape, again when it changes.
+pub struct Frozen<P> {
+    graph: Graph,
+    parameters: P,
+    options: Options,
+    team: Team,
+    plan: Option<(Vec<usize>, Plan)>,
+}
+
+/// What one step of the plan is, and what it took.
+#[derive(Debug, Clone)]
+pub struct Timing {
+    /// Qualified name of the first operation.
+    pub name: String,
+    pub kind: &'static str,
+    /// "winograd 6", "winograd 4", "direct", "depthwise" or "".
+    pub method: &'static str,
+    /// Floating-point operations per image by the definition of the operation, whatever the method saves.
+    pub flops: u64,
+    pub seconds: f64,
+}
+
+impl<P: Parameters> Frozen<P> {
+    /// # Errors
+    /// `Argument` when the threads cannot be started.
+    pub fn new(graph: Graph, parameters: P, options: Options) -> Result<Self> {
+        let team = Team::new(options.workers)?;
+        Ok(Self { graph, parameters, options, team, plan: None })
+    }
+
+    /// The shape of the features of a batch of this shape.
+    ///
+    /// # Errors
+    /// `Shape`, naming the layer, what it expects and what reaches it.
+    pub fn output(&self, shape: &[usize]) -> Result<Shape> {
+        Ok(model::shapes(&self.graph, shape)?.swap_remove(self.graph.output))
+    }
+
+    /// Features of one batch of images (N, C, H, W) or of vectors (N, F), both row-major.
+    ///
+    /// # Errors
+    /// `Shape`; `Argument` naming an operation that this engine does not compute, or memory of the wrong size.
+    pub fn run(&mut self, shape: &[usize], input: &[f32], output: &mut [f32]) -> Result<()> {
+        if !matches!(shape.len(), 2 | 4) || shape.contains(&0) || input.len() != shape.iter().product::<usize>() {
+            return Err(Error::Argument(format!(
+                "expected images (N, C, H, W) or vectors (N, F), got shape {shape:?}"
+            )));
+        }
+        if !self.team.survived_fork() {
+            self.team = Team::new(self.options.workers)?;
+        }
+        self.compile(shape)?;
+        let Some((_, plan)) = &mut self.plan else { return Err(Error::Argument("no plan".to_owned())) };
+        plan.run(&mut self.team, input, output)
+    }
+
+    fn compile(&mut self, shape: &[usize]) -> Result<()> {
+        let (images, image) = (shape[0].min(MOST_IMAGES), &shape[1..]);
+        if self.plan.as_ref().is_some_and(|(known, plan)| known == image && plan.images() >= images) {
+            return Ok(());
+        }
+        // The old plan's memory first: two plans may not fit.
+        self.plan = None;
+        let shapes = model::shapes(&self.graph, shape)?;
+        let tensors: Vec<_> = (0..self.graph.tensors.len()).map(|t| self.parameters.floats(t)).collect();
+        let network = network(&self.graph, &shapes, &tensors, self.options)?;
+        self.plan = Some((image.to_vec(), Plan::compile(&network, images, &mut self.team)?));
+        Ok(())
+    }
+
+    /// What each step took since the plan was compiled. Empty before the first batch.
+    pub fn timings(&self) -> Result<Vec<Timing>> {
+        let Some((image, plan)) = &self.plan else { return Ok(Vec::new()) };
+        let shapes = model::shapes(&self.graph, &[&[1], image.as_slice()].concat())?;
+        let costs = model::costs(&self.graph, &shapes);
+        let timing = |(node, seconds): (usize, f64)| Timing {
+            name: self.graph.nodes[node].name.clone(),
+            kind: self.graph.nodes[node].op.kind(),
+            method: match Method::of(&self.graph, &shapes, node, self.options.exact) {
+                Method::Winograd(size) if size.outputs() == 6 => "winograd 6",
+                Method::Winograd(_) => "winograd 4",
+                Method::Depthwise => "depthwise",
+                Method::Direct { .. } => "direct",
+                Method::None => "",
+            },
+            flops: costs[node].flops,
+            seconds,
+        };
+        let mut timings: Vec<Timing> = plan.seconds().map(timing).collect();
+        if let Some(last) = timings.last_mut() {
+            *last = Timing { name: "result".into(), kind: "Store", method: "", flops: 0, seconds: last.seconds };
+        }
+        Ok(timings)
+    }
+
+    /// Bytes of activations, weights and the workers' memory. Zero before the first batch.
+    pub fn bytes(&self) -> [usize; 3] {
+        self.plan.as_ref().map_or([0; 3], |(_, plan)| plan.bytes())
+    }
+}
+
+fn network<'a>(
+    graph: &'a Graph,
+    shapes: &'a [Shape],
+    tensors: &'a fuse::Tensors<'a>,
+    options: Options,
+) -> Result<Network<'a>> {
+    let (layers, output) = fuse::fuse(graph, shapes, tensors, options.exact)?;
+    let Options { workers, exact, isa } = options;
+    Ok(Network { graph, shapes, tensors, layers, output, isa, exact, workers })
+}
+
+/// Why this engine cannot run a graph on inputs of this shape.
+pub fn obstacle(graph: &Graph, parameters: &impl Parameters, input: &[usize]) -> Option<String> {
+    let tensors: Vec<_> = (0..graph.tensors.len()).map(|t| parameters.floats(t)).collect();
+    let options = Options { workers: 1, exact: false, isa: Isa::Portable };
+    let layers = model::shapes(graph, input)
+        .and_then(|shapes| network(graph, &shapes, &tensors, options).and_then(|n| n.check()));
+    layers.err().map(|error| error.to_string())
+}

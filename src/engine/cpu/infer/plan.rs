@@ -1,0 +1,259 @@
+//! A compiled network: steps in segments, all memory laid out, run by a team of workers.
+//!
+//! Large images go through the first segment one by one, so that what a layer writes is still in the cache when the next
+//! one reads it; small ones go through the later segments in groups, so that weights are read once for many images.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use super::build::{Network, Weights};
+use super::kernels::lanes::LANES;
+use super::memory::{Arena, Context, Geometry, Value};
+use super::steps::Step;
+use crate::engine::cpu::workers::{Barrier, Team};
+use crate::error::{Error, Result};
+
+/// Bytes of one layer's output that a group of images may take.
+const GROUP: usize = 4 << 20;
+
+struct Segment {
+    steps: std::ops::Range<usize>,
+    /// Images that go through the steps together.
+    group: usize,
+}
+
+pub struct Plan {
+    steps: Vec<Box<dyn Step>>,
+    segments: Vec<Segment>,
+    /// Most images of one run.
+    images: usize,
+    arena: Arena,
+    weights: Arena,
+    shared: Arena,
+    own: Vec<Arena>,
+    input: usize,
+    output: usize,
+    /// Node of each step, and the seconds spent in it so far.
+    nodes: Vec<usize>,
+    seconds: Vec<f64>,
+}
+
+impl Plan {
+    /// # Errors
+    /// `Argument` for operations without a kernel, or when there is no memory.
+    pub fn compile(network: &Network<'_>, images: usize, team: &mut Team) -> Result<Self> {
+        let geometries = network.geometries()?;
+        let geometry = |node: usize| {
+            geometries[node].ok_or_else(|| Error::Argument(format!("node {node} of the graph has no value")))
+        };
+        let mut groups = Vec::new();
+        for layer in &network.layers {
+            let mut floats = geometry(layer.last)?.len();
+            for &node in &layer.inputs {
+                floats = floats.max(geometry(node)?.len());
+            }
+            groups.push((GROUP / (4 * floats)).clamp(1, images));
+        }
+        // Handing over the result is a step too.
+        groups.push(images);
+        // A small value between large ones (squeeze and excitation) does not make a segment of its own.
+        for step in (1..groups.len()).rev() {
+            groups[step - 1] = groups[step - 1].min(groups[step]);
+        }
+        let segments = segments(&groups);
+        let segment_of = |step: usize| segments.iter().position(|s| s.steps.contains(&step)).unwrap_or(0);
+        let producer = |node: usize| network.layers.iter().position(|l| l.last == node).unwrap_or(0);
+
+        // The last step that reads each layer's value.
+        let mut last_use: Vec<usize> = (0..network.layers.len()).collect();
+        for (step, layer) in network.layers.iter().enumerate() {
+            for &node in layer.inputs.iter().chain(&layer.residual) {
+                last_use[producer(node)] = step;
+            }
+        }
+        last_use[producer(network.output)] = network.layers.len();
+        let mut values: Vec<Option<Value>> = vec![None; network.graph.nodes.len()];
+        let mut room = Room::default();
+        for (step, layer) in network.layers.iter().enumerate() {
+            let segment = segment_of(step);
+            let whole = segment_of(last_use[step]) != segment;
+            let count = if whole { images } else { segments[segment].group };
+            let geometry = geometry(layer.last)?;
+            values[layer.last] = Some(Value { geometry, offset: room.take(geometry, count), whole });
+            for (before, &used) in last_use.iter().enumerate().take(step + 1) {
+                let Some(value) = values[network.layers[before].last] else { continue };
+                // A value of the whole batch is read until its last segment has seen every image.
+                let end = if value.whole { segments[segment_of(used)].steps.end - 1 } else { used };
+                if end == step {
+                    let count = if value.whole { images } else { segments[segment_of(before)].group };
+                    room.give(value, count);
+                }
+            }
+        }
+        let mut weights = Weights::default();
+        let value =
+            |node: usize| values[node].ok_or_else(|| Error::Argument(format!("node {node} of the graph has no value")));
+        let mut steps = Vec::new();
+        for layer in &network.layers {
+            steps.push(network.step(layer, value, &mut weights)?);
+        }
+        steps.push(network.store(value(network.output)?));
+        let own = steps.iter().map(|s| s.own()).max().unwrap_or(0);
+        let group = |step: usize| segments[segment_of(step)].group;
+        let shared = steps.iter().enumerate().map(|(i, s)| s.shared(group(i))).max().unwrap_or(0);
+        let elements = |node: usize| network.shapes[node][1..].iter().product();
+        let mut nodes: Vec<usize> = network.layers.iter().map(|l| l.node).collect();
+        nodes.push(network.output);
+        Ok(Self {
+            seconds: vec![0.0; steps.len()],
+            steps,
+            images,
+            arena: Arena::new(room.len)?,
+            weights: weights.arena(team)?,
+            shared: Arena::new(shared)?,
+            own: (0..team.workers()).map(|_| Arena::new(own)).collect::<Result<_>>()?,
+            input: elements(0),
+            output: elements(network.graph.output),
+            nodes,
+            segments,
+        })
+    }
+
+    pub fn images(&self) -> usize {
+        self.images
+    }
+
+    /// (node, seconds so far) of every step.
+    pub fn seconds(&self) -> impl Iterator<Item = (usize, f64)> {
+        self.nodes.iter().copied().zip(self.seconds.iter().copied())
+    }
+
+    /// Bytes of activations, weights and the workers' memory.
+    pub fn bytes(&self) -> [usize; 3] {
+        let own: usize = self.own.iter().map(Arena::len).sum();
+        [self.arena.len(), self.weights.len(), self.shared.len() + own].map(|floats| 4 * floats)
+    }
+
+    /// Images in NCHW, results likewise.
+    ///
+    /// # Errors
+    /// `Argument` for memory of the wrong size, `Panic` when a worker panicked.
+    pub fn run(&mut self, team: &mut Team, input: &[f32], output: &mut [f32]) -> Result<()> {
+        let images = input.len() / self.input.max(1);
+        if images * self.input != input.len() || images * self.output != output.len() {
+            return Err(Error::Argument(format!("{} inputs and {} outputs do not fit", input.len(), output.len())));
+        }
+        let chunks = input.chunks(self.images * self.input).zip(output.chunks_mut(self.images * self.output));
+        for (input, output) in chunks {
+            self.chunk(team, input, output)?;
+        }
+        Ok(())
+    }
+
+    fn chunk(&mut self, team: &mut Team, input: &[f32], output: &mut [f32]) -> Result<()> {
+        let images = input.len() / self.input;
+        let (from, to) = (Address(input.as_ptr().cast_mut()), Address(output.as_mut_ptr()));
+        let counters = [AtomicUsize::new(0), AtomicUsize::new(0)];
+        let seconds = std::sync::Mutex::new(std::mem::take(&mut self.seconds));
+        let plan = &*self;
+        let result = team.run(&|worker, barrier| {
+            let mut spent = if worker == 0 { seconds.lock().ok() } else { None };
+            let mut phases = 0;
+            for segment in &plan.segments {
+                for first in (0..images).step_by(segment.group) {
+                    let group = segment.group.min(images - first);
+                    let cx = plan.context(worker, first, group, from.get(), to.get());
+                    for step in segment.steps.clone() {
+                        let start = Instant::now();
+                        plan.step(step, &cx, worker, barrier, &counters, &mut phases);
+                        if let Some(spent) = &mut spent {
+                            spent[step] += start.elapsed().as_secs_f64();
+                        }
+                    }
+                }
+            }
+        });
+        self.seconds = seconds.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        result
+    }
+
+    fn context(&self, worker: usize, first: usize, images: usize, input: *const f32, output: *mut f32) -> Context<'_> {
+        let all = |arena: &Arena| arena.at(0, arena.len());
+        let (shared, own) = (all(&self.shared), all(&self.own[worker]));
+        Context { arena: &self.arena, weights: &self.weights, shared, own, first, images, input, output }
+    }
+
+    fn step(
+        &self,
+        step: usize,
+        cx: &Context<'_>,
+        worker: usize,
+        barrier: &Barrier,
+        counters: &[AtomicUsize; 2],
+        phases: &mut usize,
+    ) {
+        let step = &self.steps[step];
+        for phase in 0..step.phases() {
+            let tasks = step.tasks(phase, cx.images);
+            if worker == 0 {
+                // The other counter rests: everyone has passed the barrier after the phase that used it.
+                counters[(*phases + 1) % 2].store(0, Ordering::Relaxed);
+            }
+            loop {
+                let task = counters[*phases % 2].fetch_add(1, Ordering::Relaxed);
+                if task >= tasks {
+                    break;
+                }
+                step.run(phase, task, cx);
+            }
+            barrier.wait();
+            *phases += 1;
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Address(*mut f32);
+
+// SAFETY: an address; the steps write disjoint parts of the output and only read the input.
+unsafe impl Sync for Address {}
+
+impl Address {
+    fn get(&self) -> *mut f32 {
+        self.0
+    }
+}
+
+/// Steps with about the same group size belong together; sizes never fall.
+fn segments(groups: &[usize]) -> Vec<Segment> {
+    let mut segments: Vec<Segment> = Vec::new();
+    for (step, &group) in groups.iter().enumerate() {
+        match segments.last_mut() {
+            Some(segment) if group < 2 * segment.group => segment.steps.end = step + 1,
+            _ => segments.push(Segment { steps: step..step + 1, group }),
+        }
+    }
+    segments
+}
+
+/// Memory for values; a place is used again only for the same geometry, so that zero borders stay zero.
+#[derive(Default)]
+struct Room {
+    len: usize,
+    free: Vec<(Geometry, usize, usize)>,
+}
+
+impl Room {
+    fn take(&mut self, geometry: Geometry, images: usize) -> usize {
+        if let Some(at) = self.free.iter().position(|&(g, n, _)| g == geometry && n == images) {
+            return self.free.swap_remove(at).2;
+        }
+        let offset = self.len;
+        self.len += images * geometry.len().next_multiple_of(LANES);
+        offset
+    }
+
+    fn give(&mut self, value: Value, images: usize) {
+        self.free.push((value.geometry, images, value.offset));
+    }
+}

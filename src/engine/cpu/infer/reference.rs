@@ -1,0 +1,149 @@
+//! What the operations mean, in float64 and without any cleverness: what the tests compare with.
+
+use crate::model::{self, Activation, Graph, Op, Pair};
+
+/// The value of the graph's output for NCHW inputs.
+pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) -> Vec<f64> {
+    let shapes = model::shapes(graph, shape).unwrap();
+    let mut values: Vec<Vec<f64>> = Vec::new();
+    for (index, node) in graph.nodes.iter().enumerate() {
+        let (out, from) = (&shapes[index], node.inputs.first().map(|&i| &shapes[i]));
+        let x = node.inputs.first().map_or(&[][..], |&i| &values[i]);
+        let side = |s: &[usize]| -> Pair { [s[2], s[3]] };
+        let tensor = |t: Option<usize>, i: usize, or: f64| t.map_or(or, |t| f64::from(tensors[t][i]));
+        let mut y = vec![0.0; out.iter().product()];
+        match &node.op {
+            Op::Input => y.iter_mut().zip(input).for_each(|(y, &x)| *y = f64::from(x)),
+            Op::Conv2d { weight, bias, stride, padding, dilation, groups } => {
+                let (from, w) = (from.unwrap(), &graph.tensors[*weight]);
+                let (inp, [h, wd]) = (w[1], side(from));
+                each(out, |[n, o, oy, ox], at| {
+                    let mut sum = tensor(*bias, o, 0.0);
+                    for i in 0..inp {
+                        let c = o / (w[0] / groups) * inp + i;
+                        for ky in 0..w[2] {
+                            for kx in 0..w[3] {
+                                let (y, x_) = (oy * stride[0] + ky * dilation[0], ox * stride[1] + kx * dilation[1]);
+                                let (Some(y), Some(x_)) = (y.checked_sub(padding[0]), x_.checked_sub(padding[1]))
+                                else {
+                                    continue;
+                                };
+                                if y < h && x_ < wd {
+                                    let f = tensors[*weight][((o * inp + i) * w[2] + ky) * w[3] + kx];
+                                    sum += f64::from(f) * x[((n * from[1] + c) * h + y) * wd + x_];
+                                }
+                            }
+                        }
+                    }
+                    y[at] = sum;
+                });
+            }
+            Op::Linear { weight, bias } => {
+                let (f, w) = (graph.tensors[*weight][1], &tensors[*weight]);
+                for (at, y) in y.iter_mut().enumerate() {
+                    let (n, o) = (at / out[1], at % out[1]);
+                    *y = tensor(*bias, o, 0.0) + (0..f).map(|i| f64::from(w[o * f + i]) * x[n * f + i]).sum::<f64>();
+                }
+            }
+            Op::BatchNorm2d { weight, bias, running_mean, running_var, eps, .. } => each(out, |[_, c, ..], at| {
+                let (mean, var) = (tensor(*running_mean, c, 0.0), tensor(*running_var, c, 1.0));
+                y[at] = (x[at] - mean) / (var + eps).sqrt() * tensor(*weight, c, 1.0) + tensor(*bias, c, 0.0);
+            }),
+            Op::Activation { function, .. } => y.iter_mut().zip(x).for_each(|(y, &x)| *y = activation(*function, x)),
+            Op::MaxPool2d { kernel, stride, padding, dilation, .. } => {
+                let from = from.unwrap();
+                each(out, |[n, c, oy, ox], at| {
+                    y[at] = taps([oy, ox], *kernel, *stride, *padding, *dilation, side(from))
+                        .map(|[y, x_]| x[((n * from[1] + c) * from[2] + y) * from[3] + x_])
+                        .fold(f64::NEG_INFINITY, f64::max);
+                });
+            }
+            Op::AvgPool2d { kernel, stride, padding, count_include_pad, divisor, .. } => {
+                let from = from.unwrap();
+                each(out, |[n, c, oy, ox], at| {
+                    let values: Vec<f64> = taps([oy, ox], *kernel, *stride, *padding, [1, 1], side(from))
+                        .map(|[y, x_]| x[((n * from[1] + c) * from[2] + y) * from[3] + x_])
+                        .collect();
+                    let reach = |i: usize, o: usize| {
+                        (o * stride[i] + kernel[i]).min(from[2 + i] + 2 * padding[i]) - o * stride[i]
+                    };
+                    let padded = reach(0, oy) * reach(1, ox);
+                    let count = divisor.unwrap_or(if *count_include_pad { padded } else { values.len() });
+                    y[at] = values.iter().sum::<f64>() / count as f64;
+                });
+            }
+            Op::AdaptiveAvgPool2d { .. } | Op::Mean { .. } => {
+                let (from, to) = (from.unwrap(), out.get(2..).filter(|s| s.len() == 2).unwrap_or(&[1, 1]));
+                let range = |i: usize, o: usize| o * from[2 + i] / to[i]..((o + 1) * from[2 + i]).div_ceil(to[i]);
+                each(&[out[0], out[1], to[0], to[1]], |[n, c, oy, ox], at| {
+                    let (ys, xs) = (range(0, oy), range(1, ox));
+                    let count = ys.len() * xs.len();
+                    let plane = &x[(n * from[1] + c) * from[2] * from[3]..];
+                    let sum: f64 = ys.flat_map(|y| xs.clone().map(move |x_| plane[y * from[3] + x_])).sum();
+                    y[at] = sum / count as f64;
+                });
+            }
+            Op::Softmax { log, .. } => each(&[out[0], out[1], out.iter().skip(2).product(), 1], |[n, c, p, _], at| {
+                let pixels: usize = out.iter().skip(2).product();
+                let value = |c: usize| x[(n * out[1] + c) * pixels + p];
+                let total: f64 = (0..out[1]).map(|c| value(c).exp()).sum();
+                y[at] = if *log { value(c) - total.ln() } else { value(c).exp() / total };
+            }),
+            Op::Add { .. } | Op::Mul => {
+                let read = |i: usize, at: usize| {
+                    let (shape, values) = (&shapes[node.inputs[i]], &values[node.inputs[i]]);
+                    if shape == out { values[at] } else { values[at / (out[2] * out[3])] }
+                };
+                for (at, y) in y.iter_mut().enumerate() {
+                    let (a, b) = (read(0, at), read(1, at));
+                    *y = if node.op == Op::Mul { a * b } else { a + b };
+                }
+            }
+            Op::Cat { .. } => {
+                let mut first = 0;
+                for &input in &node.inputs {
+                    let (len, all) = (shapes[input][1..].iter().product::<usize>(), out[1..].iter().product::<usize>());
+                    for n in 0..out[0] {
+                        y[n * all + first..][..len].copy_from_slice(&values[input][n * len..][..len]);
+                    }
+                    first += len;
+                }
+            }
+            Op::Dropout { .. } | Op::Flatten { .. } | Op::Reshape { .. } => y.copy_from_slice(x),
+        }
+        values.push(y);
+    }
+    values.swap_remove(graph.output)
+}
+
+fn each(shape: &[usize], mut f: impl FnMut([usize; 4], usize)) {
+    let [n, c, h, w] = shape.try_into().unwrap();
+    for at in 0..n * c * h * w {
+        f([at / (c * h * w), at / (h * w) % c, at / w % h, at % w], at);
+    }
+}
+
+fn taps(o: Pair, k: Pair, s: Pair, p: Pair, d: Pair, size: Pair) -> impl Iterator<Item = Pair> {
+    let place = move |i: usize, tap: usize| (o[i] * s[i] + tap * d[i]).checked_sub(p[i]).filter(|&x| x < size[i]);
+    (0..k[0] * k[1]).filter_map(move |t| Some([place(0, t / k[1])?, place(1, t % k[1])?]))
+}
+
+fn activation(function: Activation, x: f64) -> f64 {
+    match function {
+        Activation::Relu => x.max(0.0),
+        Activation::Relu6 => x.clamp(0.0, 6.0),
+        Activation::LeakyRelu { negative_slope } => {
+            if x > 0.0 {
+                x
+            } else {
+                negative_slope * x
+            }
+        }
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Hardswish => x * (x + 3.0).clamp(0.0, 6.0) / 6.0,
+        Activation::Hardsigmoid => (x + 3.0).clamp(0.0, 6.0) / 6.0,
+        Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+        Activation::Tanh => x.tanh(),
+        Activation::Gelu { .. } => unimplemented!("see activate.rs"),
+    }
+}

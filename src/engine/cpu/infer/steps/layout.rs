@@ -1,0 +1,132 @@
+//! Between PyTorch's layout and blocks of sixteen channels.
+
+use super::Step;
+use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
+
+/// Where channel `c` of pixel (y, x) is.
+fn place(g: &Geometry, c: usize, y: usize, x: usize) -> usize {
+    c / g.pixel * g.plane() + g.at(y, x) + c % g.pixel
+}
+
+/// The caller's NCHW batch into a value.
+pub struct Load {
+    pub output: Value,
+}
+
+impl Step for Load {
+    fn tasks(&self, _phase: usize, images: usize) -> usize {
+        images * self.output.geometry.blocks()
+    }
+
+    fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
+        let g = &self.output.geometry;
+        let (image, block) = (task / g.blocks(), task % g.blocks());
+        let pixels = g.height * g.width;
+        let from = cx.input.wrapping_add((cx.first + image) * g.channels * pixels);
+        let to = cx.image(&self.output, image);
+        for c in block * g.pixel..g.channels.min((block + 1) * g.pixel) {
+            for y in 0..g.height {
+                let (row, to) = (from.wrapping_add(c * pixels + y * g.width), to.wrapping_add(place(g, c, y, 0)));
+                for x in 0..g.width {
+                    // SAFETY: the batch has `first + images` images of this shape, and the value holds the group.
+                    unsafe { *to.add(x * g.pixel) = *row.add(x) };
+                }
+            }
+        }
+    }
+}
+
+/// A value into the caller's NCHW batch.
+pub struct Store {
+    pub input: Value,
+}
+
+impl Step for Store {
+    fn tasks(&self, _phase: usize, images: usize) -> usize {
+        images * self.input.geometry.blocks()
+    }
+
+    fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
+        let g = &self.input.geometry;
+        let (image, block) = (task / g.blocks(), task % g.blocks());
+        let pixels = g.height * g.width;
+        let to = cx.output.wrapping_add((cx.first + image) * g.channels * pixels);
+        let from = cx.image(&self.input, image);
+        for c in block * g.pixel..g.channels.min((block + 1) * g.pixel) {
+            for y in 0..g.height {
+                let (row, from) = (to.wrapping_add(c * pixels + y * g.width), from.wrapping_add(place(g, c, y, 0)));
+                for x in 0..g.width {
+                    // SAFETY: the caller made room for `first + images` images of this shape.
+                    unsafe { *row.add(x) = *from.add(x * g.pixel) };
+                }
+            }
+        }
+    }
+}
+
+/// `flatten`, `view`: the same numbers in PyTorch's order, in another shape.
+pub struct Relayout {
+    pub input: Value,
+    pub output: Value,
+}
+
+impl Step for Relayout {
+    fn tasks(&self, _phase: usize, images: usize) -> usize {
+        images * self.input.geometry.channels
+    }
+
+    fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
+        let (i, o) = (&self.input.geometry, &self.output.geometry);
+        let (image, c) = (task / i.channels, task % i.channels);
+        let (from, to) = (cx.image(&self.input, image), cx.image(&self.output, image));
+        for y in 0..i.height {
+            for x in 0..i.width {
+                let index = (c * i.height + y) * i.width + x;
+                let (channel, pixel) = (index / (o.height * o.width), index % (o.height * o.width));
+                // SAFETY: both shapes have the same number of elements.
+                unsafe {
+                    let value = *from.add(place(i, c, y, x));
+                    *to.add(place(o, channel, pixel / o.width, pixel % o.width)) = value;
+                }
+            }
+        }
+    }
+}
+
+/// Values one after the other along the channels.
+pub struct Cat {
+    /// Each with its first channel in the output.
+    pub inputs: Vec<(Value, usize)>,
+    pub output: Value,
+}
+
+impl Step for Cat {
+    fn tasks(&self, _phase: usize, images: usize) -> usize {
+        images * self.inputs.len()
+    }
+
+    fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
+        let (image, part) = (task / self.inputs.len(), task % self.inputs.len());
+        let (value, first) = &self.inputs[part];
+        let (i, o) = (&value.geometry, &self.output.geometry);
+        let (from, to) = (cx.image(value, image), cx.image(&self.output, image));
+        // Whole blocks can be copied row by row; the last one only where nobody writes beside it.
+        let whole = if first % o.pixel == 0 { i.channels / o.pixel } else { 0 };
+        for block in 0..whole {
+            for y in 0..i.height {
+                let from = from.wrapping_add(block * i.plane() + i.at(y, 0));
+                let to = to.wrapping_add((first / o.pixel + block) * o.plane() + o.at(y, 0));
+                // SAFETY: a row of the image on both sides; different values do not overlap.
+                unsafe { std::ptr::copy_nonoverlapping(from, to, i.width * o.pixel) };
+            }
+        }
+        for c in whole * o.pixel..i.channels {
+            for y in 0..i.height {
+                for x in 0..i.width {
+                    // SAFETY: channel and pixel are inside both values.
+                    unsafe { *to.add(place(o, first + c, y, x)) = *from.add(place(i, c, y, x)) };
+                }
+            }
+        }
+    }
+}

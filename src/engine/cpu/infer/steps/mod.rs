@@ -1,0 +1,40 @@
+//! What a plan is made of. A step divides its work among tasks that any worker may take, in any order.
+
+mod conv;
+mod depthwise;
+mod layout;
+mod pointwise;
+mod pool;
+mod softmax;
+mod winograd;
+
+pub use conv::{Conv, Packing, Taps, pack};
+pub use depthwise::Depthwise;
+pub use layout::{Cat, Load, Relayout, Store};
+pub use pointwise::{Binary, Pointwise};
+pub use pool::Pool;
+pub use softmax::Softmax;
+pub use winograd::{Winograd, best_size, tiles, transform};
+
+use super::memory::Context;
+
+pub trait Step: Send + Sync {
+    /// Tasks of a phase for a group of images; a barrier follows each phase.
+    fn tasks(&self, phase: usize, images: usize) -> usize;
+
+    fn run(&self, phase: usize, task: usize, cx: &Context<'_>);
+
+    fn phases(&self) -> usize {
+        1
+    }
+
+    /// Floats that each worker needs for itself.
+    fn own(&self) -> usize {
+        0
+    }
+
+    /// Floats that the workers share while they compute a group of so many images.
+    fn shared(&self, _images: usize) -> usize {
+        0
+    }
+}

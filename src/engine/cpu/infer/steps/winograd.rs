@@ -1,0 +1,331 @@
+//! A 3 x 3 convolution of stride 1 by Winograd's algorithm, with bias, residual, activation and 2 x 2 max-pooling in
+//! its output transform.
+//!
+//! ```text
+//! V = [block of tiles][k][tiles / rows][in / 16][rows][16]     what the microkernel reads, in its order
+//! U = [panel of output channels][k][in][columns * 16]
+//! M = [k][tile][columns * 16]                                  one panel of one block, never leaves the worker's cache
+//! ```
+
+use super::Step;
+use crate::engine::cpu::infer::kernels::activate::Activate;
+use crate::engine::cpu::infer::kernels::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
+use crate::engine::cpu::infer::kernels::tile::{Tile, tile};
+use crate::engine::cpu::infer::kernels::winograd::{Finish, Size, transform_input, transform_output};
+use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
+use crate::model::Pair;
+
+pub struct Winograd {
+    pub isa: Isa,
+    pub size: Size,
+    pub input: Value,
+    pub output: Value,
+    pub residual: Option<Value>,
+    /// Where U and the bias begin in the weights.
+    pub weights: usize,
+    pub bias: usize,
+    pub padding: Pair,
+    pub activation: Activate,
+    pub pool: bool,
+    /// Tiles of one image, down and across.
+    pub tiles: Pair,
+    /// Tiles that are taken through the layer together, a multiple of the microkernel's rows.
+    pub block: usize,
+    /// One worker takes a block through the whole layer. Otherwise all transform the input first and then share the
+    /// pairs of block and panel: better when there are few blocks, or when U is large.
+    pub alone: bool,
+    /// Where the input blocks of a group of tiles begin in V.
+    pub offsets: Vec<usize>,
+}
+
+/// Planes an odd number of cache lines apart do not fall into the same sets.
+fn odd(floats: usize) -> usize {
+    ((floats / LANES) | 1) * LANES
+}
+
+/// Tiles of one image, down and across, for the convolution's output.
+pub fn tiles(size: Size, output: Pair) -> Pair {
+    [output[0].div_ceil(size.outputs()), output[1].div_ceil(size.outputs())]
+}
+
+impl Winograd {
+    /// Tiles per block, and whether a worker takes a block through the layer alone.
+    pub fn blocking(isa: Isa, size: Size, input_blocks: usize, workers: usize) -> (usize, bool) {
+        // Few channels: U is small and V of a few tiles fits the second-level cache.
+        let alone = input_blocks <= 8;
+        let tile = size.products() * input_blocks * LANES * 4;
+        let tiles = match alone {
+            true => (512 << 10) / tile,
+            // The larger the block, the less often U is read; many workers need many blocks.
+            false if workers <= 4 => 112,
+            false => 42,
+        };
+        ((tiles / isa.rows()).max(1) * isa.rows(), alone)
+    }
+
+    fn v_plane(&self) -> usize {
+        odd(self.block * self.input.geometry.blocks() * LANES)
+    }
+
+    /// Floats of V for one block of tiles.
+    fn v_len(&self) -> usize {
+        self.size.products() * self.v_plane()
+    }
+
+    fn columns(&self, panel: usize) -> usize {
+        let wide = self.isa.columns();
+        wide.min(self.output.geometry.blocks() - panel * wide)
+    }
+
+    fn m_plane(&self) -> usize {
+        odd(self.block * self.isa.columns() * LANES)
+    }
+
+    fn panels(&self) -> usize {
+        self.output.geometry.blocks().div_ceil(self.isa.columns())
+    }
+
+    fn blocks(&self, images: usize) -> usize {
+        (images * self.tiles[0] * self.tiles[1]).div_ceil(self.block)
+    }
+
+    fn work<'a>(&'a self, cx: &'a Context<'a>, block: usize, v: *mut f32, m: *mut f32) -> Work<'a> {
+        // Blocks, and the microkernels of a block, of about the same size: a last one of two tiles would waste registers.
+        let (all, blocks) = (cx.images * self.tiles[0] * self.tiles[1], self.blocks(cx.images));
+        let (first, end) = (all * block / blocks, all * (block + 1) / blocks);
+        let rows = (end - first).div_ceil((end - first).div_ceil(self.isa.rows()));
+        Work { step: self, cx, first, count: end - first, rows, v, m }
+    }
+}
+
+impl Step for Winograd {
+    fn phases(&self) -> usize {
+        if self.alone { 1 } else { 2 }
+    }
+
+    fn tasks(&self, phase: usize, images: usize) -> usize {
+        let blocks = self.blocks(images);
+        match (self.alone, phase) {
+            (true, _) => blocks,
+            (false, 0) => blocks * self.block / self.isa.rows(),
+            (false, _) => blocks * self.panels(),
+        }
+    }
+
+    fn run(&self, phase: usize, task: usize, cx: &Context<'_>) {
+        let blocks = self.blocks(cx.images);
+        if self.alone {
+            let work = self.work(cx, task, cx.own, cx.own.wrapping_add(self.v_len()));
+            dispatch(self.isa, Alone(work, 0..self.panels()));
+        } else if phase == 0 {
+            let groups = self.block / self.isa.rows();
+            let (block, group) = (task / groups, task % groups);
+            let work = self.work(cx, block, cx.shared.wrapping_add(block * self.v_len()), cx.own);
+            dispatch(self.isa, Transform(work, group));
+        } else {
+            // Workers that run side by side use the same panel of U.
+            let (panel, block) = (task / blocks, task % blocks);
+            let work = self.work(cx, block, cx.shared.wrapping_add(block * self.v_len()), cx.own);
+            dispatch(self.isa, Multiply(work, panel));
+        }
+    }
+
+    fn own(&self) -> usize {
+        let m = self.size.products() * self.m_plane();
+        if self.alone { self.v_len() + m } else { m }
+    }
+
+    fn shared(&self, images: usize) -> usize {
+        if self.alone { 0 } else { self.blocks(images) * self.v_len() }
+    }
+}
+
+/// One block of tiles.
+struct Work<'a> {
+    step: &'a Winograd,
+    cx: &'a Context<'a>,
+    first: usize,
+    count: usize,
+    /// Tiles per microkernel.
+    rows: usize,
+    v: *mut f32,
+    m: *mut f32,
+}
+
+struct Transform<'a>(Work<'a>, usize);
+struct Multiply<'a>(Work<'a>, usize);
+struct Alone<'a>(Work<'a>, std::ops::Range<usize>);
+
+impl Kernel for Transform<'_> {
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        // SAFETY: `Winograd::own` and `shared` made room for V; the input's border covers every tile.
+        unsafe { self.0.transform::<V>(self.1) };
+    }
+}
+
+impl Kernel for Multiply<'_> {
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        // SAFETY: as above, for M; V was filled in the phase before.
+        unsafe { self.0.multiply::<V>(self.1) };
+    }
+}
+
+impl Kernel for Alone<'_> {
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        let work = self.0;
+        for group in 0..work.count.div_ceil(work.rows) {
+            // SAFETY: as above.
+            unsafe { work.transform::<V>(group) };
+        }
+        for panel in self.1 {
+            // SAFETY: as above.
+            unsafe { work.multiply::<V>(panel) };
+        }
+    }
+}
+
+impl Work<'_> {
+    /// Image, row and column of a tile.
+    #[inline(always)]
+    fn place(&self, tile: usize) -> (usize, usize, usize) {
+        let [down, across] = self.step.tiles;
+        (tile / (down * across), tile / across % down, tile % across)
+    }
+
+    /// Fills V for the tiles that one microkernel reads.
+    #[inline(always)]
+    unsafe fn transform<V: Lanes>(&self, group: usize) {
+        let s = self.step;
+        let (rows, wide, g) = (self.rows, s.isa.rows(), &s.input.geometry);
+        let (blocks, m) = (g.blocks(), s.size.outputs());
+        let start = group * rows;
+        for r in start..self.count.min(start + rows) {
+            let (image, y, x) = self.place(self.first + r);
+            let corner = (g.before[0] + y * m - s.padding[0]) * g.row() + (g.before[1] + x * m - s.padding[1]) * LANES;
+            let from = self.cx.image(&s.input, image).wrapping_add(corner);
+            let to = self.v.wrapping_add((group * blocks * wide + (r - start)) * LANES);
+            for q in 0..blocks {
+                let to = to.wrapping_add(q * wide * LANES);
+                // SAFETY: the caller's promise.
+                unsafe {
+                    transform_input::<V>(s.size, from.wrapping_add(q * g.plane()), g.row(), to, s.v_plane());
+                }
+            }
+        }
+    }
+
+    /// All products of one panel of output channels, and what becomes of them.
+    #[inline(always)]
+    unsafe fn multiply<V: Lanes>(&self, panel: usize) {
+        let s = self.step;
+        let (rows, columns, wide) = (self.rows, s.columns(panel), s.isa.columns());
+        let inputs = s.input.geometry.blocks() * LANES;
+        let products = s.size.products();
+        let u_len = inputs * columns * LANES;
+        let u = self.cx.weights.at(s.weights + panel * wide * LANES * inputs * products, u_len * products);
+        for k in 0..products {
+            for (group, start) in (0..self.count).step_by(rows).enumerate() {
+                let job = Tile {
+                    input: self.v.wrapping_add(k * s.v_plane() + group * s.isa.rows() * inputs),
+                    stride: LANES,
+                    offsets: &s.offsets,
+                    len: LANES,
+                    weights: u.wrapping_add(k * u_len),
+                    output: self.m.wrapping_add(k * s.m_plane() + start * columns * LANES),
+                    output_stride: columns * LANES,
+                    output_block: LANES,
+                    bias: std::ptr::null(),
+                    residual: std::ptr::null(),
+                    residual_stride: 0,
+                    residual_block: 0,
+                    activation: Activate::Nothing,
+                };
+                // SAFETY: the caller's promise.
+                unsafe { tile::<V, false>(rows.min(self.count - start), columns, &job) };
+            }
+        }
+        let bias = self.cx.weights.at(s.bias, s.output.geometry.blocks() * LANES);
+        for t in 0..self.count {
+            let (image, y, x) = self.place(self.first + t);
+            let spot = Spot::new(s, &s.output.geometry, y, x, s.pool);
+            let to = self.cx.image(&s.output, image).wrapping_add(spot.start);
+            for c in 0..columns {
+                let block = panel * wide + c;
+                let (residual, residual_row) = match &s.residual {
+                    Some(value) => {
+                        let g = &value.geometry;
+                        let start = Spot::new(s, g, y, x, false).start + block * g.plane();
+                        (self.cx.image(value, image).wrapping_add(start).cast_const(), g.row())
+                    }
+                    None => (std::ptr::null(), 0),
+                };
+                let finish = Finish {
+                    to: to.wrapping_add(block * s.output.geometry.plane()),
+                    row: s.output.geometry.row(),
+                    inside: spot.inside,
+                    pool: s.pool,
+                    bias: bias.wrapping_add(block * LANES),
+                    residual,
+                    residual_row,
+                    activation: s.activation,
+                };
+                let from = self.m.wrapping_add((t * columns + c) * LANES);
+                // SAFETY: the caller's promise.
+                unsafe { transform_output::<V>(s.size, from, s.m_plane(), &finish) };
+            }
+        }
+    }
+}
+
+/// Where a tile's outputs go.
+struct Spot {
+    start: usize,
+    inside: Pair,
+}
+
+impl Spot {
+    #[inline(always)]
+    fn new(step: &Winograd, g: &Geometry, y: usize, x: usize, pool: bool) -> Self {
+        let m = if pool { step.size.outputs() / 2 } else { step.size.outputs() };
+        let (y, x) = (y * m, x * m);
+        // A pooled image of odd size ends before its last tile may begin.
+        let inside = [g.height.saturating_sub(y), g.width.saturating_sub(x)];
+        Self { start: g.at(y, x), inside }
+    }
+}
+
+/// Bytes of arithmetic saved tell little; what counts are products per output, and the cheaper transform on a tie.
+pub fn best_size(output: Pair) -> Size {
+    let cost = |size: Size| {
+        let [down, across] = tiles(size, output);
+        down * across * size.products()
+    };
+    if cost(Size::Six) < cost(Size::Four) { Size::Six } else { Size::Four }
+}
+
+/// U of one layer, panel by panel. `weight`: `[out][in][3][3]`; `scale`: one factor per output channel.
+pub fn transform(size: Size, isa: Isa, out: usize, inp: usize, weight: &[f32], scale: Option<&[f64]>, u: &mut [f32]) {
+    let wide = isa.columns() * LANES;
+    let (inputs, products) = (inp.next_multiple_of(LANES), size.products());
+    let padded = out.next_multiple_of(LANES);
+    let mut product = vec![0.0f64; products];
+    let mut filter = [0.0f64; 9];
+    for (o, weight) in weight.chunks_exact(inp * 9).take(out).enumerate() {
+        let (panel, lane) = (o / wide, o % wide);
+        let width = wide.min(padded - panel * wide);
+        let panel = &mut u[panel * wide * inputs * products..][..width * inputs * products];
+        let scale = scale.map_or(1.0, |s| s[o]);
+        for (i, weight) in weight.chunks_exact(9).enumerate() {
+            for (f, &w) in filter.iter_mut().zip(weight) {
+                *f = f64::from(w) * scale;
+            }
+            size.transform_weights(&filter, &mut product);
+            for (k, &p) in product.iter().enumerate() {
+                panel[(k * inputs + i) * width + lane] = p as f32;
+            }
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! Whole networks against the definitions, on every instruction set this processor has.
+
+use super::*;
+use crate::model::{Activation, Node, Op, Pair};
+
+/// Numbers between -1 and 1 that repeat from run to run.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    fn many(&mut self, len: usize, scale: f32) -> Vec<f32> {
+        (0..len).map(|_| self.next() * scale).collect()
+    }
+}
+
+struct Model {
+    graph: Graph,
+    tensors: Vec<Vec<f32>>,
+    numbers: Numbers,
+}
+
+impl Model {
+    fn new() -> Self {
+        let nodes = vec![Node { name: "input".into(), op: Op::Input, inputs: vec![] }];
+        let graph = Graph { nodes, output: 0, tensors: Vec::new() };
+        Self { graph, tensors: Vec::new(), numbers: Numbers(7) }
+    }
+
+    fn tensor(&mut self, shape: &[usize], scale: f32) -> usize {
+        self.tensors.push(self.numbers.many(shape.iter().product(), scale));
+        self.graph.tensors.push(shape.to_vec());
+        self.tensors.len() - 1
+    }
+
+    fn op(&mut self, op: Op, inputs: &[usize]) -> usize {
+        let name = format!("{}{}", op.kind(), self.graph.nodes.len());
+        self.graph.nodes.push(Node { name, op, inputs: inputs.to_vec() });
+        self.graph.output = self.graph.nodes.len() - 1;
+        self.graph.output
+    }
+
+    fn conv(&mut self, from: usize, [inp, out]: Pair, kernel: Pair, change: impl Fn(&mut Op)) -> usize {
+        let mut op = Op::Conv2d {
+            weight: 0,
+            bias: None,
+            stride: [1, 1],
+            padding: [kernel[0] / 2, kernel[1] / 2],
+            dilation: [1, 1],
+            groups: 1,
+        };
+        change(&mut op);
+        let Op::Conv2d { weight, bias, groups, .. } = &mut op else { unreachable!() };
+        let shape = [out, inp / *groups, kernel[0], kernel[1]];
+        // Keeps activations of the size of the inputs.
+        let scale = (3.0 / shape[1..].iter().product::<usize>() as f32).sqrt();
+        (*weight, *bias) = (self.tensor(&shape, scale), Some(self.tensor(&[out], 0.5)));
+        self.op(op, &[from])
+    }
+
+    fn norm(&mut self, from: usize, channels: usize) -> usize {
+        let [weight, bias, mean] = [(); 3].map(|()| Some(self.tensor(&[channels], 1.0)));
+        let var = self.tensor(&[channels], 1.0);
+        self.tensors[var].iter_mut().for_each(|v| *v = v.abs() + 0.5);
+        let op = Op::BatchNorm2d {
+            weight,
+            bias,
+            running_mean: mean,
+            running_var: Some(var),
+            num_batches_tracked: None,
+            momentum: Some(0.1),
+            eps: 1e-5,
+            training: false,
+        };
+        self.op(op, &[from])
+    }
+
+    fn act(&mut self, from: usize, function: Activation) -> usize {
+        self.op(Op::Activation { function, inplace: true }, &[from])
+    }
+
+    fn max_pool(&mut self, from: usize, kernel: usize, stride: usize, padding: usize, ceil_mode: bool) -> usize {
+        let op = Op::MaxPool2d {
+            kernel: [kernel; 2],
+            stride: [stride; 2],
+            padding: [padding; 2],
+            dilation: [1, 1],
+            ceil_mode,
+        };
+        self.op(op, &[from])
+    }
+
+    /// Largest relative error in the L2 norm over all instruction sets, exact and not, one and three workers.
+    fn check(mut self, shape: &[usize], methods: &[&str]) {
+        let input = self.numbers.many(shape.iter().product(), 1.0);
+        let expected = reference::run(&self.graph, &self.tensors, &input, shape);
+        let norm = expected.iter().map(|x| x * x).sum::<f64>().sqrt();
+        assert!(norm > 0.0);
+        for isa in Isa::available() {
+            for (exact, workers) in [(false, 1), (false, 3), (true, 2)] {
+                let options = Options { workers, exact, isa };
+                let mut network = Frozen::new(self.graph.clone(), self.tensors.clone(), options).unwrap();
+                // A smaller last batch runs on the same plan, and the second run meets used memory.
+                for images in [shape[0], shape[0].div_ceil(2), shape[0]] {
+                    let part = [&[images], &shape[1..]].concat();
+                    let len: usize = part.iter().product();
+                    let expected = &expected[..expected.len() / shape[0] * images];
+                    let mut got = vec![f32::NAN; network.output(&part).unwrap().iter().product()];
+                    network.run(&part, &input[..len], &mut got).unwrap();
+                    assert_eq!(got.len(), expected.len());
+                    let error: f64 = expected.iter().zip(&got).map(|(e, &g)| (e - f64::from(g)).powi(2)).sum();
+                    let relative = error.sqrt() / norm;
+                    // Sums of up to 4608 products: direct, sqrt(4608) roundings of 2^-24; Winograd's transforms multiply
+                    // that by their condition, about 10 for 6 x 6.
+                    let tolerance = if exact { 4e-6 } else { 4e-5 };
+                    assert!(relative < tolerance, "{isa:?} exact={exact} workers={workers}: {relative:.1e}");
+                }
+                if !exact {
+                    let used: Vec<_> = network.timings().unwrap().iter().map(|t| t.method).collect();
+                    for method in methods {
+                        assert!(used.contains(method), "{method} is not among {used:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn winograd_with_every_ending() {
+    // 25 x 23: tiles reach over the edge; 150 channels: a large U, the last block half empty.
+    for (inp, out, size, method) in [(32, 48, [25, 23], "winograd 6"), (150, 40, [14, 15], "winograd 4")] {
+        for pool in [false, true] {
+            let mut m = Model::new();
+            let c = m.conv(0, [inp, out], [3, 3], |_| {});
+            let n = m.norm(c, out);
+            let r = m.act(n, Activation::Relu);
+            if pool {
+                m.max_pool(r, 2, 2, 0, false);
+            }
+            m.check(&[3, inp, size[0], size[1]], &[method]);
+        }
+    }
+}
+
+#[test]
+fn winograd_padding_and_residual() {
+    for padding in [0, 1, 2] {
+        let mut m = Model::new();
+        let a = m.conv(0, [3, 32], [3, 3], |_| {});
+        let pad = |op: &mut Op| {
+            if let Op::Conv2d { padding: p, .. } = op {
+                *p = [padding, padding];
+            }
+        };
+        let b = m.conv(a, [32, 64], [3, 3], pad);
+        let n = m.norm(b, 64);
+        let c = m.conv(a, [32, 64], [3, 3], pad);
+        let s = m.op(Op::Add { inplace: false }, &[n, c]);
+        let r = m.act(s, Activation::Relu);
+        m.conv(r, [64, 33], [3, 3], |_| {});
+        m.check(&[2, 3, 20, 23], &["winograd 6", "direct"]);
+    }
+}
+
+#[test]
+fn convolutions_of_every_kind() {
+    type Case = (Pair, Pair, fn(&mut Op));
+    let cases: &[Case] = &[
+        ([3, 20], [7, 7], |op| set(op, [2, 2], [3, 3], [1, 1], 1)),
+        ([1, 6], [5, 5], |op| set(op, [1, 1], [0, 0], [1, 1], 1)),
+        ([3, 16], [3, 3], |op| set(op, [1, 2], [2, 1], [2, 2], 1)),
+        ([40, 70], [1, 1], |op| set(op, [2, 2], [0, 0], [1, 1], 1)),
+        ([64, 64], [3, 3], |op| set(op, [1, 1], [2, 2], [2, 2], 1)),
+        ([48, 48], [5, 3], |op| set(op, [2, 1], [2, 1], [1, 1], 48)),
+        ([64, 128], [3, 3], |op| set(op, [1, 1], [1, 1], [1, 1], 4)),
+        ([32, 32], [3, 3], |op| set(op, [1, 1], [1, 1], [1, 1], 8)),
+        ([24, 12], [3, 3], |op| set(op, [1, 1], [1, 1], [1, 1], 3)),
+        ([6, 12], [3, 3], |op| set(op, [1, 1], [1, 1], [1, 1], 6)),
+    ];
+    for &(channels, kernel, change) in cases {
+        let mut m = Model::new();
+        let c = m.conv(0, channels, kernel, change);
+        m.act(c, Activation::Hardswish);
+        m.check(&[2, channels[0], 17, 31], &[]);
+    }
+}
+
+fn set(op: &mut Op, s: Pair, p: Pair, d: Pair, g: usize) {
+    if let Op::Conv2d { stride, padding, dilation, groups, .. } = op {
+        (*stride, *padding, *dilation, *groups) = (s, p, d, g);
+    }
+}
+
+#[test]
+fn a_network_with_everything_else() {
+    let mut m = Model::new();
+    let stem = m.conv(0, [3, 24], [3, 3], |op| set(op, [2, 2], [1, 1], [1, 1], 1));
+    let n = m.norm(stem, 24);
+    let x = m.act(n, Activation::Silu);
+    // Squeeze and excitation.
+    let s = m.op(Op::AdaptiveAvgPool2d { output: [Some(1), Some(1)] }, &[x]);
+    let s = m.conv(s, [24, 6], [1, 1], |_| {});
+    let s = m.act(s, Activation::Relu);
+    let s = m.conv(s, [6, 24], [1, 1], |_| {});
+    let s = m.act(s, Activation::Sigmoid);
+    let x = m.op(Op::Mul, &[x, s]);
+    let a = m.max_pool(x, 3, 2, 1, true);
+    let op = Op::AvgPool2d {
+        kernel: [3, 3],
+        stride: [2, 2],
+        padding: [1, 1],
+        ceil_mode: true,
+        count_include_pad: true,
+        divisor: None,
+    };
+    let b = m.op(op, &[x]);
+    let x = m.op(Op::Cat { dim: 1 }, &[a, b, a]);
+    let x = m.norm(x, 72);
+    let x = m.act(x, Activation::LeakyRelu { negative_slope: 0.1 });
+    let x = m.op(Op::Dropout { p: 0.5, training: false, channels: false, inplace: false }, &[x]);
+    let x = m.op(Op::Add { inplace: false }, &[x, x]);
+    let x = m.op(Op::AdaptiveAvgPool2d { output: [Some(3), Some(2)] }, &[x]);
+    let x = m.op(Op::Flatten { start: 1, end: -1 }, &[x]);
+    let (weight, bias) = (m.tensor(&[10, 432], 0.05), m.tensor(&[10], 0.1));
+    let x = m.op(Op::Linear { weight, bias: Some(bias) }, &[x]);
+    m.op(Op::Softmax { dim: 1, log: true }, &[x]);
+    m.check(&[5, 3, 30, 27], &["direct"]);
+}
+
+#[test]
+fn segments_and_groups_of_images() {
+    // Values from 4 MiB down to a few pixels: several segments, and the residual crosses one of them.
+    let mut m = Model::new();
+    let a = m.conv(0, [3, 64], [3, 3], |_| {});
+    let a = m.max_pool(a, 4, 4, 0, false);
+    let b = m.conv(a, [64, 32], [3, 3], |_| {});
+    let b = m.max_pool(b, 4, 4, 0, false);
+    let c = m.max_pool(a, 4, 4, 0, false);
+    let b = m.conv(b, [32, 64], [3, 3], |_| {});
+    let x = m.op(Op::Add { inplace: false }, &[b, c]);
+    let x = m.conv(x, [64, 64], [3, 3], |_| {});
+    m.op(Op::Mean { dims: vec![2, 3], keepdim: false }, &[x]);
+    m.check(&[7, 3, 144, 146], &["winograd 6"]);
+}
+
+#[test]
+fn what_is_not_computed_is_named() {
+    let mut m = Model::new();
+    let c = m.conv(0, [3, 8], [3, 3], |_| {});
+    m.op(Op::Softmax { dim: 3, log: false }, &[c]);
+    let reason = obstacle(&m.graph, &m.tensors, &[1, 3, 8, 8]).unwrap();
+    assert_eq!(reason, "Softmax2 (Softmax): runs along another dimension than the channels");
+    assert_eq!(
+        obstacle(&m.graph, &m.tensors, &[1, 4, 8, 8]).unwrap(),
+        "Conv2d1 (Conv2d): expects 3 input channels, got 4"
+    );
+}
