@@ -66,6 +66,10 @@ lint: $(EXTENSION) ## Formatting, layering, clippy, ruff, mypy, stubs against th
 	python -m mypy.stubtest --mypy-config-file pyproject.toml cnnrs._cnnrs
 	scripts/locks.sh --check
 
+.PHONY: notebooks
+notebooks: $(EXTENSION) ## Run the notebooks and keep their outputs (PHOTOS=folder BACKBONE=efficientnet_lite0 for your own)
+	python notebooks/execute.py $(if $(PHOTOS),"PHOTOS=$(abspath $(PHOTOS))") $(if $(BACKBONE),"BACKBONE=$(BACKBONE)")
+
 .PHONY: bench
 bench: $(EXTENSION) ## Measure against torchvision and the tutorial's loop; writes benches/RESULTS.md
 	python benches/run.py

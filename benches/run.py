@@ -11,6 +11,7 @@ import fit
 import folders
 import loader
 import preconv
+import readme
 from measure import machine, show
 
 HERE = Path(__file__).parent
@@ -46,6 +47,7 @@ def main() -> None:
         ]
     )
     (HERE / "RESULTS.md").write_text(text)
+    readme.main()
     print(text)
 
 

@@ -32,8 +32,10 @@ from cnnrs.folder import ImageFolder, ImageList  # noqa: E402
 from cnnrs.history import History  # noqa: E402
 from cnnrs.layers import conv_layers, freeze, init, replace_head, set_dropout, unfreeze  # noqa: E402
 from cnnrs.loader import DataLoader  # noqa: E402
+from cnnrs.metrics import confusion, top_losses  # noqa: E402
 from cnnrs.mnist import MNIST  # noqa: E402
 from cnnrs.preconv import preconv  # noqa: E402
+from cnnrs.runs import load_run  # noqa: E402
 from cnnrs.summary import summary  # noqa: E402
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "backbone",
     "check",
     "compile",
+    "confusion",
     "conv_layers",
     "data_gen",
     "errors",
@@ -64,10 +67,12 @@ __all__ = [
     "init",
     "layers",
     "load_features",
+    "load_run",
     "models",
     "preconv",
     "replace_head",
     "set_dropout",
     "summary",
+    "top_losses",
     "unfreeze",
 ]

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 import cnnrs
+from cnnrs.cli.options import find_halves
 from cnnrs.demo import fit_all, heading, predict, save_curves, verdict
 from cnnrs.layers import last_linear
-
-TRAIN_NAMES = ("train", "training")
-VALID_NAMES = ("valid", "validation", "val", "test")
 
 
 def photos(data: Path, backbone: str, weights: Path | None, epochs: int, out: Path) -> int:
@@ -83,10 +81,10 @@ def find_photos(data: Path) -> tuple[cnnrs.ImageFolder, cnnrs.ImageFolder]:
             transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         ]
     )
-    train = next((data / name for name in TRAIN_NAMES if (data / name).is_dir()), None)
-    valid = next((data / name for name in VALID_NAMES if (data / name).is_dir()), None)
-    if train is None or valid is None:
+    halves = find_halves(data)
+    if halves is None:
         return cnnrs.ImageFolder(data, transform).split(0.2, seed=0)
+    train, valid = halves
     datasets = cnnrs.ImageFolder(train, transform), cnnrs.ImageFolder(valid, transform)
     if datasets[0].classes != datasets[1].classes:
         raise ValueError(f"{train} has the classes {datasets[0].classes}, {valid} has {datasets[1].classes}")

@@ -81,6 +81,10 @@ class Report:
         return max(counts) / min(counts) if counts else 1.0
 
     def __repr__(self) -> str:
+        return self.text()
+
+    def text(self, most: int = SHOWN) -> str:
+        """The report as `print` shows it, with at most `most` findings of each kind."""
         bad = len(self.corrupt) + len(self.truncated) + len(self.unreadable)
         lines = [f"{self.root}: {self.files:,} images, {f'{bad:,} cannot be loaded' if bad else 'all can be loaded'}"]
         if self.classes:
@@ -106,8 +110,8 @@ class Report:
             ("decoded by Pillow only", self.slow),
         ):
             if found:
-                more = f"; {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
-                lines.append(f"  {name} ({len(found):,}): {'; '.join(found[:SHOWN])}{more}")
+                more = f"; {len(found) - most:,} more" if len(found) > most else ""
+                lines.append(f"  {name} ({len(found):,}): {'; '.join(found[:most])}{more}")
         return "\n".join(lines)
 
 

@@ -6,12 +6,15 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from cnnrs.store import FORMAT, Store
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Rows that are compared at a time: bounds the memory of a search, whatever the size of the store.
 _CHUNK = 2048
@@ -59,6 +62,19 @@ class Features:
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(features, label) of one row."""
         return self.features[index], self.labels[index]
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the rows in the plane of their two largest principal components, one colour per class.
+
+        Args:
+            path: where to write the picture; None only draws, and a notebook shows it.
+
+        Returns:
+            The matplotlib figure.
+        """
+        from cnnrs.plots import plot_features
+
+        return plot_features(self.features, self.labels, self.classes, path)
 
     def __repr__(self) -> str:
         place = f", folder={str(self.folder)!r}" if self.folder else ""

@@ -73,20 +73,10 @@ class History:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-            from matplotlib.ticker import MaxNLocator
-        except ModuleNotFoundError as error:
-            if error.name is None or not error.name.startswith("matplotlib"):
-                raise
-            raise ImportError("History.plot needs matplotlib: pip install cnnrs[plots]", name="matplotlib") from None
-        if path is None:
-            from matplotlib import pyplot
+        from cnnrs.plots import finish, new_figure
 
-            figure = pyplot.figure(figsize=(10, 4), layout="constrained")
-        else:
-            # Outside pyplot: writing a file needs no display and leaves nothing open.
-            figure = Figure(figsize=(10, 4), layout="constrained")
+        figure = new_figure("History.plot", path, 10, 4)
+        from matplotlib.ticker import MaxNLocator
 
         epochs = range(1, len(self) + 1)
         losses, accuracies = figure.subplots(1, 2)
@@ -100,6 +90,4 @@ class History:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
             axes.legend()
-        if path is not None:
-            figure.savefig(path, dpi=120)
-        return figure
+        return finish(figure, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader as TorchDataLoader
@@ -19,6 +19,9 @@ from cnnrs.iterators import CalledIter, RowsIter, columns, is_rows, unwrap
 from cnnrs.skipping import SkippingIter
 from cnnrs.sources import Rows, find_source
 from cnnrs.transforms import note
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class DataLoader(TorchDataLoader[Any]):
@@ -189,6 +192,20 @@ class DataLoader(TorchDataLoader[Any]):
         for owner in (*resume.samplers(self), self.dataset):
             if hasattr(owner, "set_epoch"):
                 owner.set_epoch(epoch)
+
+    def show(self, count: int = 12, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the first images of a batch with their labels, colours as in the files; needs matplotlib.
+
+        Args:
+            count: How many images, at most a batch.
+            path: Where to write the picture; None only draws, and a notebook shows it.
+
+        Returns:
+            The matplotlib figure.
+        """
+        from cnnrs.plots import show_batch
+
+        return show_batch(self, count, path)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the latest iterator stands: save it with the model, and `load_state_dict` goes on from there.

@@ -44,6 +44,11 @@ _SHARED = re.compile(r"features\.journal\.\d+")
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
 
 
+def is_ours(name: str) -> bool:
+    """Whether a file of this name belongs to a folder of features."""
+    return name in (*_NAMES, *_WORKING) or _SHARED.fullmatch(name) is not None
+
+
 @dataclass(frozen=True)
 class Layout:
     """Rows as a `.npy` file has them: `shape` is (N, ...), `dtype` torch's name."""
@@ -218,8 +223,7 @@ class Store:
             time.sleep(0.05)
 
     def _refuse_others(self) -> None:
-        names = (entry.name for entry in os.scandir(self.folder))
-        others = sorted(name for name in names if name not in (*_NAMES, *_WORKING) and not _SHARED.fullmatch(name))
+        others = sorted(entry.name for entry in os.scandir(self.folder) if not is_ours(entry.name))
         if others:
             raise FileExistsError(f"{self.folder} holds {others[0]!r}, not a feature file: give a folder of its own")
 

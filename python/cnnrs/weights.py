@@ -33,11 +33,14 @@ class Found:
         name: of model and weights.
         model: from images to what comes before its last linear layer.
         transform: what its weights want, None when nobody knows.
+        last: path of the last linear layer, in whose place there is an identity now, and its ``in_features``; None for
+            a model without one.
     """
 
     name: str
     model: nn.Module
     transform: Callable[[Any], Any] | None
+    last: tuple[str, int] | None
 
     def before_pooling(self, pool: str | None) -> str | None:
         """The layer whose output ``pool`` is for; None for the whole model.
@@ -85,9 +88,11 @@ def _torchvision(name: str, weights: Any) -> Found:
     choices = torchvision.models.get_model_weights(name)
     model = torchvision.models.get_model(name, weights=None)
     if weights is None or _is_file(weights):
-        transform = choices.DEFAULT.transforms() if weights is not None else None
+        file = None if weights is None else Path(weights).name
+        named = next((one for one in choices if file == Path(urlparse(one.url).path).name), choices.DEFAULT)
         state = None if weights is None else read(weights)
-        return Found(f"{name} ({weights or 'random'})", _body(model, state, str(weights)), transform)
+        transform = None if weights is None else named.transforms()
+        return _found(f"{name} ({weights or 'random'})", model, state, str(weights), transform)
     try:
         chosen = weights if isinstance(weights, choices) else choices[str(weights).rpartition(".")[2]]
     except KeyError:
@@ -95,7 +100,8 @@ def _torchvision(name: str, weights: Any) -> Found:
         raise ValueError(
             f"{name} has the weights {names}, or give a .pth or .safetensors file; got {weights!r}"
         ) from None
-    return Found(f"{name} ({chosen.name})", _body(model, _fetched(name, chosen), chosen.url), chosen.transforms())
+    state = _fetched(name, chosen)
+    return _found(f"{name} ({chosen.name})", model, state, chosen.url, chosen.transforms())
 
 
 def _fetched(name: str, chosen: Any) -> Mapping[str, torch.Tensor]:
@@ -164,12 +170,13 @@ def _timm(name: str, weights: Any) -> Found:
         ) from error
     config = timm.data.resolve_model_data_config(model)
     head = model.pretrained_cfg.get("classifier") or ()
+    last = _last(model)
     model.reset_classifier(0)
     if _is_file(weights):
         heads = (head,) if isinstance(head, str) else head
         unused = {f"{one}.{kind}" for one in heads for kind in ("weight", "bias")}
         _fill(model, read(weights), str(weights), unused)
-    return Found(f"timm/{name} ({weights or 'random'})", model, timm_transform(timm, config))
+    return Found(f"timm/{name} ({weights or 'random'})", model, timm_transform(timm, config), last)
 
 
 def model_source(timm: Any, name: str) -> str:
@@ -221,7 +228,7 @@ def _lite0(weights: Any) -> Found:
             transforms.Normalize([127 / 255] * 3, [128 / 255] * 3),
         ]
     )
-    return Found(f"{_LITE0} ({weights or 'random'})", _body(model, state, str(path)), transform)
+    return _found(f"{_LITE0} ({weights or 'random'})", model, state, str(path), transform)
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -267,19 +274,26 @@ def read(path: str | os.PathLike[str]) -> Mapping[str, torch.Tensor]:
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def _body(model: nn.Module, state: Mapping[str, torch.Tensor] | None, source: str) -> nn.Module:
+def _found(name: str, model: nn.Module, state: Mapping[str, torch.Tensor] | None, source: str, transform: Any) -> Found:
     """The model with its weights and without its last linear layer, whose number of classes then does not matter."""
-    try:
-        parent, name, head = last_linear(model)
-    except ValueError:
+    last = _last(model)
+    if last is None:
         if state is not None:
             _fill(model, state, source, {})
-        return model
-    prefix = next(path for path, module in model.named_modules() if module is head)
-    setattr(parent, name, nn.Identity())
+        return Found(name, model, transform, None)
+    model.set_submodule(last[0], nn.Identity())
     if state is not None:
-        _fill(model, state, source, {f"{prefix}.weight", f"{prefix}.bias"})
-    return model
+        _fill(model, state, source, {f"{last[0]}.weight", f"{last[0]}.bias"})
+    return Found(name, model, transform, last)
+
+
+def _last(model: nn.Module) -> tuple[str, int] | None:
+    """Path and ``in_features`` of the last linear layer."""
+    try:
+        _, _, head = last_linear(model)
+    except ValueError:
+        return None
+    return next(path for path, module in model.named_modules() if module is head), head.in_features
 
 
 def _fill(model: nn.Module, state: Mapping[str, torch.Tensor], source: str, unused: Any) -> None:

@@ -1,6 +1,7 @@
 """Every Python block of the READMEs runs, in order, one namespace per file, in a folder as the text describes it."""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,17 @@ def test_commands_exist() -> None:
         code = "\n".join(re.findall(r"`[^`]*`|^make .*$", (ROOT / name).read_text(), flags=re.M))
         named = set(re.findall(r"\bmake ([a-z-]+)\b", code))
         assert named and named <= targets, named - targets
+
+
+def test_figures_are_those_of_the_results() -> None:
+    sys.path.insert(0, str(ROOT / "benches"))
+    try:
+        from readme import update
+    finally:
+        sys.path.pop(0)
+    text = (ROOT / "README.md").read_text()
+    assert update(text, (ROOT / "benches" / "RESULTS.md").read_text()) == text, "run python benches/readme.py"
+    assert text.count(" images/s |") + text.count(" img/s |") + text.count(" ms/step |") >= 4
 
 
 def test_links_lead_somewhere() -> None:

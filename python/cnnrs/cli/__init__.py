@@ -1,0 +1,88 @@
+"""From a folder of photos to a classifier, without writing code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+import cnnrs
+from cnnrs.cli import bench, check, features, info, predict, summary, train
+
+_COMMANDS = (check, train, predict, summary, features, bench, info)
+
+# What a user can act on; anything else is a mistake of ours and keeps its traceback.
+_EXPECTED = (OSError, ValueError, ImportError, cnnrs.CnnrsError)
+
+_EPILOG = """\
+Three commands from photos to predictions, with one folder per class (pets/cat/1.jpg, pets/dog/2.jpg):
+
+  cnnrs check pets                       are all photos readable, are the classes balanced?
+  cnnrs train pets --out runs/pets       train a classifier, write runs/pets/report.html
+  cnnrs predict runs/pets holiday/       what is on these photos?
+
+exit codes: 0 all is well, 1 something was found (bad files), 2 it could not be done
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(
+        prog="cnnrs", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("--version", action="version", version=f"cnnrs {cnnrs.__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for module in _COMMANDS:
+        name = module.__name__.rpartition(".")[2]
+        text = (module.__doc__ or "").strip()
+        command = commands.add_parser(
+            name,
+            help=text.split("\n")[0].rstrip("."),
+            description=text,
+            epilog=getattr(module, "EPILOG", None),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    top = parser()
+    options = top.parse_args(arguments)
+    if options.command is None:
+        top.print_help()
+        return 2
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        with warnings.catch_warnings():
+            _tame(options.command)
+            code = run(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print(f"\ncnnrs {options.command}: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # `cnnrs ... | head` has seen enough; what is still buffered must not complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except _EXPECTED as error:
+        if os.environ.get("CNNRS_TRACEBACK"):
+            raise
+        print(f"cnnrs {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _tame(command: str) -> None:
+    """Warnings are one line each; those that say what the command says itself are left out."""
+    warnings.filterwarnings("ignore", r"cnnrs\.DataLoader skips files")
+    warnings.filterwarnings("ignore", r"dropout2d: Received a 2-D input")
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"cnnrs {command}: note: {message}", file=sys.stderr)
+
+    warnings.showwarning = show

@@ -1,0 +1,100 @@
+"""Say what is on photos: class and probability of each file.
+
+RUN is a folder that cnnrs train wrote. Folders are searched for photos, with all folders inside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from cnnrs.cli.options import add_json, add_threads, whole
+from cnnrs.folder import IMG_EXTENSIONS
+from cnnrs.runs import Prediction, load_run
+
+EPILOG = """\
+examples:
+  cnnrs predict runs/pets holiday/
+  cnnrs predict runs/pets holiday/ --csv > labels.csv
+  cnnrs predict runs/pets a.jpg --top-k 3 --json
+
+exit codes: 0 every file has a prediction, 1 some could not be read, 2 it could not be done
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``cnnrs predict``."""
+    parser.add_argument("model", metavar="RUN", help="a folder that cnnrs train wrote")
+    parser.add_argument("paths", nargs="+", metavar="FILE|DIR", help="photos, or folders of photos")
+    parser.add_argument(
+        "--top-k", type=whole(1), default=1, metavar="K", help="the K most probable classes (default: 1)"
+    )
+    parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="photos at a time (default: 32)")
+    add_threads(parser)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="print a table for spreadsheets: path,class,probability")
+    add_json(form)  # type: ignore[arg-type]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Predict; returns the exit code."""
+    run = load_run(options.model)
+    files = _files(options.paths)
+    predictions, failed = run.predict(
+        files, top_k=options.top_k, batch_size=options.batch_size, num_workers=options.threads
+    )
+    for path, reason in failed:
+        print(f"cnnrs predict: {reason if path in reason else f'{path}: {reason}'}", file=sys.stderr)
+    if options.json:
+        print(json.dumps([_plain(one, options.top_k) for one in predictions], indent=1, ensure_ascii=False))
+    elif options.csv:
+        _write_csv(predictions, options.top_k)
+    else:
+        width = max((len(one.path) for one in predictions), default=0)
+        for one in predictions:
+            likely = "  ".join(
+                f"{name} {100 * p:.1f} %" for name, p in zip(one.classes, one.probabilities, strict=True)
+            )
+            print(f"{one.path.ljust(width)}  {likely}")
+    return 1 if failed else 0
+
+
+def _files(paths: list[str]) -> list[str]:
+    """The files themselves, and the photos inside folders, in a stable order."""
+    found: list[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            inside = sorted(
+                str(file) for file in Path(path).rglob("*")
+                if file.suffix.lower() in (*IMG_EXTENSIONS, ".gif") and file.is_file()
+            )  # fmt: skip
+            if not inside:
+                raise FileNotFoundError(f"{path}: no photos in this folder ({', '.join(IMG_EXTENSIONS)}, .gif)")
+            found += inside
+        elif os.path.exists(path):
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"{path}: there is no such file or folder")
+    return list(dict.fromkeys(found))
+
+
+def _plain(one: Prediction, top_k: int) -> dict[str, Any]:
+    plain: dict[str, Any] = {"path": one.path, "class": one.label, "probability": round(one.probability, 6)}
+    if top_k > 1:
+        plain["top"] = [
+            {"class": name, "probability": round(p, 6)} for name, p in zip(one.classes, one.probabilities, strict=True)
+        ]
+    return plain
+
+
+def _write_csv(predictions: list[Prediction], top_k: int) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["path", "class", "probability"] if top_k == 1 else ["path", "rank", "class", "probability"])
+    for one in predictions:
+        for rank, (name, p) in enumerate(zip(one.classes, one.probabilities, strict=True), 1):
+            writer.writerow([one.path, name, f"{p:.6f}"] if top_k == 1 else [one.path, rank, name, f"{p:.6f}"])

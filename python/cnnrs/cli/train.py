@@ -1,0 +1,360 @@
+"""Train a classifier on a folder of photos: frozen pretrained network, features computed once, a head trained on them.
+
+DIR holds one folder per class; a fifth of the photos of each class is held back to measure the accuracy. Where DIR has
+the folders train and valid (or training, validation, val, test), these are used.
+
+The run folder then holds the classifier (model.safetensors, model.json), history.csv, and report.html: curves, which
+classes are confused, the worst mistakes, where the time went. The features are kept beside the run folder, so that the
+next run with another head, other epochs or another learning rate starts training at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import cnnrs
+from cnnrs._progress import steps
+from cnnrs.cli.options import add_json, add_threads, between, chatter, find_halves, whole
+from cnnrs.heads import HEADS, Preprocessing, cut
+from cnnrs.report import Evidence, write_report
+from cnnrs.runs import CARD, REPORT, Run, read_card
+from cnnrs.weights import Found, find
+
+EPILOG = """\
+examples:
+  cnnrs train pets                                          vgg16, 10 epochs, into runs/pets
+  cnnrs train pets --backbone resnet50 --out runs/resnet    any classification network of torchvision
+  cnnrs train pets --head mlp --epochs 30                   the features are there already: seconds
+  cnnrs train pets --weights vgg16-397923af.pth             without network
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``cnnrs train``."""
+    parser.add_argument("folder", metavar="DIR", help="one folder per class, or train/ and valid/ with these")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="the run folder (default: runs/<name of DIR>)")
+    parser.add_argument("--backbone", default="vgg16", metavar="NAME", help="the pretrained network (default: vgg16)")
+    parser.add_argument(
+        "--weights", default="DEFAULT", metavar="FILE|NAME", help="its weights: a .pth or .safetensors file, or a name"
+    )
+    parser.add_argument(
+        "--head",
+        choices=HEADS,
+        default="linear",
+        help="what is trained: one linear layer (default), two (mlp), or all linear layers of VGG (classifier)",
+    )
+    parser.add_argument("--epochs", type=whole(1), default=10, metavar="N", help="passes over the photos (default: 10)")
+    parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="photos per step (default: 32)")
+    parser.add_argument(
+        "--lr", type=between(0, math.inf), metavar="X", help="learning rate (default: 0.001; 0.0001 for classifier)"
+    )
+    parser.add_argument(
+        "--dropout", type=between(0, 1), default=0.2, metavar="P", help="inside mlp and classifier (default: 0.2)"
+    )
+    parser.add_argument("--valid", type=between(0, 1), default=0.2, metavar="F", help="share held back (default: 0.2)")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of split and training (default: 0)")
+    parser.add_argument(
+        "--features", type=Path, metavar="DIR", help="where features are kept (default: beside the run)"
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda when there is one)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out photos that cannot be read, and list them")
+    parser.add_argument("--quiet", action="store_true", help="print the result only")
+    add_threads(parser)
+    add_json(parser)
+
+
+@dataclass
+class Data:
+    """The photos of both halves."""
+
+    train: Any
+    valid: Any
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names by class number."""
+        return list(self.train.classes)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train; returns the exit code."""
+    with chatter(options.json):
+        result = train(options)
+    if options.json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+    return 0
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """All of it; returns what ``--json`` prints."""
+    clock = Clock()
+
+    def say(text: str) -> None:
+        if not options.quiet:
+            print(text, flush=True)
+
+    root = Path(options.folder)
+    out = options.out or Path("runs") / root.resolve().name
+    _check_out(out)
+    device = _device(options.device)
+    _need_safetensors()
+
+    with clock.stage("scan"):
+        # Without a transform: which one is wanted, the weights say.
+        data = _find(root, options.valid, options.seed)
+    say(f"{len(data.train):,} training and {len(data.valid):,} validation photos of {_list(data.classes)}")
+    with clock.stage("weights"):
+        found = _network(options.backbone, options.weights)
+    preprocessing = Preprocessing.of(found.transform)
+    say(found.name)
+
+    torch.manual_seed(options.seed)
+    parts = cut(found, options.head, len(data.classes), options.dropout)
+    parts.body.to(device)
+    parts.head.to(device)
+    where = options.features or out.parent / "features"
+    name = "-".join([root.resolve().name, options.backbone.replace("/", "-"), *(["classifier"] * parts.early)])
+    train_features, valid_features = (
+        _features(getattr(data, half), parts.body, where / name / half, preprocessing, options, clock, say, data)
+        for half in ("train", "valid")
+    )
+    history, best = _train_head(parts.head, train_features, valid_features, options, clock, say)
+    with clock.stage("result"):
+        scores = _scores(parts.head, valid_features.features, device)
+    model = parts.join().eval().cpu()
+
+    confusion = cnnrs.confusion(valid_features.labels, scores, data.classes)
+    facts = {
+        "accuracy": round(confusion.accuracy, 4), "epoch": best + 1, "epochs": options.epochs,
+        "train_photos": len(train_features), "valid_photos": len(valid_features), "data": str(root.resolve()),
+        "weights": found.name, "seed": options.seed, "command": shlex.join(["cnnrs", *sys.argv[1:]]),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"), "versions": _versions(),
+        "device": str(device),
+    }  # fmt: skip
+    done = Run(model, data.classes, preprocessing, options.backbone, options.head, options.dropout, facts)
+    done.save(out, history)
+    with clock.stage("report"):
+        evidence = Evidence(history, best, scores, valid_features.labels, valid_features.paths, data.classes)
+        write_report(out / REPORT, facts, evidence, done, clock.stages, data.skipped)
+
+    print(f"{confusion.accuracy:.2f} % of {len(valid_features):,} validation photos are right (epoch {best + 1})")
+    say(f"{time.perf_counter() - clock.start:.0f} s in all; the report: {out / REPORT}")
+    say(f"next: cnnrs predict {shlex.quote(str(out))} PHOTO...")
+    return {
+        "run": str(out), **facts, "classes": data.classes, "report": str(out / REPORT),
+        "seconds": round(time.perf_counter() - clock.start, 3), "stages": clock.stages,
+        "skipped": [{"path": path, "reason": reason} for path, reason in data.skipped],
+    }  # fmt: skip
+
+
+class Clock:
+    """Seconds per stage, in order."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.stages: dict[str, float] = {}
+
+    def add(self, name: str, seconds: float) -> None:
+        """More seconds of a stage."""
+        self.stages[name] = self.stages.get(name, 0.0) + seconds
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure the block."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - before)
+
+
+# -- before anything takes time ------------------------------------------------------------------------------
+
+
+def _check_out(out: Path) -> None:
+    if out.is_file():
+        raise FileExistsError(f"--out {out} is a file; a folder is wanted")
+    if out.is_dir() and any(out.iterdir()) and not (out / CARD).exists() and not (out / REPORT).exists():
+        raise FileExistsError(f"--out {out} holds something else than a run; give a new folder, for example {out}-run")
+    if (out / CARD).exists():
+        try:
+            card = read_card(out)
+        except ValueError:
+            return
+        print(f"{out}: replaces the {card['backbone']} of {card.get('date', '?')[:16]} ({card.get('accuracy', '?')} %)")
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch {torch.__version__} finds no usable CUDA device; see cnnrs info")
+    return device
+
+
+def _network(name: str, weights: str) -> Found:
+    try:
+        return find(name, weights)
+    except FileNotFoundError as error:
+        # Said to somebody who writes Python.
+        raise FileNotFoundError(str(error).replace("weights=<path>", "--weights FILE")) from error
+
+
+def _need_safetensors() -> None:
+    try:
+        import safetensors.torch  # noqa: F401
+    except ModuleNotFoundError:
+        raise ImportError("the run is stored with safetensors: pip install safetensors") from None
+
+
+def _find(root: Path, fraction: float, seed: int) -> Data:
+    if not root.is_dir():
+        kind = "is a file; a folder with one folder per class is wanted" if root.exists() else "there is no such folder"
+        raise FileNotFoundError(f"{root}: {kind}")
+    folders = find_halves(root)
+    if folders is not None:
+        halves = cnnrs.ImageFolder(folders[0]), cnnrs.ImageFolder(folders[1])
+        if halves[0].classes != halves[1].classes:
+            raise ValueError(f"{folders[0]} has the classes {halves[0].classes}, {folders[1]} has {halves[1].classes}")
+    else:
+        if fraction == 0:
+            raise ValueError(
+                "--valid 0 leaves no photos to measure with; give a share such as 0.2, or a folder DIR/valid"
+            )
+        halves = cnnrs.ImageFolder(root, skip_hidden=True).split(fraction, seed=seed)
+    classes = halves[0].classes
+    if len(classes) < 2:
+        raise ValueError(
+            f"{root} has one class folder only ({classes[0]}); a classifier needs two or more to tell apart"
+        )
+    if not len(halves[1]):
+        raise ValueError(
+            f"{root}: --valid {fraction:g} of {len(halves[0])} photos is not one; give a larger share or more photos"
+        )
+    return Data(*halves)
+
+
+# -- features ------------------------------------------------------------------------------------------------
+
+
+def _features(
+    dataset: Any, body: nn.Module, folder: Path, preprocessing: Preprocessing, options: argparse.Namespace,
+    clock: Clock, say: Callable[[str], None], data: Data,
+) -> cnnrs.Features:  # fmt: skip
+    dataset.transform = preprocessing.transform()
+    loader = cnnrs.DataLoader(
+        dataset, batch_size=options.batch_size, num_workers=options.threads,
+        on_error="skip" if options.skip_bad else "raise",
+    )  # fmt: skip
+    cnnrs.freeze(body)
+    before = time.perf_counter()
+    try:
+        with steps() as found:
+            features = cnnrs.preconv(loader, body, out=folder, verbose=not options.quiet)
+    except cnnrs.DecodeError as error:
+        raise ValueError(
+            f"{error}\n  cnnrs check {options.folder} lists every such file, --fix move puts them aside; "
+            "or train with --skip-bad"
+        ) from error
+    seconds = time.perf_counter() - before
+    data.skipped.extend(loader.errors)
+    for path, reason in loader.errors:
+        say(f"left out {path}: {reason}")
+    step = next((step for step in found if step.samples), None)
+    if step is not None:
+        clock.add("reading", step.waiting)
+        clock.add("features", seconds - step.waiting)
+        say(f"features of {len(features):,} photos in {seconds:.1f} s: {step}")
+    else:
+        clock.add("features", seconds)
+    return features
+
+
+# -- the head ------------------------------------------------------------------------------------------------
+
+
+def _train_head(
+    head: nn.Module,
+    train: cnnrs.Features,
+    valid: cnnrs.Features,
+    options: argparse.Namespace,
+    clock: Clock,
+    say: Callable[[str], None],
+) -> tuple[cnnrs.History, int]:
+    """Train; leaves the weights of the best epoch in ``head`` and returns its number, counted from 0."""
+    # Once more: features that had to be computed have drawn numbers, features that were there have not.
+    torch.manual_seed(options.seed)
+    loaders = [
+        cnnrs.DataLoader(cnnrs.FeatureDataset(*train), batch_size=options.batch_size, shuffle=True),
+        cnnrs.DataLoader(cnnrs.FeatureDataset(*valid), batch_size=256),
+    ]
+    # Layers that were trained before are tuned gently.
+    rate = options.lr or (1e-4 if options.head == "classifier" else 1e-3)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=rate)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
+    fit = cnnrs.compile(optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+    history = cnnrs.History()
+    best, best_state = 0, copy.deepcopy(head.state_dict())
+    width = len(str(options.epochs))
+    for epoch in range(options.epochs):
+        with clock.stage("training"):
+            trained = fit(epoch, head, loaders[0], "training")
+        with clock.stage("validation"):
+            checked = fit(epoch, head, loaders[1], "validation")
+        scheduler.step()
+        history.append(train=trained, valid=checked)
+        if epoch == 0 or _better(history, epoch, best):
+            best, best_state = epoch, copy.deepcopy(head.state_dict())
+        say(
+            f"epoch {epoch + 1:{width}}/{options.epochs}   training: loss {trained[0]:.4f}, {trained[1]:6.2f} %   "
+            f"validation: loss {checked[0]:.4f}, {checked[1]:6.2f} %"
+        )
+    head.load_state_dict(best_state)
+    return history, best
+
+
+def _better(history: cnnrs.History, epoch: int, best: int) -> bool:
+    """More photos are right, or as many with a smaller loss."""
+    new, old = ((history.val_accuracy[i], -history.val_losses[i]) for i in (epoch, best))
+    return new > old
+
+
+@torch.no_grad()
+def _scores(head: nn.Module, features: Tensor, device: torch.device) -> Tensor:
+    head.eval()
+    return torch.cat([head(rows.to(device)).float().cpu() for rows in features.split(256)])  # type: ignore[no-untyped-call]
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "cnnrs": cnnrs.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "python": platform.python_version(), "system": platform.platform(terse=True),
+    }  # fmt: skip
+
+
+def _list(names: list[str], most: int = 6) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{len(names)} classes ({shown}, ...)"
