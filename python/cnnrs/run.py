@@ -167,6 +167,8 @@ class Run:
         key = {
             "transform": self.data.recipe,
             "model": self._model_key or "",
+            # The other two have the same bits.
+            "engine": "torch" if self.extractor.engine in ("torch", "python") else "",
             "precision": self.extractor.precision or "",
             "dtype": self.extractor.dtype or "",
             "seed": str(seed) if self.data.is_random else "",
@@ -273,6 +275,7 @@ def _plain(value: Any) -> Any:
 _WORDS = {
     "transform": "the transform changed",
     "model": "the model or its weights changed",
+    "engine": "another engine is asked for, which rounds differently",
     "precision": "another precision is asked for",
     "dtype": "another dtype is asked for",
     "seed": "another seed is asked for",
