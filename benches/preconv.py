@@ -165,8 +165,8 @@ class WholeJob(Comparison):
         ratios = [j / m for j, m in zip(job.seconds, model.seconds, strict=True)]
         minutes = statistics.median(job.seconds) / job.amount * 25_000 / 60
         return (
-            f"{super().table()}\nThe job takes {statistics.median(ratios):.2f} times the model's own time; 25,000 photos "
-            f"take {minutes:.0f} minutes.\n"
+            f"{super().table()}\nThe job takes {statistics.median(ratios):.2f} times the model's own time; "
+            f"25,000 photos take {minutes:.0f} minutes.\n"
         )
 
 

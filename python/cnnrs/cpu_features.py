@@ -16,7 +16,8 @@ def obstacle(lowered: Lowered, images: torch.Tensor) -> str | None:
         lowered: the frozen model.
         images: a batch, (N, C, H, W) or (N, F).
     """
-    for name, tensor in [("the batch", images), *((f"a parameter of shape {list(t.shape)}", t) for t in lowered.tensors)]:
+    parameters = [(f"a parameter of shape {list(t.shape)}", t) for t in lowered.tensors]
+    for name, tensor in [("the batch", images), *parameters]:
         # Counters of batch norm are integers, and nobody reads them here.
         if tensor.device.type != "cpu" or (tensor.dtype != torch.float32 and tensor.is_floating_point()):
             return f"it computes in float32 on the CPU, but {name} is {tensor.dtype} on {tensor.device}"

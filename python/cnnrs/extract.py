@@ -58,7 +58,8 @@ class Extractor:
             raise ValueError(f'precision={precision!r} is autocast of the module itself: use engine="auto" or "python"')
         self.engine = engine
         if engine == "cpu" and (self.device.type != "cpu" or precision in _AUTOCAST):
-            raise UnsupportedModelError(f"engine 'cpu' computes in float32 on the CPU, not {precision} on {self.device}")
+            kind = precision or "float32"
+            raise UnsupportedModelError(f"engine 'cpu' computes in float32 on the CPU, not in {kind} on {self.device}")
         # On an accelerator the module is called too: its launches run ahead of the device, whoever makes them.
         self._calls_module = self.device.type != "cpu" or precision in _AUTOCAST
 

@@ -113,7 +113,7 @@ def test_attach_trains_the_head_only(folder: Path) -> None:
 
 def test_attach_needs_a_body(folder: Path, tmp_path: Path) -> None:
     body, top = backbone(), head()
-    cnnrs.preconv(cnnrs.ImageFolder(folder, TRANSFORM), body, out=tmp_path / "f", batch_size=26)
+    cnnrs.preconv(cnnrs.ImageFolder(folder, TRANSFORM), body, out=tmp_path / "f", batch_size=26, engine="torch")
     opened = cnnrs.load_features(tmp_path / "f")
     with pytest.raises(ValueError, match=r"pass it, features\.attach\(head, vgg\.features\)"):
         opened.attach(top)

@@ -230,7 +230,7 @@ def test_a_head_trains_on_features_as_on_the_images(folder: Path) -> None:
     data = cnnrs.ImageFolder(folder, TRANSFORM)
     slow = torch.optim.SGD(model[2].parameters(), lr=0.01)
     fast = torch.optim.SGD(head.parameters(), lr=0.01)
-    features = cnnrs.preconv(data, model[0])
+    features = cnnrs.preconv(data, model[0], engine="torch")
     for epoch in range(2):
         model.train()
         model[0].eval()
@@ -239,7 +239,8 @@ def test_a_head_trains_on_features_as_on_the_images(folder: Path) -> None:
             nn.functional.cross_entropy(model(x), y).backward()
             slow.step()
         loader = cnnrs.DataLoader(cnnrs.FeatureDataset(*features), batch_size=8)
-        cnnrs.fit(epoch, head, loader, optimizer=fast, loss_fn=nn.functional.cross_entropy, verbose=False)
+        step = {"optimizer": fast, "loss_fn": nn.functional.cross_entropy}
+        cnnrs.fit(epoch, head, loader, **step, engine="torch", verbose=False)
     assert tutorial.same(head[1].state_dict(), model[2].state_dict())
 
 
