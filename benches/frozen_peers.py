@@ -1,7 +1,7 @@
 """Other runtimes on the same frozen network, each in a process of its own (`make bench-peers` installs them).
 
-`python frozen_peers.py RUNTIME NETWORK BATCH THREADS` answers every line on its standard input with one pass over a batch
-of (BATCH, 3, 224, 224) float32; then it prints the number of images.
+`python frozen_peers.py RUNTIME NETWORK BATCH THREADS` answers every line on its standard input with one pass over a
+batch of (BATCH, 3, 224, 224) float32; then it prints the number of images.
 """
 
 import os

