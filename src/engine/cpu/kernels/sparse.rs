@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn like_three_loops_whatever_is_zero() {
-        let (batch, k, n, start, columns) = (7, 150, 21, 5, 130);
+        let (batch, k, n, start, columns) = (7, 150, 21, 5, 130_usize);
         // Small integers: every order of adding their products is exact.
         let x: Vec<f32> = (0..batch * k).map(|i| (i * 31 % 17) as f32 - 8.0).collect();
         let dy: Vec<f32> = (0..batch * n).map(|i| if i % 3 == 0 { (i * 13 % 7) as f32 - 3.0 } else { 0.0 }).collect();
