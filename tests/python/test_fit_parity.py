@@ -64,7 +64,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, Any, fl
     "SimpleCNN": (cnnrs.models.SimpleCNN, (8, 3, 32, 32), 10, F.cross_entropy, 1e-4),
     "CatDogNet": (cnnrs.models.CatDogNet, (1, 3, 224, 224), 2, F.nll_loss, 1e-4),
     "head of VGG16, narrowed": (head, (8, 25088), 2, F.cross_entropy, 1e-4),
-    "resnet18 at 64 x 64, smooth": (smooth_resnet18, (2, 3, 64, 64), 10, F.cross_entropy, 1e-3),
+    "resnet18 at 64 x 64, smooth": (smooth_resnet18, (4, 3, 64, 64), 10, F.cross_entropy, 1e-3),
 }
 
 

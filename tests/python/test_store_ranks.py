@@ -70,7 +70,8 @@ def test_ranks_share_the_work(folder: Path, tmp_path: Path) -> None:
 def test_what_a_failed_run_left_is_used(folder: Path, tmp_path: Path) -> None:
     start(folder, tmp_path / "whole", 1)
     ranks = start(folder, tmp_path / "f", 2, SEEN=str(tmp_path / "seen"), FAIL="1")
-    assert [status for status, _, _ in ranks] == [1, 1]
+    # torch aborts a process whose partner is gone first.
+    assert all(status != 0 for status, _, _ in ranks)
     assert all("rank 1: ValueError: no more" in errors for _, _, errors in ranks)
     safe = sum(seen(tmp_path, "seen"))
     ((status, text, errors),) = start(folder, tmp_path / "f", 1, SEEN=str(tmp_path / "rest"))
@@ -83,7 +84,8 @@ def test_what_a_failed_run_left_is_used(folder: Path, tmp_path: Path) -> None:
 
 def test_ranks_that_see_other_images_are_told(folder: Path, tmp_path: Path) -> None:
     ranks = start(folder, tmp_path / "f", 2, OTHER="1")
-    assert [status for status, _, _ in ranks] == [1, 1]
+    # torch aborts a process whose partner is gone first.
+    assert all(status != 0 for status, _, _ in ranks)
     assert all("rank 1 sees other images, another model or other options than rank 0" in text for _, _, text in ranks)
 
 
