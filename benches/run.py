@@ -1,7 +1,8 @@
-"""``make bench`` writes RESULTS.md beside this file; ``python benches/run.py loader`` only prints that benchmark."""
+"""``make bench`` writes RESULTS.md beside this file; ``python benches/run.py loader`` renews that part of it."""
 
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -21,34 +22,41 @@ BENCHMARKS = {
     "fit": fit.comparisons,
     "preconv": preconv.comparisons,
 }
+RESULTS = HERE / "RESULTS.md"
+HEAD = """# Benchmarks
+
+Written by `make bench`; do not edit. Contenders are warmed up and measured in turn; a ratio is the
+median of the ratios of single rounds. Each part is one run: compare figures within a part only.
+"""
 
 
 def main() -> None:
     """Measure what the arguments name, or everything."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="default: all, into RESULTS.md")
-    names = parser.parse_args().names
-    load = os.getloadavg()[0]
-    tables = [comparison.measure().table() for name in names or BENCHMARKS for comparison in BENCHMARKS[name]()]
-    if names:
-        print("\n".join(tables))
-        return
-    text = "\n".join(
-        [
-            "# Benchmarks",
-            "",
-            "Written by `make bench`; do not edit. Contenders are warmed up and measured in turn; a ratio is the",
-            "median of the ratios of single rounds. Compare figures within this file only.",
-            "",
-            machine(load),
-            "",
-            *tables,
-            import_time(),
-        ]
-    )
-    (HERE / "RESULTS.md").write_text(text)
-    readme.main()
-    print(text)
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="default: all")
+    for name in parser.parse_args().names or BENCHMARKS:
+        load = os.getloadavg()[0]
+        tables = [comparison.measure().table() for comparison in BENCHMARKS[name]()]
+        if name == "loader":
+            tables.append(import_time())
+        part = "\n".join([machine(load), "", *tables])
+        print(part)
+        # After each, so that nothing is lost when a later one fails.
+        text = RESULTS.read_text() if RESULTS.exists() else ""
+        RESULTS.write_text(together({**parts(text), name: part}))
+        readme.main()
+
+
+def parts(results: str) -> dict[str, str]:
+    """What RESULTS.md says now, by benchmark."""
+    found = re.split(r"^## (\w+)\n\n", results, flags=re.M)[1:]
+    return dict(zip(found[::2], found[1::2], strict=True))
+
+
+def together(found: dict[str, str]) -> str:
+    """RESULTS.md of these parts."""
+    ordered = [f"## {name}\n\n{found[name].rstrip()}\n" for name in BENCHMARKS if name in found]
+    return "\n".join([HEAD, *ordered])
 
 
 def import_time(runs: int = 7) -> str:
