@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+# A shell lets what it starts in the background ignore Ctrl-C, and the children of that ignore it too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PHOTOS = Path(os.environ.get("CNNRS_PHOTOS", REPOSITORY.parent / "shared" / "data" / "cats_dogs"))
