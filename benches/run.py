@@ -36,11 +36,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="default: all")
     for name in parser.parse_args().names or BENCHMARKS:
         load = os.getloadavg()[0]
-        tables = [comparison.measure().table() for comparison in BENCHMARKS[name]()]
+        tables = []
+        for comparison in BENCHMARKS[name]():
+            tables.append(comparison.measure().table())
+            print(tables[-1], flush=True)
         if name == "loader":
             tables.append(import_time())
         part = "\n".join([machine(load), "", *tables])
-        print(part)
         # After each, so that nothing is lost when a later one fails.
         text = RESULTS.read_text() if RESULTS.exists() else ""
         RESULTS.write_text(together({**parts(text), name: part}))
