@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 import cnnrs
+from cnnrs import weights as weights_file
 from cnnrs.cli.options import find_halves
 from cnnrs.demo import fit_all, heading, predict, save_curves, verdict
 from cnnrs.layers import last_linear
@@ -137,14 +138,14 @@ def pretrained(backbone: str, path: Path | None) -> nn.Module:
     if path is not None:
         if not path.is_file():
             raise FileNotFoundError(f"WEIGHTS={path}: there is no such file; {backbone} wants {_file_name(choices[0])}")
-        return _fill(model, backbone, _read(path), f"WEIGHTS={path}")
+        return _fill(model, backbone, weights_file.read(path), f"WEIGHTS={path}")
 
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     for choice in choices:
         file = cache / _file_name(choice)
         # Some files hold the convolutions only.
         if file.is_file() and choice.meta["categories"] is not None:
-            return _fill(model, backbone, _read(file), str(file))
+            return _fill(model, backbone, weights_file.read(file), str(file))
     wanted = choices[0]
     try:
         return _fill(model, backbone, wanted.get_state_dict(progress=True, check_hash=True), wanted.url)
@@ -159,19 +160,6 @@ def pretrained(backbone: str, path: Path | None) -> nn.Module:
 
 def _file_name(weights: Any) -> str:
     return Path(urlparse(weights.url).path).name
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        # Given another kind of file torch's unpickler raises whatever the bytes happen to mean: KeyError, IndexError
-        raise ValueError(f"{path} cannot be read as weights ({type(error).__name__}); a .pth file is wanted") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a state_dict")
-    return state
 
 
 def _fill(model: nn.Module, backbone: str, state: Mapping[str, Tensor], source: str) -> nn.Module:

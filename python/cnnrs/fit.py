@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
@@ -21,11 +20,11 @@ from cnnrs._progress import progress as bar
 from cnnrs.engines import Engine, choose, device_of, slow_on_cpu, to_device
 from cnnrs.errors import UnsupportedModelError
 from cnnrs.graph import Lowered
+from cnnrs.losses import Loss, count_correct, known_loss, summed
 from cnnrs.optimizers import Step
 
 Phase = Literal["training", "validation"]
 Amp = Literal["bf16", "fp16"]
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Totals = tuple[float, int | None, int]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -274,7 +273,7 @@ def _run(job: _Job, engine: Engine, batches: Iterator[Any], rows: cpu_engine.Fea
 
 def _obstacles(job: _Job, lowered: Lowered, batch: tuple[torch.Tensor, torch.Tensor] | None) -> list[str]:
     """Why engine ``cpu`` cannot do this, as far as can be seen without a batch or from one."""
-    loss = _loss(job.loss_fn)
+    loss = known_loss(job.loss_fn)
     reasons = cpu_engine.supports(lowered, job.optimizer, loss, job.device)
     if job.loop.amp is not None:
         reasons.append("it computes in float32 only, and amp asks for less")
@@ -285,7 +284,7 @@ def _obstacles(job: _Job, lowered: Lowered, batch: tuple[torch.Tensor, torch.Ten
 
 
 def _run_cpu(job: _Job, lowered: Lowered, batches: Iterator[Any] | cpu_engine.FeatureRows) -> Totals:
-    loss = _loss(job.loss_fn)
+    loss = known_loss(job.loss_fn)
     assert loss is not None
     loop = job.loop
     return cpu_engine.run(
@@ -295,7 +294,7 @@ def _run_cpu(job: _Job, lowered: Lowered, batches: Iterator[Any] | cpu_engine.Fe
 
 
 def _run_lowered(job: _Job, lowered: Lowered, batches: Iterator[Any]) -> Totals:
-    loss: Any = _loss(job.loss_fn)
+    loss: Any = known_loss(job.loss_fn)
     if loss is None or loss[0] not in ("nll", "cross_entropy"):
         loss = job.loss_fn
     arguments = (job.epoch, job.phase, lowered.graph, lowered.tensors, loss)
@@ -330,7 +329,7 @@ def _run_module(job: _Job, batches: Iterator[Any]) -> Totals:
             loss = loss_fn(outputs, targets)
         pending[:] = [loss]
         with torch.no_grad(), job.autocast(keep=False):
-            return _summed(loss_fn, loss, outputs, targets), _correct(outputs, targets), len(inputs)
+            return summed(loss_fn, loss, outputs, targets), count_correct(outputs, targets), len(inputs)
 
     def backward() -> None:
         nonlocal begins
@@ -409,45 +408,3 @@ def _check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
             "the optimizer holds none of the model's parameters: it was made for another model, or before the layers "
             "were replaced"
         )
-
-
-# -- losses --------------------------------------------------------------------------------------------------
-
-
-def _loss(loss_fn: Loss) -> tuple[Any, ...] | None:
-    """The loss as the engine knows it, None for any that it must call."""
-    if loss_fn is F.nll_loss:
-        return ("nll", None, -100)
-    if loss_fn is F.cross_entropy:
-        return ("cross_entropy", None, -100, 0.0)
-    if loss_fn is F.mse_loss:
-        return ("mse",)
-    if loss_fn is F.binary_cross_entropy_with_logits:
-        return ("bce_with_logits",)
-    if not isinstance(loss_fn, nn.Module) or loss_fn._forward_hooks or loss_fn._forward_pre_hooks:
-        return None
-    if type(loss_fn) is nn.NLLLoss and loss_fn.reduction == "mean":
-        return ("nll", loss_fn.weight, loss_fn.ignore_index)
-    if type(loss_fn) is nn.CrossEntropyLoss and loss_fn.reduction == "mean":
-        return ("cross_entropy", loss_fn.weight, loss_fn.ignore_index, float(loss_fn.label_smoothing))
-    if type(loss_fn) is nn.MSELoss and loss_fn.reduction == "mean":
-        return ("mse",)
-    if type(loss_fn) is nn.BCEWithLogitsLoss and loss_fn.reduction == "mean":
-        return ("bce_with_logits",) if loss_fn.weight is None and loss_fn.pos_weight is None else None
-    return None
-
-
-def _summed(loss_fn: Loss, loss: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> float:
-    """The samples' losses added up, as the tutorial's loop reports them; engine ``torch`` has the same rule."""
-    known = _loss(loss_fn)
-    if known is None or len(known) == 1 or known[1] is not None:
-        return loss.item() * len(outputs)
-    if known[0] == "nll":
-        return F.nll_loss(outputs, targets, ignore_index=known[2], reduction="sum").item()
-    return F.cross_entropy(outputs, targets, ignore_index=known[2], label_smoothing=known[3], reduction="sum").item()
-
-
-def _correct(outputs: torch.Tensor, targets: torch.Tensor) -> int | None:
-    if outputs.dim() != 2 or targets.dim() != 1 or targets.dtype != torch.int64:
-        return None
-    return int((outputs.max(dim=1)[1] == targets).sum())

@@ -105,3 +105,17 @@ def assert_equal() -> Callable[[Batches, Batches], None]:
                 assert torch.equal(a, b)
 
     return check
+
+
+@pytest.fixture
+def cat_and_dog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a folder `cat_and_dog` of noise as the documentation describes it."""
+    rng = np.random.default_rng(0)
+    for part, number in (("train", 4), ("valid", 2)):
+        for name in ("cat", "dog"):
+            place = tmp_path / "cat_and_dog" / part / name
+            place.mkdir(parents=True)
+            for i in range(number):
+                Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(place / f"{i}.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -4,11 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
 from torchvision.models import WeightsEnum
 
 import cnnrs
@@ -34,17 +32,9 @@ def blocks(name: str) -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def cats_and_dogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cats_and_dogs(cat_and_dog: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder `cat_and_dog` of noise, and random numbers where weights would be downloaded."""
-    rng = np.random.default_rng(0)
-    for part, number in (("train", 4), ("valid", 2)):
-        for name in ("cat", "dog"):
-            place = tmp_path / "cat_and_dog" / part / name
-            place.mkdir(parents=True)
-            for i in range(number):
-                Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(place / f"{i}.jpg")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(cat_and_dog / "cache"))
 
     def random_weights(self: WeightsEnum, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
@@ -52,7 +42,7 @@ def cats_and_dogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return torchvision.models.get_model(name, weights=None).state_dict()
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", random_weights)
-    return tmp_path
+    return cat_and_dog
 
 
 @pytest.mark.filterwarnings("ignore:dropout2d. Received a 2-D input")
