@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cnnrs import _cnnrs
+from cnnrs._text import shown
 from cnnrs.errors import DecodeError
 from cnnrs.folder import IMG_EXTENSIONS
 
@@ -88,7 +89,7 @@ class Report:
         bad = len(self.corrupt) + len(self.truncated) + len(self.unreadable)
         lines = [f"{self.root}: {self.files:,} images, {f'{bad:,} cannot be loaded' if bad else 'all can be loaded'}"]
         if self.classes:
-            counts = ", ".join(f"{name} {count:,}" for name, count in list(self.classes.items())[:8])
+            counts = ", ".join(f"{shown(name)} {count:,}" for name, count in list(self.classes.items())[:8])
             more = f" and {len(self.classes) - 8} more" if len(self.classes) > 8 else ""
             lines.append(f"  classes: {counts}{more} (largest : smallest = {self.imbalance:.1f})")
         if self.sizes:
@@ -111,7 +112,7 @@ class Report:
         ):
             if found:
                 more = f"; {len(found) - most:,} more" if len(found) > most else ""
-                lines.append(f"  {name} ({len(found):,}): {'; '.join(found[:most])}{more}")
+                lines.append(f"  {name} ({len(found):,}): {'; '.join(map(shown, found[:most]))}{more}")
         return "\n".join(lines)
 
 

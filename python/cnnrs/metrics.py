@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cnnrs._text import left, right, shown, width
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -66,13 +68,14 @@ class Confusion:
 
     def __str__(self) -> str:
         if len(self.classes) > _SHOWN_CLASSES:
-            lines = [f"{true} taken for {taken}: {count:,}" for true, taken, count in self.most_confused()]
+            lines = [f"{shown(true)} taken for {shown(taken)}: {n:,}" for true, taken, n in self.most_confused()]
             return "\n".join([f"{self.accuracy:.2f} % of {int(self.matrix.sum()):,} are right", *lines])
-        width = max(*(len(name) for name in self.classes), len(f"{int(self.matrix.max()):,}"), 4)
-        head = " " * width + "  " + "  ".join(name.rjust(width) for name in self.classes)
+        names = [shown(name) for name in self.classes]
+        columns = max(*(width(name) for name in names), len(f"{int(self.matrix.max()):,}"), 4)
+        head = " " * columns + "  " + "  ".join(right(name, columns) for name in names)
         rows = [
-            "  ".join([name.ljust(width), *(f"{int(n):,}".rjust(width) for n in row)])
-            for name, row in zip(self.classes, self.matrix, strict=True)
+            "  ".join([left(name, columns), *(f"{int(n):,}".rjust(columns) for n in row)])
+            for name, row in zip(names, self.matrix, strict=True)
         ]
         return "\n".join(["rows: true class, columns: predicted class", head, *rows])
 

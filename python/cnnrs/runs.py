@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 #: Version of ``model.json``; another number is not read.
 FORMAT = 1
+_CARD_KEYS = ("format", "backbone", "head", "dropout", "classes", "transform")
 MODEL, CARD, HISTORY, REPORT = "model.safetensors", "model.json", "history.csv", "report.html"
 
 
@@ -139,6 +140,7 @@ class Run:
 
         The weights have the network's own key names: they load into torchvision's model with as many classes.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         place = Path(folder)
@@ -149,14 +151,18 @@ class Run:
             "classes": self.classes, "transform": asdict(self.preprocessing), **self.facts,
         }  # fmt: skip
         partial = place / f"{MODEL}.partial"
-        save_file(state, partial, metadata={"format": "pt"})
+        try:
+            save_file(state, partial, metadata={"format": "pt"})
+        except SafetensorError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"{place / MODEL} cannot be written: {error}") from error
         # The card goes first and comes back last: a folder is a run only while both belong together.
         (place / CARD).unlink(missing_ok=True)
         os.replace(partial, place / MODEL)
         if history is not None:
             _write_history(history, place / HISTORY)
         partial = place / f"{CARD}.partial"
-        partial.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_bytes(_json(card))
         os.replace(partial, place / CARD)
         # safetensors makes files that only their owner can read.
         shutil.copymode(place / CARD, place / MODEL)
@@ -181,6 +187,8 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     """
     place = Path(folder)
     card = read_card(place)
+    if not (place / MODEL).is_file():
+        raise FileNotFoundError(f"{place / MODEL} is gone, only {CARD} is there; train again")
     model = cut(find(card["backbone"], None), card["head"], len(card["classes"]), card["dropout"]).join()
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -189,11 +197,12 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         model.load_state_dict(load_file(place / MODEL))
     except (RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{place / MODEL} does not hold the {card['backbone']} of {CARD}: {reason}") from error
-    known = {"format", "backbone", "head", "dropout", "classes", "transform"}
+        raise ValueError(
+            f"{place / MODEL} does not hold the {card['backbone']} of {CARD}: {reason}; train again"
+        ) from error
     shaped: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card["transform"].items()}
     preprocessing = Preprocessing(**shaped)
-    facts = {name: value for name, value in card.items() if name not in known}
+    facts = {name: value for name, value in card.items() if name not in _CARD_KEYS}
     return Run(model.eval(), card["classes"], preprocessing, card["backbone"], card["head"], card["dropout"], facts)
 
 
@@ -205,19 +214,34 @@ def read_card(folder: Path) -> dict[str, Any]:
         ValueError: it is damaged or in another format.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder; cnnrs train makes one")
+        kind = "is a file; a folder that cnnrs train made is wanted" if folder.exists() else "there is no such folder"
+        raise FileNotFoundError(f"{folder}: {kind}")
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{folder} holds no trained model (no {CARD}): cnnrs train --out {folder} makes one"
-        ) from None
+        runs = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{CARD}")))
+        hint = f"there is one in {runs}" if runs else f"cnnrs train --out {folder} makes one"
+        raise FileNotFoundError(f"{folder} holds no trained model (no {CARD}): {hint}") from None
     except ValueError as error:
-        raise ValueError(f"{folder / CARD} is damaged: {error}") from error
+        raise ValueError(f"{folder / CARD} is damaged ({error}); train again") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         found = card.get("format") if isinstance(card, dict) else None
-        raise ValueError(f"{folder / CARD} is in format {found}, this cnnrs reads format {FORMAT}")
+        raise ValueError(
+            f"{folder / CARD} is in format {found}, this cnnrs {cnnrs.__version__} reads format {FORMAT}: "
+            "use the cnnrs that wrote it, or train again"
+        )
+    if missing := [name for name in _CARD_KEYS if name not in card]:
+        raise ValueError(f"{folder / CARD} is damaged: it lacks {', '.join(missing)}; train again")
     return card
+
+
+def _json(card: dict[str, Any]) -> bytes:
+    try:
+        text = json.dumps(card, indent=1, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        # A folder's name may be no UTF-8; escaped, it comes back as it was.
+        text = json.dumps(card, indent=1).encode("ascii")
+    return text + b"\n"
 
 
 def _write_history(history: History, path: Path) -> None:

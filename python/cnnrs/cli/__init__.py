@@ -7,9 +7,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import cnnrs
 from cnnrs.cli import bench, check, features, info, predict, summary, train
+from cnnrs.cli.options import Help
 
 _COMMANDS = (check, train, predict, summary, features, bench, info)
 
@@ -19,19 +21,17 @@ _EXPECTED = (OSError, ValueError, ImportError, cnnrs.CnnrsError)
 _EPILOG = """\
 Three commands from photos to predictions, with one folder per class (pets/cat/1.jpg, pets/dog/2.jpg):
 
-  cnnrs check pets                       are all photos readable, are the classes balanced?
-  cnnrs train pets --out runs/pets       train a classifier, write runs/pets/report.html
-  cnnrs predict runs/pets holiday/       what is on these photos?
+  cnnrs check pets                    are all photos readable, all classes there?
+  cnnrs train pets --out runs/pets    train; writes runs/pets/report.html
+  cnnrs predict runs/pets holiday/    what is on these photos?
 
-exit codes: 0 all is well, 1 something was found (bad files), 2 it could not be done
+exit codes: 0 all is well, 1 something was found (bad files), 2 it could not be done, 130 stopped by Ctrl-C
 """
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(
-        prog="cnnrs", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = argparse.ArgumentParser(prog="cnnrs", description=__doc__, epilog=_EPILOG, formatter_class=Help)
     top.add_argument("--version", action="version", version=f"cnnrs {cnnrs.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for module in _COMMANDS:
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
             help=text.split("\n")[0].rstrip("."),
             description=text,
             epilog=getattr(module, "EPILOG", None),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=Help,
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
@@ -51,20 +51,27 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    _print_any_name()
     top = parser()
-    options = top.parse_args(arguments)
-    if options.command is None:
-        top.print_help()
-        return 2
-    run: Callable[[argparse.Namespace], int] = options.run
+    command = ""
     try:
+        try:
+            options = top.parse_args(arguments)
+        finally:
+            # Help that nobody reads to its end is no error either.
+            sys.stdout.flush()
+        if options.command is None:
+            top.print_help()
+            return 2
+        command = f" {options.command}"
+        run: Callable[[argparse.Namespace], int] = options.run
         with warnings.catch_warnings():
             _tame(options.command)
             code = run(options)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print(f"\ncnnrs {options.command}: stopped", file=sys.stderr)
+        print(f"\ncnnrs{command}: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # `cnnrs ... | head` has seen enough; what is still buffered must not complain again at exit.
@@ -73,8 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _EXPECTED as error:
         if os.environ.get("CNNRS_TRACEBACK"):
             raise
-        print(f"cnnrs {options.command}: {error}", file=sys.stderr)
+        print(f"cnnrs{command}: {error}", file=sys.stderr)
         return 2
+
+
+def _print_any_name() -> None:
+    """Files may be called anything: a name that the terminal's encoding does not have must not end a command."""
+    streams: tuple[Any, Any] = (sys.stdout, sys.stderr)
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):
+            utf8 = (stream.encoding or "").lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
 def _tame(command: str) -> None:

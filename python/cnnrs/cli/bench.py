@@ -7,7 +7,6 @@ DIR 200 generated photos are used.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -25,7 +24,7 @@ from torchvision import datasets, transforms
 
 import cnnrs
 from cnnrs._progress import progress
-from cnnrs.cli.options import add_json, add_threads, chatter, whole
+from cnnrs.cli.options import ONE_PER_CLASS, add_json, add_threads, chatter, need_folder, print_json, whole
 
 EPILOG = """\
 examples:
@@ -46,10 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure; returns the exit code."""
     with ExitStack() as stack, chatter(options.json):
+        if options.folder:
+            need_folder(Path(options.folder), ONE_PER_CLASS)
         folder = options.folder or _generated(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         rows = [_loading(folder, options.threads, options.rounds), _training(options.rounds)]
     if options.json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return 0
     for row in rows:
         print(f"{row['what']}\n  {row['baseline']:<42} {row['baseline_rate']:>9,.0f} {row['unit']}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -18,16 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import cnnrs
+from cnnrs._text import right, shown
+from cnnrs._text import width as columns_of
 from cnnrs.check import Report
-from cnnrs.cli.options import add_json, add_threads, find_halves
+from cnnrs.cli.options import add_json, add_threads, find_halves, need_folder, print_json
 
 EPILOG = """\
 examples:
   cnnrs check pets
-  cnnrs check pets --fix move        put files that cannot be read into pets-bad/, with the same folders
+  cnnrs check pets --fix move        files that cannot be read go to pets-bad/
   cnnrs check pets --json | jq .corrupt
 
-exit codes: 0 every file can be read (or --fix has dealt with the others), 1 some cannot, 2 it could not be done
+exit codes: 0 every file can be read (or --fix has dealt with the others), 1 some cannot or there are none,
+2 it could not be done
 """
 _BAR = 30
 
@@ -48,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check; returns the exit code."""
     root = Path(options.folder)
-    if not root.is_dir():
-        kind = "is a file, not a folder" if root.exists() else "there is no such folder"
-        raise FileNotFoundError(f"{root}: {kind}")
+    need_folder(root, "a folder of photos")
     report = cnnrs.check(root, num_workers=options.threads)
     halves = find_halves(root)
     if halves is not None:
@@ -60,14 +60,14 @@ def run(options: argparse.Namespace) -> int:
     bad = [path for path, _ in (*report.corrupt, *report.truncated, *report.unreadable)]
     fixed = [_fix(Path(path), root, options.fix) for path in bad] if options.fix else []
     if options.json:
-        print(json.dumps({**_plain(report), "in_train_and_valid": leaks, "fixed": fixed}, indent=1, ensure_ascii=False))
+        print_json({**_plain(report), "in_train_and_valid": leaks, "fixed": fixed})
     else:
         _show(report, bad, fixed, options)
         if leaks:
             names = " and ".join(half.name for half in halves or ())
             count = f"{len(leaks):,} photos are" if len(leaks) > 1 else "1 photo is"
             print(f"\n{count} in both {names}, for example {leaks[0][0]}: the accuracy will look better than it is")
-    return 0 if report.ok or fixed else 1
+    return 0 if report.files and (report.ok or fixed) else 1
 
 
 def _show(report: Report, bad: list[str], fixed: list[dict[str, str]], options: argparse.Namespace) -> None:
@@ -79,7 +79,7 @@ def _show(report: Report, bad: list[str], fixed: list[dict[str, str]], options: 
     print(report.text(sys.maxsize) if options.all else report)
     if report.classes:
         print("\n  photos per class")
-        _bars({name: count for name, count in report.classes.items()})
+        _bars(report.classes)
     if report.sizes:
         print("\n  shorter side in pixels")
         _bars(_sides(report.sizes))
@@ -102,10 +102,11 @@ def _spans(group: list[str], halves: tuple[Path, Path]) -> bool:
 
 
 def _bars(counts: dict[str, int], most: int = 12) -> None:
-    largest, width = max(counts.values(), default=0), max(map(len, list(counts)[:most]), default=0)
-    for name, count in list(counts.items())[:most]:
+    listed = [(shown(name), count) for name, count in list(counts.items())[:most]]
+    largest, columns = max(counts.values(), default=0), max((columns_of(name) for name, _ in listed), default=0)
+    for name, count in listed:
         bar = "#" * round(_BAR * count / largest) if largest else ""
-        print(f"  {name.rjust(width)}  {count:>7,}  {bar}".rstrip())
+        print(f"  {right(name, columns)}  {count:>7,}  {bar}".rstrip())
     if len(counts) > most:
         print(f"  ... and {len(counts) - most:,} more")
 

@@ -6,7 +6,6 @@ DIR is a folder that preconv or cnnrs train wrote, or one that holds several of 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 import cnnrs
-from cnnrs.cli.options import add_json, size
+from cnnrs.cli.options import add_json, need_folder, print_json, size
 from cnnrs.store import is_ours
 
 EPILOG = """\
@@ -40,14 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do the action; returns the exit code."""
     root: Path = options.folder
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: there is no such folder")
+    need_folder(root, "a folder with features")
     stores = sorted({path.parent for name in ("features.npy", "features.npy.partial") for path in root.rglob(name)})
     if not stores:
         raise FileNotFoundError(f"{root} holds no features; preconv(..., out=folder) and cnnrs train write them")
     found = [{"info": _info, "verify": _verify, "clear": _clear}[options.action](folder) for folder in stores]
     if options.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
     else:
         for entry in found:
             print(entry["text"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 
 import cnnrs
 from cnnrs import _cnnrs
-from cnnrs.cli.options import add_json
+from cnnrs.cli.options import add_json, print_json
 from cnnrs.engines import Engine
 
 # What each optional package is for.
@@ -38,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """Print; returns the exit code."""
     facts = collect()
     if options.json:
-        print(json.dumps(facts, indent=1))
+        print_json(facts)
         return 0
     for section, entries in facts.items():
         print(section)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from cnnrs.cli.options import add_json, add_threads, whole
+from cnnrs._text import left, shown, width
+from cnnrs.cli.options import add_json, add_threads, print_json, whole
 from cnnrs.folder import IMG_EXTENSIONS
 from cnnrs.runs import Prediction, load_run
 
@@ -49,18 +49,19 @@ def run(options: argparse.Namespace) -> int:
         files, top_k=options.top_k, batch_size=options.batch_size, num_workers=options.threads
     )
     for path, reason in failed:
-        print(f"cnnrs predict: {reason if path in reason else f'{path}: {reason}'}", file=sys.stderr)
+        print(f"cnnrs predict: {shown(reason if path in reason else f'{path}: {reason}')}", file=sys.stderr)
     if options.json:
-        print(json.dumps([_plain(one, options.top_k) for one in predictions], indent=1, ensure_ascii=False))
+        print_json([_plain(one, options.top_k) for one in predictions])
     elif options.csv:
         _write_csv(predictions, options.top_k)
     else:
-        width = max((len(one.path) for one in predictions), default=0)
-        for one in predictions:
+        names = [shown(one.path) for one in predictions]
+        columns = max(map(width, names), default=0)
+        for name, one in zip(names, predictions, strict=True):
             likely = "  ".join(
-                f"{name} {100 * p:.1f} %" for name, p in zip(one.classes, one.probabilities, strict=True)
+                f"{shown(kind)} {100 * p:.1f} %" for kind, p in zip(one.classes, one.probabilities, strict=True)
             )
-            print(f"{one.path.ljust(width)}  {likely}")
+            print(f"{left(name, columns)}  {likely}")
     return 1 if failed else 0
 
 

