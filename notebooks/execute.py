@@ -40,7 +40,12 @@ def execute(path: Path, folder: Path, timeout: int = 1200, **parameters: Any) ->
         if not found:
             raise KeyError(f"{path.name} has no parameter {name}")
     NotebookClient(
-        notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        # A loop's lines are one output, not one per print.
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
     ).execute()
     cell.source = own
     for cell in notebook.cells:

@@ -1,36 +1,32 @@
 """The transfer road on the user's own photos: ``make demo DATA=folder BACKBONE=vgg16 WEIGHTS=file.pth``."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 import torch.nn.functional as F
-import torchvision
-from torch import Tensor, nn
-from torchvision import transforms
+from torch import nn
 
 import cnnrs
-from cnnrs import weights as weights_file
-from cnnrs.cli.options import find_halves
+from cnnrs.cli.options import ONE_PER_CLASS, find_halves, need_folder
 from cnnrs.demo import fit_all, heading, predict, save_curves, verdict
-from cnnrs.layers import last_linear
+from cnnrs.heads import Parts, cut
+from cnnrs.weights import Found, find
 
 
 def photos(data: Path, backbone: str, weights: Path | None, epochs: int, out: Path) -> int:
     """Features of a pretrained backbone once, then a head for the classes of ``data``; returns the exit code."""
     start = time.perf_counter()
-    train, valid = find_photos(data)
+    need_folder(data, ONE_PER_CLASS)
+    found = pretrained(backbone, weights)
+    train, valid = find_photos(data, found.transform)
     classes = train.classes
     print(f"{len(train):,} training and {len(valid):,} validation photos of {', '.join(classes)}")
-    model = cnnrs.replace_head(pretrained(backbone, weights), len(classes))
-    parts = split(model)
+    parts = split(found, len(classes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    parts.body.to(device)
+    parts.head.to(device)
 
     heading(f"1/2: the features of {backbone}, once")
     stores = out / "features" / f"{data.resolve().name}-{backbone}"
@@ -54,7 +50,7 @@ def photos(data: Path, backbone: str, weights: Path | None, epochs: int, out: Pa
     # A few batches are enough to see that head and body belong together; all of them would be the slow part again.
     checked = [(valid_features.features[:64].to(device), None)]
     from_features = predict(parts.head, checked)
-    parts.join()
+    model = parts.join()
     loader = cnnrs.DataLoader(valid, batch_size=16)
     from_photos = predict(model, ((images.to(device), labels) for images, labels in loader), limit=4)
 
@@ -67,21 +63,13 @@ def photos(data: Path, backbone: str, weights: Path | None, epochs: int, out: Pa
     return 0 if same else 1
 
 
-def find_photos(data: Path) -> tuple[cnnrs.ImageFolder, cnnrs.ImageFolder]:
+def find_photos(data: Path, transform: Any = None) -> tuple[cnnrs.ImageFolder, cnnrs.ImageFolder]:
     """Training and validation photos: ``train/`` and ``valid/`` where they exist, else every fifth photo is held back.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no class folders with images in it.
+        FileNotFoundError: there are no class folders with images in it.
+        ValueError: the two halves have different classes.
     """
-    if not data.is_dir():
-        raise FileNotFoundError(f"DATA={data}: there is no such folder")
-    transform = transforms.Compose(
-        [
-            transforms.Resize((224, 224)),
-            transforms.ToTensor(),
-            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
     halves = find_halves(data)
     if halves is None:
         return cnnrs.ImageFolder(data, transform).split(0.2, seed=0)
@@ -92,25 +80,21 @@ def find_photos(data: Path) -> tuple[cnnrs.ImageFolder, cnnrs.ImageFolder]:
     return datasets
 
 
-# -- the backbone ------------------------------------------------------------------------------------------------------
+def pretrained(backbone: str, weights: Path | None) -> Found:
+    """A network by name, with the weights of a file, or those that its authors recommend."""
+    try:
+        return find(backbone, weights or "DEFAULT")
+    except (FileNotFoundError, ValueError) as error:
+        # Said to somebody who writes make's variables, not Python.
+        raise type(error)(str(error).replace("weights=", "WEIGHTS=")) from error
 
 
-@dataclass(frozen=True)
-class Parts:
-    """A network in two: ``body`` is computed once, ``head`` is trained, ``join`` makes the network whole again."""
-
-    body: nn.Module
-    head: nn.Module
-    join: Callable[[], None]
-
-
-def split(model: nn.Module) -> Parts:
+def split(found: Found, num_classes: int) -> Parts:
     """VGG and AlexNet as in the tutorial, convolutions and classifier; any other before its last linear layer."""
-    if isinstance(model, torchvision.models.VGG | torchvision.models.AlexNet):
-        return Parts(nn.Sequential(model.features, model.avgpool, nn.Flatten()), model.classifier, lambda: None)
-    parent, name, head = last_linear(model)
-    setattr(parent, name, nn.Identity())
-    return Parts(model, head, lambda: setattr(parent, name, head))
+    import torchvision
+
+    tutorials = isinstance(found.model, torchvision.models.VGG | torchvision.models.AlexNet)
+    return cut(found, "classifier" if tutorials else "linear", num_classes, dropout=0.5)
 
 
 def optimizer_for(head: nn.Module) -> torch.optim.Optimizer:
@@ -118,55 +102,3 @@ def optimizer_for(head: nn.Module) -> torch.optim.Optimizer:
     if isinstance(head, nn.Linear):
         return torch.optim.Adam(head.parameters(), lr=1e-3)
     return torch.optim.SGD(head.parameters(), lr=1e-3, momentum=0.9)
-
-
-def pretrained(backbone: str, path: Path | None) -> nn.Module:
-    """A torchvision model with its ImageNet weights from ``path``, from torch's cache, or downloaded.
-
-    Raises:
-        ValueError: torchvision has no such model, or the file holds something else.
-        FileNotFoundError: The weights are nowhere; the message says which file is wanted and where it was looked for.
-    """
-    try:
-        model = torchvision.models.get_model(backbone, weights=None)
-        choices = list(torchvision.models.get_model_weights(backbone))
-    except ValueError:
-        known = ", ".join(torchvision.models.list_models(module=torchvision.models))
-        raise ValueError(f"BACKBONE={backbone}: torchvision has no such model, but {known}") from None
-    if not any(isinstance(layer, nn.Linear) for layer in model.modules()):
-        raise ValueError(f"BACKBONE={backbone}: it has no linear layer to put a new head in; try vgg16 or resnet18")
-    if path is not None:
-        if not path.is_file():
-            raise FileNotFoundError(f"WEIGHTS={path}: there is no such file; {backbone} wants {_file_name(choices[0])}")
-        return _fill(model, backbone, weights_file.read(path), f"WEIGHTS={path}")
-
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    for choice in choices:
-        file = cache / _file_name(choice)
-        # Some files hold the convolutions only.
-        if file.is_file() and choice.meta["categories"] is not None:
-            return _fill(model, backbone, weights_file.read(file), str(file))
-    wanted = choices[0]
-    try:
-        return _fill(model, backbone, wanted.get_state_dict(progress=True, check_hash=True), wanted.url)
-    except (OSError, HTTPException) as error:
-        raise FileNotFoundError(
-            f"the weights of {backbone} are not here and cannot be downloaded ({error})\n"
-            f"  wanted:  {_file_name(wanted)}, from {wanted.url}\n"
-            f"  looked:  {cache}\n"
-            f"  Fetch the file on a machine with network and put it there, or say where it is: WEIGHTS=<path>"
-        ) from error
-
-
-def _file_name(weights: Any) -> str:
-    return Path(urlparse(weights.url).path).name
-
-
-def _fill(model: nn.Module, backbone: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        # The first line only says that there are errors; hundreds may follow.
-        reasons = [line.strip() for line in str(error).splitlines()[1:]]
-        raise ValueError(f"{source} does not fit {backbone}: {reasons[0][:200]}") from error
-    return model

@@ -155,7 +155,11 @@ def check(
     report.files = len(paths)
     if folders:
         report.classes = {name: count or 0 for name, count in zip(folders, counts, strict=True)}
-        report.empty_classes = [name for name, count in report.classes.items() if not count]
+        empty = [name for name, count in report.classes.items() if not count]
+        closed = [name for name in empty if not os.access(os.path.join(root, name), os.R_OK | os.X_OK)]
+        shut = [os.path.join(root, name) for name in closed]
+        report.unreadable = [(place, f"{place}: this folder may not be opened") for place in shut]
+        report.empty_classes = [name for name in empty if name not in closed]
     hidden = {_hidden(path, root) for path in [*paths, *places]} - {None}
     report.hidden = sorted(path for path in hidden if path is not None)
 

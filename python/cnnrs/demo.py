@@ -29,7 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code: 0 all well, 1 a threshold was missed, 2 something is not there."""
     parser = argparse.ArgumentParser(prog="python -m cnnrs.demo", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of class folders, or with train/ and valid/ of them")
-    parser.add_argument("--backbone", default="vgg16", help="a torchvision model (default: vgg16)")
+    parser.add_argument(
+        "--backbone",
+        default="vgg16",
+        help="of torchvision, timm/NAME, or efficientnet_lite0 (default: vgg16)",
+    )
     parser.add_argument("--weights", type=Path, help="its weights as .pth; default: torch's cache, then a download")
     parser.add_argument("--epochs", type=int, default=5, help="for the head on your photos (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="default: demo-output")

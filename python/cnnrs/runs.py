@@ -219,8 +219,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        runs = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{CARD}")))
-        hint = f"there is one in {runs}" if runs else f"cnnrs train --out {folder} makes one"
+        runs = sorted(str(path.parent) for path in folder.glob(f"*/{CARD}"))
+        hint = f"there is one in {', '.join(runs[:3])}" if runs else f"cnnrs train --out {folder} makes one"
         raise FileNotFoundError(f"{folder} holds no trained model (no {CARD}): {hint}") from None
     except ValueError as error:
         raise ValueError(f"{folder / CARD} is damaged ({error}); train again") from error

@@ -326,7 +326,10 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        place = folder if error.filename is None else Path(os.fsdecode(error.filename))
+        ours = place.is_relative_to(folder) or folder.is_relative_to(place)
+        # A photo that may not be read says so itself.
+        if not ours or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         text = f"{error.strerror}: features cannot be written to {folder}; give out= a folder that can be written"
         raise PermissionError(error.errno, text, error.filename) from error

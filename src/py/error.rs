@@ -29,7 +29,8 @@ pub fn convert(py: Python<'_>, error: Error) -> PyErr {
     match error {
         Error::Io { path, source } => match source.raw_os_error() {
             // OSError(errno, text, filename) picks FileNotFoundError, PermissionError, ... by itself.
-            Some(errno) => PyOSError::new_err((errno, describe(&source), path)),
+            // A str, as the file functions of Python give it, not a Path.
+            Some(errno) => PyOSError::new_err((errno, describe(&source), path.into_os_string())),
             None => PyOSError::new_err(text),
         },
         Error::Decode { .. } | Error::TooLarge { .. } => ours(py, "DecodeError", text),

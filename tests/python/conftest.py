@@ -119,3 +119,31 @@ def cat_and_dog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(place / f"{i}.jpg")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos, weights, and a run that was trained on them."""
+    import torchvision
+    from fruit import fruit, train
+
+    place = tmp_path_factory.mktemp("workplace")
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), place / "weights.pth")
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), place / "squeezenet.pth")
+    fruit(place / "fruit")
+    (place / "photo.pth").write_bytes((place / "fruit" / "plum" / "03.jpg").read_bytes())
+    assert train(place, "runs/fruit", "--epochs", "30") == 0
+    return place
+
+
+@pytest.fixture
+def bad_fruit(tmp_path: Path) -> Path:
+    """Photos of which two cannot be read."""
+    from fruit import fruit
+
+    root = fruit(tmp_path / "fruit", 4)
+    (root / "plum" / "00.jpg").write_bytes(b"")
+    whole = (root / "plum" / "01.jpg").read_bytes()
+    (root / "plum" / "01.jpg").write_bytes(whole[: len(whole) // 2])
+    return root

@@ -111,6 +111,13 @@ def test_05(photos: Path, tmp_path: Path) -> None:
     assert np.load(tmp_path / "features" / "train" / "features.npy").shape == (24, 1280)
 
 
+def test_05_vgg16(photos: Path, tmp_path: Path) -> None:
+    """The tutorial's own cut, behind the pooling, with random weights."""
+    text = run("05-preconv", tmp_path, PHOTOS=str(photos), WEIGHTS=None, PER_CLASS=3, EPOCHS=1)
+    assert "every further epoch" in text
+    assert np.load(tmp_path / "features" / "train" / "features.npy").shape == (6, 512, 7, 7)
+
+
 def test_parameters_must_exist(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="has no parameter COLOR"):
         execute(NOTEBOOKS / "03-layers-and-parameters.ipynb", tmp_path, COLOR="red")

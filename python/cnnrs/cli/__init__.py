@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import cnnrs
+from cnnrs._text import shown
 from cnnrs.cli import bench, check, features, info, predict, summary, train
 from cnnrs.cli.options import Help
 
@@ -51,15 +52,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    if arguments is None:
+        _use_utf8()
     _print_any_name()
     top = parser()
     command = ""
     try:
-        try:
-            options = top.parse_args(arguments)
-        finally:
-            # Help that nobody reads to its end is no error either.
-            sys.stdout.flush()
+        options = top.parse_args(arguments)
         if options.command is None:
             top.print_help()
             return 2
@@ -70,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = run(options)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print(f"\ncnnrs{command}: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        # The line of the terminal's ^C ends first.
+        print(f"\ncnnrs{command}: stopped{''.join(f'; {hint}' for hint in stop.args)}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # `cnnrs ... | head` has seen enough; what is still buffered must not complain again at exit.
@@ -80,8 +80,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _EXPECTED as error:
         if os.environ.get("CNNRS_TRACEBACK"):
             raise
-        print(f"cnnrs{command}: {error}", file=sys.stderr)
+        print(f"cnnrs{command}: {_words(error)}", file=sys.stderr)
         return 2
+
+
+def _words(error: Exception) -> str:
+    """The message; the system's own with the file in front, as other commands have it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{shown(os.fsdecode(error.filename))}: {error.strerror}"
+    return str(error)
+
+
+def _use_utf8() -> None:
+    """Start again where Python would read file names in another encoding than Rust does, which takes them as UTF-8."""
+    if sys.getfilesystemencoding() == "utf-8" or not sys.executable:
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
+    os.execv(sys.executable, [sys.executable, "-m", "cnnrs", *sys.argv[1:]])
 
 
 def _print_any_name() -> None:

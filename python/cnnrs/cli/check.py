@@ -55,9 +55,11 @@ def run(options: argparse.Namespace) -> int:
     halves = find_halves(root)
     if halves is not None:
         report.classes = {f"{half.name}/{name}": count for half in halves for name, count in _counts(half).items()}
-        report.empty_classes = [str(root / name) for name, count in report.classes.items() if not count]
+        report.empty_classes = [name for name, count in report.classes.items() if not count]
     leaks = [] if halves is None else [group for group in report.duplicates if _spans(group, halves)]
-    bad = [path for path, _ in (*report.corrupt, *report.truncated, *report.unreadable)]
+    found = [path for path, _ in (*report.corrupt, *report.truncated, *report.unreadable)]
+    # A folder that may not be opened is nothing to move or delete.
+    bad = [path for path in found if not os.path.isdir(path)]
     fixed = [_fix(Path(path), root, options.fix) for path in bad] if options.fix else []
     if options.json:
         print_json({**_plain(report), "in_train_and_valid": leaks, "fixed": fixed})
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
             names = " and ".join(half.name for half in halves or ())
             count = f"{len(leaks):,} photos are" if len(leaks) > 1 else "1 photo is"
             print(f"\n{count} in both {names}, for example {leaks[0][0]}: the accuracy will look better than it is")
-    return 0 if report.files and (report.ok or fixed) else 1
+    return 0 if report.files and len(fixed) == len(found) else 1
 
 
 def _show(report: Report, bad: list[str], fixed: list[dict[str, str]], options: argparse.Namespace) -> None:

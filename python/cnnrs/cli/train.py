@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import platform
 import shlex
 import sys
@@ -78,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head",
         choices=HEADS,
         default="linear",
-        help="what is trained: one linear layer (default), two (mlp), or all linear layers of VGG (classifier)",
+        metavar="HEAD",
+        help="what is trained: linear (one layer, the default), mlp (two), classifier (all linear layers of VGG)",
     )
     parser.add_argument("--epochs", type=whole(1), default=10, metavar="N", help="passes over the photos (default: 10)")
     parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="photos per step (default: 32)")
@@ -212,6 +214,9 @@ class Clock:
 def _check_out(out: Path) -> None:
     if out.is_file():
         raise FileExistsError(f"--out {out} is a file; a folder is wanted")
+    above = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out}: {above} cannot be written to; give another folder")
     if out.is_dir() and any(out.iterdir()) and not (out / CARD).exists() and not (out / REPORT).exists():
         raise FileExistsError(f"--out {out} holds something else than a run; give a new folder, for example {out}-run")
     if (out / CARD).exists():
@@ -289,6 +294,9 @@ def _photos(folder: Path) -> cnnrs.ImageFolder:
         raise FileNotFoundError(f"{folder}: {error}\n  {ONE_PER_CLASS} is wanted") from error
 
 
+_AFTER_BAD = "\n  cnnrs check {} lists every such file, --fix move puts them aside; or train with --skip-bad"
+
+
 # -- features ------------------------------------------------------------------------------------------------
 
 
@@ -307,14 +315,13 @@ def _features(
         with steps() as found:
             features = cnnrs.preconv(loader, body, out=folder, verbose=not options.quiet)
     except KeyboardInterrupt:
-        if folder.is_dir():
-            print(f"\nwhat is computed is in {folder}: the same command goes on from there", file=sys.stderr)
-        raise
+        raise KeyboardInterrupt(f"the same command goes on from what is in {folder}") from None
     except cnnrs.DecodeError as error:
-        raise ValueError(
-            f"{error}\n  cnnrs check {options.folder} lists every such file, --fix move puts them aside; "
-            "or train with --skip-bad"
-        ) from error
+        raise ValueError(f"{error}{_AFTER_BAD.format(options.folder)}") from error
+    except (FileNotFoundError, PermissionError) as error:
+        if error.filename not in {path for path, _ in dataset.samples}:
+            raise
+        raise ValueError(f"{error.filename}: {error.strerror}{_AFTER_BAD.format(options.folder)}") from error
     seconds = time.perf_counter() - before
     data.skipped.extend(loader.errors)
     for path, reason in loader.errors:

@@ -9,7 +9,7 @@ from html import escape
 from cnnrs.metrics import Calibration
 
 _WIDTH, _HEIGHT = 360, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 12, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 12, 34
 
 
 def curves(

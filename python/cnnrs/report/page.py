@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # A matrix of more classes is unreadable: the most frequent confusions are listed instead.
 MATRIX_CLASSES = 16
+# From here on the names of the columns stand upright.
+_UPRIGHT_CLASSES = 5
 MISTAKES = 12
 _THUMBNAIL = 260
 _LISTED = 50
@@ -110,8 +112,8 @@ def page(
 <header>
 <h1>{escape(name)}, classified by {escape(run.backbone)}</h1>
 <p class="result">{found.accuracy:.2f}<small> % right</small></p>
-<p class="soft">{right:,} of {total:,} validation photos. The weights are those of the epoch that did best on these very
-photos, so new photos may do slightly worse.</p>
+<p class="soft">{right:,} of {total:,} validation photos{_luck(right, total)}. The weights are those of the epoch that
+did best on these very photos, so new photos may do slightly worse.</p>
 </header>
 {_tiles(facts, evidence, stages)}
 <main>
@@ -123,6 +125,14 @@ photos, so new photos may do slightly worse.</p>
 
 def _section(title: str, content: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>\n"
+
+
+def _luck(right: int, total: int) -> str:
+    """How far the figure depends on which photos were held back: Wilson's interval of 95 %."""
+    share, z = right / total, 1.96
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return f"; as many others would give {100 * (middle - half):.0f} to {100 * (middle + half):.0f} %, 19 times in 20"
 
 
 def _tiles(facts: Mapping[str, Any], evidence: Evidence, stages: Mapping[str, float]) -> str:
@@ -149,7 +159,7 @@ def _curves(evidence: Evidence) -> str:
         [("training", "train", history.train_accuracy), ("validation", "valid", history.val_accuracy)],
         evidence.best, 90.0, 100.0,
     )  # fmt: skip
-    names = {"train": "training", "valid": "validation", "rule": "kept"}
+    names = {"train": "training", "valid": "validation", "rule": "weights kept"}
     legend = "".join(f'<li class="{style}">{name}</li>' for style, name in names.items())
     figures = f'<div class="pair"><figure>{loss}</figure><figure>{accuracy}</figure></div>'
     return f'{figures}<ul class="legend">{legend}</ul>{_words(evidence)}'
@@ -166,13 +176,13 @@ def _words(evidence: Evidence) -> str:
             "The validation loss has begun to rise: more epochs would learn the training photos by heart. "
             "More photos, or a simpler head, would help."
         )
-    elif best == last and history.val_accuracy[last] > history.val_accuracy[last // 2]:
-        text = "The last epoch was the best: more epochs may still improve it."
     elif gap > 5:
         text = (
             f"The training photos are recognised {gap:.0f} points better than the validation photos: "
             "more photos would help."
         )
+    elif best == last and history.val_accuracy[last] > history.val_accuracy[last // 2]:
+        text = "The last epoch was the best: more epochs may still improve it."
     else:
         return ""
     return f'<p class="soft">{escape(text)}</p>'
@@ -187,11 +197,12 @@ def _matrix(found: Confusion) -> str:
     for name, row in zip(found.classes, found.matrix.tolist(), strict=True):
         total = sum(row) or 1
         cells = "".join(_cell(count, count / total) for count in row)
-        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in found.classes)
+        rows.append(f'<tr><th scope="row" title="{escape(name)}">{escape(name)}</th>{cells}</tr>')
+    heads = [f'<th scope="col" title="{escape(name)}"><span>{escape(name)}</span></th>' for name in found.classes]
+    style = "matrix upright" if len(heads) >= _UPRIGHT_CLASSES else "matrix"
     return (
         '<p class="soft">Rows: what is on the photo. Columns: what it was taken for.</p>'
-        f'<div class="scroll"><table class="matrix"><thead><tr><td style="--share:0"></td>{head}</tr></thead>'
+        f'<div class="scroll"><table class="{style}"><thead><tr><td></td>{"".join(heads)}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -199,8 +210,8 @@ def _matrix(found: Confusion) -> str:
 def _cell(count: int, share: float) -> str:
     # Few photos in a cell must still be told from none.
     strength = 0.0 if count == 0 else 0.08 + 0.87 * share
-    deep = ' class="deep"' if strength > 0.55 else ""
-    return f'<td{deep} style="--share:{strength:.2f}">{count:,}</td>'
+    kind = ' class="deep"' if strength > 0.55 else ' class="none"' if count == 0 else ""
+    return f'<td{kind} style="--share:{strength:.2f}">{count:,}</td>'
 
 
 def _per_class(found: Confusion) -> str:
