@@ -80,14 +80,18 @@ class History:
 
         epochs = range(1, len(self) + 1)
         losses, accuracies = figure.subplots(1, 2)
+        # A line of one point is not seen.
+        mark = "" if len(self) > 1 else "s"
         losses.plot(epochs, self.train_losses, "bo", label="training loss")
-        losses.plot(epochs, self.val_losses, "r", label="validation loss")
-        losses.set(xlabel="epoch", ylabel="loss per sample")
         accuracies.plot(epochs, self.train_accuracy, "ro", label="train accuracy")
-        accuracies.plot(epochs, self.val_accuracy, "b", label="val accuracy")
+        if not all(map(math.isnan, self.val_losses)):
+            losses.plot(epochs, self.val_losses, f"r{mark}", label="validation loss")
+            accuracies.plot(epochs, self.val_accuracy, f"b{mark}", label="val accuracy")
+        losses.set(xlabel="epoch", ylabel="loss per sample")
         accuracies.set(xlabel="epoch", ylabel="accuracy, %")
         for axes in (losses, accuracies):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlim(0.5, max(len(self), 1) + 0.5)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axes.grid(alpha=0.3)
             axes.legend()
         return finish(figure, path)

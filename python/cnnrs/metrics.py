@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # A wider table does not fit a terminal.
 _SHOWN_CLASSES = 12
+_TERMINAL = 100
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,18 @@ class Confusion:
             lines = [f"{shown(true)} taken for {shown(taken)}: {n:,}" for true, taken, n in self.most_confused()]
             return "\n".join([f"{self.accuracy:.2f} % of {int(self.matrix.sum()):,} are right", *lines])
         names = [shown(name) for name in self.classes]
-        columns = max(*(width(name) for name in names), len(f"{int(self.matrix.max()):,}"), 4)
-        head = " " * columns + "  " + "  ".join(right(name, columns) for name in names)
+        first = max(map(width, names), default=0)
+        columns = max(first, len(f"{int(self.matrix.max()):,}"), 4)
+        heads = names
+        if first + len(names) * (columns + 2) > _TERMINAL:
+            # Long names stand at the rows only, with the numbers that stand for them.
+            heads = [str(number) for number in range(len(names))]
+            names = [f"{number:>2} {name}" for number, name in enumerate(names)]
+            first, columns = first + 3, max(len(f"{int(self.matrix.max()):,}"), 4)
+        first = max(first, 4)
+        head = " " * first + "  " + "  ".join(right(name, columns) for name in heads)
         rows = [
-            "  ".join([left(name, columns), *(f"{int(n):,}".rjust(columns) for n in row)])
+            "  ".join([left(name, first), *(f"{int(n):,}".rjust(columns) for n in row)])
             for name, row in zip(names, self.matrix, strict=True)
         ]
         return "\n".join(["rows: true class, columns: predicted class", head, *rows])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cnnrs._text import shown, width
 from cnnrs.metrics import Confusion, TopLosses
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 Path = str | os.PathLike[str] | None
 
 _COLUMNS = 6
+# Matplotlib's own font has no Chinese, Japanese or Korean; the first of these that is installed helps out.
+_EAST_ASIAN = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN",
+    "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei",
+)  # fmt: skip
 
 
 def new_figure(what: str, path: Path, width: float, height: float) -> Figure:
@@ -46,9 +52,25 @@ def new_figure(what: str, path: Path, width: float, height: float) -> Figure:
 
 def finish(figure: Figure, path: Path) -> Figure:
     """Write the figure where a path is given."""
+    _spell(figure)
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure
+
+
+def _spell(figure: Figure) -> None:
+    """Give class names in Chinese, Japanese or Korean a font that has them."""
+    from matplotlib import font_manager
+    from matplotlib.text import Text
+
+    texts = [text for text in figure.findobj(Text) if any(c >= "\u2e80" for c in text.get_text())]
+    if not texts:
+        return
+    installed = set(font_manager.get_font_names())
+    found = next((name for name in _EAST_ASIAN if name in installed), None)
+    if found is not None:
+        for text in texts:
+            text.set_fontfamily([*text.get_fontfamily(), found])
 
 
 def show_batch(loader: Iterable[Any], count: int = 12, path: Path = None) -> Figure:
@@ -75,7 +97,7 @@ def show_batch(loader: Iterable[Any], count: int = 12, path: Path = None) -> Fig
     images = images[:count].cpu()
     if images.dtype != torch.uint8:
         images = denormalised(images, _below(dataset, "transform"))
-    titles = [] if labels is None else [_name(label, names) for label in labels[:count]]
+    titles = [] if labels is None else [_short(_name(label, names)) for label in labels[:count]]
     return _grid("DataLoader.show", [image.permute(1, 2, 0).squeeze(-1).numpy() for image in images], titles, path)
 
 
@@ -115,14 +137,19 @@ def plot_features(features: Tensor, labels: Tensor, classes: Sequence[str] | Non
     if points.shape[1] < 2:
         points = torch.cat([points, torch.zeros_like(points)], dim=1)
     share = 100 * points.var(dim=0).sum() / rows.var(dim=0).sum().clamp(min=1e-30)
-    figure = new_figure("Features.plot", path, 6, 5)
-    canvas = figure.subplots()
     present = sorted(set(labels.tolist()))
+    # Beside the points where it would cover them.
+    beside = 5 < len(present) <= 20
+    figure = new_figure("Features.plot", path, 8 if beside else 6, 5)
+    canvas = figure.subplots()
+    canvas.set_prop_cycle(color=_colors(len(present)))
     for label in present:
         x, y = points[labels == label].T.numpy()
-        canvas.scatter(x, y, s=14, alpha=0.7, label=_name(label, classes))
+        canvas.scatter(x, y, s=14, alpha=0.7, label=_short(_name(label, classes), 28))
     canvas.set(xticks=[], yticks=[], title=f"two principal components, {share:.0f} % of the variance")
-    if len(present) <= 20:
+    if beside:
+        figure.legend(loc="outside right upper")
+    elif len(present) <= 5:
         canvas.legend()
     return finish(figure, path)
 
@@ -135,8 +162,9 @@ def plot_confusion(found: Confusion, path: Path = None) -> Figure:
     canvas = figure.subplots()
     shares = found.matrix / found.matrix.sum(dim=1, keepdim=True).clamp(min=1)
     canvas.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    names = [_short(name, 28) for name in found.classes]
     canvas.set(
-        xticks=range(size), yticks=range(size), xticklabels=found.classes, yticklabels=found.classes,
+        xticks=range(size), yticks=range(size), xticklabels=names, yticklabels=names,
         xlabel="predicted", ylabel="true",
     )  # fmt: skip
     canvas.tick_params(axis="x", rotation=90 if size > 6 else 0)
@@ -164,7 +192,7 @@ def plot_top_losses(worst: TopLosses, path: Path = None) -> Figure:
             raise ValueError("the files are not known: give top_losses(..., paths=features.paths)")
         with Image.open(one.path) as image:
             images.append(image.convert("RGB").copy())
-    titles = [f"{one.target}\n{one.predicted}? {100 * one.probability:.0f} %" for one in worst]
+    titles = [f"{_short(one.target)}\n{_short(one.predicted)}? {100 * one.probability:.0f} %" for one in worst]
     return _grid("TopLosses.plot", images, titles, path)
 
 
@@ -186,6 +214,24 @@ def _below(dataset: Any, name: str) -> Any:
     while dataset is not None and not hasattr(dataset, name):
         dataset = getattr(dataset, "dataset", None)
     return getattr(dataset, name, None)
+
+
+def _short(name: str, most: int = 18) -> str:
+    """A name that fits above a picture."""
+    kept = shown(name)
+    if width(kept) <= most:
+        return kept
+    while width(kept) >= most:
+        kept = kept[:-1]
+    return kept + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _colors(count: int) -> Any:
+    from matplotlib import colormaps
+
+    # The strong ten first, their pale twins only for more classes.
+    numbers = [*range(0, 20, 2), *range(1, 20, 2)]
+    return colormaps["tab20"](numbers[: max(count, 1)])
 
 
 def _name(label: Any, classes: Sequence[str] | None) -> str:

@@ -130,6 +130,25 @@ def test_features_plot_separates_classes(tmp_path: Path) -> None:
         plots.plot_features(rows[:2], labels[:2])
 
 
+def test_many_long_and_chinese_names(tmp_path: Path) -> None:
+    names = ["猫", "a name that is much longer than a picture is wide", *(f"class {i}" for i in range(10))]
+    labels = torch.arange(36) % 12
+    figure = cnnrs.Features(torch.rand(36, 5), labels, classes=names).plot(tmp_path / "features.png")
+    (legend,) = figure.legends
+    figure.draw_without_rendering()
+    # Beside the points, not on them.
+    assert legend.get_window_extent().x0 > figure.axes[0].get_window_extent().x1
+    assert len({tuple(points.get_facecolor()[0]) for points in figure.axes[0].collections}) == 12
+    figure = cnnrs.confusion(labels, labels, names).plot(tmp_path / "matrix.png")
+    shown = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert shown[0] == "猫" and shown[1].startswith("a name that is") and len(shown[1]) < 30
+
+    table = str(cnnrs.confusion(labels, labels, names)).splitlines()
+    assert max(map(len, table)) <= 130 and table[1].split() == [str(i) for i in range(12)]
+    small = str(cnnrs.confusion([0, 1], [0, 1], ["猫", "dog"])).splitlines()
+    assert small[1:] == ["        猫   dog", "猫       1     0", "dog      0     1"]
+
+
 def test_confusion_and_top_losses_plot(loader: cnnrs.DataLoader, tmp_path: Path) -> None:
     paths = [path for path, _ in loader.dataset.samples]
     scores = torch.eye(2)[[0, 0, 1, 1, 1, 0]] * 5

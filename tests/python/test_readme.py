@@ -49,7 +49,8 @@ def test_examples_run(name: str, number: int, cats_and_dogs: Path, capsys: pytes
 @pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
 def test_commands_run(name: str, cats_and_dogs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("cat_and_dog/valid/cat", "holiday")
-    lines = re.findall(r"^cnnrs .*$", (ROOT / name).read_text(), flags=re.M)
+    shell = "\n".join(re.findall(r"^```sh\n(.*?)^```", (ROOT / name).read_text(), flags=re.M | re.S))
+    lines = re.findall(r"^cnnrs .*$", shell, flags=re.M)
     assert [line.split()[1] for line in lines] == ["check", "train", "predict"]
     for line in lines:
         capsys.readouterr()

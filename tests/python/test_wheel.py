@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import cnnrs._cnnrs
+import cnnrs.cli
 
 MODULE = Path(cnnrs._cnnrs.__file__)
 
@@ -54,6 +55,29 @@ def test_metadata_pins_one_torch() -> None:
     requirements = metadata.requires("cnnrs") or []
     assert len([r for r in requirements if re.match(r"torch\s*==\s*\d+\.\d+\.\d+$", r)]) == 1
     assert metadata.metadata("cnnrs")["Requires-Python"] == ">=3.10"
+
+
+def test_wheel_holds_the_package_and_nothing_else() -> None:
+    root = Path(__file__).resolve().parents[2]
+    if MODULE.is_relative_to(root):
+        pytest.skip("this is the source tree; make test-wheel installs a wheel")
+    files = {str(file) for file in metadata.files("cnnrs") or [] if "__pycache__" not in file.parts}
+    ours = {file for file in files if file.startswith("cnnrs/")}
+    source = root / "python"
+    expected = {
+        str(path.relative_to(source)) for path in (source / "cnnrs").rglob("*")
+        if path.is_file() and path.suffix not in (".so", ".pyc")
+    }  # fmt: skip
+    assert ours == expected | {"cnnrs/_cnnrs.abi3.so"}
+    assert {"cnnrs/report/style.css", "cnnrs/py.typed", "cnnrs/cli/train.py"} <= ours
+    # Beside it only metadata and the script: no tests, no photos.
+    rest = files - ours
+    assert all(file.startswith("cnnrs-") or Path(file).name == "cnnrs" for file in rest), rest
+
+
+def test_command() -> None:
+    (script,) = metadata.entry_points(group="console_scripts", name="cnnrs")
+    assert script.load() is cnnrs.cli.main
 
 
 def test_typed() -> None:

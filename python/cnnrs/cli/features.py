@@ -29,7 +29,7 @@ exit codes: 0 all is well, 1 damaged or incomplete features, 2 it could not be d
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``cnnrs features``."""
     parser.add_argument(
-        "action", choices=["info", "verify", "clear"],
+        "action", choices=["info", "verify", "clear"], metavar="ACTION",
         help="info: what is stored; verify: read all of it; clear: delete it, and nothing else",
     )  # fmt: skip
     parser.add_argument("folder", type=Path, metavar="DIR", help="features, or a folder above them")
