@@ -1,6 +1,7 @@
 """report.html: what it says, that it needs nothing else, and how a browser shows it."""
 
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -161,12 +162,41 @@ def test_reliability_of_nothing() -> None:
     assert "circle" not in reliability(cnnrs.metrics.Calibration([], 0.0))
 
 
+def chromium(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    assert CHROMIUM is not None
+    fixed = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={folder / 'profile'}",
+    ]
+    return subprocess.run([CHROMIUM, *fixed, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_screenshot(scheme: str, write: Write, tmp_path: Path) -> None:
+    """What is there to look at: CNNRS_SCREENSHOTS=folder keeps the pictures."""
+    page = write(["猫", "a rather long name (with more in brackets)", *(f"class {i}" for i in range(9))])
+    shot = Path(os.environ.get("CNNRS_SCREENSHOTS", tmp_path)) / f"report-{scheme}.png"
+    setting = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
+    done = chromium(tmp_path, setting, "--window-size=1100,3200", f"--screenshot={shot}", page.as_uri())
+    with Image.open(shot) as file:
+        picture = file.convert("RGB")
+    assert picture.size == (1100, 3200), done.stderr[-500:]
+    # The corner is paper: white or black by scheme; the curves' two colours are somewhere.
+    assert (sum(picture.getpixel((2, 2))) > 600) == (scheme == "light")
+    colors = {color for _, color in picture.getcolors(1 << 24)}
+    lines = {"light": {(0x2B, 0x6C, 0xB0), (0xC2, 0x57, 0x0C)}, "dark": {(0x6E, 0xA8, 0xE6), (0xF0, 0x96, 0x4A)}}
+    assert lines[scheme] <= colors
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 @pytest.mark.parametrize(("name", "width"), [("phone", 390), ("desktop", 1100)])
 def test_browser(name: str, width: int, write: Write, tmp_path: Path) -> None:
     """Nothing is wider than the screen, and every chart has a height: asked of the browser's own layout."""
-    assert CHROMIUM is not None
-    page = write(["cat", "dog", "rabbit with a very long name indeed"])
+    page = write(["cat", "dog", "rabbit with a very long name indeed", "Averylongsinglewordwithoutanybreakopportunity"])
     probe = (
         "<script>addEventListener('load',()=>{const d=document.documentElement;"
         "const low=[...document.querySelectorAll('svg,img')].filter(e=>e.getBoundingClientRect().height<80).length;"
@@ -185,16 +215,9 @@ def test_browser(name: str, width: int, write: Write, tmp_path: Path) -> None:
         "document.getElementById('f').contentDocument.documentElement.dataset.probe},300))</script>"
     )
     (tmp_path / "frame.html").write_text(f"<!doctype html><body style='margin:0'>{frame}{copy}</body>")
-    fixed = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--allow-file-access-from-files",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    done = subprocess.run(
-        [CHROMIUM, *fixed, "--virtual-time-budget=3000", "--dump-dom", (tmp_path / "frame.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
+    done = chromium(
+        tmp_path, "--allow-file-access-from-files", "--virtual-time-budget=3000", "--dump-dom",
+        (tmp_path / "frame.html").as_uri(),
     )  # fmt: skip
     assert 'data-probe="true 0 7"' in done.stdout, (
         re.findall(r"data-probe=\S+ \S+ \S+", done.stdout) or done.stderr[-500:]
