@@ -49,7 +49,7 @@ def test_no_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.datasets.oxford_iiit_pet.download_and_extract_archive", unreachable)
     with pytest.raises(FileNotFoundError, match=r"(?s)cannot be downloaded.*Set PHOTOS to a folder with one folder"):
         cats_and_dogs(root=tmp_path)
-    with pytest.raises(FileNotFoundError, match="PHOTOS = .*there is no such folder; one folder per class is wanted"):
+    with pytest.raises(FileNotFoundError, match=r"PHOTOS = .*there is no such folder; one folder per class is wanted"):
         cats_and_dogs(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="class folder"):
