@@ -61,18 +61,30 @@ def steps() -> Iterator[list[Step]]:
         _listeners.remove(found)
 
 
-def progress(items: Iterable[T], description: str, unit: str = "batch", verbose: bool = True) -> Iterator[T]:
-    """Iterate over ``items`` behind a bar that says images/s and what it waits for; it disappears when it is done."""
+def progress(
+    items: Iterable[T], description: str, unit: str = "batch", verbose: bool = True, samples: int | None = None
+) -> Iterator[T]:
+    """Iterate over ``items`` behind a bar that says images/s and what it waits for; it disappears when it is done.
+
+    Args:
+        items: batches.
+        description: what is done to them.
+        unit: what one item is called.
+        verbose: whether there is a bar, on a terminal or in a notebook.
+        samples: how many images there are in all, where ``items`` does not know its length: the bar then counts images.
+    """
     step = Step(description)
     for listener in _listeners:
         listener.append(step)
-    bar = _bar(description, unit, _length(items)) if verbose and is_shown() else None
+    bar = None
+    if verbose and is_shown():
+        bar = _bar(description, "image", samples) if samples else _bar(description, unit, _length(items))
     if bar is None and not _listeners:
         return iter(items)
-    return _timed(iter(items), step, bar)
+    return _timed(iter(items), step, bar, bool(samples))
 
 
-def _timed(items: Iterator[T], step: Step, bar: Any) -> Iterator[T]:
+def _timed(items: Iterator[T], step: Step, bar: Any, by_sample: bool) -> Iterator[T]:
     try:
         before = time.perf_counter()
         for item in items:
@@ -81,9 +93,10 @@ def _timed(items: Iterator[T], step: Step, bar: Any) -> Iterator[T]:
             yield item
             before = time.perf_counter()
             step.working += before - there
-            step.samples += _size(item)
+            size = _size(item)
+            step.samples += size
             if bar is not None:
-                bar.update()
+                bar.update(size if by_sample else 1)
                 if step.seconds > _ENOUGH_SECONDS:
                     bar.set_postfix_str(str(step), refresh=False)
     finally:

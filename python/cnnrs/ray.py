@@ -220,7 +220,8 @@ class _Run(Run):
         from cnnrs import _cnnrs
 
         dataset = self._mapped(update.plan, update.missing)
-        _cnnrs.extract_rows(self._bar(self._received(dataset, update.plan)), file, 0, self.extractor.dtype)
+        received = self._bar(self._received(dataset, update.plan), update.count)
+        _cnnrs.extract_rows(received, file, 0, self.extractor.dtype)
 
     def to_parquet(self, out: str, plan: Plan) -> None:
         """Have the workers compute everything and write it themselves."""

@@ -79,7 +79,7 @@ class Run:
                     samples.extend(batch.samples or [])
                     yield batch.inputs, [], ""
 
-        features = self.extractor(self._bar(items()), None, plan.rows)
+        features = self.extractor(self._bar(items(), plan.rows), None, plan.rows)
         assert features is not None
         return self._made(features, labels, samples)
 
@@ -94,7 +94,7 @@ class Run:
                 yield batch.inputs, [], ""
 
         file: File | None = None if path is None else (os.fspath(path), None, None, False)
-        features = self.extractor(self._bar(items()), file, self.data.expected)
+        features = self.extractor(self._bar(items(), self.data.expected), file, self.data.expected)
         if features is None:
             # On disk; the caller opens it.
             features = torch.empty(0)
@@ -105,8 +105,8 @@ class Run:
         paths = None if files is None or not samples else [files[i] for i in samples]
         return Features(features, torch.cat(labels), paths, self.data.classes, body=self.model)
 
-    def _bar(self, items: Iterator[Item]) -> Iterator[Item]:
-        return progress(items, "features", verbose=self.verbose)
+    def _bar(self, items: Iterator[Item], rows: int) -> Iterator[Item]:
+        return progress(items, "features", verbose=self.verbose, samples=rows)
 
     # -- a folder --------------------------------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ class Run:
 
     def compute(self, update: Update, file: File) -> None:
         """Compute what is missing and write it."""
-        self.extractor(self._bar(update.items()), file)
+        self.extractor(self._bar(update.items(), update.count), file)
 
     @property
     def unidentified(self) -> str:

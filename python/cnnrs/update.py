@@ -310,6 +310,11 @@ class Update:
             if batches:
                 yield number, batches
 
+    @property
+    def count(self) -> int:
+        """How many rows this process computes."""
+        return sum(len(batch) for _, batches in self.shares() for batch in batches)
+
     def items(self) -> Iterator[Item]:
         """What is missing, read by this process."""
         place = self.plan.places()

@@ -211,6 +211,20 @@ def test_bar_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "of the time is reading" in terminal.getvalue()
 
 
+def test_bar_of_features_counts_images(monkeypatch: pytest.MonkeyPatch, loader: cnnrs.DataLoader) -> None:
+    """How many of how many, which is what the remaining time is told from."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    class Slow(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.15)
+            return x.mean((2, 3))
+
+    cnnrs.preconv(loader, Slow())
+    assert "4/6 [" in terminal.getvalue() and "image/s" in terminal.getvalue()
+
+
 def test_pipes_and_verbose_false_are_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream, verbose in ((io.StringIO(), True), (Terminal(), False)):
         monkeypatch.setattr(sys, "stderr", stream)

@@ -303,8 +303,11 @@ def _sureness(evidence: Evidence) -> str:
 
 def _time(stages: Mapping[str, float]) -> str:
     total = sum(stages.values()) or 1.0
-    # What is too short to be seen is one item.
-    shown = {_STAGES.get(name, name): seconds for name, seconds in stages.items() if seconds >= 0.01 * total}
+    # What is too short to be seen is one item, except for what everybody asks about.
+    shown = {
+        _STAGES.get(name, name): seconds for name, seconds in stages.items()
+        if seconds >= 0.01 * total or name in ("reading", "features", "training")
+    }  # fmt: skip
     if (rest := total - sum(shown.values())) > 0:
         shown["the rest"] = rest
     bars = "".join(
