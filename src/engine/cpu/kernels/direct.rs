@@ -319,12 +319,7 @@ impl Kernel for Combine<'_> {
     #[inline(always)]
     fn run<V: Vector>(mut self) {
         let last = (self.rows - 1) * self.from_stride + 8 * self.vectors;
-        let mut furthest = 0;
-        for &offset in self.terms.offsets {
-            furthest = furthest.max(offset);
-        }
-        assert!(furthest as usize + last <= self.from.len());
-        assert!(self.terms.offsets.len() == self.terms.factors.len());
+        assert!(furthest(self.terms) + last <= self.from.len());
         assert!((self.rows - 1) * self.to_stride + 8 * self.vectors <= self.to.len());
         self.all::<V>();
     }
@@ -430,6 +425,57 @@ impl Combine<'_> {
             }
         }
     }
+}
+
+/// The transpose of [`Combine`]: `to[offset + row * to_stride ..] += factor * from[row * from_stride ..]` for every term.
+pub struct Spread<'a> {
+    pub terms: Terms<'a>,
+    pub from: &'a [f32],
+    pub from_stride: usize,
+    pub to: &'a mut [f32],
+    pub to_stride: usize,
+    pub rows: usize,
+    /// Vectors of eight per row; whole vectors are read and added.
+    pub vectors: usize,
+}
+
+pub fn spread(work: Spread<'_>) {
+    dispatch(work);
+}
+
+impl Kernel for Spread<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let last = |stride: usize| (self.rows - 1) * stride + 8 * self.vectors;
+        assert!(furthest(self.terms) + last(self.to_stride) <= self.to.len());
+        assert!(last(self.from_stride) <= self.from.len());
+        for (&offset, &factor) in self.terms.offsets.iter().zip(self.terms.factors) {
+            let factor = V::splat(factor);
+            for r in 0..self.rows {
+                for n in 0..self.vectors {
+                    // SAFETY: the last vector of the last row of every term is inside `from` and `to` (asserted above).
+                    unsafe {
+                        let to = self.to.as_mut_ptr().add(offset as usize + r * self.to_stride + 8 * n);
+                        let from = V::load(self.from.as_ptr().add(r * self.from_stride + 8 * n));
+                        factor.mul_add(from, V::load(to)).store(to);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The largest offset.
+#[inline(always)]
+fn furthest(terms: Terms<'_>) -> usize {
+    assert!(terms.offsets.len() == terms.factors.len());
+    let mut furthest = 0;
+    for &offset in terms.offsets {
+        furthest = furthest.max(offset);
+    }
+    furthest as usize
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //! a pool are zero, and ReLU and dropout zero more: backward walks the rest only.
 
 use crate::engine::cpu::kernels::direct::{
-    Combine, ConvPool as Kernel, Gather, OVERSHOOT, SLACK, Terms, combine, conv_pool, gather, position, terms,
+    Combine, ConvPool as Kernel, Gather, OVERSHOOT, SLACK, Spread, Terms, combine, conv_pool, gather, spread, terms,
 };
 use crate::engine::cpu::layer::{Context, Edge, Grain, Layer, Out, Param};
 use crate::engine::cpu::memory::Slot;
@@ -214,6 +214,9 @@ impl ConvPool {
         let (origins, grads) = (cx.one(slots.origins, sample), cx.own(slots.grads));
         let (offsets, factors) = terms(cx.own(slots.terms));
         let live = self.live(cx, sample);
+        if self.input.grad.is_some() {
+            cx.own(slots.pixel_grads).fill(0.0);
+        }
         if self.weight.grad.is_some() {
             self.channels_innermost(cx.one(self.input.value, sample), cx.own(slots.pixels));
         }
@@ -235,60 +238,22 @@ impl ConvPool {
             if let Some(share) = self.bias.and_then(|b| b.grad) {
                 cx.own(share)[o] += sum;
             }
-            if self.weight.grad.is_some() && count > 0 {
-                combine(Combine {
-                    terms: Terms { offsets: &offsets[..count], factors: &factors[..count] },
-                    from: cx.own(slots.pixels),
-                    from_stride: width * c,
-                    to: &mut cx.own(slots.weight_grads)[o * self.k * self.row()..],
-                    to_stride: self.row(),
-                    rows: self.k,
-                    vectors: self.row() / 8,
-                });
+            if count == 0 {
+                continue;
+            }
+            let (rows, row, filter) = (self.k, self.row(), o * self.k * self.row());
+            let (terms, vectors) = (Terms { offsets: &offsets[..count], factors: &factors[..count] }, row / 8);
+            if self.weight.grad.is_some() {
+                let (from, to) = (&*cx.own(slots.pixels), &mut cx.own(slots.weight_grads)[filter..]);
+                combine(Combine { terms, from, from_stride: width * c, to, to_stride: row, rows, vectors });
+            }
+            if self.input.grad.is_some() {
+                let (from, to) = (&cx.own(slots.weights)[filter..], cx.own(slots.pixel_grads));
+                spread(Spread { terms, from, from_stride: row, to, to_stride: width * c, rows, vectors });
             }
         }
         if let Some(input) = self.input.grad {
-            self.input_grads(cx, slots, live, origins);
             self.add_pixels(cx.own(slots.pixel_grads), cx.one_mut(input, sample));
-        }
-    }
-
-    /// Every pooled window spreads its outputs' derivatives over the input; those with the same origin together.
-    fn input_grads(&self, cx: &Context<'_>, slots: &BackwardSlots, live: Terms<'_>, origins: &[f32]) {
-        let (c, [_, width], row) = (self.channels, self.padded(), self.row());
-        let outputs = self.pooled[0] * self.pooled[1];
-        let (grads, pixels) = (cx.own(slots.grads), cx.own(slots.pixel_grads));
-        let (weights, (offsets, factors)) = (cx.own(slots.weights), terms(cx.own(slots.terms)));
-        pixels.fill(0.0);
-        let (mut column, mut corner) = (0, 0);
-        for window in 0..outputs {
-            if column == self.pooled[1] {
-                (column, corner) = (0, corner + 2 * (width - column));
-            }
-            let mut lens = [0; 4];
-            for &o in live.offsets {
-                let (o, at) = (o as usize, o as usize * outputs + window);
-                let step = position(origins[at]) as usize - corner;
-                let place = if step >= width { 2 + step - width } else { step } & 3;
-                let end = place * self.out_channels + lens[place];
-                // Written in any case, counted if it matters: no branch that nobody can predict.
-                (offsets[end], factors[end]) = ((o * self.k * row) as u32, grads[at]);
-                lens[place] += usize::from(grads[at] != 0.0);
-            }
-            for (place, &len) in lens.iter().enumerate().filter(|(_, len)| **len > 0) {
-                let at = (corner + place / 2 * width + place % 2) * c;
-                let list = place * self.out_channels..place * self.out_channels + len;
-                combine(Combine {
-                    terms: Terms { offsets: &offsets[list.clone()], factors: &factors[list] },
-                    from: weights,
-                    from_stride: row,
-                    to: &mut pixels[at..],
-                    to_stride: width * c,
-                    rows: self.k,
-                    vectors: row / 8,
-                });
-            }
-            (column, corner) = (column + 1, corner + 2);
         }
     }
 
