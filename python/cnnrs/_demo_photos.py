@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,12 @@ def photos(data: Path, backbone: str, weights: Path | None, epochs: int, out: Pa
     """Features of a pretrained backbone once, then a head for the classes of ``data``; returns the exit code."""
     start = time.perf_counter()
     need_folder(data, ONE_PER_CLASS)
-    found = pretrained(backbone, weights)
-    train, valid = find_photos(data, found.transform)
+    train, valid = find_photos(data)
     classes = train.classes
+    # After the photos: it may be a download.
+    found = pretrained(backbone, weights)
+    for half in (train, valid):
+        half.transform = found.transform
     print(f"{len(train):,} training and {len(valid):,} validation photos of {', '.join(classes)}")
     parts = split(found, len(classes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,7 +65,7 @@ def photos(data: Path, backbone: str, weights: Path | None, epochs: int, out: Pa
     return 0 if same else 1
 
 
-def find_photos(data: Path, transform: Any = None) -> tuple[cnnrs.ImageFolder, cnnrs.ImageFolder]:
+def find_photos(data: Path) -> tuple[cnnrs.ImageFolder, cnnrs.ImageFolder]:
     """Training and validation photos: ``train/`` and ``valid/`` where they exist, else every fifth photo is held back.
 
     Raises:
@@ -72,9 +74,9 @@ def find_photos(data: Path, transform: Any = None) -> tuple[cnnrs.ImageFolder, c
     """
     halves = find_halves(data)
     if halves is None:
-        return cnnrs.ImageFolder(data, transform).split(0.2, seed=0)
+        return cnnrs.ImageFolder(data).split(0.2, seed=0)
     train, valid = halves
-    datasets = cnnrs.ImageFolder(train, transform), cnnrs.ImageFolder(valid, transform)
+    datasets = cnnrs.ImageFolder(train), cnnrs.ImageFolder(valid)
     if datasets[0].classes != datasets[1].classes:
         raise ValueError(f"{train} has the classes {datasets[0].classes}, {valid} has {datasets[1].classes}")
     return datasets

@@ -173,15 +173,9 @@ def test_weights_that_are_no_weights(
     assert f"{path} cannot be read as weights" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("backbone", "reason"),
-    [("vgg61", "no model is called 'vgg61'; close to it: "), ("squeezenet1_1", "no linear layer")],
-)
-def test_backbone_that_cannot_be_used(
-    backbone: str, reason: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert demo.main(["--data", str(photos), "--backbone", backbone, "--out", str(tmp_path)]) == 2
-    assert reason in capsys.readouterr().err
+def test_backbone_that_nobody_has(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--data", str(photos), "--backbone", "vgg61", "--out", str(tmp_path)]) == 2
+    assert "no model is called 'vgg61'; close to it: vgg" in capsys.readouterr().err
 
 
 def test_no_such_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
