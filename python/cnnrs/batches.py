@@ -16,10 +16,9 @@ from cnnrs.engines import to_device
 def to_channels_last(model: nn.Module) -> None:
     """Put the 4-D weights into that order of memory, in place; the numbers stay."""
     for tensor in chain(model.parameters(), model.buffers()):
-        # `to` as in `model.to`: of one channel, whose order is the same, it also sets the strides.
-        converted = tensor.data.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor.data
-        if converted.data_ptr() != tensor.data_ptr():
-            tensor.data = converted
+        if tensor.dim() == 4:
+            # As `model.to` does; what has the order already stays where it is.
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
 
 
 def on_device(

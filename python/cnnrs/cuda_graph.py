@@ -196,7 +196,9 @@ def run(
     except NonFiniteLossError:
         kept.restore_statistics()
         began = meter.batches > 0
-        # It may have been recorded over state that the optimizer never gets.
+        # It may have been recorded over state that the optimizer never gets; replays of it may still be under way.
+        if kept.stream is not None:
+            torch.cuda.synchronize(kept.inputs.device)
         del _RECORDINGS[model][phase]
         raise
     finally:

@@ -122,8 +122,6 @@ def fit(
                channels_last)  # fmt: skip
     shown = verbose if progress is None else progress
     rows = cpu_engine.FeatureRows.of(loader) if on_batch_end is None and not (shown and is_shown()) else None
-    if channels_last:
-        to_channels_last(model)
     batches = on_device(loader, job.device, channels_last, f"{phase} epoch {epoch}", shown)
     total, correct, samples = _run(job, engine, batches, rows)
     if samples == 0:
@@ -316,6 +314,8 @@ def _run_recorded(job: _Job, lowered: Lowered, batches: Iterator[Any]) -> Totals
 
 
 def _run_lowered(job: _Job, lowered: Lowered, batches: Iterator[Any]) -> Totals:
+    if job.channels_last:
+        to_channels_last(job.model)
     at_once = job.loop.on_batch_end is not None or job.loop.accumulate > 1
     if not at_once and cuda_graph.takes(lowered, job.loss_fn, job.optimizer, job.device):
         return _run_recorded(job, lowered, batches)
@@ -339,6 +339,8 @@ def _run_lowered(job: _Job, lowered: Lowered, batches: Iterator[Any]) -> Totals:
 
 
 def _run_module(job: _Job, batches: Iterator[Any]) -> Totals:
+    if job.channels_last:
+        to_channels_last(job.model)
     loop, optimizer, loss_fn = job.loop, job.optimizer, job.loss_fn
     pending: list[torch.Tensor] = []
     scaler = None
