@@ -7,6 +7,7 @@ statistics, random numbers. Losses stay on the device and are read a few steps l
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -245,13 +246,14 @@ def _key(
 
 
 def _try_to_record(kept: _Recording, fixed: Callable[[], None], step: FusedStep | None) -> None:
+    outside = sys.exc_info()[1]
     try:
         kept.replay = RECORDERS[kept.inputs.device.type](fixed, kept.stream)
         kept.gradients = [] if step is None else [p.grad for p in step.parameters]
     except Exception as error:
         # CUDA's own error about the end of the recording hides what ended it.
         reason: BaseException = error
-        while reason.__context__ is not None:
+        while reason.__context__ not in (None, outside):
             reason = reason.__context__
         if not isinstance(reason, Exception):
             raise reason from None

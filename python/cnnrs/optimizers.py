@@ -128,7 +128,8 @@ class FusedStep:
         self.parameters = [p for _, parameters in self._groups for p in parameters]
         self._state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
         for p in self.parameters:
-            state = {name: value for name, value in optimizer.state.get(p, {}).items() if value is not None}
+            found = optimizer.state.get(p, {})
+            state = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
             for name, value in state.items():
                 # The kernels walk through a weight and its state together; the format may have changed in between.
                 if name != "step" and value.stride() != p.stride():
@@ -141,7 +142,7 @@ class FusedStep:
         if type(optimizer) not in (SGD, Adam, AdamW) or _is_hooked(optimizer):
             return False
         for group in optimizer.param_groups:
-            # PyTorch's fused SGD lets weights grow instead of decay when it maximizes.
+            # On CUDA the fused SGD of some versions lets weights grow instead of decay when it maximizes.
             if group.get("differentiable") or (type(optimizer) is SGD and group["maximize"]):
                 return False
             if any(isinstance(value, torch.Tensor) for key, value in group.items() if key != "params"):
