@@ -68,7 +68,8 @@ def fit(
             ``loss_fn(outputs, targets)`` and must return the mean over the batch. Engine "cpu" also knows
             ``F.mse_loss`` and ``F.binary_cross_entropy_with_logits``.
         engine: "cpu" is a training step compiled to native code, for float32 on the CPU; "torch" runs the model's
-            layers through libtorch without Python; "python" calls the module. "auto" takes the fastest that can run it.
+            layers through libtorch without Python, on CUDA as one graph per step where it can; "python" calls the
+            module. "auto" takes the fastest that can run it.
         progress: show a bar on terminals and in notebooks; None: as ``verbose``.
         amp: "bf16" or "fp16" runs the layers in ``torch.autocast``; "fp16" scales the gradients.
         memory_format: ``torch.channels_last`` converts the batches, and once the model's 4-D weights in place: the same
