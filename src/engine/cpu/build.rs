@@ -272,11 +272,11 @@ impl<'a> Builder<'a> {
             weights: self.own(row),
             weight_grads: self.own(row),
             grads: self.own(out_channels * outputs),
-            terms: self.own(2 * (outputs.max(4 * out_channels) + 1)),
+            terms: self.own(ConvPool::terms_len(out_channels, outputs)),
         });
         let dropout = chain.dropout.map(|p| (p, self.stream(), self.shared(out_channels, self.batch)));
         let (weight, bias) = (self.param(weight), bias.map(|b| self.param(b)));
-        let slots = Slots { padded: self.own(image), live: self.own(2 * (out_channels + 1)), backward };
+        let slots = Slots { padded: self.own(image), live: self.own(ConvPool::live_len(out_channels)), backward };
         ConvPool {
             channels,
             out_channels,
