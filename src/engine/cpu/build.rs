@@ -262,8 +262,9 @@ impl<'a> Builder<'a> {
         let (from, to) = (&self.structure.shapes[self.graph.nodes[node].inputs[0]], &self.structure.shapes[chain.last]);
         let (channels, out_channels, size, pooled) = (from[1], to[1], [from[2], from[3]], [to[2], to[3]]);
         let k = self.graph.tensors[weight][2];
-        let image = ConvPool::image_len(channels, size, padding);
-        let row = out_channels * k * ConvPool::row_len(channels, k);
+        let pixel = ConvPool::pixel(channels, input.grad.is_some());
+        let image = ConvPool::image_len(pixel, size, padding);
+        let row = out_channels * k * ConvPool::row_len(pixel, k);
         let outputs = pooled[0] * pooled[1];
         let backward = out.grad.map(|_| BackwardSlots {
             origins: self.shared(out_channels * outputs, self.batch),
@@ -276,9 +277,14 @@ impl<'a> Builder<'a> {
         });
         let dropout = chain.dropout.map(|p| (p, self.stream(), self.shared(out_channels, self.batch)));
         let (weight, bias) = (self.param(weight), bias.map(|b| self.param(b)));
-        let slots = Slots { padded: self.own(image), live: self.own(ConvPool::live_len(out_channels)), backward };
+        let slots = Slots {
+            padded: self.own(ConvPool::image_len(channels, size, padding)),
+            live: self.own(ConvPool::live_len(out_channels)),
+            backward,
+        };
         ConvPool {
             channels,
+            pixel,
             out_channels,
             size,
             padding,

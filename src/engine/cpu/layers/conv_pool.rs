@@ -64,6 +64,8 @@ pub fn chain(graph: &Graph, shapes: Option<&[Shape]>, readers: &[Vec<usize>], in
 
 pub struct ConvPool {
     pub channels: usize,
+    /// Floats per pixel where channels are innermost: see [`ConvPool::pixel`].
+    pub pixel: usize,
     pub out_channels: usize,
     /// Input height and width.
     pub size: Pair,
@@ -111,18 +113,25 @@ impl ConvPool {
         [self.size[0] + 2 * self.padding[0], self.size[1] + 2 * self.padding[1]]
     }
 
-    /// Length of an image with its slack.
+    /// Whole vectors per pixel where that is not much more memory: then what one term of the input's derivative adds to
+    /// is exactly what another has stored, and the processor passes it on without a trip through the cache.
+    pub fn pixel(channels: usize, input_grads: bool) -> usize {
+        let whole = channels.next_multiple_of(8);
+        if input_grads && 5 * whole <= 8 * channels { whole } else { channels }
+    }
+
+    /// Length of an image with its slack; `channels`: floats per pixel.
     pub fn image_len(channels: usize, size: Pair, padding: Pair) -> usize {
         channels * (size[0] + 2 * padding[0]) * (size[1] + 2 * padding[1]) + SLACK
     }
 
     /// Length of a row of the weights with channels innermost.
-    pub fn row_len(channels: usize, k: usize) -> usize {
-        (channels * k).next_multiple_of(8)
+    pub fn row_len(pixel: usize, k: usize) -> usize {
+        (pixel * k).next_multiple_of(8)
     }
 
     fn row(&self) -> usize {
-        Self::row_len(self.channels, self.k)
+        Self::row_len(self.pixel, self.k)
     }
 
     /// Output channels that dropout left alive, with their scales.
@@ -150,7 +159,7 @@ impl ConvPool {
 
     /// The offset of element (c, ky, kx) within an output channel's weights with channels innermost.
     fn inner(&self, c: usize, ky: usize, kx: usize) -> usize {
-        ky * self.row() + kx * self.channels + c
+        ky * self.row() + kx * self.pixel + c
     }
 
     fn each_weight(&self, mut f: impl FnMut(usize, usize)) {
@@ -209,7 +218,7 @@ impl ConvPool {
     }
 
     fn sample_backward(&self, cx: &Context<'_>, slots: &BackwardSlots, grad: Slot, sample: usize) {
-        let (c, [_, width], outputs) = (self.channels, self.padded(), self.pooled[0] * self.pooled[1]);
+        let (pixel, [_, width], outputs) = (self.pixel, self.padded(), self.pooled[0] * self.pooled[1]);
         let (y, dy) = (cx.one(self.out.value, sample), cx.one(grad, sample));
         let (origins, grads) = (cx.one(slots.origins, sample), cx.own(slots.grads));
         let (offsets, factors) = terms(cx.own(slots.terms));
@@ -231,7 +240,7 @@ impl ConvPool {
                 scale,
                 relu: self.relu,
                 grads: &mut grads[range],
-                unit: c as u32,
+                unit: pixel as u32,
                 offsets,
                 factors,
             });
@@ -245,11 +254,11 @@ impl ConvPool {
             let (terms, vectors) = (Terms { offsets: &offsets[..count], factors: &factors[..count] }, row / 8);
             if self.weight.grad.is_some() {
                 let (from, to) = (&*cx.own(slots.pixels), &mut cx.own(slots.weight_grads)[filter..]);
-                combine(Combine { terms, from, from_stride: width * c, to, to_stride: row, rows, vectors });
+                combine(Combine { terms, from, from_stride: width * pixel, to, to_stride: row, rows, vectors });
             }
             if self.input.grad.is_some() {
                 let (from, to) = (&cx.own(slots.weights)[filter..], cx.own(slots.pixel_grads));
-                spread(Spread { terms, from, from_stride: row, to, to_stride: width * c, rows, vectors });
+                spread(Spread { terms, from, from_stride: row, to, to_stride: width * pixel, rows, vectors });
             }
         }
         if let Some(input) = self.input.grad {
@@ -259,8 +268,8 @@ impl ConvPool {
 
     /// The part of a padded image with channels innermost that row `y` of the input covers.
     fn line(&self, y: usize) -> std::ops::Range<usize> {
-        let start = ((y + self.padding[0]) * self.padded()[1] + self.padding[1]) * self.channels;
-        start..start + self.size[1] * self.channels
+        let start = ((y + self.padding[0]) * self.padded()[1] + self.padding[1]) * self.pixel;
+        start..start + self.size[1] * self.pixel
     }
 
     fn channels_innermost(&self, image: &[f32], pixels: &mut [f32]) {
@@ -276,7 +285,7 @@ impl ConvPool {
             }
             for channel in 0..c {
                 let from = &image[(channel * height + y) * width..][..width];
-                to.chunks_exact_mut(c).zip(from).for_each(|(p, x)| p[channel] = *x);
+                to.chunks_exact_mut(self.pixel).zip(from).for_each(|(p, x)| p[channel] = *x);
             }
         }
     }
@@ -287,7 +296,7 @@ impl ConvPool {
             let from = &pixels[self.line(y)];
             for channel in 0..c {
                 let to = &mut image[(channel * height + y) * width..][..width];
-                let from = from.chunks_exact(c);
+                let from = from.chunks_exact(self.pixel);
                 match self.input.add {
                     true => to.iter_mut().zip(from).for_each(|(x, p)| *x += p[channel]),
                     false => to.iter_mut().zip(from).for_each(|(x, p)| *x = p[channel]),
