@@ -69,7 +69,7 @@ def head(batch: int, steps: int) -> Case:
     return Case(name, vgg_head, (25088,), batch, 2, steps, lr=0.0001, momentum=0.5)
 
 
-MNIST = Case("MnistNet, batches of 32", cnnrs.models.MnistNet, (1, 28, 28), 32, 10, 150, F.nll_loss)
+MNIST = Case("MnistNet, batches of 32", cnnrs.models.MnistNet, (1, 28, 28), 32, 10, 500, F.nll_loss)
 CATDOG = Case("CatDogNet, batches of 32", cnnrs.models.CatDogNet, (3, 224, 224), 32, 2, 3, F.nll_loss)
 CASES = [
     MNIST,
@@ -215,7 +215,7 @@ class Sweep:
         """Both in turn, the smallest of five rounds."""
         self.rows = []
         for size in self.sizes:
-            case = Case("", MNIST.make, MNIST.shape, size, 10, max(4, 256 // size), F.nll_loss)
+            case = Case("", MNIST.make, MNIST.shape, size, 10, max(32, 1024 // size), F.nll_loss)
             loop, ours = contenders(case)[:2]
             best = [float("inf")] * 2
             for _ in range(6):
