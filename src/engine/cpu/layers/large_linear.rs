@@ -40,10 +40,7 @@ impl LargeLinear {
 
     /// Columns updated together for a batch of this size.
     pub fn columns(batch: usize, in_features: usize) -> usize {
-        (RESIDENT / batch.max(1))
-            .clamp(512, std::env::var("CNNRS_COLS").ok().and_then(|v| v.parse().ok()).unwrap_or(4096))
-            .min(in_features)
-            .next_multiple_of(BLOCK)
+        (RESIDENT / batch.max(1)).clamp(512, 16384).min(in_features).next_multiple_of(BLOCK)
     }
 
     /// `dx = dy w` for some columns, with the weights of before the update.
