@@ -6,7 +6,8 @@ Nothing is copied: the graph names parameters by index into a list of the module
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,14 +93,40 @@ def _obstacles(model: nn.Module) -> list[str]:
 class _Tracer(torch.fx.Tracer):
     """Stops at the layers in the table and at torch's own; walks through everything else."""
 
-    # Otherwise a forward that updates a buffer in place would do so while it is traced.
-    proxy_buffer_attributes = True
-
     def __init__(self) -> None:
         super().__init__(param_shapes_constant=True)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in LAYERS or super().is_leaf_module(m, module_qualified_name)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, torch.fx.Proxy]) -> Any:
+        # Otherwise a forward that updates a buffer in place would do so while it is traced.
+        for name, buffer in self.root.named_buffers():
+            if buffer is attr_val:
+                if name not in parameter_proxy_cache:
+                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+                return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+@contextmanager
+def _backward_of_its_own(refused: bool) -> Iterator[None]:
+    """Refuses functions with a backward of their own while ``forward`` is traced: only their forward would be seen."""
+    if not refused:
+        yield
+        return
+    before = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(argument, torch.fx.Proxy) for argument in args):
+            raise Unsupported(f"{cls.__name__} is an autograd.Function, whose backward has no counterpart")
+        return before.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = before  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -163,7 +190,10 @@ class _Lowering:
         """The calls of ``forward``; modules that change while it runs are put back and refused."""
         before = [(module, dict(vars(module))) for module in self.model.modules()]
         try:
-            graph = _Tracer().trace(self.model)
+            with _backward_of_its_own(refused=any(module.training for module in self.model.modules())):
+                graph = _Tracer().trace(self.model)
+        except Unsupported:
+            raise
         except Exception as error:
             # Anything may be raised: forward ran on stand-ins for tensors.
             raise Unsupported(f"forward cannot be traced: {type(error).__name__}: {error}") from error
@@ -234,6 +264,8 @@ class _Lowering:
         if getattr(target, "__name__", "") == "stochastic_depth":
             return self._stochastic_depth(x, *args, **kwargs)
         if target == "contiguous" and not args and not kwargs:
+            if any(kind == "Permute" for _, kind, _, _ in self.nodes):
+                raise Unsupported("copies permuted dimensions, which has no counterpart yet")
             return x
         function = METHODS.get(target) if isinstance(target, str) else target
         if function not in FUNCTIONS:

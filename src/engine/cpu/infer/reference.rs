@@ -72,8 +72,17 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                     y[at] = values.iter().sum::<f64>() / count as f64;
                 });
             }
-            Op::AdaptiveAvgPool2d { .. } | Op::Mean { .. } => {
-                let (from, to) = (from.unwrap(), out.get(2..).filter(|s| s.len() == 2).unwrap_or(&[1, 1]));
+            Op::Mean { dims, .. } => {
+                let from = from.unwrap();
+                let gone = |d: usize| dims.iter().any(|&dim| (dim + 4) % 4 == d as i64);
+                let count: usize = (0..4).filter(|&d| gone(d)).map(|d| from[d]).product();
+                each(from, |place, at| {
+                    let kept = (0..4).filter(|&d| !gone(d));
+                    y[kept.fold(0, |to, d| to * from[d] + place[d])] += x[at] / count as f64;
+                });
+            }
+            Op::AdaptiveAvgPool2d { .. } => {
+                let (from, to) = (from.unwrap(), &out[2..]);
                 let range = |i: usize, o: usize| o * from[2 + i] / to[i]..((o + 1) * from[2 + i]).div_ceil(to[i]);
                 each(&[out[0], out[1], to[0], to[1]], |[n, c, oy, ox], at| {
                     let (ys, xs) = (range(0, oy), range(1, ox));
@@ -132,11 +141,13 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                     *y = if node.op == Op::Mul { a * b } else { a + b };
                 }
             }
-            Op::Cat { .. } => {
+            Op::Cat { dim } => {
+                let dim = if *dim < 0 { (dim + out.len() as i64) as usize } else { *dim as usize };
                 let mut first = 0;
                 for &input in &node.inputs {
-                    let (len, all) = (shapes[input][1..].iter().product::<usize>(), out[1..].iter().product::<usize>());
-                    for n in 0..out[0] {
+                    let (len, all) =
+                        (shapes[input][dim..].iter().product::<usize>(), out[dim..].iter().product::<usize>());
+                    for n in 0..out[..dim].iter().product() {
                         y[n * all + first..][..len].copy_from_slice(&values[input][n * len..][..len]);
                     }
                     first += len;
