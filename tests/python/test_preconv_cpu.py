@@ -89,7 +89,7 @@ def test_error_is_at_most_five_times_torchs(name: str) -> None:
 def test_the_same_class_for_every_photo(name: str) -> None:
     torch.manual_seed(0)
     weights = torchvision.models.get_model_weights(name).DEFAULT
-    images = photos(weights.transforms(), 24)
+    images = photos(weights.transforms(), 12)
     model = randomised(getattr(torchvision.models, name)())
     with torch.no_grad():
         expected = model(images)
@@ -104,7 +104,7 @@ def test_trained_efficientnet_lite0_gives_the_same_class_for_every_photo() -> No
     model.load_state_dict(torch.load(file.get_model_file_path(), weights_only=True))
     normalize = transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)
     images = photos(transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224),
-                                        transforms.ToTensor(), normalize]), 200, "valid")  # fmt: skip
+                                        transforms.ToTensor(), normalize]), 80, "valid")  # fmt: skip
     assert cnnrs.explain(model).preconv == "cpu"
     with torch.no_grad():
         expected = model(images)

@@ -117,6 +117,8 @@ def test_the_table_and_a_model_that_cannot_be_lowered() -> None:
         "conv1.0", "Conv2d", "1", "x", "10", "x", "24", "x", "24", "260", "5", "x", "5", "0.29"]  # fmt: skip
     assert lines[-1] == "21,840 parameters, 21,840 trainable, 1.0 MFLOP, engine 'cpu'"
     soft = nn.Sequential(nn.Conv2d(3, 4, 3), *(nn.Softplus() for _ in range(10)))
+    for layer in soft:
+        layer.forward = layer.forward
     summary = cnnrs.summary(soft, (1, 3, 64, 64))
     assert summary.parameters == sum(p.numel() for p in soft.parameters())
     assert summary.engine == "python" and summary.flops is None

@@ -310,7 +310,9 @@ fn padding_of_every_kind() {
         let x = m.max_pool(x, 2, 1, 0, false);
         let x = m.op(Op::Mul, &[x, x]);
         m.op(pad, &[x]);
-        m.check(&[3, 3, 37, 32], &["direct", "winograd 6", "depthwise"]);
+        // Winograd's kernel takes at most two rows of zeros, its own included.
+        let second = if before[0] > 1 { "direct" } else { "winograd 6" };
+        m.check(&[3, 3, 37, 32], &["direct", second, "depthwise"]);
     }
 }
 
