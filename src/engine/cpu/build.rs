@@ -266,8 +266,9 @@ impl<'a> Builder<'a> {
         let (from, to) = (&self.structure.shapes[self.graph.nodes[node].inputs[0]], &self.structure.shapes[chain.last]);
         let (channels, out_channels, size, pooled) = (from[1], to[1], [from[2], from[3]], [to[2], to[3]]);
         let k = self.graph.tensors[weight][2];
-        let image = ConvPool::image_len(channels, size, padding);
-        let row = out_channels * k * ConvPool::row_len(channels, k);
+        let pixel = ConvPool::pixel(channels, input.grad.is_some());
+        let image = ConvPool::image_len(pixel, size, padding);
+        let row = out_channels * k * ConvPool::row_len(pixel, k);
         let outputs = pooled[0] * pooled[1];
         let backward = out.grad.map(|_| BackwardSlots {
             origins: self.shared(out_channels * outputs, self.batch),
@@ -276,13 +277,18 @@ impl<'a> Builder<'a> {
             weights: self.own(row),
             weight_grads: self.own(row),
             grads: self.own(out_channels * outputs),
-            terms: self.own(2 * (outputs.max(4 * out_channels) + 1)),
+            terms: self.own(ConvPool::terms_len(out_channels, outputs)),
         });
         let dropout = chain.dropout.map(|p| (p, self.stream(), self.shared(out_channels, self.batch)));
         let (weight, bias) = (self.param(weight), bias.map(|b| self.param(b)));
-        let slots = Slots { padded: self.own(image), live: self.own(2 * (out_channels + 1)), backward };
+        let slots = Slots {
+            padded: self.own(ConvPool::image_len(channels, size, padding)),
+            live: self.own(ConvPool::live_len(out_channels)),
+            backward,
+        };
         ConvPool {
             channels,
+            pixel,
             out_channels,
             size,
             padding,

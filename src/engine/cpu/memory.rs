@@ -88,6 +88,9 @@ pub enum Tensor {
     Count(u64),
 }
 
+/// Floats per cache line; arenas start at one, so that no vector of an aligned slot straddles two.
+const LINE: usize = 16;
+
 /// Zeroed floats that many workers write, each in its own part.
 pub struct Arena {
     ptr: *mut f32,
@@ -105,14 +108,15 @@ impl Arena {
     /// `Argument` when there is not that much memory.
     pub fn new(len: usize) -> Result<Self> {
         let mut owner = Vec::new();
-        owner.try_reserve_exact(len).map_err(|_| {
+        owner.try_reserve_exact(len + LINE).map_err(|_| {
             Error::Argument(format!(
                 "no memory for {:.1} GiB of values and gradients: use a smaller batch",
                 len as f64 * 4.0 / f64::from(1 << 30)
             ))
         })?;
-        owner.resize(len, 0.0);
-        Ok(Self { ptr: owner.as_mut_ptr(), len, _owner: owner })
+        owner.resize(len + LINE, 0.0);
+        let skip = owner.as_ptr().align_offset(4 * LINE).min(LINE);
+        Ok(Self { ptr: owner[skip..].as_mut_ptr(), len, _owner: owner })
     }
 
     #[allow(clippy::mut_from_ref)] // disjointness is the schedule's, see the head of this file

@@ -10,8 +10,8 @@ fn numbers(len: usize, seed: usize) -> Vec<f32> {
 fn reference(w: &ConvPool<'_>) -> (Vec<f32>, Vec<f32>) {
     let [rows, columns] = w.pooled;
     let (mut out, mut origins) = (vec![-7.0; w.out.len()], vec![-7.0; w.out.len()]);
-    for &Term { offset, factor: scale } in w.live {
-        let o = offset as usize;
+    for (&o, &scale) in w.live.offsets.iter().zip(w.live.factors) {
+        let o = o as usize;
         let conv = |y: usize, x: usize| {
             let mut sum = w.bias.map_or(0.0, |b| b[o]);
             for c in 0..w.channels {
@@ -61,8 +61,8 @@ fn conv_pool_like_the_definition() {
             image.resize(image.len() + SLACK, f32::NAN);
             let (weights, bias) = (numbers(outs * channels * k * k, 2), numbers(outs, 3));
             let pooled = [(height - k).div_ceil(2), (width - k).div_ceil(2)];
-            let live: Vec<_> =
-                (0..outs).filter(|o| o % 4 != 1).map(|o| Term { offset: o as u32, factor: 2.0 }).collect();
+            let live: Vec<u32> = (0..outs as u32).filter(|o| o % 4 != 1).collect();
+            let scales = vec![2.0; live.len()];
             let len = outs * pooled[0] * pooled[1];
             let mut results = Vec::new();
             for portable in [false, true] {
@@ -76,7 +76,7 @@ fn conv_pool_like_the_definition() {
                     bias: Some(&bias),
                     k,
                     relu,
-                    live: &live,
+                    live: Terms { offsets: &live, factors: &scales },
                     pooled,
                     out: &mut out,
                     origins: &mut origins,
@@ -104,23 +104,61 @@ fn combine_like_two_loops() {
     for (rows, vectors) in (1..=5).flat_map(|r| (1..=19).map(move |v| (r, v))) {
         let (from_stride, to_stride) = (8 * vectors + 3, 8 * vectors + 1);
         let from = numbers(400 + rows * from_stride, 4);
-        let terms: Vec<Term> = (0..9).map(|i| Term { offset: i * 37, factor: i as f32 - 4.0 }).collect();
+        let offsets: Vec<u32> = (0..9).map(|i| i * 37).collect();
+        let factors: Vec<f32> = (0..9).map(|i| i as f32 - 4.0).collect();
+        let terms = Terms { offsets: &offsets, factors: &factors };
         for portable in [false, true] {
             let mut to = numbers(rows * to_stride, 5);
             let mut expected = to.clone();
             for r in 0..rows {
                 for j in 0..8 * vectors {
-                    for t in &terms {
-                        expected[r * to_stride + j] += t.factor * from[t.offset as usize + r * from_stride + j];
+                    for (offset, factor) in offsets.iter().zip(&factors) {
+                        expected[r * to_stride + j] += factor * from[*offset as usize + r * from_stride + j];
                     }
                 }
             }
-            let work = Combine { terms: &terms, from: &from, from_stride, to: &mut to, to_stride, rows, vectors };
+            let work = Combine { terms, from: &from, from_stride, to: &mut to, to_stride, rows, vectors };
             match portable {
                 true => work.run::<Portable>(),
                 false => combine(work),
             }
             assert_eq!(to, expected, "{rows} {vectors}");
+        }
+    }
+}
+
+#[test]
+fn gather_like_a_loop() {
+    for (len, relu) in (0..40).flat_map(|len| [(len, false), (len, true)]) {
+        let (mut y, mut dy) = (numbers(len, 1), numbers(len, 2));
+        if len > 9 {
+            (y[3], dy[3], y[9], dy[9]) = (f32::NAN, 1.0, 1.0, f32::NAN);
+        }
+        let origins: Vec<f32> = (0..len).map(|i| ((1 << 23) - 1 - 7 * i) as f32).collect();
+        let pass = |i: usize| if relu && y[i] <= 0.0 { 0.0 } else { 0.5 * dy[i] };
+        let kept: Vec<usize> = (0..len).filter(|&i| pass(i) != 0.0).collect();
+        for portable in [false, true] {
+            let mut grads = vec![7.0; len];
+            let (mut offsets, mut factors) = (vec![0; len + OVERSHOOT], vec![0.0; len + OVERSHOOT]);
+            let work = Gather {
+                y: &y,
+                dy: &dy,
+                origins: &origins,
+                scale: 0.5,
+                relu,
+                grads: &mut grads,
+                unit: 3,
+                offsets: &mut offsets,
+                factors: &mut factors,
+            };
+            let (count, sum) = if portable { work.run::<Portable>() } else { gather(work) };
+            let bits = |x: f32| if x.is_nan() { 1 } else { (x + 0.0).to_bits() };
+            assert_eq!(count, kept.len());
+            assert_eq!(bits(sum), bits((0..len).map(pass).sum()));
+            assert!((0..len).all(|i| bits(grads[i]) == bits(pass(i))));
+            for (t, &i) in kept.iter().enumerate() {
+                assert_eq!((offsets[t], bits(factors[t])), (3 * position(origins[i]), bits(pass(i))));
+            }
         }
     }
 }

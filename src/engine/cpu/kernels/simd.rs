@@ -24,6 +24,19 @@ pub trait Vector: Copy {
     fn add(self, other: Self) -> Self;
     /// ReLU: NaN stays NaN.
     fn relu(self) -> Self;
+    /// Its derivative: zero in lanes where `y <= 0`.
+    fn unless_below(self, y: Self) -> Self;
+    /// Stores the lanes that are not zero side by side, with `unit` times the numbers in the same lanes of `positions`
+    /// (whole, from 0 to 2^23 - 1); returns how many there are.
+    ///
+    /// # Safety
+    /// Eight numbers must be writable at `values` and at `offsets`: the rest is overwritten with anything.
+    unsafe fn compress(self, positions: Self, unit: u32, values: *mut f32, offsets: *mut u32) -> usize;
+    /// Lanes 0 to 3.
+    ///
+    /// # Safety
+    /// Four floats must be writable at `to`.
+    unsafe fn store_half(self, to: *mut f32);
     fn sum(self) -> f32;
     /// Asks for the cache line at `at` ahead of time; any address will do.
     #[inline(always)]
@@ -85,6 +98,31 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
+    fn unless_below(self, y: Self) -> Self {
+        Self(std::array::from_fn(|i| if y.0[i] <= 0.0 { 0.0 } else { self.0[i] }))
+    }
+
+    #[inline(always)]
+    unsafe fn compress(self, positions: Self, unit: u32, values: *mut f32, offsets: *mut u32) -> usize {
+        let mut count = 0;
+        for (value, position) in self.0.into_iter().zip(positions.0) {
+            // SAFETY: the caller's promise; at most eight are counted, and one is written before it is counted.
+            unsafe {
+                values.add(count).write(value);
+                offsets.add(count).write(unit * position as u32);
+            }
+            count += usize::from(value != 0.0);
+        }
+        count
+    }
+
+    #[inline(always)]
+    unsafe fn store_half(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        (0..4).for_each(|i| unsafe { to.add(i).write(self.0[i]) });
+    }
+
+    #[inline(always)]
     fn sum(self) -> f32 {
         let [a, b, c, d, e, f, g, h] = self.0;
         ((a + e) + (c + g)) + ((b + f) + (d + h))
@@ -95,6 +133,24 @@ impl Vector for Portable {
 mod avx2 {
     use super::Vector;
     use std::arch::x86_64::*;
+
+    /// For every mask of eight lanes the lanes in it, in order.
+    static LANES: [[u8; 8]; 256] = {
+        let mut table = [[0; 8]; 256];
+        let mut mask = 0;
+        while mask < 256 {
+            let (mut lane, mut count) = (0, 0);
+            while lane < 8 {
+                if mask >> lane & 1 == 1 {
+                    table[mask][count] = lane;
+                    count += 1;
+                }
+                lane += 1;
+            }
+            mask += 1;
+        }
+        table
+    };
 
     /// Only made inside [`super::dispatch`], after the processor was asked.
     #[derive(Clone, Copy)]
@@ -159,6 +215,31 @@ mod avx2 {
         fn relu(self) -> Self {
             // SAFETY: see above. Of a NaN and a number the instruction returns its second operand.
             Self(unsafe { _mm256_max_ps(_mm256_setzero_ps(), self.0) })
+        }
+
+        #[inline(always)]
+        fn unless_below(self, y: Self) -> Self {
+            // SAFETY: see above.
+            Self(unsafe { _mm256_and_ps(self.0, _mm256_cmp_ps::<_CMP_NLE_UQ>(y.0, _mm256_setzero_ps())) })
+        }
+
+        #[inline(always)]
+        unsafe fn compress(self, positions: Self, unit: u32, values: *mut f32, offsets: *mut u32) -> usize {
+            // SAFETY: see above.
+            unsafe {
+                let mask = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_NEQ_UQ>(self.0, _mm256_setzero_ps())) as usize;
+                let lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(LANES[mask & 255].as_ptr().cast()));
+                let numbers = _mm256_cvttps_epi32(_mm256_permutevar8x32_ps(positions.0, lanes));
+                _mm256_storeu_ps(values, _mm256_permutevar8x32_ps(self.0, lanes));
+                _mm256_storeu_si256(offsets.cast(), _mm256_mullo_epi32(numbers, _mm256_set1_epi32(unit as i32)));
+                mask.count_ones() as usize
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store_half(self, to: *mut f32) {
+            // SAFETY: see above.
+            unsafe { _mm_storeu_ps(to, _mm256_castps256_ps128(self.0)) }
         }
 
         #[inline(always)]

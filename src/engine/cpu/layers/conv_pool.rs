@@ -2,9 +2,8 @@
 //! a pool are zero, and ReLU and dropout zero more: backward walks the rest only.
 
 use crate::engine::cpu::kernels::direct::{
-    Combine, ConvPool as Kernel, SLACK, Term, combine, conv_pool, position, terms,
+    Combine, ConvPool as Kernel, Gather, OVERSHOOT, SLACK, Spread, Terms, combine, conv_pool, gather, spread, terms,
 };
-use crate::engine::cpu::kernels::simd::{select, vectorised};
 use crate::engine::cpu::layer::{Context, Edge, Grain, Layer, Out, Param};
 use crate::engine::cpu::memory::Slot;
 use crate::engine::cpu::random::{dropout_mask, key};
@@ -65,6 +64,8 @@ pub fn chain(graph: &Graph, shapes: Option<&[Shape]>, readers: &[Vec<usize>], in
 
 pub struct ConvPool {
     pub channels: usize,
+    /// Floats per pixel where channels are innermost: see [`ConvPool::pixel`].
+    pub pixel: usize,
     pub out_channels: usize,
     /// Input height and width.
     pub size: Pair,
@@ -85,7 +86,7 @@ pub struct ConvPool {
 pub struct Slots {
     /// The input with its padding, by channel.
     pub padded: Slot,
-    /// A list of channels: a term for each, and one more.
+    /// A list of output channels.
     pub live: Slot,
     /// Backward only.
     pub backward: Option<BackwardSlots>,
@@ -102,7 +103,7 @@ pub struct BackwardSlots {
     pub weight_grads: Slot,
     /// Derivative before the pool, one per output.
     pub grads: Slot,
-    /// Lists of terms, two floats each: one per output position, and 4 per output channel.
+    /// Lists of terms.
     pub terms: Slot,
 }
 
@@ -112,36 +113,53 @@ impl ConvPool {
         [self.size[0] + 2 * self.padding[0], self.size[1] + 2 * self.padding[1]]
     }
 
-    /// Length of an image with its slack.
+    /// Whole vectors per pixel where that is not much more memory: then what one term of the input's derivative adds to
+    /// is exactly what another has stored, and the processor passes it on without a trip through the cache.
+    pub fn pixel(channels: usize, input_grads: bool) -> usize {
+        let whole = channels.next_multiple_of(8);
+        if input_grads && 5 * whole <= 8 * channels { whole } else { channels }
+    }
+
+    /// Length of an image with its slack; `channels`: floats per pixel.
     pub fn image_len(channels: usize, size: Pair, padding: Pair) -> usize {
         channels * (size[0] + 2 * padding[0]) * (size[1] + 2 * padding[1]) + SLACK
     }
 
     /// Length of a row of the weights with channels innermost.
-    pub fn row_len(channels: usize, k: usize) -> usize {
-        (channels * k).next_multiple_of(8)
+    pub fn row_len(pixel: usize, k: usize) -> usize {
+        (pixel * k).next_multiple_of(8)
     }
 
     fn row(&self) -> usize {
-        Self::row_len(self.channels, self.k)
+        Self::row_len(self.pixel, self.k)
     }
 
     /// Output channels that dropout left alive, with their scales.
-    fn live<'a>(&self, cx: &Context<'a>, sample: usize) -> &'a [Term] {
+    fn live<'a>(&self, cx: &Context<'a>, sample: usize) -> Terms<'a> {
         let mask = self.dropout.map(|(_, _, slot)| cx.one(slot, sample));
-        let live = terms(cx.own(self.slots.live));
+        let (offsets, factors) = terms(cx.own(self.slots.live));
         let mut count = 0;
         for o in 0..self.out_channels {
             let scale = mask.map_or(1.0, |m| m[o]);
-            live[count] = Term { offset: o as u32, factor: scale };
+            (offsets[count], factors[count]) = (o as u32, scale);
             count += usize::from(scale != 0.0);
         }
-        &live[..count]
+        Terms { offsets: &offsets[..count], factors: &factors[..count] }
+    }
+
+    /// Floats for the list of all output channels.
+    pub fn live_len(out_channels: usize) -> usize {
+        2 * (out_channels + 1)
+    }
+
+    /// Floats for the longest list of terms: one per output position, or four per output channel.
+    pub fn terms_len(out_channels: usize, outputs: usize) -> usize {
+        2 * (outputs.max(4 * out_channels) + OVERSHOOT)
     }
 
     /// The offset of element (c, ky, kx) within an output channel's weights with channels innermost.
     fn inner(&self, c: usize, ky: usize, kx: usize) -> usize {
-        ky * self.row() + kx * self.channels + c
+        ky * self.row() + kx * self.pixel + c
     }
 
     fn each_weight(&self, mut f: impl FnMut(usize, usize)) {
@@ -162,10 +180,15 @@ impl ConvPool {
         let [height, width] = self.padded();
         let padded = cx.own(self.slots.padded);
         let image = cx.one(self.input.value, sample);
-        // The border was zero from the start and nobody writes it.
-        for (row, line) in image.chunks_exact(self.size[1]).enumerate() {
-            let (c, y) = (row / self.size[0], row % self.size[0]);
-            padded[(c * height + y + self.padding[0]) * width + self.padding[1]..][..line.len()].copy_from_slice(line);
+        if self.padding == [0, 0] {
+            padded[..image.len()].copy_from_slice(image);
+        } else {
+            // The border was zero from the start and nobody writes it.
+            for (row, line) in image.chunks_exact(self.size[1]).enumerate() {
+                let (c, y) = (row / self.size[0], row % self.size[0]);
+                let start = (c * height + y + self.padding[0]) * width + self.padding[1];
+                padded[start..][..line.len()].copy_from_slice(line);
+            }
         }
         let out = cx.one_mut(self.out.value, sample);
         if let Some((p, stream, slot)) = self.dropout {
@@ -194,100 +217,66 @@ impl ConvPool {
         });
     }
 
-    #[allow(clippy::neg_cmp_op_on_partial_ord)] // so that NaN lets its gradient through, as in PyTorch
     fn sample_backward(&self, cx: &Context<'_>, slots: &BackwardSlots, grad: Slot, sample: usize) {
-        let (c, [_, width], outputs) = (self.channels, self.padded(), self.pooled[0] * self.pooled[1]);
+        let (pixel, [_, width], outputs) = (self.pixel, self.padded(), self.pooled[0] * self.pooled[1]);
         let (y, dy) = (cx.one(self.out.value, sample), cx.one(grad, sample));
         let (origins, grads) = (cx.one(slots.origins, sample), cx.own(slots.grads));
-        let terms = terms(cx.own(slots.terms));
+        let (offsets, factors) = terms(cx.own(slots.terms));
         let live = self.live(cx, sample);
+        if self.input.grad.is_some() {
+            cx.own(slots.pixel_grads).fill(0.0);
+        }
         if self.weight.grad.is_some() {
             self.channels_innermost(cx.one(self.input.value, sample), cx.own(slots.pixels));
         }
-        for &Term { offset: o, factor: scale } in live {
+        for (&o, &scale) in live.offsets.iter().zip(live.factors) {
             let o = o as usize;
             let range = o * outputs..(o + 1) * outputs;
-            let (y, dy, origins) = (&y[range.clone()], &dy[range.clone()], &origins[range.clone()]);
-            let grads = &mut grads[range];
-            let relu = self.relu;
-            let rows = grads.iter_mut().zip(y).zip(dy);
-            vectorised(|| match relu {
-                true => rows.for_each(|((g, y), dy)| *g = select(!(*y <= 0.0), dy * scale)),
-                false => rows.for_each(|((g, _), dy)| *g = dy * scale),
+            // As in PyTorch a NaN lets its gradient through ReLU.
+            let (count, sum) = gather(Gather {
+                y: &y[range.clone()],
+                dy: &dy[range.clone()],
+                origins: &origins[range.clone()],
+                scale,
+                relu: self.relu,
+                grads: &mut grads[range],
+                unit: pixel as u32,
+                offsets,
+                factors,
             });
-            let (mut len, mut sum) = (0, 0.0);
-            for (g, origin) in grads.iter().zip(origins) {
-                sum += g;
-                // No branch: every other output is zero, which no predictor guesses.
-                terms[len] = Term { offset: position(*origin) * c as u32, factor: *g };
-                len += usize::from(*g != 0.0);
-            }
             if let Some(share) = self.bias.and_then(|b| b.grad) {
                 cx.own(share)[o] += sum;
             }
-            if self.weight.grad.is_some() && len > 0 {
-                combine(Combine {
-                    terms: &terms[..len],
-                    from: cx.own(slots.pixels),
-                    from_stride: width * c,
-                    to: &mut cx.own(slots.weight_grads)[o * self.k * self.row()..],
-                    to_stride: self.row(),
-                    rows: self.k,
-                    vectors: self.row() / 8,
-                });
+            if count == 0 {
+                continue;
+            }
+            let (rows, row, filter) = (self.k, self.row(), o * self.k * self.row());
+            let (terms, vectors) = (Terms { offsets: &offsets[..count], factors: &factors[..count] }, row / 8);
+            if self.weight.grad.is_some() {
+                let (from, to) = (&*cx.own(slots.pixels), &mut cx.own(slots.weight_grads)[filter..]);
+                combine(Combine { terms, from, from_stride: width * pixel, to, to_stride: row, rows, vectors });
+            }
+            if self.input.grad.is_some() {
+                let (from, to) = (&cx.own(slots.weights)[filter..], cx.own(slots.pixel_grads));
+                spread(Spread { terms, from, from_stride: row, to, to_stride: width * pixel, rows, vectors });
             }
         }
         if let Some(input) = self.input.grad {
-            self.input_grads(cx, slots, live, origins);
             self.add_pixels(cx.own(slots.pixel_grads), cx.one_mut(input, sample));
-        }
-    }
-
-    /// Every pooled window spreads its outputs' derivatives over the input; those with the same origin together.
-    fn input_grads(&self, cx: &Context<'_>, slots: &BackwardSlots, live: &[Term], origins: &[f32]) {
-        let (c, [_, width], row) = (self.channels, self.padded(), self.row());
-        let outputs = self.pooled[0] * self.pooled[1];
-        let (grads, pixels) = (cx.own(slots.grads), cx.own(slots.pixel_grads));
-        let (weights, lists) = (cx.own(slots.weights), terms(cx.own(slots.terms)));
-        pixels.fill(0.0);
-        let (mut column, mut corner) = (0, 0);
-        for window in 0..outputs {
-            if column == self.pooled[1] {
-                (column, corner) = (0, corner + 2 * (width - column));
-            }
-            let mut lens = [0; 4];
-            for &Term { offset: o, .. } in live {
-                let (o, at) = (o as usize, o as usize * outputs + window);
-                let step = position(origins[at]) as usize - corner;
-                let place = if step >= width { 2 + step - width } else { step } & 3;
-                lists[place * self.out_channels + lens[place]] =
-                    Term { offset: (o * self.k * row) as u32, factor: grads[at] };
-                lens[place] += usize::from(grads[at] != 0.0);
-            }
-            for (place, &len) in lens.iter().enumerate().filter(|(_, len)| **len > 0) {
-                let at = (corner + place / 2 * width + place % 2) * c;
-                combine(Combine {
-                    terms: &lists[place * self.out_channels..][..len],
-                    from: weights,
-                    from_stride: row,
-                    to: &mut pixels[at..],
-                    to_stride: width * c,
-                    rows: self.k,
-                    vectors: row / 8,
-                });
-            }
-            (column, corner) = (column + 1, corner + 2);
         }
     }
 
     /// The part of a padded image with channels innermost that row `y` of the input covers.
     fn line(&self, y: usize) -> std::ops::Range<usize> {
-        let start = ((y + self.padding[0]) * self.padded()[1] + self.padding[1]) * self.channels;
-        start..start + self.size[1] * self.channels
+        let start = ((y + self.padding[0]) * self.padded()[1] + self.padding[1]) * self.pixel;
+        start..start + self.size[1] * self.pixel
     }
 
     fn channels_innermost(&self, image: &[f32], pixels: &mut [f32]) {
         let ([height, width], c) = (self.size, self.channels);
+        if c == 1 && self.padding == [0, 0] {
+            return pixels[..image.len()].copy_from_slice(image);
+        }
         for y in 0..height {
             let to = &mut pixels[self.line(y)];
             if c == 1 {
@@ -296,7 +285,7 @@ impl ConvPool {
             }
             for channel in 0..c {
                 let from = &image[(channel * height + y) * width..][..width];
-                to.chunks_exact_mut(c).zip(from).for_each(|(p, x)| p[channel] = *x);
+                to.chunks_exact_mut(self.pixel).zip(from).for_each(|(p, x)| p[channel] = *x);
             }
         }
     }
@@ -307,7 +296,7 @@ impl ConvPool {
             let from = &pixels[self.line(y)];
             for channel in 0..c {
                 let to = &mut image[(channel * height + y) * width..][..width];
-                let from = from.chunks_exact(c);
+                let from = from.chunks_exact(self.pixel);
                 match self.input.add {
                     true => to.iter_mut().zip(from).for_each(|(x, p)| *x += p[channel]),
                     false => to.iter_mut().zip(from).for_each(|(x, p)| *x = p[channel]),
