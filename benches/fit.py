@@ -5,7 +5,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ def head(batch: int, steps: int) -> Case:
     return Case(name, vgg_head, (25088,), batch, 2, steps, lr=0.0001, momentum=0.5)
 
 
-MNIST = Case("MnistNet, batches of 32", cnnrs.models.MnistNet, (1, 28, 28), 32, 10, 150, F.nll_loss)
+MNIST = Case("MnistNet, batches of 32", cnnrs.models.MnistNet, (1, 28, 28), 32, 10, 500, F.nll_loss)
 CATDOG = Case("CatDogNet, batches of 32", cnnrs.models.CatDogNet, (3, 224, 224), 32, 2, 3, F.nll_loss)
 CASES = [
     MNIST,
@@ -88,6 +88,7 @@ def comparisons() -> list[Any]:
     return [
         *(Comparison(f"Training: {case.name}", "ms/step", contenders(case), rounds=5) for case in CASES),
         Comparison("Training: MnistNet, batches of 32, loading included", "ms/step", with_loader(), rounds=3),
+        *(on_gpu() if torch.cuda.is_available() else []),
         Sweep(),
         Limits([MNIST, CATDOG, *(head(batch, 2) for batch in (5, 32, 64))]),
     ]
@@ -121,6 +122,55 @@ def contenders(case: Case) -> list[Contender]:
             "the tutorial's loop", lambda model, optimizer: tutorials_fit(model, batches, optimizer, case.loss_fn)
         ),
         *map(ours, engines),
+    ]
+
+
+def on_gpu() -> list[Comparison]:
+    """The tutorial's loop and ours on CUDA, both at their first choice and in half precision; batches lie there."""
+    cases = [
+        replace(MNIST, steps=300),
+        replace(CATDOG, steps=30),
+        Case("head of VGG16, batches of 64", vgg_head, (25088,), 64, 2, 60, lr=0.0001, momentum=0.5),
+    ]
+    return [
+        Comparison(f"Training on {torch.cuda.get_device_name()}: {case.name}", "img/s", gpu_contenders(case))
+        for case in cases
+    ]
+
+
+def gpu_contenders(case: Case) -> list[Contender]:
+    """As :func:`contenders`; every round ends with all work done."""
+    batches = [(x.cuda(), y.cuda()) for x, y in case.batches()]
+
+    def contender(name: str, epoch: Callable[[nn.Module, torch.optim.Optimizer], object], **options: Any) -> Contender:
+        model = case.make().cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=case.lr, momentum=case.momentum, **options)
+
+        def run() -> int:
+            epoch(model, optimizer)
+            torch.cuda.synchronize()
+            return case.batch * len(batches)
+
+        return Contender(name, run)
+
+    def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        tutorials_fit(model, batches, optimizer, case.loss_fn)
+
+    def ours(**options: Any) -> Contender:
+        words = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return contender(
+            f"cnnrs.fit, {words}" if words else "cnnrs.fit",
+            lambda model, optimizer: cnnrs.fit(
+                0, model, batches, optimizer=optimizer, loss_fn=case.loss_fn, verbose=False, **options
+            ),
+        )
+
+    return [
+        contender("the tutorial's loop", loop),
+        contender("the tutorial's loop, fused=True", loop, fused=True),
+        ours(engine="python"),
+        ours(),
+        ours(amp="bf16", memory_format=torch.channels_last),
     ]
 
 
@@ -165,7 +215,7 @@ class Sweep:
         """Both in turn, the smallest of five rounds."""
         self.rows = []
         for size in self.sizes:
-            case = Case("", MNIST.make, MNIST.shape, size, 10, max(4, 256 // size), F.nll_loss)
+            case = Case("", MNIST.make, MNIST.shape, size, 10, max(32, 1024 // size), F.nll_loss)
             loop, ours = contenders(case)[:2]
             best = [float("inf")] * 2
             for _ in range(6):

@@ -13,6 +13,7 @@ import folders
 import loader
 import preconv
 import readme
+import trainings
 from measure import machine, show
 
 HERE = Path(__file__).parent
@@ -21,6 +22,7 @@ BENCHMARKS = {
     "folders": folders.comparisons,
     "fit": fit.comparisons,
     "preconv": preconv.comparisons,
+    "trainings": trainings.comparisons,
 }
 RESULTS = HERE / "RESULTS.md"
 HEAD = """# Benchmarks

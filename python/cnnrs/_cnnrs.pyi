@@ -29,6 +29,7 @@ __all__ = [
     "fit_cpu",
     "fit_python",
     "fit_torch",
+    "forward_torch",
     "image_orientation",
     "read_idx",
     "row_checksums",
@@ -76,6 +77,9 @@ def fit_torch(
     after: Callable[[int, float], Any] | None,
 ) -> tuple[float, int | None, int]:
     """One epoch of a lowered model through libtorch: (sum of losses, correct predictions or None, samples)."""
+
+def forward_torch(graph: Graph, tensors: Sequence[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+    """The output of a lowered model for one batch, with autograd behind it where it is on."""
 
 def fit_python(
     number: int,

@@ -14,14 +14,14 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
-from cnnrs import _cnnrs, cpu_engine
+from cnnrs import _cnnrs, cpu_engine, cuda_graph
 from cnnrs._progress import is_shown
-from cnnrs._progress import progress as bar
-from cnnrs.engines import Engine, choose, device_of, slow_on_cpu, to_device
+from cnnrs.batches import on_device, to_channels_last
+from cnnrs.engines import Engine, choose, device_of, slow_on_cpu
 from cnnrs.errors import UnsupportedModelError
 from cnnrs.graph import Lowered
 from cnnrs.losses import Loss, count_correct, known_loss, summed
-from cnnrs.optimizers import Step
+from cnnrs.optimizers import FusedStep, Step
 
 Phase = Literal["training", "validation"]
 Amp = Literal["bf16", "fp16"]
@@ -43,6 +43,7 @@ def fit(
     engine: Engine = "auto",
     progress: bool | None = None,
     amp: Amp | None = None,
+    memory_format: torch.memory_format | None = None,
     clip_grad_norm: float | None = None,
     clip_grad_value: float | None = None,
     accumulate: int = 1,
@@ -67,9 +68,12 @@ def fit(
             ``loss_fn(outputs, targets)`` and must return the mean over the batch. Engine "cpu" also knows
             ``F.mse_loss`` and ``F.binary_cross_entropy_with_logits``.
         engine: "cpu" is a training step compiled to native code, for float32 on the CPU; "torch" runs the model's
-            layers through libtorch without Python; "python" calls the module. "auto" takes the fastest that can run it.
+            layers through libtorch without Python, on CUDA as one graph per step where it can; "python" calls the
+            module. "auto" takes the fastest that can run it.
         progress: show a bar on terminals and in notebooks; None: as ``verbose``.
         amp: "bf16" or "fp16" runs the layers in ``torch.autocast``; "fp16" scales the gradients.
+        memory_format: ``torch.channels_last`` converts the batches, and once the model's 4-D weights in place: the same
+            numbers in another order of memory, in which they stay, as after ``model.to(memory_format=...)``.
         clip_grad_norm: largest norm of all gradients that the optimizer applies (``clip_grad_norm_``).
         clip_grad_value: largest absolute value of a gradient (``clip_grad_value_``).
         accumulate: batches per step of the optimizer; each one's loss is divided by it. The last step of an epoch takes
@@ -84,12 +88,12 @@ def fit(
         targets are not class indices).
 
     Raises:
-        ValueError: unknown phase, engine or amp; empty loader; an optimizer that holds none of the model's parameters;
-            both kinds of clipping; a limit or ``accumulate`` that is not positive.
+        ValueError: unknown phase, engine, amp or memory format; empty loader; an optimizer that holds none of the
+            model's parameters; both kinds of clipping; a limit or ``accumulate`` that is not positive.
         TypeError: training without an optimizer; a loader that does not yield pairs.
         IndexError: a target that the model has no output for.
         NonFiniteLossError: the loss is NaN or infinite; the message names epoch, batch and the last finite loss, and
-            the weights are those before that batch.
+            the weights are those before that batch. On a GPU the loader may be some batches further.
         RuntimeError: shapes or devices that do not fit, in PyTorch's words behind the layer's name.
         UnsupportedModelError: the engine asked for cannot run the model.
         KeyboardInterrupt: Ctrl-C; weights and optimizer are those after the last whole step.
@@ -113,11 +117,13 @@ def fit(
     if phase == "training":
         _check_optimizer(optimizer, model)
     loop = _Loop(_clip(clip_grad_norm, clip_grad_value), _positive(accumulate), on_batch_end, _dtype(amp))
+    channels_last = _is_channels_last(memory_format)
     model.train(phase == "training")
-    job = _Job(epoch, phase, model, loss_fn, optimizer if phase == "training" else None, device_of(model), loop)
+    job = _Job(epoch, phase, model, loss_fn, optimizer if phase == "training" else None, device_of(model), loop,
+               channels_last)  # fmt: skip
     shown = verbose if progress is None else progress
     rows = cpu_engine.FeatureRows.of(loader) if on_batch_end is None and not (shown and is_shown()) else None
-    batches = _batches(loader, job.device, f"{phase} epoch {epoch}", shown)
+    batches = on_device(loader, job.device, channels_last, f"{phase} epoch {epoch}", shown)
     total, correct, samples = _run(job, engine, batches, rows)
     if samples == 0:
         raise ValueError(f"the loader yielded no samples: nothing to do in {phase} epoch {epoch}")
@@ -155,6 +161,7 @@ def compile(
     engine: Engine = "auto",
     progress: bool | None = None,
     amp: Amp | None = None,
+    memory_format: torch.memory_format | None = None,
     clip_grad_norm: float | None = None,
     clip_grad_value: float | None = None,
     accumulate: int = 1,
@@ -169,6 +176,7 @@ def compile(
         engine: which engine runs the model.
         progress: whether there is a bar.
         amp: mixed precision.
+        memory_format: order of the images and weights in memory.
         clip_grad_norm: largest norm of the gradients.
         clip_grad_value: largest absolute value of a gradient.
         accumulate: batches per step.
@@ -184,8 +192,9 @@ def compile(
     fit(optimizer=SGD, loss_fn=cross_entropy, engine='auto')
     """
     options = {
-        "engine": engine, "progress": progress, "amp": amp, "clip_grad_norm": clip_grad_norm,
-        "clip_grad_value": clip_grad_value, "accumulate": accumulate, "on_batch_end": on_batch_end, "verbose": verbose,
+        "engine": engine, "progress": progress, "amp": amp, "memory_format": memory_format,
+        "clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate,
+        "on_batch_end": on_batch_end, "verbose": verbose,
     }  # fmt: skip
     return Fit(optimizer, loss_fn, options)
 
@@ -236,6 +245,7 @@ class _Job:
     optimizer: Optimizer | None
     device: torch.device
     loop: _Loop
+    channels_last: bool
 
     def autocast(self, keep: bool) -> AbstractContextManager[Any]:
         """``keep``: remember the weights in low precision until the block ends."""
@@ -277,6 +287,8 @@ def _obstacles(job: _Job, lowered: Lowered, batch: tuple[torch.Tensor, torch.Ten
     reasons = cpu_engine.supports(lowered, job.optimizer, loss, job.device)
     if job.loop.amp is not None:
         reasons.append("it computes in float32 only, and amp asks for less")
+    if job.channels_last:
+        reasons.append("it computes on contiguous memory only, and memory_format asks for channels_last")
     if batch is None or reasons:
         return reasons
     inputs, targets = batch
@@ -293,7 +305,21 @@ def _run_cpu(job: _Job, lowered: Lowered, batches: Iterator[Any] | cpu_engine.Fe
     )  # fmt: skip
 
 
+def _run_recorded(job: _Job, lowered: Lowered, batches: Iterator[Any]) -> Totals:
+    loop, optimizer = job.loop, job.optimizer
+    step = None if optimizer is None else FusedStep(optimizer, lowered.tensors, loop.clipper())
+    return cuda_graph.run(
+        job.epoch, job.phase, job.model, lowered, job.loss_fn, step, batches,
+        lambda: job.autocast(keep=False), (loop.amp, loop.clip),
+    )  # fmt: skip
+
+
 def _run_lowered(job: _Job, lowered: Lowered, batches: Iterator[Any]) -> Totals:
+    if job.channels_last:
+        to_channels_last(job.model)
+    at_once = job.loop.on_batch_end is not None or job.loop.accumulate > 1
+    if not at_once and cuda_graph.takes(lowered, job.loss_fn, job.optimizer, job.device):
+        return _run_recorded(job, lowered, batches)
     loss: Any = known_loss(job.loss_fn)
     if loss is None or loss[0] not in ("nll", "cross_entropy"):
         loss = job.loss_fn
@@ -314,6 +340,8 @@ def _run_lowered(job: _Job, lowered: Lowered, batches: Iterator[Any]) -> Totals:
 
 
 def _run_module(job: _Job, batches: Iterator[Any]) -> Totals:
+    if job.channels_last:
+        to_channels_last(job.model)
     loop, optimizer, loss_fn = job.loop, job.optimizer, job.loss_fn
     pending: list[torch.Tensor] = []
     scaler = None
@@ -329,7 +357,9 @@ def _run_module(job: _Job, batches: Iterator[Any]) -> Totals:
             loss = loss_fn(outputs, targets)
         pending[:] = [loss]
         with torch.no_grad(), job.autocast(keep=False):
-            return summed(loss_fn, loss, outputs, targets), count_correct(outputs, targets), len(inputs)
+            correct = count_correct(outputs, targets)
+            total = summed(loss_fn, loss, outputs, targets).item()
+            return total, None if correct is None else int(correct), len(inputs)
 
     def backward() -> None:
         nonlocal begins
@@ -384,19 +414,10 @@ def _dtype(amp: Amp | None) -> torch.dtype | None:
     return None if amp is None else _DTYPES[amp]
 
 
-def _batches(
-    loader: Iterable[Any], device: torch.device, description: str, progress: bool
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for batch in bar(loader, description, verbose=progress):
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise TypeError(f"the loader must yield pairs (inputs, targets), got {_describe(batch)}")
-        inputs, targets = (torch.as_tensor(part) for part in batch)
-        yield to_device(inputs, device), to_device(targets, device)
-
-
-def _describe(batch: Any) -> str:
-    size = f" of length {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
-    return f"a {type(batch).__name__}{size}"
+def _is_channels_last(memory_format: torch.memory_format | None) -> bool:
+    if memory_format not in (None, torch.channels_last):
+        raise ValueError(f"memory_format must be None or torch.channels_last, got {memory_format!r}")
+    return memory_format is not None
 
 
 def _check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:

@@ -35,18 +35,20 @@ def known_loss(loss_fn: Loss) -> tuple[Any, ...] | None:
     return None
 
 
-def summed(loss_fn: Loss, loss: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> float:
-    """The samples' losses added up, as the tutorial's loop reports them; engine ``torch`` has the same rule."""
+def summed(loss_fn: Loss, loss: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """float64 (): the samples' losses added up, as the tutorial's loop reports them and engine ``torch`` does."""
     known = known_loss(loss_fn)
     if known is None or len(known) == 1 or known[1] is not None:
-        return loss.item() * len(outputs)
+        return loss.detach().double() * len(outputs)
     if known[0] == "nll":
-        return F.nll_loss(outputs, targets, ignore_index=known[2], reduction="sum").item()
-    return F.cross_entropy(outputs, targets, ignore_index=known[2], label_smoothing=known[3], reduction="sum").item()
+        total = F.nll_loss(outputs, targets, ignore_index=known[2], reduction="sum")
+    else:
+        total = F.cross_entropy(outputs, targets, ignore_index=known[2], label_smoothing=known[3], reduction="sum")
+    return total.double()
 
 
-def count_correct(outputs: torch.Tensor, targets: torch.Tensor) -> int | None:
-    """Samples whose largest output is the target; None where targets are not class indices."""
+def count_correct(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | None:
+    """int64 (): samples whose largest output is the target; None where targets are not class indices."""
     if outputs.dim() != 2 or targets.dim() != 1 or targets.dtype != torch.int64:
         return None
-    return int((outputs.max(dim=1)[1] == targets).sum())
+    return (outputs.max(dim=1)[1] == targets).sum()

@@ -13,7 +13,7 @@ use super::error::{convert, stash};
 use super::graph::Graph;
 use crate::engine::optimizer::{Adam, Sgd};
 use crate::engine::torch::{
-    Gathered, Hook, Loss, Native, Optimizer, Parameter, Rule, TorchEngine, TorchLoss, correct, gradients,
+    Gathered, Hook, Loss, Native, Optimizer, Parameter, Rule, TorchEngine, TorchLoss, correct, forward, gradients,
 };
 use crate::engine::{Engine, Phase, Step};
 use crate::error::{Error, Result};
@@ -66,6 +66,14 @@ pub fn fit_torch(
         )
     })?;
     Ok(totals(&metrics))
+}
+
+/// The output of a lowered model for one batch, with autograd behind it where Python has it on.
+#[pyfunction]
+pub fn forward_torch(py: Python<'_>, graph: &Graph, tensors: Vec<PyTensor>, inputs: PyTensor) -> PyResult<PyTensor> {
+    let tensors: Vec<Tensor> = tensors.into_iter().map(|t| t.0).collect();
+    let (graph, inputs) = (&graph.inner, inputs.0);
+    enter(py, move || forward(graph, &tensors, inputs)).map(PyTensor)
 }
 
 /// What the user wants called after every batch: `after(batch, mean loss)` returns None, or new options for each of the

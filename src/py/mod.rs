@@ -28,7 +28,7 @@ mod _cnnrs {
     #[pymodule_export]
     use super::check::check_files;
     #[pymodule_export]
-    use super::fit::{NativeOptimizer, fit_python, fit_torch};
+    use super::fit::{NativeOptimizer, fit_python, fit_torch, forward_torch};
     #[pymodule_export]
     use super::fit_cpu::{CpuPlans, cpu_obstacle, cpu_slow, fit_cpu};
     #[pymodule_export]

@@ -40,7 +40,10 @@ impl LargeLinear {
 
     /// Columns updated together for a batch of this size.
     pub fn columns(batch: usize, in_features: usize) -> usize {
-        (RESIDENT / batch.max(1)).clamp(512, 4096).min(in_features).next_multiple_of(BLOCK)
+        (RESIDENT / batch.max(1))
+            .clamp(512, std::env::var("CNNRS_COLS").ok().and_then(|v| v.parse().ok()).unwrap_or(4096))
+            .min(in_features)
+            .next_multiple_of(BLOCK)
     }
 
     /// `dx = dy w` for some columns, with the weights of before the update.
@@ -63,6 +66,7 @@ impl LargeLinear {
                 out: &mut tile[b * width..],
                 out_row: width,
                 add: false,
+                ahead: &[],
             });
             // Columns that do not fill a panel: the matrix ends in the middle of one.
             for r in 0..rows {
@@ -139,6 +143,7 @@ impl LargeLinear {
                     out: &mut turned[row * width..],
                     out_row: width,
                     add: true,
+                    ahead: weights.get((own.start + row + OUTER_ROWS) * k + start..).unwrap_or_default(),
                 });
             }
         }
