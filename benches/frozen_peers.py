@@ -4,6 +4,7 @@
 of (BATCH, 3, 224, 224) float32; then it prints the number of images.
 """
 
+import importlib
 import os
 import sys
 import tempfile
@@ -19,10 +20,14 @@ torch.manual_seed(0)
 
 
 def network(name: str) -> nn.Module:
-    """A torchvision network in eval mode; "vgg16.features" is a part of one."""
+    """A torchvision network with random weights, or "efficientnet_lite0"; "vgg16.features" is a part of one."""
     whole, _, part = name.partition(".")
-    model: nn.Module = getattr(torchvision.models, whole)().eval()
-    return model.get_submodule(part)
+    if whole == "efficientnet_lite0":
+        package = importlib.import_module("efficientnet_lite_pytorch")
+        model: nn.Module = package.EfficientNet.from_name("efficientnet-lite0")
+    else:
+        model = getattr(torchvision.models, whole)()
+    return model.eval().get_submodule(part)
 
 
 def onnx(name: str, batch: int, folder: str) -> str:

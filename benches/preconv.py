@@ -5,11 +5,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import loader_inputs
 import torch
-import torchvision
+from frozen_peers import network
 from loader import PEERS_PYTHON, THREADS, TUTORIAL, Process
 from measure import Comparison, Contender, show
 from torch import nn
@@ -24,6 +25,8 @@ OURS = "cnnrs, engine='cpu'"
 EXACT = "cnnrs, engine='cpu', precision='exact'"
 RUNTIMES = ("ONNX Runtime", "OpenVINO")
 OTHERS = ("resnet18", "resnet50", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny")
+#: Where its package is installed.
+LITE = "efficientnet_lite0"
 
 
 @dataclass
@@ -55,15 +58,10 @@ def comparisons() -> Iterator[Comparison]:
     yield frozen("vgg16.features", 32)
     for name in OTHERS:
         yield frozen(name, 8)
+    if find_spec("efficientnet_lite_pytorch"):
+        yield frozen(LITE, 8)
     with tempfile.TemporaryDirectory() as scratch:
         yield whole_job(Path(scratch))
-
-
-def network(name: str) -> nn.Module:
-    """A torchvision network with random weights; "vgg16.features" is a part of one."""
-    whole, _, part = name.partition(".")
-    model: nn.Module = getattr(torchvision.models, whole)().eval()
-    return model.get_submodule(part)
 
 
 def frozen(name: str, batch: int, layers: bool = False) -> FrozenComparison:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
-from cnnrs import _cnnrs, cpu_engine
+from cnnrs import _cnnrs, cpu_engine, cpu_features
 from cnnrs.errors import UnsupportedModelError
 from cnnrs.graph import Lowered, lower
 from cnnrs.operations import Unsupported
@@ -56,21 +57,57 @@ def slow_on_cpu(lowered: Lowered) -> list[str]:
     ]
 
 
+#: Operations that engine ``cpu`` computes for features only.
+_FEATURES_ONLY = frozenset({"LayerNorm", "Permute", "Scale", "ZeroPad2d"})
+
+
+def _fit_obstacles(lowered: Lowered, shape: Sequence[int] | None) -> list[str]:
+    """Why "auto" takes ``torch`` for :func:`cnnrs.fit`; ``shape`` is that of the inputs, where known."""
+    reasons = cpu_engine.tensor_obstacles(lowered) or slow_on_cpu(lowered)
+    if reasons:
+        return reasons
+    if shape is not None:
+        obstacle = _cnnrs.cpu_obstacle(lowered.graph, list(shape), None)
+        return [obstacle] if obstacle else []
+    return [
+        f"{name} ({kind}): the cpu engine has no training kernel for it"
+        for name, kind in zip(lowered.names, lowered.kinds, strict=True)
+        if kind in _FEATURES_ONLY
+    ]
+
+
 @dataclass(frozen=True)
 class Explanation:
-    """Why a model takes the engine it takes; prints as text.
+    """Why a model takes the engines it takes; prints as text.
 
     Attributes:
         engine: what ``engine="auto"`` picks for :func:`cnnrs.fit`: "cpu", "torch" or "python".
         operations: number of operations of the lowered graph, 0 for engine "python".
         reasons: what keeps the model from a faster engine, with the names of the layers; empty for engine "cpu".
+        preconv: what it picks for :func:`cnnrs.preconv` of float32 images: "cpu", "torch", "python", or "open" where
+            that depends on the images' size, which was not given.
+        preconv_reasons: what keeps the frozen model from engine "cpu"; empty where that is taken, or open.
     """
 
     engine: str
     operations: int
     reasons: tuple[str, ...]
+    preconv: str
+    preconv_reasons: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        return f"{self._fit()}\n{self._preconv()}"
+
+    def _preconv(self) -> str:
+        if self.preconv == "open":
+            return "preconv: engine 'cpu' or 'torch', which depends on the inputs' size: give explain() an input_shape"
+        if self.preconv == "cpu":
+            return "preconv: engine 'cpu', native code, equal to the model up to float rounding"
+        if self.preconv_reasons == self.reasons:
+            return f"preconv: engine {self.preconv!r}, for the same reasons"
+        return "\n".join([f"preconv: engine {self.preconv!r}, because", *listed(self.preconv_reasons)])
+
+    def _fit(self) -> str:
         if self.engine == "python":
             first = "engine 'python': the model is called as it is, once per batch, because"
         elif self.engine == "torch":
@@ -95,30 +132,92 @@ def listed(reasons: Sequence[str], most: int = 8) -> list[str]:
     return lines if len(reasons) <= most else [*lines, f"  ... and {len(reasons) - most} more"]
 
 
-def explain(model: nn.Module) -> Explanation:
-    """Say in words which engine :func:`cnnrs.fit` picks for ``model``, and why.
+def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Explanation:
+    """Say in words which engines :func:`cnnrs.fit` and :func:`cnnrs.preconv` pick for ``model``, and why.
 
     Args:
-        model: any module; it is looked at in its present mode (train or eval) and not changed.
+        model: any module; for fit it is looked at in its present mode (train or eval), for preconv in eval mode. It is
+            not changed.
+        input_shape: (N, C, H, W) or (N, F) of a batch: some obstacles depend on it. None: (1, 3, 224, 224) for models
+            that begin with a convolution of three channels and can run on that.
 
     Returns:
-        An object that prints as the explanation, with ``engine``, ``operations`` and ``reasons``.
+        An object that prints as the explanation, with ``engine``, ``operations``, ``reasons`` and ``preconv``.
 
     Raises:
         TypeError: model is no ``nn.Module``.
+        RuntimeError: a layer cannot take what ``input_shape`` makes of it; the message names the layer.
 
     >>> import cnnrs
-    >>> cnnrs.explain(cnnrs.models.MnistNet()).engine
-    'cpu'
+    >>> why = cnnrs.explain(cnnrs.models.MnistNet(), (32, 1, 28, 28))
+    >>> why.engine, why.preconv
+    ('cpu', 'cpu')
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    preconv, preconv_reasons = _for_features(model, input_shape)
     try:
         lowered = lower(model)
     except Unsupported as reasons:
-        return Explanation("python", 0, tuple(str(reasons).split("\n")))
-    slow = cpu_engine.tensor_obstacles(lowered) or slow_on_cpu(lowered)
-    return Explanation("torch" if slow else "cpu", len(lowered.graph) - 1, tuple(slow))
+        return Explanation("python", 0, tuple(str(reasons).split("\n")), preconv, preconv_reasons)
+    slow = _fit_obstacles(lowered, _shape(lowered, input_shape))
+    return Explanation("torch" if slow else "cpu", len(lowered.graph) - 1, tuple(slow), preconv, preconv_reasons)
+
+
+def _for_features(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[str, tuple[str, ...]]:
+    """The engine that preconv picks for float32 inputs, and why not ``cpu``."""
+    try:
+        with frozen(model):
+            lowered = lower(model)
+    except Unsupported as reasons:
+        return "python", tuple(str(reasons).split("\n"))
+    elsewhere = next((tensor.device for tensor in lowered.tensors if tensor.device.type != "cpu"), None)
+    if elsewhere is not None:
+        return "python", (f"the model is on {elsewhere}: the module itself is called, ahead of the device",)
+    shape = _shape(lowered, input_shape)
+    if shape is None:
+        return "open", ()
+    obstacle = cpu_features.obstacle(lowered, torch.empty(1).expand(tuple(shape)))
+    return ("cpu", ()) if obstacle is None else ("torch", (obstacle,))
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time being; every layer gets its own flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _shape(lowered: Lowered, given: Sequence[int] | None) -> Sequence[int] | None:
+    """The shape of a batch, as given or as networks for photos have it; None where there is no telling.
+
+    Raises:
+        RuntimeError: a layer cannot take the given shape.
+    """
+    if given is not None:
+        lowered.graph.shapes(list(given))
+        return given
+    first = 0
+    for index, (_, kind, inputs, attributes) in enumerate(lowered.operations):
+        if inputs[:1] != [first]:
+            continue
+        if kind == "ZeroPad2d":
+            first = index
+        elif kind == "Conv2d":
+            channels = lowered.tensors[attributes["weight"]].shape[1] * attributes["groups"]
+            try:
+                lowered.graph.shapes([1, 3, 224, 224])
+            except RuntimeError:
+                return None
+            return (1, 3, 224, 224) if channels == 3 else None
+        else:
+            return None
+    return None
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -6,7 +6,8 @@ Nothing is copied: the graph names parameters by index into a list of the module
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.fx
 from torch import nn
 
 from cnnrs import _cnnrs
-from cnnrs.operations import BINARY, FUNCTIONS, LAYERS, METHODS, Attributes, Unsupported
+from cnnrs.operations import BINARY, FUNCTIONS, LAYERS, METHODS, WEIGHTED, Attributes, Unsupported
 
 
 @dataclass
@@ -92,8 +93,40 @@ def _obstacles(model: nn.Module) -> list[str]:
 class _Tracer(torch.fx.Tracer):
     """Stops at the layers in the table and at torch's own; walks through everything else."""
 
+    def __init__(self) -> None:
+        super().__init__(param_shapes_constant=True)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in LAYERS or super().is_leaf_module(m, module_qualified_name)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, torch.fx.Proxy]) -> Any:
+        # Otherwise a forward that updates a buffer in place would do so while it is traced.
+        for name, buffer in self.root.named_buffers():
+            if buffer is attr_val:
+                if name not in parameter_proxy_cache:
+                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+                return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+@contextmanager
+def _backward_of_its_own(refused: bool) -> Iterator[None]:
+    """Refuses functions with a backward of their own while ``forward`` is traced: only their forward would be seen."""
+    if not refused:
+        yield
+        return
+    before = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(argument, torch.fx.Proxy) for argument in args):
+            raise Unsupported(f"{cls.__name__} is an autograd.Function, whose backward has no counterpart")
+        return before.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = before  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -102,6 +135,14 @@ class _Size:
 
     node: int
     dim: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Own:
+    """A parameter or buffer, by its qualified name."""
+
+    name: str
+    tensor: torch.Tensor
 
 
 @dataclass
@@ -124,7 +165,7 @@ class _Lowering:
 
     def _walk(self) -> int:
         traced = self._trace()
-        values: dict[torch.fx.Node, int | _Size | None] = {}
+        values: dict[torch.fx.Node, int | _Size | _Own | None] = {}
         placeholders = [node for node in traced.nodes if node.op == "placeholder"]
         if len(placeholders) != 1:
             raise Unsupported(f"forward takes {len(placeholders)} arguments: {', '.join(p.name for p in placeholders)}")
@@ -149,7 +190,10 @@ class _Lowering:
         """The calls of ``forward``; modules that change while it runs are put back and refused."""
         before = [(module, dict(vars(module))) for module in self.model.modules()]
         try:
-            graph = _Tracer().trace(self.model)
+            with _backward_of_its_own(refused=any(module.training for module in self.model.modules())):
+                graph = _Tracer().trace(self.model)
+        except Unsupported:
+            raise
         except Exception as error:
             # Anything may be raised: forward ran on stand-ins for tensors.
             raise Unsupported(f"forward cannot be traced: {type(error).__name__}: {error}") from error
@@ -171,7 +215,7 @@ class _Lowering:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         return f"{name}()"
 
-    def _node(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> int | _Size | None:
+    def _node(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> int | _Size | _Own | None:
         inputs = [values[n] for n in node.all_input_nodes]
         if None in inputs:
             return None  # The reason has been given where the value is made.
@@ -179,7 +223,7 @@ class _Lowering:
             module = self.model.get_submodule(str(node.target))
             return self._layer(str(node.target), module, [self._tensor_value(values, a) for a in node.args])
         if node.op == "get_attr":
-            raise Unsupported("a parameter is used outside a layer")
+            return self._own(str(node.target))
         return self._call(node, values)
 
     def _layer(self, name: str, module: nn.Module, inputs: list[int]) -> int:
@@ -190,13 +234,24 @@ class _Lowering:
         kind, attributes = LAYERS[type(module)]
         return self._append(name, kind, inputs, attributes(module, self._tensor_index))
 
+    def _own(self, name: str) -> _Own:
+        tensor = operator.attrgetter(name)(self.model)
+        if not any(tensor is own for own in (*self.model.parameters(), *self.model.buffers())):
+            raise Unsupported("a tensor that is neither parameter nor buffer is used")
+        return _Own(name, tensor)
+
     def _call(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> int | _Size:
         target: Any = node.target
         args: list[Any] = list(node.args)
         kwargs: dict[str, Any] = dict(node.kwargs)
         if target in ("size", getattr) or target is operator.getitem:
             return self._size(target, args, kwargs, values)
+        if target in WEIGHTED:
+            return self._weighted(node, values)
         if target in BINARY and len(args) == 2 and not kwargs:
+            own = [values.get(a) if isinstance(a, torch.fx.Node) else None for a in args]
+            if BINARY[target][0] == "Mul" and isinstance(own[0], _Own) != isinstance(own[1], _Own):
+                return self._scale(node, own)
             operands = [self._tensor_value(values, a) for a in args]
             return self._append(node.name, BINARY[target][0], operands, BINARY[target][1])
         if target in (torch.cat, torch.concat):
@@ -209,16 +264,49 @@ class _Lowering:
         if getattr(target, "__name__", "") == "stochastic_depth":
             return self._stochastic_depth(x, *args, **kwargs)
         if target == "contiguous" and not args and not kwargs:
+            if any(kind == "Permute" for _, kind, _, _ in self.nodes):
+                raise Unsupported("copies permuted dimensions, which has no counterpart yet")
             return x
         function = METHODS.get(target) if isinstance(target, str) else target
         if function not in FUNCTIONS:
             raise Unsupported("this function has no counterpart yet")
         kwargs = {k: v for k, v in kwargs.items() if not (k in ("_stacklevel", "dtype") and v in (3, None))}
         kind, attributes = FUNCTIONS[function]
+        return self._try(node.name, kind, x, lambda: attributes(*args, **kwargs))
+
+    def _weighted(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> int:
+        """A function whose weights are the module's own; it is named after the module that holds them."""
+        args, kwargs = list(node.args), dict(node.kwargs)
+        x = self._tensor_value(values, args.pop(0) if args else kwargs.pop("input", None))
+        holders: list[str] = []
+
+        def own(argument: Any) -> Any:
+            if not isinstance(argument, torch.fx.Node):
+                return argument
+            value = values[argument]
+            if not isinstance(value, _Own):
+                raise Unsupported(f"{argument} is computed, not a parameter or buffer")
+            holders.append(value.name.rpartition(".")[0])
+            return value.tensor
+
+        given, named = [own(a) for a in args], {key: own(a) for key, a in kwargs.items()}
+        name = (holders[0] if holders else "") or node.name
+        kind, attributes = WEIGHTED[node.target]
+        return self._try(name, kind, x, lambda: attributes(self._tensor_index, *given, **named))
+
+    def _scale(self, node: torch.fx.Node, operands: list[Any]) -> int:
+        first = isinstance(operands[0], _Own)
+        x, own = reversed(operands) if first else operands
+        if not isinstance(x, int):
+            raise Unsupported("only a tensor of the graph can be multiplied by a parameter")
+        name = own.name.rpartition(".")[0] or node.name
+        return self._append(name, "Scale", [x], {"factor": self._tensor_index(own.tensor), "first": first})
+
+    def _try(self, name: str, kind: str, x: int, attributes: Callable[[], Attributes]) -> int:
         try:
-            return self._append(node.name, kind, [x], attributes(*args, **kwargs))
+            return self._append(name, kind, [x], attributes())
         except TypeError as error:
-            raise Unsupported(f"arguments {args} {kwargs} have no counterpart: {error}") from error
+            raise Unsupported(f"its arguments have no counterpart: {error}") from error
 
     @staticmethod
     def _stochastic_depth(x: int, p: float, mode: str, training: bool = True) -> int:
@@ -254,6 +342,8 @@ class _Lowering:
     @staticmethod
     def _tensor_value(values: dict[torch.fx.Node, Any], argument: Any) -> int:
         value = values.get(argument) if isinstance(argument, torch.fx.Node) else None
+        if isinstance(value, _Own):
+            raise Unsupported(f"parameter {value.name} is used outside a layer")
         if not isinstance(value, int):
             raise Unsupported(f"argument {argument!r} is not a tensor of the graph")
         return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,27 +30,65 @@ def _pair(value: Any, what: str) -> tuple[int, int]:
     return first, second
 
 
-def _conv_padding(conv: nn.Conv2d) -> tuple[int, int]:
-    if conv.padding == "valid":
+def _conv_padding(padding: Any, dilation: tuple[int, int], kernel: Sequence[int]) -> tuple[int, int]:
+    if padding == "valid":
         return 0, 0
-    if conv.padding != "same":
-        return _pair(conv.padding, "padding")
-    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    if padding != "same":
+        return _pair(padding, "padding")
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if any(t % 2 for t in total):
         raise Unsupported("padding='same' with an even kernel pads one side more than the other")
     return total[0] // 2, total[1] // 2
 
 
-def _conv2d(m: nn.Conv2d, tensor: Index) -> Attributes:
-    if m.padding_mode != "zeros":
-        raise Unsupported(f"padding_mode is {m.padding_mode!r}")
+def _conv2d(
+    tensor: Index, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> Attributes:  # fmt: skip
+    _check_rank(weight, 4)
+    dilation = _pair(dilation, "dilation")
     return {
-        "weight": tensor(m.weight), "bias": tensor(m.bias), "stride": _pair(m.stride, "stride"),
-        "padding": _conv_padding(m), "dilation": _pair(m.dilation, "dilation"), "groups": m.groups,
+        "weight": tensor(weight), "bias": tensor(bias), "stride": _pair(stride, "stride"),
+        "padding": _conv_padding(padding, dilation, weight.shape[2:]), "dilation": dilation, "groups": groups,
     }  # fmt: skip
 
 
-def _batch_norm(m: nn.BatchNorm2d, tensor: Index) -> Attributes:
+def _conv2d_layer(m: nn.Conv2d, tensor: Index) -> Attributes:
+    if m.padding_mode != "zeros":
+        raise Unsupported(f"padding_mode is {m.padding_mode!r}")
+    return _conv2d(tensor, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
+
+
+def _linear(tensor: Index, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Attributes:
+    _check_rank(weight, 2)
+    return {"weight": tensor(weight), "bias": tensor(bias)}
+
+
+def _check_rank(weight: torch.Tensor, rank: int) -> None:
+    if weight.ndim != rank:
+        raise Unsupported(f"expects a weight of {rank} dimensions, got shape {tuple(weight.shape)}")
+
+
+def _layer_norm(
+    tensor: Index, normalized_shape: Sequence[int], weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None, eps: float = 1e-5,
+) -> Attributes:  # fmt: skip
+    return {"shape": list(normalized_shape), "weight": tensor(weight), "bias": tensor(bias), "eps": eps}
+
+
+def _batch_norm(
+    tensor: Index, running_mean: torch.Tensor | None, running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, training: bool = False,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> Attributes:  # fmt: skip
+    return {
+        "weight": tensor(weight), "bias": tensor(bias), "running_mean": tensor(running_mean),
+        "running_var": tensor(running_var), "num_batches_tracked": None, "momentum": momentum, "eps": eps,
+        "training": training,
+    }  # fmt: skip
+
+
+def _batch_norm_layer(m: nn.BatchNorm2d, tensor: Index) -> Attributes:
     # As nn.BatchNorm2d.forward: a training layer that tracks nothing leaves its statistics alone.
     statistics = not m.training or m.track_running_stats
     return {
@@ -60,6 +98,20 @@ def _batch_norm(m: nn.BatchNorm2d, tensor: Index) -> Attributes:
         "num_batches_tracked": tensor(m.num_batches_tracked) if m.track_running_stats else None,
         "momentum": m.momentum, "eps": m.eps, "training": m.training,
     }  # fmt: skip
+
+
+def _pad(pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Attributes:
+    if mode != "constant" or value not in (None, 0):
+        raise Unsupported(f"pads with mode={mode!r}, value={value!r}, not with zeros")
+    if len(pad) not in (2, 4) or not all(isinstance(side, int) and side >= 0 for side in pad):
+        raise Unsupported(f"padding {tuple(pad)} is not (left, right) or (left, right, top, bottom) of images")
+    left, right, top, bottom = [*pad, 0, 0][:4]
+    return {"before": (top, left), "after": (bottom, right)}
+
+
+def _permute(*dims: Any) -> Attributes:
+    order = list(dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)
+    return {"dims": [d % len(order) for d in order]}
 
 
 def _max_pool2d(
@@ -110,9 +162,12 @@ def _gelu(approximate: str) -> Attributes:
 
 #: Exact layer type -> (kind, attributes of the instance). A subclass may do anything, so it is not looked up here.
 LAYERS: dict[type[nn.Module], tuple[str, Callable[[Any, Index], Attributes]]] = {
-    nn.Conv2d: ("Conv2d", _conv2d),
-    nn.BatchNorm2d: ("BatchNorm2d", _batch_norm),
-    nn.Linear: ("Linear", lambda m, tensor: {"weight": tensor(m.weight), "bias": tensor(m.bias)}),
+    nn.Conv2d: ("Conv2d", _conv2d_layer),
+    nn.BatchNorm2d: ("BatchNorm2d", _batch_norm_layer),
+    nn.Linear: ("Linear", lambda m, tensor: _linear(tensor, m.weight, m.bias)),
+    nn.LayerNorm: ("LayerNorm", lambda m, tensor: _layer_norm(tensor, m.normalized_shape, m.weight, m.bias, m.eps)),
+    nn.ZeroPad2d: ("ZeroPad2d", lambda m, _: _pad(m.padding)),
+    nn.ConstantPad2d: ("ZeroPad2d", lambda m, _: _pad(m.padding, value=m.value)),
     nn.ReLU: ("ReLU", lambda m, _: {"inplace": m.inplace}),
     nn.ReLU6: ("ReLU6", lambda m, _: {"inplace": m.inplace}),
     nn.LeakyReLU: ("LeakyReLU", lambda m, _: {"negative_slope": m.negative_slope, "inplace": m.inplace}),
@@ -169,12 +224,23 @@ FUNCTIONS: dict[Any, tuple[str, Callable[..., Attributes]]] = {
     F.softmax: ("Softmax", lambda dim=None: _softmax(dim, log=False)),
     torch.softmax: ("Softmax", lambda dim: _softmax(dim, log=False)),
     torch.flatten: ("Flatten", lambda start_dim=0, end_dim=-1: {"start": start_dim, "end": end_dim}),
+    F.pad: ("ZeroPad2d", _pad),
+    torch.permute: ("Permute", _permute),
     torch.mean: ("Mean", lambda dim, keepdim=False: {"dims": _dims(dim), "keepdim": keepdim}),
+}
+
+#: Function of a tensor and of the module's own weights -> (kind, attributes of the arguments after the tensor).
+WEIGHTED: dict[Any, tuple[str, Callable[..., Attributes]]] = {
+    F.conv2d: ("Conv2d", _conv2d),
+    F.linear: ("Linear", _linear),
+    F.layer_norm: ("LayerNorm", _layer_norm),
+    F.batch_norm: ("BatchNorm2d", _batch_norm),
 }
 
 #: Method of a tensor -> the function that does the same.
 METHODS: dict[str, Any] = {
     "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "flatten": torch.flatten, "mean": torch.mean,
+    "permute": torch.permute,
     "softmax": torch.softmax, "log_softmax": torch.log_softmax,
 }  # fmt: skip
 #: Functions and methods of two tensors.

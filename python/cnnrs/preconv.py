@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 
 from cnnrs import ranks
 from cnnrs.backbones import resolve
-from cnnrs.engines import Engine
+from cnnrs.engines import Engine, frozen
 from cnnrs.extract import Extractor, Precision, type_name
 from cnnrs.features import Features
-from cnnrs.run import Run, frozen, source_of
+from cnnrs.run import Run, source_of
 from cnnrs.store import Store
 
 

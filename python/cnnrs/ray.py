@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 
 import cnnrs
 from cnnrs.backbones import Backbone, resolve
-from cnnrs.engines import Engine
+from cnnrs.engines import Engine, frozen
 from cnnrs.extract import Extractor, Precision, type_name
 from cnnrs.features import Features
 from cnnrs.rows import Data
-from cnnrs.run import Run, frozen, source_of
+from cnnrs.run import Run, source_of
 from cnnrs.store import Store
 from cnnrs.update import File, Item, Plan, Update, runs_of
 

@@ -100,7 +100,7 @@ def summary(model: nn.Module, input_shape: Sequence[int]) -> Summary:
     >>> cnnrs.summary(cnnrs.models.SimpleCNN(), (1, 3, 32, 32)).layers[0].output_shape
     (1, 32, 32, 32)
     """
-    why = explain(model)
+    why = explain(model, input_shape)
     try:
         lowered = lower(model)
     except Unsupported:

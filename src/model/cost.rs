@@ -23,14 +23,14 @@ pub fn costs(graph: &Graph, shapes: &[Shape]) -> Vec<Cost> {
     let mut fields: Vec<Option<Field>> = Vec::with_capacity(graph.nodes.len());
     let mut out = Vec::with_capacity(graph.nodes.len());
     for (node, shape) in graph.nodes.iter().zip(shapes) {
-        let field = field(graph, node, &fields);
+        let field = field(graph, node, &fields, shapes);
         out.push(Cost { flops: flops(graph, node, shape, shapes), receptive_field: field.map(|f| f.size) });
         fields.push(field);
     }
     out
 }
 
-fn field(graph: &Graph, node: &Node, known: &[Option<Field>]) -> Option<Field> {
+fn field(graph: &Graph, node: &Node, known: &[Option<Field>], shapes: &[Shape]) -> Option<Field> {
     if node.op == Op::Input {
         return Some(Field { size: [1, 1], jump: [1, 1] });
     }
@@ -49,7 +49,13 @@ fn field(graph: &Graph, node: &Node, known: &[Option<Field>]) -> Option<Field> {
         }
         Op::MaxPool2d { kernel, stride, dilation, .. } => (*kernel, *stride, *dilation),
         Op::AvgPool2d { kernel, stride, .. } => (*kernel, *stride, [1, 1]),
-        Op::AdaptiveAvgPool2d { .. } | Op::Linear { .. } | Op::Mean { .. } | Op::Softmax { .. } => {
+        // Over the channels of each pixel, which a permutation has made the last dimension.
+        Op::Linear { .. } | Op::LayerNorm { .. } if shapes[node.inputs[0]].len() == 4 => return Some(from),
+        Op::AdaptiveAvgPool2d { .. }
+        | Op::Linear { .. }
+        | Op::LayerNorm { .. }
+        | Op::Mean { .. }
+        | Op::Softmax { .. } => {
             return None;
         }
         Op::Flatten { .. } | Op::Reshape { .. } => return Some(from),
@@ -72,7 +78,15 @@ fn flops(graph: &Graph, node: &Node, shape: &Shape, shapes: &[Shape]) -> u64 {
         Op::MaxPool2d { kernel, .. } | Op::AvgPool2d { kernel, .. } => out * count(kernel),
         Op::AdaptiveAvgPool2d { .. } | Op::Mean { .. } => input,
         Op::Softmax { .. } => 3 * out,
-        Op::Activation { .. } | Op::Add { .. } | Op::Mul => out,
-        Op::Input | Op::Dropout { .. } | Op::Flatten { .. } | Op::Reshape { .. } | Op::Cat { .. } => 0,
+        // One addition for the mean, three operations for the variance, two for factor and summand.
+        Op::LayerNorm { .. } => 6 * out,
+        Op::Activation { .. } | Op::Add { .. } | Op::Mul | Op::Scale { .. } => out,
+        Op::Input
+        | Op::Dropout { .. }
+        | Op::Flatten { .. }
+        | Op::Reshape { .. }
+        | Op::Cat { .. }
+        | Op::Pad { .. }
+        | Op::Permute { .. } => 0,
     }
 }

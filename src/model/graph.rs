@@ -87,9 +87,30 @@ pub enum Op {
     Reshape {
         dims: Vec<Dim>,
     },
+    /// Over the last dimension.
     Linear {
         weight: Tensor,
         bias: Option<Tensor>,
+    },
+    /// Over the last dimensions, which have the sizes `shape`.
+    LayerNorm {
+        shape: Shape,
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
+        eps: f64,
+    },
+    /// Zeros above and to the left of images, below and to the right.
+    Pad {
+        before: Pair,
+        after: Pair,
+    },
+    Permute {
+        dims: Vec<usize>,
+    },
+    /// Times a parameter or buffer that broadcasts to the value's shape; `first`: it is the left operand.
+    Scale {
+        factor: Tensor,
+        first: bool,
     },
     Softmax {
         dim: i64,
@@ -160,6 +181,10 @@ impl Op {
             Self::Flatten { .. } => "Flatten",
             Self::Reshape { .. } => "View",
             Self::Linear { .. } => "Linear",
+            Self::LayerNorm { .. } => "LayerNorm",
+            Self::Pad { .. } => "ZeroPad2d",
+            Self::Permute { .. } => "Permute",
+            Self::Scale { .. } => "Scale",
             Self::Softmax { log: true, .. } => "LogSoftmax",
             Self::Softmax { log: false, .. } => "Softmax",
             Self::Mean { .. } => "Mean",
@@ -175,7 +200,10 @@ impl Op {
             Self::Conv2d { weight, bias, .. } | Self::Linear { weight, bias } => {
                 std::iter::once(*weight).chain(*bias).collect()
             }
-            Self::BatchNorm2d { weight, bias, .. } => weight.iter().chain(bias).copied().collect(),
+            Self::BatchNorm2d { weight, bias, .. } | Self::LayerNorm { weight, bias, .. } => {
+                weight.iter().chain(bias).copied().collect()
+            }
+            Self::Scale { factor, .. } => vec![*factor],
             _ => Vec::new(),
         }
     }

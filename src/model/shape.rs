@@ -73,6 +73,36 @@ fn output(graph: &Graph, node: &Node, known: &[Shape], input: &[usize]) -> Resul
                 _ => Err(fail(node, format!("expects {} input features, got shape {shape:?}", weight[1]))),
             }
         }
+        Op::LayerNorm { shape, weight, bias, .. } => {
+            let from = from(0)?;
+            if !from.ends_with(shape) || shape.is_empty() {
+                return Err(fail(node, format!("normalises last dimensions of sizes {shape:?}, got {from:?}")));
+            }
+            match weight.iter().chain(bias).find(|&&t| graph.tensors[t] != *shape) {
+                Some(&t) => Err(fail(node, format!("has weights of shape {:?} for {shape:?}", graph.tensors[t]))),
+                None => Ok(from.clone()),
+            }
+        }
+        Op::Pad { before, after } => {
+            let [n, c, h, w] = image(node, from(0)?)?;
+            Ok(vec![n, c, before[0] + h + after[0], before[1] + w + after[1]])
+        }
+        Op::Permute { dims } => {
+            let shape = from(0)?;
+            let mut sorted = dims.clone();
+            sorted.sort_unstable();
+            match sorted.iter().copied().eq(0..shape.len()) {
+                true => Ok(dims.iter().map(|&d| shape[d]).collect()),
+                false => Err(fail(node, format!("{dims:?} is no order of the dimensions of {shape:?}"))),
+            }
+        }
+        Op::Scale { factor, .. } => {
+            let (shape, factor) = (from(0)?, &graph.tensors[*factor]);
+            match broadcast(node, shape, factor)? {
+                out if out == *shape => Ok(out),
+                _ => Err(fail(node, format!("a factor of shape {factor:?} would repeat values of shape {shape:?}"))),
+            }
+        }
         Op::Mean { dims, keepdim } => {
             let shape = from(0)?;
             let axes = dims.iter().map(|&d| axis(node, d, shape.len())).collect::<Result<Vec<_>>>()?;

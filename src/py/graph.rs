@@ -144,6 +144,15 @@ fn op(kind: &str, a: &Attributes<'_, '_>, tensors: usize) -> PyResult<Op> {
             Op::Reshape { dims: a.get::<Vec<Bound<'_, PyAny>>>("dims")?.iter().map(dim).collect::<PyResult<_>>()? }
         }
         "Linear" => Op::Linear { weight: a.tensor("weight", tensors)?, bias: a.optional("bias", tensors)? },
+        "LayerNorm" => Op::LayerNorm {
+            shape: a.get("shape")?,
+            weight: a.optional("weight", tensors)?,
+            bias: a.optional("bias", tensors)?,
+            eps: a.get("eps")?,
+        },
+        "ZeroPad2d" => Op::Pad { before: a.pair("before")?, after: a.pair("after")? },
+        "Permute" => Op::Permute { dims: a.get("dims")? },
+        "Scale" => Op::Scale { factor: a.tensor("factor", tensors)?, first: a.get("first")? },
         "Softmax" => Op::Softmax { dim: a.get("dim")?, log: a.get("log")? },
         "Mean" => Op::Mean { dims: a.get("dims")?, keepdim: a.get("keepdim")? },
         "Add" => Op::Add { inplace: a.get("inplace")? },

@@ -17,7 +17,7 @@ from cnnrs.graph import lower
 from cnnrs.operations import Unsupported
 
 NAMES = ["vgg16", "vgg11_bn", "alexnet", "resnet18", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0",
-         "densenet121", "squeezenet1_1", "googlenet"]  # fmt: skip
+         "densenet121", "squeezenet1_1", "googlenet", "convnext_tiny"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,6 +55,18 @@ class Calls(nn.Module):
         return self.function(self, x)
 
 
+class Halved(torch.autograd.Function):
+    """The identity, with half of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] / 2
+
+
 def remember(self: Any, x: torch.Tensor) -> torch.Tensor:
     self.seen = x
     return self.conv(x)
@@ -63,7 +75,19 @@ def remember(self: Any, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (Calls(lambda self, x: x * self.weight), r"weight\(\): a parameter is used outside a layer"),
+        (Calls(lambda self, x: x + self.weight), r"add\(\): parameter weight is used outside a layer"),
+        (Calls(lambda self, x: x * (self.weight * 2)), r"mul\(\): only a tensor of the graph can be multiplied"),
+        (Calls(lambda self, x: self.conv.weight * self.weight), r"mul\(\): parameter conv.weight is used outside"),
+        (
+            Calls(lambda self, x: F.conv2d(x, self.conv.weight * 2)),
+            r"mul\(\): only a tensor of the graph can be multiplied",
+        ),
+        (Calls(lambda self, x: F.conv2d(x, self.weight)), "expects a weight of 4 dimensions, got shape"),
+        (Calls(lambda self, x: F.pad(x, (1, 1), value=2.0)), r"pad\(\): pads with mode='constant', value=2.0, not"),
+        (Calls(lambda self, x: F.pad(x, (1, 1), "reflect")), "pads with mode='reflect'"),
+        (Calls(lambda self, x: F.pad(x, (1, -1))), r"padding \(1, -1\) is not \(left, right\) or"),
+        (Calls(lambda self, x: x.permute(0, 2, 3, 1).contiguous()), "contiguous.*: copies permuted dimensions"),
+        (nn.Sequential(nn.ConstantPad2d(1, 0.5)), r"0 \(ConstantPad2d\): pads with mode='constant', value=0.5"),
         (Calls(lambda self, x: self.conv(x) if x.sum() > 0 else x), "forward cannot be traced: TraceError"),
         (Calls(lambda self, x: x.cumsum(1)), r"cumsum\(\): this function has no counterpart yet"),
         (Calls(lambda self, x: (x, self.conv(x))), "forward does not return one tensor"),
@@ -106,7 +130,7 @@ def test_a_subclass_of_a_layer_is_walked_through() -> None:
     class Blocked(nn.Sequential):
         pass
 
-    assert "0.weight(): a parameter is used outside a layer" in reasons(nn.Sequential(Doubled(1, 1, 3)))
+    assert reasons(nn.Sequential(Doubled(1, 1, 3))) == "mul(): argument 2 is not a tensor of the graph"
     assert cnnrs.explain(Blocked(nn.Conv2d(1, 1, 3))).engine == "torch"
 
 
@@ -160,6 +184,9 @@ def test_functions_and_methods_are_the_layers_they_stand_for() -> None:
         "shape": lambda x: x.view(x.shape[0], 8, -1),
         "tanh": torch.tanh, "leaky": lambda x: F.leaky_relu(x, 0.2), "avg": lambda x: F.avg_pool2d(x, 2),
         "adaptive": lambda x: F.adaptive_avg_pool2d(x, (1, 3)), "log_softmax": lambda x: x.log_softmax(1),
+        "permute": lambda x: x.permute(0, 2, -1, 1), "back": lambda x: torch.permute(x, (0, 3, 1, 2)),
+        "pad": lambda x: F.pad(x, (1, 2, 0, 3)), "pad of a side": lambda x: F.pad(x, [0, 1], value=0.0),
+        "layer norm": lambda x: F.layer_norm(x, (6, 6)),
         "softmax": lambda x: F.softmax(x, dim=1), "keepdim": lambda x: torch.mean(x, dim=1, keepdim=True),
     }  # fmt: skip
     x = torch.randn(2, 4, 6, 6)
@@ -170,3 +197,121 @@ def test_functions_and_methods_are_the_layers_they_stand_for() -> None:
         # leaky_relu is computed as max(x, 0) + slope * min(x, 0): one of the terms is zero, so the bits are the same.
         assert torch.equal(features, expected), name
         assert cnnrs.summary(model, x.shape).layers[-1].output_shape == tuple(expected.shape), name
+
+
+class Buffered(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return x.relu()
+
+
+def test_a_backward_of_its_own_is_not_dropped_while_training() -> None:
+    apply = vars(torch.autograd.Function)["apply"]
+    model = nn.Sequential(Calls(lambda self, x: Halved.apply(x)))
+    assert reasons(model.train()) == "Halved is an autograd.Function, whose backward has no counterpart"
+    # Frozen, it is its forward.
+    assert lower(model.eval()).kinds == ["Input", "Mul"]
+    assert vars(torch.autograd.Function)["apply"] is apply
+
+
+def test_buffers_that_forward_changes_are_left_alone() -> None:
+    model = Buffered()
+    assert "add_(): " in reasons(model)
+    assert model.calls.item() == 0
+
+
+class SamePadding(nn.Conv2d):
+    """TensorFlow's padding, as ports of its networks write it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(self.pad(x), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Functional(nn.Module):
+    """Layers as functions of the module's own parameters and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(6)
+        self.first, self.second = SamePadding(3, 6, 3, stride=2, bias=False), nn.Conv2d(6, 6, 3, padding="same")
+        self.gain, self.kernel = nn.Parameter(torch.rand(6, 1, 1)), nn.Parameter(torch.randn(4, 6, 1, 1))
+        self.register_buffer("shift", torch.tensor([0.5]))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = self.norm
+        x = self.first(x)
+        x = F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, n.training, 0.2, n.eps)
+        x = x * torch.sigmoid(x) * self.gain
+        x = F.conv2d(input=x, weight=self.second.weight, bias=self.second.bias, padding="same")
+        x = self.shift * F.layer_norm(x.permute(0, 2, 3, 1), (6,)).permute(0, 3, 1, 2)
+        x = F.conv2d(F.pad(x, (1, 0)), self.kernel).mean((2, 3))
+        return F.linear(x, self.head.weight, bias=self.head.bias)
+
+
+def test_functions_of_own_parameters_train_to_the_same_bits() -> None:
+    torch.manual_seed(0)
+    ours, plain = Functional(), Functional()
+    plain.load_state_dict(ours.state_dict())
+    names = [(layer.name, layer.kind) for layer in cnnrs.summary(ours, (1, 3, 11, 9)).layers]
+    assert names[:4] == [
+        ("first.pad", "ZeroPad2d"),
+        ("first", "Conv2d"),
+        ("norm", "BatchNorm2d"),
+        ("sigmoid", "Sigmoid"),
+    ]
+    assert ("gain", "Scale") not in names and ("mul_1", "Scale") in names and ("second", "Conv2d") in names
+    batches = [(torch.randn(4, 3, 11, 9), torch.randint(5, (4,))) for _ in range(3)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (ours, plain)]
+    cnnrs.fit(0, ours, batches, "training", optimizer=optimizers[0], loss_fn=F.cross_entropy, engine="torch",
+              verbose=False)  # fmt: skip
+    for inputs, targets in batches:
+        optimizers[1].zero_grad()
+        F.cross_entropy(plain(inputs), targets).backward()
+        optimizers[1].step()
+    state = plain.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
+    assert not torch.equal(state["norm.running_mean"], torch.zeros(6))
+    with pytest.raises(ValueError, match=r"first.pad \(ZeroPad2d\): the cpu engine has no training"):
+        cnnrs.fit(0, ours, batches, "validation", loss_fn=F.cross_entropy, engine="cpu", verbose=False)
+
+
+def test_explain_speaks_of_preconv() -> None:
+    model = zoo.resnet18().train()
+    why = cnnrs.explain(model)
+    assert (why.engine, why.preconv, why.preconv_reasons) == ("torch", "cpu", ()) and model.training
+    assert str(why).endswith("preconv: engine 'cpu', native code, equal to the model up to float rounding")
+    gray = cnnrs.models.MnistNet()
+    assert cnnrs.explain(gray).preconv == "open" and "give explain() an input_shape" in str(cnnrs.explain(gray))
+    assert cnnrs.explain(gray, (2, 1, 28, 28)).preconv == "cpu"
+    with pytest.raises(RuntimeError, match=r"expects 1 input channels, got 3"):
+        cnnrs.explain(gray, (2, 3, 28, 28))
+    turned = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Softmax(3))
+    why = cnnrs.explain(turned)
+    assert why.preconv_reasons == ("1 (Softmax): runs along another dimension than the channels",)
+    assert str(why).endswith(f"preconv: engine 'torch', because\n  - {why.preconv_reasons[0]}")
+    assert cnnrs.explain(turned.double()).preconv_reasons[0].startswith("it computes in float32 on the CPU, but a par")
+    branching = Calls(lambda self, x: self.conv(x) if x.sum() > 0 else x)
+    assert cnnrs.explain(branching).preconv == "python"
+    assert str(cnnrs.explain(branching)).endswith("preconv: engine 'python', for the same reasons")
+    # Stochastic depth drops nothing in eval mode.
+    deep = zoo.convnext_tiny(stochastic_depth_prob=0.1).train()
+    assert cnnrs.explain(deep).engine == "python" and cnnrs.explain(deep).preconv == "cpu"
+
+
+def test_explain_does_not_promise_engine_cpu_what_it_cannot_train() -> None:
+    normed = nn.Sequential(nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 3))
+    refused = "1 (LayerNorm): the cpu engine has no training kernel for it"
+    assert cnnrs.explain(normed).engine == "torch" and cnnrs.explain(normed).reasons == (refused,)
+    assert cnnrs.explain(normed, (2, 16)).reasons == (f"{refused}: use engine='torch'",)
+    assert cnnrs.explain(normed, (2, 16)).preconv == "cpu"

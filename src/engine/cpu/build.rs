@@ -216,6 +216,10 @@ impl<'a> Builder<'a> {
             Op::Flatten { .. } | Op::Reshape { .. } => {
                 return Err(Error::Argument(format!("{}: a view is not a layer", node.name)));
             }
+            // `structure` has refused them, with the reason.
+            Op::LayerNorm { .. } | Op::Pad { .. } | Op::Permute { .. } | Op::Scale { .. } => {
+                return Err(Error::Argument(format!("{} has no kernel", node.name)));
+            }
         })
     }
 

@@ -181,6 +181,9 @@ impl Walk<'_> {
             Op::Add { .. } | Op::Mul if rank(0) != rank(1) || self.mixes(&node.inputs) => {
                 refuse("broadcasts across samples")
             }
+            Op::LayerNorm { .. } | Op::Pad { .. } | Op::Permute { .. } | Op::Scale { .. } => {
+                refuse("the cpu engine has no training kernel for it")
+            }
             Op::MaxPool2d { .. } if self.shapes[index].iter().product::<usize>() == 0 => refuse("has an empty output"),
             _ => Ok(()),
         }

@@ -115,6 +115,18 @@ fn apply(node: &Node, tensors: &[Tensor], values: &[Option<Tensor>]) -> Result<T
             x.f_reshape(shape)?
         }
         Op::Linear { weight, bias } => x.f_linear(&tensors[*weight], bias.map(|b| &tensors[b]))?,
+        Op::LayerNorm { shape, weight, bias, eps } => {
+            let shape: Vec<i64> = shape.iter().map(|&d| d as i64).collect();
+            let [weight, bias] = [weight, bias].map(|t| t.map(|t| &tensors[t]));
+            x.f_layer_norm(shape, weight, bias, *eps, true)?
+        }
+        // F.pad counts from the last dimension.
+        Op::Pad { before: [top, left], after: [bottom, right] } => {
+            x.f_constant_pad_nd([left, right, top, bottom].map(|&v| v as i64))?
+        }
+        Op::Permute { dims } => x.f_permute(dims.iter().map(|&d| d as i64).collect::<Vec<_>>())?,
+        Op::Scale { factor, first: true } => tensors[*factor].f_mul(x)?,
+        Op::Scale { factor, first: false } => x.f_mul(&tensors[*factor])?,
         Op::Softmax { dim, log: true } => x.f_log_softmax(*dim, None)?,
         Op::Softmax { dim, log: false } => x.f_softmax(*dim, None)?,
         Op::Mean { dims, keepdim } => x.f_mean_dim(dims.as_slice(), *keepdim, None)?,

@@ -7,9 +7,9 @@ use super::kernels::lanes::{Isa, LANES};
 use super::memory::{Arena, Geometry, Value};
 use super::method::{Method, Window};
 use super::steps::{
-    self, Binary, Cat, Conv, Depthwise, Load, Packing, Pointwise, Pool, Relayout, Softmax, Step, Store,
+    self, Binary, Cat, Conv, Depthwise, LayerNorm, Load, Packing, Pad, Pointwise, Pool, Relayout, Softmax, Step,
 };
-use super::steps::{Taps, Winograd};
+use super::steps::{Store, Taps, Winograd};
 use crate::engine::cpu::workers::Team;
 use crate::error::{Error, Result};
 use crate::model::{Graph, Node, Op, Shape, Tensor};
@@ -117,9 +117,8 @@ impl<'a> Network<'a> {
     pub fn check(&self) -> Result<()> {
         self.geometries()?;
         for layer in &self.layers {
-            if let Op::Conv2d { weight, bias, .. } | Op::Linear { weight, bias } = self.node(layer).op {
-                self.floats(layer, weight)?;
-                bias.map(|bias| self.floats(layer, bias)).transpose()?;
+            for tensor in self.node(layer).op.parameters() {
+                self.floats(layer, tensor)?;
             }
         }
         Ok(())
@@ -172,7 +171,19 @@ impl<'a> Network<'a> {
                 let second = Some((op, value(layer.inputs[1])?));
                 Box::new(Pointwise { isa, input, second, affine: None, output, activation })
             }
-            Op::BatchNorm2d { .. } | Op::Activation { .. } => {
+            Op::LayerNorm { weight, bias, eps, .. } => {
+                let channels = input.geometry.channels;
+                let numbers = |tensor: Option<Tensor>, or: f64| -> Result<Vec<f64>> {
+                    match tensor {
+                        Some(tensor) => Ok(self.floats(layer, tensor)?.iter().map(|&v| f64::from(v)).collect()),
+                        None => Ok(vec![or; channels]),
+                    }
+                };
+                let (factor, summand) = (weights.vector(numbers(*weight, 1.0)?), weights.vector(numbers(*bias, 0.0)?));
+                Box::new(LayerNorm { isa, input, output, factor, summand, eps: *eps as f32, activation })
+            }
+            Op::Pad { before, .. } => Box::new(Pad { input, output, before: *before }),
+            Op::BatchNorm2d { .. } | Op::Scale { .. } | Op::Activation { .. } => {
                 let affine =
                     layer.affine.clone().map(|[factor, summand]| [weights.vector(factor), weights.vector(summand)]);
                 Box::new(Pointwise { isa, input, second: None, affine, output, activation })
@@ -189,7 +200,9 @@ impl<'a> Network<'a> {
             }
             Op::Flatten { .. } | Op::Reshape { .. } => Box::new(Relayout { input, output }),
             Op::Softmax { log, .. } => Box::new(Softmax { input, output, log: *log }),
-            Op::Input | Op::Dropout { .. } => return Err(Error::Argument(format!("{}: not a layer", node.name))),
+            Op::Input | Op::Dropout { .. } | Op::Permute { .. } => {
+                return Err(Error::Argument(format!("{}: not a layer", node.name)));
+            }
         })
     }
 

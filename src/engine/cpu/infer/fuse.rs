@@ -1,14 +1,15 @@
 //! From the graph to layers: what follows an operation and only reads its result becomes part of it.
 //!
 //! ```text
-//! Conv2d | Linear  -> BatchNorm2d* -> Add -> activation -> MaxPool2d 2x2 (Winograd only)
-//! Add | Mul | BatchNorm2d | pooling -> activation
+//! ZeroPad2d -> Conv2d | Linear -> (BatchNorm2d | Scale)* -> Add -> activation -> MaxPool2d 2x2 (Winograd only)
+//! Add | Mul | BatchNorm2d | Scale | LayerNorm | pooling -> activation
+//! x * sigmoid(x) is the activation SiLU; permutations are names (`canonical`)
 //! ```
 
 use super::kernels::activate::Activate;
-use super::method::Method;
+use super::method::{Method, joined};
 use crate::error::{Error, Result};
-use crate::model::{Dim, Graph, Node, Op, Shape};
+use crate::model::{Activation, Dim, Graph, Node, Op, Shape};
 
 /// An operation and what has been fused with it.
 #[derive(Debug)]
@@ -18,7 +19,7 @@ pub struct Layer {
     pub last: usize,
     /// Nodes whose values it reads.
     pub inputs: Vec<usize>,
-    /// Batch norm after the sums: factor and summand per channel.
+    /// Batch norm or scale after the sums: factor and summand per channel.
     pub affine: Option<[Vec<f64>; 2]>,
     /// Node whose value is added before the activation.
     pub residual: Option<usize>,
@@ -90,6 +91,14 @@ impl Fusion<'_> {
                 self.source[index] = self.source[node.inputs[0]];
                 return Ok(None);
             }
+            Op::Permute { .. } => {
+                self.source[index] = self.source[node.inputs[0]];
+                return Ok(None);
+            }
+            Op::Pad { .. } if joined(self.graph, index).is_some() => {
+                self.source[index] = self.source[node.inputs[0]];
+                return Ok(None);
+            }
             Op::Flatten { .. } | Op::Reshape { .. } => {
                 if let Op::Reshape { dims } = &node.op
                     && matches!(dims.first(), Some(Dim::Fixed(_)))
@@ -105,7 +114,6 @@ impl Fusion<'_> {
                     return Ok(None);
                 }
             }
-            Op::Linear { .. } if shape.len() != 2 => return Err(unsupported(node, "is applied to images")),
             Op::Softmax { dim, .. } if !matches!(axis(*dim, shape.len()), 1) => {
                 return Err(unsupported(node, "runs along another dimension than the channels"));
             }
@@ -140,11 +148,14 @@ impl Fusion<'_> {
         };
         match &node.op {
             Op::BatchNorm2d { .. } => layer.affine = Some(self.norm(node)?),
+            Op::Scale { factor, .. } => layer.affine = Some(self.scale(index, *factor)?),
             Op::Activation { function, .. } => layer.activation = (*function).into(),
             _ => {}
         }
-        if !matches!(node.op, Op::Input | Op::Cat { .. } | Op::Softmax { .. } | Op::Flatten { .. } | Op::Reshape { .. })
-        {
+        if !matches!(
+            node.op,
+            Op::Input | Op::Cat { .. } | Op::Softmax { .. } | Op::Flatten { .. } | Op::Reshape { .. } | Op::Pad { .. }
+        ) {
             self.follow(&mut layer)?;
         }
         self.source[layer.last] = layer.last;
@@ -154,7 +165,14 @@ impl Fusion<'_> {
     /// Takes in the operations that are the only readers of what comes before them.
     fn follow(&mut self, layer: &mut Layer) -> Result<()> {
         let sums = matches!(self.graph.nodes[layer.node].op, Op::Conv2d { .. } | Op::Linear { .. });
-        while let [next] = self.readers[layer.last][..] {
+        loop {
+            let plain = layer.activation == Activate::Nothing;
+            if let Some([gate, product]) = self.swish(layer.last).filter(|_| plain) {
+                [gate, product].iter().for_each(|&node| self.taken[node] = true);
+                layer.activation = Activate::Silu;
+                layer.last = product;
+            }
+            let [next] = self.readers[layer.last][..] else { break };
             let node = &self.graph.nodes[next];
             let plain = layer.activation == Activate::Nothing;
             if layer.last == self.graph.output || self.taken[next] {
@@ -162,6 +180,14 @@ impl Fusion<'_> {
             }
             match &node.op {
                 Op::Dropout { p, training, .. } if !*training || *p == 0.0 => {}
+                Op::Permute { .. } => {}
+                Op::Scale { factor, .. } if sums && plain && layer.residual.is_none() => {
+                    let scale = self.scale(next, *factor)?;
+                    layer.affine = Some(match layer.affine.take() {
+                        Some(before) => compose(before, scale),
+                        None => scale,
+                    });
+                }
                 Op::BatchNorm2d { .. } if sums && plain && layer.residual.is_none() => {
                     let norm = self.norm(node)?;
                     layer.affine = Some(match layer.affine.take() {
@@ -200,6 +226,30 @@ impl Fusion<'_> {
         Ok(())
     }
 
+    /// `x * sigmoid(x)`, in either order, of which nobody reads a part.
+    fn swish(&self, x: usize) -> Option<[usize; 2]> {
+        let [gate, product] = self.readers[x][..] else { return None };
+        let (nodes, output) = (&self.graph.nodes, self.graph.output);
+        let sigmoid = matches!(nodes[gate].op, Op::Activation { function: Activation::Sigmoid, .. });
+        let both = nodes[product].op == Op::Mul && [[x, gate], [gate, x]].iter().any(|i| nodes[product].inputs == i);
+        (sigmoid && both && self.readers[gate] == [product] && output != x && output != gate).then_some([gate, product])
+    }
+
+    /// Factor per channel of a multiplication, and zeros.
+    fn scale(&self, index: usize, factor: usize) -> Result<[Vec<f64>; 2]> {
+        let channels = self.shapes[index][1];
+        let mut factors: Vec<f64> = self.floats(&self.graph.nodes[index], factor)?.iter().map(|&f| f.into()).collect();
+        if let [all] = factors[..] {
+            factors = vec![all; channels];
+        }
+        Ok([factors, vec![0.0; channels]])
+    }
+
+    fn floats(&self, node: &Node, tensor: usize) -> Result<&[f32]> {
+        self.tensors[tensor]
+            .ok_or_else(|| unsupported(node, "has parameters that are not contiguous float32 on the CPU"))
+    }
+
     /// Factor and summand per channel of a batch norm with fixed statistics.
     fn norm(&self, node: &Node) -> Result<[Vec<f64>; 2]> {
         let Op::BatchNorm2d { weight, bias, running_mean, running_var, eps, training, .. } = &node.op else {
@@ -208,10 +258,7 @@ impl Fusion<'_> {
         let (Some(mean), Some(var), false) = (running_mean, running_var, training) else {
             return Err(unsupported(node, "uses the statistics of the batch; call eval()"));
         };
-        let floats = |t: usize| {
-            self.tensors[t]
-                .ok_or_else(|| unsupported(node, "has parameters that are not contiguous float32 on the CPU"))
-        };
+        let floats = |t: usize| self.floats(node, t);
         let (mean, var) = (floats(*mean)?, floats(*var)?);
         let mut factor: Vec<f64> = var.iter().map(|&v| 1.0 / (f64::from(v) + eps).sqrt()).collect();
         if let Some(weight) = weight {
@@ -231,6 +278,6 @@ fn compose([f1, s1]: [Vec<f64>; 2], [f2, s2]: [Vec<f64>; 2]) -> [Vec<f64>; 2] {
     [f1.iter().zip(&f2).map(|(a, b)| a * b).collect(), summand]
 }
 
-fn axis(dim: i64, rank: usize) -> usize {
+pub fn axis(dim: i64, rank: usize) -> usize {
     usize::try_from(if dim < 0 { dim + rank as i64 } else { dim }).unwrap_or(usize::MAX)
 }

@@ -14,6 +14,7 @@ pub struct Window {
     pub groups: usize,
     pub kernel: Pair,
     pub stride: Pair,
+    /// Above and to the left; what is below and to the right follows from the output's size.
     pub padding: Pair,
     pub dilation: Pair,
     pub input: Pair,
@@ -23,7 +24,12 @@ pub struct Window {
 impl Window {
     pub fn of(graph: &Graph, shapes: &[Shape], node: usize) -> Option<Self> {
         let side = |shape: &Shape| [shape.get(2).copied().unwrap_or(1), shape.get(3).copied().unwrap_or(1)];
-        let from = &shapes[*graph.nodes[node].inputs.first()?];
+        let mut input = *graph.nodes[node].inputs.first()?;
+        let mut before = [0, 0];
+        if let Some((pad, source)) = joined(graph, input) {
+            (before, input) = (pad, source);
+        }
+        let from = &shapes[input];
         let (input, output) = (side(from), side(&shapes[node]));
         match &graph.nodes[node].op {
             Op::Conv2d { weight, stride, padding, dilation, groups, .. } => Some(Self {
@@ -32,7 +38,7 @@ impl Window {
                 groups: *groups,
                 kernel: [graph.tensors[*weight][2], graph.tensors[*weight][3]],
                 stride: *stride,
-                padding: *padding,
+                padding: [padding[0] + before[0], padding[1] + before[1]],
                 dilation: *dilation,
                 input,
                 output,
@@ -51,6 +57,16 @@ impl Window {
             _ => None,
         }
     }
+}
+
+/// Zeros above and to the left, and what they are put around, where the convolutions that read a padded image can do it:
+/// their inputs have borders anyway.
+pub fn joined(graph: &Graph, node: usize) -> Option<(Pair, usize)> {
+    let Op::Pad { before, .. } = graph.nodes[node].op else { return None };
+    let mut readers = graph.nodes.iter().filter(|reader| reader.inputs.contains(&node)).peekable();
+    readers.peek()?;
+    (graph.output != node && readers.all(|reader| matches!(reader.op, Op::Conv2d { .. })))
+        .then(|| (before, graph.nodes[node].inputs[0]))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,13 +1,14 @@
 //! Frozen networks on the CPU without libtorch.
 //!
 //! ```text
-//! graph -> fuse -> method -> build -> plan -> features
-//!          layers  kernels   steps    segments, memory, workers
+//! graph -> canonical -> fuse -> method -> build -> plan -> features
+//!          (N, C, H, W)  layers  kernels  steps    segments, memory, workers
 //! ```
 //! Values are `[channels / 16][height + border][width + border][16]` with zeros around each image, so no kernel asks where
 //! the image ends. 3 x 3 convolutions of stride 1 run as Winograd's algorithm unless `exact`.
 
 mod build;
+mod canonical;
 mod fuse;
 mod kernels;
 mod memory;
@@ -20,6 +21,7 @@ mod steps;
 mod tests;
 
 use build::Network;
+use canonical::{Canonical, canonical};
 pub use kernels::lanes::Isa;
 use method::Method;
 use plan::Plan;
@@ -116,9 +118,9 @@ impl<P: Parameters> Frozen<P> {
         }
         // The old plan's memory first: two plans may not fit.
         self.plan = None;
-        let shapes = model::shapes(&self.graph, shape)?;
+        let canonical = canonical(&self.graph, model::shapes(&self.graph, shape)?)?;
         let tensors: Vec<_> = (0..self.graph.tensors.len()).map(|t| self.parameters.floats(t)).collect();
-        let network = network(&self.graph, &shapes, &tensors, self.options)?;
+        let network = network(&canonical, &tensors, self.options)?;
         self.plan = Some((image.to_vec(), Plan::compile(&network, images, &mut self.team)?));
         Ok(())
     }
@@ -128,10 +130,11 @@ impl<P: Parameters> Frozen<P> {
         let Some((image, plan)) = &self.plan else { return Ok(Vec::new()) };
         let shapes = model::shapes(&self.graph, &[&[1], image.as_slice()].concat())?;
         let costs = model::costs(&self.graph, &shapes);
+        let Canonical { graph, shapes } = canonical(&self.graph, shapes)?;
         let timing = |(node, seconds): (usize, f64)| Timing {
             name: self.graph.nodes[node].name.clone(),
             kind: self.graph.nodes[node].op.kind(),
-            method: match Method::of(&self.graph, &shapes, node, self.options.exact) {
+            method: match Method::of(&graph, &shapes, node, self.options.exact) {
                 Method::Winograd(size) if size.outputs() == 6 => "winograd 6",
                 Method::Winograd(_) => "winograd 4",
                 Method::Depthwise => "depthwise",
@@ -155,8 +158,7 @@ impl<P: Parameters> Frozen<P> {
 }
 
 fn network<'a>(
-    graph: &'a Graph,
-    shapes: &'a [Shape],
+    Canonical { graph, shapes }: &'a Canonical,
     tensors: &'a fuse::Tensors<'a>,
     options: Options,
 ) -> Result<Network<'a>> {
@@ -169,7 +171,8 @@ fn network<'a>(
 pub fn obstacle(graph: &Graph, parameters: &impl Parameters, input: &[usize]) -> Option<String> {
     let tensors: Vec<_> = (0..graph.tensors.len()).map(|t| parameters.floats(t)).collect();
     let options = Options { workers: 1, exact: false, isa: Isa::Portable };
-    let layers = model::shapes(graph, input)
-        .and_then(|shapes| network(graph, &shapes, &tensors, options).and_then(|n| n.check()));
-    layers.err().map(|error| error.to_string())
+    let checked = model::shapes(graph, input)
+        .and_then(|shapes| canonical(graph, shapes))
+        .and_then(|canonical| network(&canonical, &tensors, options).and_then(|n| n.check()));
+    checked.err().map(|error| error.to_string())
 }

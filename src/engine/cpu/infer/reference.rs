@@ -39,9 +39,9 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                 });
             }
             Op::Linear { weight, bias } => {
-                let (f, w) = (graph.tensors[*weight][1], &tensors[*weight]);
+                let ([outs, f], w) = (graph.tensors[*weight][..].try_into().unwrap(), &tensors[*weight]);
                 for (at, y) in y.iter_mut().enumerate() {
-                    let (n, o) = (at / out[1], at % out[1]);
+                    let (n, o) = (at / outs, at % outs);
                     *y = tensor(*bias, o, 0.0) + (0..f).map(|i| f64::from(w[o * f + i]) * x[n * f + i]).sum::<f64>();
                 }
             }
@@ -72,8 +72,17 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                     y[at] = values.iter().sum::<f64>() / count as f64;
                 });
             }
-            Op::AdaptiveAvgPool2d { .. } | Op::Mean { .. } => {
-                let (from, to) = (from.unwrap(), out.get(2..).filter(|s| s.len() == 2).unwrap_or(&[1, 1]));
+            Op::Mean { dims, .. } => {
+                let from = from.unwrap();
+                let gone = |d: usize| dims.iter().any(|&dim| (dim + 4) % 4 == d as i64);
+                let count: usize = (0..4).filter(|&d| gone(d)).map(|d| from[d]).product();
+                each(from, |place, at| {
+                    let kept = (0..4).filter(|&d| !gone(d));
+                    y[kept.fold(0, |to, d| to * from[d] + place[d])] += x[at] / count as f64;
+                });
+            }
+            Op::AdaptiveAvgPool2d { .. } => {
+                let (from, to) = (from.unwrap(), &out[2..]);
                 let range = |i: usize, o: usize| o * from[2 + i] / to[i]..((o + 1) * from[2 + i]).div_ceil(to[i]);
                 each(&[out[0], out[1], to[0], to[1]], |[n, c, oy, ox], at| {
                     let (ys, xs) = (range(0, oy), range(1, ox));
@@ -89,6 +98,39 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                 let total: f64 = (0..out[1]).map(|c| value(c).exp()).sum();
                 y[at] = if *log { value(c) - total.ln() } else { value(c).exp() / total };
             }),
+            Op::LayerNorm { shape, weight, bias, eps } => {
+                let len: usize = shape.iter().product();
+                for (y, x) in y.chunks_exact_mut(len).zip(x.chunks_exact(len)) {
+                    let mean = x.iter().sum::<f64>() / len as f64;
+                    let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / len as f64;
+                    for (i, (y, x)) in y.iter_mut().zip(x).enumerate() {
+                        *y = (x - mean) / (variance + eps).sqrt() * tensor(*weight, i, 1.0) + tensor(*bias, i, 0.0);
+                    }
+                }
+            }
+            Op::Pad { before, .. } => {
+                let from = from.unwrap();
+                each(from, |[n, c, iy, ix], at| {
+                    y[((n * out[1] + c) * out[2] + before[0] + iy) * out[3] + before[1] + ix] = x[at];
+                });
+            }
+            Op::Permute { dims } => {
+                let from = from.unwrap();
+                each(out, |place, at| {
+                    let mut index = [0; 4];
+                    dims.iter().zip(place).for_each(|(&d, p)| index[d] = p);
+                    let [n, c, h, w] = index;
+                    y[at] = x[((n * from[1] + c) * from[2] + h) * from[3] + w];
+                });
+            }
+            Op::Scale { factor, .. } => {
+                // Along one dimension, counted from the last.
+                let shape = &graph.tensors[*factor];
+                let len: usize = shape.iter().product();
+                let run: usize = shape.iter().rev().take_while(|&&d| d == 1).count();
+                let run: usize = out[out.len() - run..].iter().product();
+                y.iter_mut().enumerate().for_each(|(at, y)| *y = x[at] * tensor(Some(*factor), at / run % len, 1.0));
+            }
             Op::Add { .. } | Op::Mul => {
                 let read = |i: usize, at: usize| {
                     let (shape, values) = (&shapes[node.inputs[i]], &values[node.inputs[i]]);
@@ -99,11 +141,13 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                     *y = if node.op == Op::Mul { a * b } else { a + b };
                 }
             }
-            Op::Cat { .. } => {
+            Op::Cat { dim } => {
+                let dim = if *dim < 0 { (dim + out.len() as i64) as usize } else { *dim as usize };
                 let mut first = 0;
                 for &input in &node.inputs {
-                    let (len, all) = (shapes[input][1..].iter().product::<usize>(), out[1..].iter().product::<usize>());
-                    for n in 0..out[0] {
+                    let (len, all) =
+                        (shapes[input][dim..].iter().product::<usize>(), out[dim..].iter().product::<usize>());
+                    for n in 0..out[..dim].iter().product() {
                         y[n * all + first..][..len].copy_from_slice(&values[input][n * len..][..len]);
                     }
                     first += len;
@@ -114,6 +158,16 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
         values.push(y);
     }
     values.swap_remove(graph.output)
+}
+
+/// Simpson's rule: good to 1e-12 for the arguments of tests.
+pub fn erf(x: f64) -> f64 {
+    let n = 2000;
+    let h = x / f64::from(n);
+    let f = |t: f64| (-t * t).exp();
+    let sum: f64 =
+        (1..n).map(|i| f64::from(if i % 2 == 1 { 4 } else { 2 }) * f(f64::from(i) * h)).sum::<f64>() + f(0.0) + f(x);
+    sum * h / 3.0 * 2.0 / std::f64::consts::PI.sqrt()
 }
 
 fn each(shape: &[usize], mut f: impl FnMut([usize; 4], usize)) {
@@ -144,6 +198,7 @@ fn activation(function: Activation, x: f64) -> f64 {
         Activation::Hardsigmoid => (x + 3.0).clamp(0.0, 6.0) / 6.0,
         Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
         Activation::Tanh => x.tanh(),
-        Activation::Gelu { .. } => unimplemented!("see activate.rs"),
+        Activation::Gelu { tanh: true } => unimplemented!("see activate.rs"),
+        Activation::Gelu { tanh: false } => x * 0.5 * (1.0 + erf(x / 2f64.sqrt())),
     }
 }

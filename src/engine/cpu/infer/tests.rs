@@ -231,6 +231,111 @@ fn a_network_with_everything_else() {
     m.check(&[5, 3, 30, 27], &["direct"]);
 }
 
+fn permute(m: &mut Model, from: usize, dims: [usize; 4]) -> usize {
+    m.op(Op::Permute { dims: dims.to_vec() }, &[from])
+}
+
+fn layer_norm(m: &mut Model, from: usize, channels: usize, weighted: bool) -> usize {
+    let [weight, bias] = [(); 2].map(|()| weighted.then(|| m.tensor(&[channels], 1.0)));
+    m.op(Op::LayerNorm { shape: vec![channels], weight, bias, eps: 1e-6 }, &[from])
+}
+
+fn linear(m: &mut Model, from: usize, [inp, out]: Pair) -> usize {
+    let (weight, bias) = (m.tensor(&[out, inp], (3.0 / inp as f32).sqrt()), Some(m.tensor(&[out], 0.5)));
+    m.op(Op::Linear { weight, bias }, &[from])
+}
+
+#[test]
+fn permuted_images() {
+    // ConvNeXt's block with odd sizes: 37 channels end in the middle of a block.
+    let mut m = Model::new();
+    let stem = m.conv(0, [3, 37], [4, 4], |op| set(op, [4, 4], [0, 0], [1, 1], 1));
+    let last = permute(&mut m, stem, [0, 2, 3, 1]);
+    let last = layer_norm(&mut m, last, 37, true);
+    let x = permute(&mut m, last, [0, 3, 1, 2]);
+    let y = m.conv(x, [37, 37], [7, 7], |op| set(op, [1, 1], [3, 3], [1, 1], 37));
+    let y = permute(&mut m, y, [0, 2, 3, 1]);
+    let y = layer_norm(&mut m, y, 37, false);
+    let y = linear(&mut m, y, [37, 75]);
+    let y = m.act(y, Activation::Gelu { tanh: false });
+    let y = linear(&mut m, y, [75, 37]);
+    let y = permute(&mut m, y, [0, 3, 1, 2]);
+    let factor = m.tensor(&[37, 1, 1], 1.0);
+    let y = m.op(Op::Scale { factor, first: true }, &[y]);
+    let y = m.op(Op::Add { inplace: true }, &[y, x]);
+    // On its own behind an activation, the other way round, and softmax, mean and cat along permuted dimensions.
+    let z = m.act(y, Activation::Sigmoid);
+    let z = permute(&mut m, z, [0, 2, 3, 1]);
+    let factor = m.tensor(&[37], 1.0);
+    let z = m.op(Op::Scale { factor, first: false }, &[z]);
+    let factor = m.tensor(&[1], 1.0);
+    let z = m.op(Op::Scale { factor, first: false }, &[z]);
+    let z = m.op(Op::Cat { dim: -1 }, &[z, z]);
+    let z = m.op(Op::Mean { dims: vec![1, 2], keepdim: false }, &[z]);
+    let z = layer_norm(&mut m, z, 74, true);
+    linear(&mut m, z, [74, 5]);
+    m.check(&[3, 3, 30, 41], &["depthwise", "direct"]);
+}
+
+#[test]
+fn layer_norm_where_the_mean_is_large_and_lanes_are_spare() {
+    // Sigmoid makes 0.5 of the zeros in the lanes beyond the last channel.
+    for channels in [1, 15, 16, 17, 50] {
+        let mut m = Model::new();
+        let x = m.conv(0, [3, channels], [1, 1], |_| {});
+        let x = m.act(x, Activation::Sigmoid);
+        let x = permute(&mut m, x, [0, 2, 3, 1]);
+        let x = layer_norm(&mut m, x, channels, true);
+        permute(&mut m, x, [0, 3, 1, 2]);
+        m.check(&[2, 3, 5, 7], &[]);
+    }
+}
+
+#[test]
+fn padding_of_every_kind() {
+    let pads: &[[Pair; 2]] = &[[[0, 0], [1, 1]], [[1, 0], [2, 3]], [[3, 2], [0, 1]], [[0, 0], [0, 0]]];
+    for &[before, after] in pads {
+        let pad = Op::Pad { before, after };
+        let mut m = Model::new();
+        // Into a colour convolution, Winograd's, a depthwise and two readers; as a step before a pool and at the end.
+        let x = m.op(pad.clone(), &[0]);
+        let x = m.conv(x, [3, 32], [3, 3], |op| set(op, [2, 2], [0, 0], [1, 1], 1));
+        let x = m.op(pad.clone(), &[x]);
+        let x = m.conv(x, [32, 48], [3, 3], |op| set(op, [1, 1], [1, 1], [1, 1], 1));
+        let x = m.op(pad.clone(), &[x]);
+        let a = m.conv(x, [48, 48], [5, 5], |op| set(op, [2, 2], [0, 0], [1, 1], 48));
+        let b = m.conv(x, [48, 48], [5, 5], |op| set(op, [2, 2], [0, 0], [1, 1], 1));
+        let x = m.op(Op::Add { inplace: false }, &[a, b]);
+        let x = m.op(pad.clone(), &[x]);
+        let x = m.max_pool(x, 2, 1, 0, false);
+        let x = m.op(Op::Mul, &[x, x]);
+        m.op(pad, &[x]);
+        // Winograd's kernel takes at most two rows of zeros, its own included.
+        let second = if before[0] > 1 { "direct" } else { "winograd 6" };
+        m.check(&[3, 3, 37, 32], &["direct", second, "depthwise"]);
+    }
+}
+
+#[test]
+fn swish_by_its_definition() {
+    for swapped in [false, true] {
+        let mut m = Model::new();
+        let x = m.conv(0, [3, 20], [3, 3], |_| {});
+        let sigmoid = Op::Activation { function: Activation::Sigmoid, inplace: false };
+        let gate = m.op(sigmoid, &[x]);
+        let operands = if swapped { [gate, x] } else { [x, gate] };
+        let x = m.op(Op::Mul, &operands);
+        m.conv(x, [20, 20], [1, 1], |_| {});
+        let steps = {
+            let canonical = canonical(&m.graph, model::shapes(&m.graph, &[1, 3, 9, 9]).unwrap()).unwrap();
+            let tensors: Vec<_> = m.tensors.iter().map(|t| Some(t.as_slice())).collect();
+            fuse::fuse(&canonical.graph, &canonical.shapes, &tensors, false).unwrap().0.len()
+        };
+        assert_eq!(steps, 3, "the input and two convolutions");
+        m.check(&[2, 3, 9, 9], &["direct"]);
+    }
+}
+
 #[test]
 fn segments_and_groups_of_images() {
     // Values from 4 MiB down to a few pixels: several segments, and the residual crosses one of them.
@@ -254,6 +359,41 @@ fn what_is_not_computed_is_named() {
     m.op(Op::Softmax { dim: 3, log: false }, &[c]);
     let reason = obstacle(&m.graph, &m.tensors, &[1, 3, 8, 8]).unwrap();
     assert_eq!(reason, "Softmax2 (Softmax): runs along another dimension than the channels");
+    let obstacle_of = |make: &dyn Fn(&mut Model) -> usize| {
+        let mut m = Model::new();
+        make(&mut m);
+        obstacle(&m.graph, &m.tensors, &[2, 8, 8, 8]).unwrap()
+    };
+    let last = |m: &mut Model| permute(m, 0, [0, 2, 3, 1]);
+    assert_eq!(obstacle_of(&last), "Permute1 (Permute): returns permuted dimensions");
+    let batch = |m: &mut Model| permute(m, 0, [1, 0, 2, 3]);
+    assert_eq!(obstacle_of(&batch), "Permute1 (Permute): moves the dimension of the batch");
+    let width = |m: &mut Model| linear(m, 0, [8, 8]);
+    assert_eq!(obstacle_of(&width), "Linear1 (Linear): is applied to another dimension than the channels");
+    let norm = |m: &mut Model| layer_norm(m, 0, 8, false);
+    assert_eq!(obstacle_of(&norm), "LayerNorm1 (LayerNorm): normalises other dimensions than the channels");
+    let conv = |m: &mut Model| {
+        let x = permute(m, 0, [0, 2, 3, 1]);
+        m.conv(x, [8, 8], [3, 3], |_| {})
+    };
+    assert_eq!(obstacle_of(&conv), "Conv2d2 (Conv2d): reads permuted dimensions");
+    let mixed = |m: &mut Model| {
+        let x = permute(m, 0, [0, 2, 3, 1]);
+        m.op(Op::Add { inplace: false }, &[x, 0])
+    };
+    let reason = "Add2 (Add): combines values whose dimensions are in different orders";
+    assert_eq!(obstacle_of(&mixed), reason);
+    let plane = |m: &mut Model| {
+        let factor = m.tensor(&[8, 8], 1.0);
+        m.op(Op::Scale { factor, first: false }, &[0])
+    };
+    assert_eq!(obstacle_of(&plane), "Scale1 (Scale): multiplies by more than one factor per channel");
+    let inplace = |m: &mut Model| {
+        let x = m.conv(0, [8, 8], [3, 3], |_| {});
+        let y = m.act(x, Activation::Relu);
+        m.op(Op::Add { inplace: false }, &[y, x])
+    };
+    assert_eq!(obstacle_of(&inplace), "ReLU2 (ReLU): overwrites a value that other layers read");
     assert_eq!(
         obstacle(&m.graph, &m.tensors, &[1, 4, 8, 8]).unwrap(),
         "Conv2d1 (Conv2d): expects 3 input channels, got 4"

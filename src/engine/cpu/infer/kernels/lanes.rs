@@ -81,6 +81,8 @@ pub trait Lanes: Copy {
     fn from_array(lanes: [f32; LANES]) -> Self;
     /// Whether there are registers for 14 x 2 sums; otherwise 6 x 1.
     const WIDE: bool = false;
+    /// Whether multiplication and addition are one instruction.
+    const FUSED: bool = true;
     /// Whether more code for common strides is worth its size.
     const FAST: bool = true;
     /// Asks for the cache line at `at` ahead of time; any address will do.
@@ -100,6 +102,7 @@ impl Portable {
 
 impl Lanes for Portable {
     const FAST: bool = false;
+    const FUSED: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
@@ -136,8 +139,7 @@ impl Lanes for Portable {
     #[inline(always)]
     fn mul_add(self, b: Self, c: Self) -> Self {
         // Without the instruction a fused multiply-add is a library call.
-        let fused = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
-        Self(std::array::from_fn(|i| match fused {
+        Self(std::array::from_fn(|i| match Self::FUSED {
             true => self.0[i].mul_add(b.0[i], c.0[i]),
             false => self.0[i] * b.0[i] + c.0[i],
         }))

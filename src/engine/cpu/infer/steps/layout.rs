@@ -2,6 +2,7 @@
 
 use super::Step;
 use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
+use crate::model::Pair;
 
 /// Where channel `c` of pixel (y, x) is.
 fn place(g: &Geometry, c: usize, y: usize, x: usize) -> usize {
@@ -87,6 +88,39 @@ impl Step for Relayout {
                 unsafe {
                     let value = *from.add(place(i, c, y, x));
                     *to.add(place(o, channel, pixel / o.width, pixel % o.width)) = value;
+                }
+            }
+        }
+    }
+}
+
+/// Zeros around an image, for readers that do not bring their own.
+pub struct Pad {
+    pub input: Value,
+    pub output: Value,
+    /// Above and to the left.
+    pub before: Pair,
+}
+
+impl Step for Pad {
+    fn tasks(&self, _phase: usize, images: usize) -> usize {
+        images * self.output.geometry.blocks()
+    }
+
+    fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
+        let (i, o) = (&self.input.geometry, &self.output.geometry);
+        let (image, block) = (task / o.blocks(), task % o.blocks());
+        let from = cx.image(&self.input, image).wrapping_add(block * i.plane());
+        let to = cx.image(&self.output, image).wrapping_add(block * o.plane());
+        let [top, left] = self.before;
+        for y in 0..o.height {
+            let row = to.wrapping_add(o.at(y, 0));
+            // SAFETY: a row of the output; where there is one of the input, it lies inside it.
+            unsafe {
+                std::ptr::write_bytes(row, 0, o.width * o.pixel);
+                if (top..top + i.height).contains(&y) {
+                    let inside = row.add(left * o.pixel);
+                    std::ptr::copy_nonoverlapping(from.add(i.at(y - top, 0)), inside, i.width * i.pixel);
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 mod conv;
 mod depthwise;
+mod layer_norm;
 mod layout;
 mod pointwise;
 mod pool;
@@ -10,7 +11,8 @@ mod winograd;
 
 pub use conv::{Conv, Packing, Taps, pack};
 pub use depthwise::Depthwise;
-pub use layout::{Cat, Load, Relayout, Store};
+pub use layer_norm::LayerNorm;
+pub use layout::{Cat, Load, Pad, Relayout, Store};
 pub use pointwise::{Binary, Pointwise};
 pub use pool::Pool;
 pub use softmax::Softmax;

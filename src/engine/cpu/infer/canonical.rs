@@ -1,0 +1,115 @@
+//! Permuted images are images all the same: every value is kept as (N, C, H, W), a permutation only changes which of its
+//! dimensions PyTorch's arguments mean.
+//!
+//! What is left of `permute(0, 2, 3, 1) -> LayerNorm -> Linear -> permute(0, 3, 1, 2)` is a norm over the channels of each
+//! pixel and a convolution of one pixel.
+
+use super::fuse::{axis, unsupported};
+use crate::error::Result;
+use crate::model::{Graph, Node, Op, Shape};
+
+/// The graph as operations on (N, C, H, W) or (N, F), and the shapes of its values.
+pub struct Canonical {
+    pub graph: Graph,
+    pub shapes: Vec<Shape>,
+}
+
+/// # Errors
+/// `Argument`, naming the first operation that reads dimensions in an order this engine cannot use, or that overwrites
+/// what others read.
+pub fn canonical(graph: &Graph, mut shapes: Vec<Shape>) -> Result<Canonical> {
+    overwritten(graph)?;
+    let mut nodes = graph.nodes.clone();
+    // Where each of PyTorch's dimensions lies among (N, C, H, W).
+    let mut orders: Vec<Vec<usize>> = Vec::with_capacity(nodes.len());
+    for (node, shape) in nodes.iter_mut().zip(&mut shapes) {
+        let order = order(graph, node, shape, &orders)?;
+        let mut lies = vec![0; shape.len()];
+        shape.iter().zip(&order).for_each(|(&size, &place)| lies[place] = size);
+        *shape = lies;
+        orders.push(order);
+    }
+    if !plain(&orders[graph.output]) {
+        return Err(unsupported(&graph.nodes[graph.output], "returns permuted dimensions"));
+    }
+    Ok(Canonical { graph: Graph { nodes, output: graph.output, tensors: graph.tensors.clone() }, shapes })
+}
+
+fn plain(order: &[usize]) -> bool {
+    order.iter().copied().eq(0..order.len())
+}
+
+/// The order of a node's dimensions; its arguments are rewritten for (N, C, H, W).
+fn order(graph: &Graph, node: &mut Node, shape: &Shape, orders: &[Vec<usize>]) -> Result<Vec<usize>> {
+    let refuse = |node: &Node, reason: &str| Err(unsupported(node, reason));
+    let own: Vec<usize> = (0..shape.len()).collect();
+    let Some(from) = node.inputs.first().map(|&i| orders[i].clone()) else { return Ok(own) };
+    let place = |dim: i64| from.get(axis(dim, from.len())).copied().unwrap_or(from.len());
+    let channels_last = from.last() == Some(&1);
+    match &mut node.op {
+        Op::Permute { dims } => {
+            let order: Vec<usize> = dims.iter().map(|&d| from[d]).collect();
+            if order.first() != Some(&0) {
+                return refuse(node, "moves the dimension of the batch");
+            }
+            return Ok(order);
+        }
+        Op::Input | Op::Activation { .. } | Op::Dropout { .. } => {}
+        Op::Linear { .. } if !channels_last => {
+            return refuse(node, "is applied to another dimension than the channels");
+        }
+        Op::LayerNorm { shape, .. } if shape.len() != 1 || !channels_last => {
+            return refuse(node, "normalises other dimensions than the channels");
+        }
+        Op::Linear { .. } | Op::LayerNorm { .. } => {}
+        Op::Scale { factor, .. } => {
+            let factor = &graph.tensors[*factor];
+            let first = from.len().saturating_sub(factor.len());
+            let mut wide = factor.iter().zip(from.iter().skip(first)).filter(|&(&size, _)| size != 1);
+            if !wide.all(|(_, &place)| place == 1) {
+                return refuse(node, "multiplies by more than one factor per channel");
+            }
+        }
+        Op::Softmax { dim, .. } => *dim = place(*dim) as i64,
+        Op::Cat { dim } => *dim = place(*dim) as i64,
+        Op::Mean { dims, keepdim } => {
+            let keepdim = *keepdim;
+            dims.iter_mut().for_each(|dim| *dim = place(*dim) as i64);
+            // Without them, what is left of an image are its channels.
+            return Ok(if keepdim { from } else { own });
+        }
+        _ if plain(&from) => {}
+        Op::Add { .. } | Op::Mul => {}
+        // A single pixel has no other order than its channels'.
+        Op::Flatten { .. } | Op::Reshape { .. } if shape.len() == 2 && channels_last => return Ok(own),
+        _ => return refuse(node, "reads permuted dimensions"),
+    }
+    if node.inputs.iter().any(|&i| orders[i].len() == from.len() && orders[i] != from) {
+        return refuse(node, "combines values whose dimensions are in different orders");
+    }
+    Ok(if from.len() == shape.len() { from } else { own })
+}
+
+/// PyTorch's in-place operations change what later readers of the old value see; here every node has its own value.
+fn overwritten(graph: &Graph) -> Result<()> {
+    let mut memory: Vec<usize> = (0..graph.nodes.len()).collect();
+    for (index, node) in graph.nodes.iter().enumerate() {
+        let (same, written) = match node.op {
+            Op::Activation { inplace, .. } | Op::Add { inplace } => (inplace, inplace),
+            // Dropout that drops something is refused elsewhere.
+            Op::Flatten { .. } | Op::Reshape { .. } | Op::Permute { .. } | Op::Dropout { .. } => (true, false),
+            _ => (false, false),
+        };
+        if same {
+            memory[index] = memory[node.inputs[0]];
+        }
+        if !written {
+            continue;
+        }
+        let old = |&input: &usize| input < index && memory[input] == memory[index];
+        if graph.nodes[index + 1..].iter().any(|later| later.inputs.iter().any(old)) || old(&graph.output) {
+            return Err(unsupported(node, "overwrites a value that other layers read"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,123 @@
+//! Each pixel's channels to mean 0 and variance 1, then factor and summand per channel.
+
+use super::Step;
+use crate::engine::cpu::infer::kernels::activate::{Activate, activate};
+use crate::engine::cpu::infer::kernels::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
+use crate::engine::cpu::infer::memory::{Context, Value};
+
+pub struct LayerNorm {
+    pub isa: Isa,
+    pub input: Value,
+    pub output: Value,
+    /// Where factors and summands, one of each per channel, begin in the weights.
+    pub factor: usize,
+    pub summand: usize,
+    pub eps: f32,
+    pub activation: Activate,
+}
+
+/// Pixels side by side, so that additions need not wait for each other.
+const SIDE: usize = 4;
+
+impl Step for LayerNorm {
+    fn tasks(&self, _phase: usize, images: usize) -> usize {
+        images * self.output.geometry.height
+    }
+
+    fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
+        let height = self.output.geometry.height;
+        dispatch(self.isa, Row { step: self, cx, image: task / height, y: task % height });
+    }
+}
+
+struct Row<'a> {
+    step: &'a LayerNorm,
+    cx: &'a Context<'a>,
+    image: usize,
+    y: usize,
+}
+
+impl Kernel for Row<'_> {
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        let width = self.step.output.geometry.width;
+        let mut x = 0;
+        while x + SIDE <= width {
+            // SAFETY: pixels of the row.
+            unsafe { self.pixels::<V, SIDE>(x) };
+            x += SIDE;
+        }
+        while x < width {
+            // SAFETY: as above.
+            unsafe { self.pixels::<V, 1>(x) };
+            x += 1;
+        }
+    }
+}
+
+impl Row<'_> {
+    /// Mean, then the variance around it, then the result: one pass for both would cancel where the mean is large.
+    #[inline(always)]
+    unsafe fn pixels<V: Lanes, const P: usize>(&self, x: usize) {
+        let s = self.step;
+        let (i, o) = (&s.input.geometry, &s.output.geometry);
+        let from = self.cx.image(&s.input, self.image).wrapping_add(i.at(self.y, x)).cast_const();
+        let to = self.cx.image(&s.output, self.image).wrapping_add(o.at(self.y, x));
+        let blocks = o.blocks();
+        let (factor, summand) =
+            (self.cx.weights.at(s.factor, blocks * LANES), self.cx.weights.at(s.summand, blocks * LANES));
+        // Lanes beyond the last channel hold anything.
+        let mut last = [1.0; LANES];
+        last[LANES - (blocks * LANES - i.channels)..].fill(0.0);
+        let last = V::from_array(last);
+        let count = i.channels as f32;
+        let (mut sums, mut squares) = ([V::splat(0.0); P], [V::splat(0.0); P]);
+        // SAFETY: the caller's promise: `P` pixels of `blocks` blocks from these addresses.
+        unsafe {
+            for block in 0..blocks {
+                for (p, sum) in sums.iter_mut().enumerate() {
+                    let value = V::load(from.add(block * i.plane() + p * LANES));
+                    *sum = sum.add(if block + 1 == blocks { value.mul(last) } else { value });
+                }
+            }
+            let mut means = [V::splat(0.0); P];
+            for (mean, sum) in means.iter_mut().zip(sums) {
+                *mean = V::splat(total(sum.to_array()) / count);
+            }
+            for block in 0..blocks {
+                for (p, square) in squares.iter_mut().enumerate() {
+                    let mut value = V::load(from.add(block * i.plane() + p * LANES)).sub(means[p]);
+                    if block + 1 == blocks {
+                        value = value.mul(last);
+                    }
+                    *square = value.mul_add(value, *square);
+                }
+            }
+            let mut scales = [V::splat(0.0); P];
+            for (scale, square) in scales.iter_mut().zip(squares) {
+                *scale = V::splat(1.0 / (total(square.to_array()) / count + s.eps).sqrt());
+            }
+            for block in 0..blocks {
+                let (factor, summand) = (V::load(factor.add(block * LANES)), V::load(summand.add(block * LANES)));
+                for p in 0..P {
+                    let value = V::load(from.add(block * i.plane() + p * LANES)).sub(means[p]).mul(scales[p]);
+                    let value = activate(s.activation, value.mul_add(factor, summand));
+                    value.store(to.add(block * o.plane() + p * LANES));
+                }
+            }
+        }
+    }
+}
+
+/// The sum of sixteen lanes, in pairs.
+#[inline(always)]
+fn total(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for l in 0..half {
+            lanes[l] += lanes[l + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
