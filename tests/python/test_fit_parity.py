@@ -57,10 +57,11 @@ def smooth_resnet18() -> nn.Module:
     return net
 
 
-# Of the 3e5 values that meet a kink per step in SimpleCNN and CatDogNet some lie within rounding of it: the step is
-# so small that a gradient of 1e-3 that comes or goes with one of them is worth less than the bound.
+# Of the values that meet a kink per step (3e5 in SimpleCNN and CatDogNet) some lie within rounding of it: the step is
+# so small that a gradient of 1e-3 that comes or goes with one of them is worth less than the bound. With ten times
+# MnistNet's, eager PyTorch parts by 1e-3 from itself without oneDNN in three of eight seeds.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, Any, float]] = {
-    "MnistNet": (cnnrs.models.MnistNet, (16, 1, 28, 28), 10, F.nll_loss, 0.01),
+    "MnistNet": (cnnrs.models.MnistNet, (16, 1, 28, 28), 10, F.nll_loss, 1e-3),
     "SimpleCNN": (cnnrs.models.SimpleCNN, (8, 3, 32, 32), 10, F.cross_entropy, 1e-4),
     "CatDogNet": (cnnrs.models.CatDogNet, (1, 3, 224, 224), 2, F.nll_loss, 1e-4),
     "head of VGG16, narrowed": (head, (8, 25088), 2, F.cross_entropy, 1e-4),

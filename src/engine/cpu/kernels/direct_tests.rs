@@ -2,7 +2,7 @@ use super::super::simd::{Kernel, Portable};
 use super::*;
 
 /// Small integers: every order of adding their products is exact.
-fn numbers(len: usize, seed: usize) -> Vec<f32> {
+pub fn numbers(len: usize, seed: usize) -> Vec<f32> {
     (0..len).map(|i| ((i * 31 + seed * 17) % 13) as f32 - 6.0).collect()
 }
 
@@ -96,76 +96,5 @@ fn conv_pool_like_the_definition() {
                 assert_eq!(origins, expected.1, "{channels} {height} {width} {k} {outs}");
             }
         }
-    }
-}
-
-#[test]
-fn combine_like_two_loops() {
-    for (rows, vectors) in (1..=5).flat_map(|r| (1..=19).map(move |v| (r, v))) {
-        let (from_stride, to_stride) = (8 * vectors + 3, 8 * vectors + 1);
-        let from = numbers(400 + rows * from_stride, 4);
-        let offsets: Vec<u32> = (0..9).map(|i| i * 37).collect();
-        let factors: Vec<f32> = (0..9).map(|i| i as f32 - 4.0).collect();
-        let terms = Terms { offsets: &offsets, factors: &factors };
-        for portable in [false, true] {
-            let mut to = numbers(rows * to_stride, 5);
-            let mut expected = to.clone();
-            for r in 0..rows {
-                for j in 0..8 * vectors {
-                    for (offset, factor) in offsets.iter().zip(&factors) {
-                        expected[r * to_stride + j] += factor * from[*offset as usize + r * from_stride + j];
-                    }
-                }
-            }
-            let work = Combine { terms, from: &from, from_stride, to: &mut to, to_stride, rows, vectors };
-            match portable {
-                true => work.run::<Portable>(),
-                false => combine(work),
-            }
-            assert_eq!(to, expected, "{rows} {vectors}");
-        }
-    }
-}
-
-#[test]
-fn gather_like_a_loop() {
-    for (len, relu) in (0..40).flat_map(|len| [(len, false), (len, true)]) {
-        let (mut y, mut dy) = (numbers(len, 1), numbers(len, 2));
-        if len > 9 {
-            (y[3], dy[3], y[9], dy[9]) = (f32::NAN, 1.0, 1.0, f32::NAN);
-        }
-        let origins: Vec<f32> = (0..len).map(|i| ((1 << 23) - 1 - 7 * i) as f32).collect();
-        let pass = |i: usize| if relu && y[i] <= 0.0 { 0.0 } else { 0.5 * dy[i] };
-        let kept: Vec<usize> = (0..len).filter(|&i| pass(i) != 0.0).collect();
-        for portable in [false, true] {
-            let mut grads = vec![7.0; len];
-            let (mut offsets, mut factors) = (vec![0; len + OVERSHOOT], vec![0.0; len + OVERSHOOT]);
-            let work = Gather {
-                y: &y,
-                dy: &dy,
-                origins: &origins,
-                scale: 0.5,
-                relu,
-                grads: &mut grads,
-                unit: 3,
-                offsets: &mut offsets,
-                factors: &mut factors,
-            };
-            let (count, sum) = if portable { work.run::<Portable>() } else { gather(work) };
-            let bits = |x: f32| if x.is_nan() { 1 } else { (x + 0.0).to_bits() };
-            assert_eq!(count, kept.len());
-            assert_eq!(bits(sum), bits((0..len).map(pass).sum()));
-            assert!((0..len).all(|i| bits(grads[i]) == bits(pass(i))));
-            for (t, &i) in kept.iter().enumerate() {
-                assert_eq!((offsets[t], bits(factors[t])), (3 * position(origins[i]), bits(pass(i))));
-            }
-        }
-    }
-}
-
-#[test]
-fn positions_are_exact() {
-    for i in [0u32, 1, 2, 1000, 65_537, (1 << 23) - 1] {
-        assert_eq!(position(i as f32), i);
     }
 }

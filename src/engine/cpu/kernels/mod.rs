@@ -6,3 +6,4 @@ pub mod matmul;
 pub mod simd;
 pub mod skinny;
 pub mod sparse;
+pub mod terms;

@@ -1,9 +1,8 @@
 //! Convolution, dropout of channels, ReLU and 2 x 2 max-pool as one layer. Three quarters of the derivative behind such
 //! a pool are zero, and ReLU and dropout zero more: backward walks the rest only.
 
-use crate::engine::cpu::kernels::direct::{
-    Combine, ConvPool as Kernel, Gather, OVERSHOOT, SLACK, Spread, Terms, combine, conv_pool, gather, spread, terms,
-};
+use crate::engine::cpu::kernels::direct::{ConvPool as Kernel, SLACK, conv_pool};
+use crate::engine::cpu::kernels::terms::{Combine, Gather, OVERSHOOT, Spread, Terms, combine, gather, spread, terms};
 use crate::engine::cpu::layer::{Context, Edge, Grain, Layer, Out, Param};
 use crate::engine::cpu::memory::Slot;
 use crate::engine::cpu::random::{dropout_mask, key};
