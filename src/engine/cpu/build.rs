@@ -276,8 +276,7 @@ impl<'a> Builder<'a> {
             pixel_grads: self.own(image),
             weights: self.own(row),
             weight_grads: self.own(row),
-            grads: self.own(out_channels * outputs),
-            terms: self.own(ConvPool::terms_len(out_channels, outputs)),
+            terms: self.own(ConvPool::terms_len(outputs)),
         });
         let dropout = chain.dropout.map(|p| (p, self.stream(), self.shared(out_channels, self.batch)));
         let (weight, bias) = (self.param(weight), bias.map(|b| self.param(b)));
@@ -322,6 +321,7 @@ impl<'a> Builder<'a> {
             turned: self.own(self.batch.next_multiple_of(PANEL) * (out_features / self.workers + 8)),
             packed: self.own(self.batch.next_multiple_of(PANEL) * columns),
             rows: self.own(ROWS * columns),
+            input_grads: input.grad.map(|_| self.own(self.batch * columns)),
             terms: [self.batch, self.batch, 1]
                 .map(|each| if trained { self.own(out_features * each) } else { nothing }),
             columns,

@@ -195,7 +195,7 @@ impl ConvPool<'_> {
 
 /// The first `valid` lanes.
 #[inline(always)]
-pub fn write<V: Vector>(vector: V, to: &mut [f32], valid: usize) {
+fn write<V: Vector>(vector: V, to: &mut [f32], valid: usize) {
     assert!(to.len() >= valid);
     // SAFETY: as many floats as are written, just checked; `lanes` holds eight.
     unsafe {

@@ -1,6 +1,5 @@
 //! The sums that the derivative of a convolution in front of a max-pool is made of: few terms are not zero.
 
-use super::direct::write;
 use super::simd::{Kernel, Vector, dispatch};
 
 /// Terms of a sum: `factors[i]` times what starts at `offsets[i]`.
@@ -20,7 +19,7 @@ pub fn terms(memory: &mut [f32]) -> (&mut [u32], &mut [f32]) {
 /// Terms that [`Gather`] may write beyond those that count.
 pub const OVERSHOOT: usize = 8;
 
-/// The derivative of one output channel before its pool, and the terms that are not zero.
+/// The terms that are not zero of one output channel's derivative before its pool.
 pub struct Gather<'a> {
     /// Output of the layer, its derivative and the positions of its maxima.
     pub y: &'a [f32],
@@ -28,7 +27,6 @@ pub struct Gather<'a> {
     pub origins: &'a [f32],
     pub scale: f32,
     pub relu: bool,
-    pub grads: &'a mut [f32],
     /// A term's offset is its position times this.
     pub unit: u32,
     /// Room for all outputs and [`OVERSHOOT`] more.
@@ -47,7 +45,7 @@ impl Kernel for Gather<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) -> (usize, f32) {
         let len = self.dy.len();
-        assert!(self.y.len() == len && self.origins.len() == len && self.grads.len() == len);
+        assert!(self.y.len() == len && self.origins.len() == len);
         assert!(self.offsets.len().min(self.factors.len()) >= len + OVERSHOOT);
         let (mut count, mut sum) = (0, V::splat(0.0));
         for start in (0..len).step_by(8) {
@@ -60,7 +58,6 @@ impl Kernel for Gather<'_> {
                 let grad = grad.mul_add(V::splat(self.scale), V::splat(0.0));
                 let grad = if self.relu { grad.unless_below(y) } else { grad };
                 sum = sum.add(grad);
-                write(grad, &mut self.grads[start..], lanes);
                 let (values, offsets) = (self.factors.as_mut_ptr().add(count), self.offsets.as_mut_ptr().add(count));
                 count += grad.compress(origin, self.unit, values, offsets);
             }
@@ -309,7 +306,6 @@ mod tests {
             let pass = |i: usize| if relu && y[i] <= 0.0 { 0.0 } else { 0.5 * dy[i] };
             let kept: Vec<usize> = (0..len).filter(|&i| pass(i) != 0.0).collect();
             for portable in [false, true] {
-                let mut grads = vec![7.0; len];
                 let (mut offsets, mut factors) = (vec![0; len + OVERSHOOT], vec![0.0; len + OVERSHOOT]);
                 let work = Gather {
                     y: &y,
@@ -317,7 +313,6 @@ mod tests {
                     origins: &origins,
                     scale: 0.5,
                     relu,
-                    grads: &mut grads,
                     unit: 3,
                     offsets: &mut offsets,
                     factors: &mut factors,
@@ -326,7 +321,6 @@ mod tests {
                 let bits = |x: f32| if x.is_nan() { 1 } else { (x + 0.0).to_bits() };
                 assert_eq!(count, kept.len());
                 assert_eq!(bits(sum), bits((0..len).map(pass).sum()));
-                assert!((0..len).all(|i| bits(grads[i]) == bits(pass(i))));
                 for (t, &i) in kept.iter().enumerate() {
                     assert_eq!((offsets[t], bits(factors[t])), (3 * origins[i] as u32, bits(pass(i))));
                 }

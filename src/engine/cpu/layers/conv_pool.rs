@@ -100,9 +100,7 @@ pub struct BackwardSlots {
     /// `out_channels x k x row`: weights and their derivative, channels innermost, rows filled up to whole vectors.
     pub weights: Slot,
     pub weight_grads: Slot,
-    /// Derivative before the pool, one per output.
-    pub grads: Slot,
-    /// Lists of terms.
+    /// A list of one output channel's terms.
     pub terms: Slot,
 }
 
@@ -151,9 +149,9 @@ impl ConvPool {
         2 * (out_channels + 1)
     }
 
-    /// Floats for the longest list of terms: one per output position, or four per output channel.
-    pub fn terms_len(out_channels: usize, outputs: usize) -> usize {
-        2 * (outputs.max(4 * out_channels) + OVERSHOOT)
+    /// Floats for the longest list of terms: one per output position.
+    pub fn terms_len(outputs: usize) -> usize {
+        2 * (outputs + OVERSHOOT)
     }
 
     /// The offset of element (c, ky, kx) within an output channel's weights with channels innermost.
@@ -219,8 +217,7 @@ impl ConvPool {
     fn sample_backward(&self, cx: &Context<'_>, slots: &BackwardSlots, grad: Slot, sample: usize) {
         let (pixel, [_, width], outputs) = (self.pixel, self.padded(), self.pooled[0] * self.pooled[1]);
         let (y, dy) = (cx.one(self.out.value, sample), cx.one(grad, sample));
-        let (origins, grads) = (cx.one(slots.origins, sample), cx.own(slots.grads));
-        let (offsets, factors) = terms(cx.own(slots.terms));
+        let (origins, (offsets, factors)) = (cx.one(slots.origins, sample), terms(cx.own(slots.terms)));
         let live = self.live(cx, sample);
         if self.input.grad.is_some() {
             cx.own(slots.pixel_grads).fill(0.0);
@@ -235,10 +232,9 @@ impl ConvPool {
             let (count, sum) = gather(Gather {
                 y: &y[range.clone()],
                 dy: &dy[range.clone()],
-                origins: &origins[range.clone()],
+                origins: &origins[range],
                 scale,
                 relu: self.relu,
-                grads: &mut grads[range],
                 unit: pixel as u32,
                 offsets,
                 factors,

@@ -24,6 +24,8 @@ pub struct LargeLinear {
     /// `batch (filled up) x columns` of the input, `16 x columns` of the gradient.
     pub packed: Slot,
     pub rows: Slot,
+    /// `batch x columns` of the input's derivative, where that is wanted.
+    pub input_grads: Option<Slot>,
     /// `out_features x batch` twice and `out_features`: the terms of the gradient that are not zero, their samples, and
     /// how many there are in each row.
     pub terms: [Slot; 3],
@@ -43,38 +45,43 @@ impl LargeLinear {
         (RESIDENT / batch.max(1)).clamp(512, 16384).min(in_features).next_multiple_of(BLOCK)
     }
 
-    /// `dx = dy w` for some columns, with the weights of before the update.
-    fn input_grads(&self, cx: &Context<'_>, input: Slot, dy: &[f32], columns: Range<usize>) {
-        let (k, n, tile) = (self.in_features, self.out_features, cx.own(self.packed));
-        let (whole, width) = (columns.len() / PANEL, columns.len().next_multiple_of(PANEL));
-        let weights = cx.tensor(self.weight.tensor);
-        for b in (0..cx.batch).step_by(OUTER_ROWS) {
-            let rows = OUTER_ROWS.min(cx.batch - b);
-            outer(Outer {
-                d: &dy[b * n..],
-                d_step: 1,
-                d_row: n,
-                rows,
-                x: &weights[columns.start..],
-                x_step: k,
-                x_panel: PANEL,
-                steps: n,
-                panels: whole,
-                out: &mut tile[b * width..],
-                out_row: width,
-                add: false,
-                ahead: &[],
+    /// `dx = dy w` with the weights of before the update, and the update: for some columns, a few rows at a time, so that
+    /// the weights cross the memory bus once for both.
+    fn backward_columns(&self, cx: &Context<'_>, dy: &[f32], x: &[f32], terms: &Terms<'_>, columns: Range<usize>) {
+        let (k, n) = (self.in_features, self.out_features);
+        let (packed, grads) = (cx.own(self.packed), cx.own(self.rows));
+        let (weights, state) = (cx.tensor(self.weight.tensor), cx.updates.state(self.weight.tensor));
+        let blocks = columns.len().div_ceil(BLOCK);
+        if self.trained {
+            pack_blocks(x, k, columns.start, columns.len(), packed);
+        }
+        if let Some(tile) = self.input_grads {
+            cx.own(tile).fill(0.0);
+        }
+        for row in (0..n).step_by(ROWS) {
+            let rows = row..(row + ROWS).min(n);
+            if let Some(tile) = self.input_grads {
+                self.add_input_grads(cx, dy, rows.clone(), columns.clone(), cx.own(tile));
+            }
+            if !self.trained {
+                continue;
+            }
+            sparse_outer(SparseOuter {
+                terms,
+                first: row,
+                rows: rows.len(),
+                x: packed,
+                blocks,
+                out: grads,
+                ahead: [weights, state].map(|m| m.get(rows.end * k + columns.start..).unwrap_or_default()),
+                ahead_row: k,
             });
-            // Columns that do not fill a panel: the matrix ends in the middle of one.
-            for r in 0..rows {
-                let dy = &dy[(b + r) * n..][..n];
-                for c in whole * PANEL..columns.len() {
-                    let column = weights[columns.start + c..].iter().step_by(k);
-                    tile[(b + r) * width + c] = dy.iter().zip(column).map(|(d, w)| d * w).sum();
-                }
+            for (r, grad) in rows.zip(grads.chunks_exact_mut(blocks * BLOCK)) {
+                cx.updates.take(cx, self.weight.tensor, r * k + columns.start, &mut grad[..columns.len()]);
             }
         }
-        for (sample, row) in tile.chunks_exact(width).take(cx.batch).enumerate() {
+        let (Some(tile), Some(input)) = (self.input_grads, self.input.grad) else { return };
+        for (sample, row) in cx.own(tile).chunks_exact(self.columns).take(cx.batch).enumerate() {
             let dx = cx.store.part_mut(input, sample, columns.clone());
             match self.input.add {
                 true => dx.iter_mut().zip(row).for_each(|(d, t)| *d += t),
@@ -83,27 +90,39 @@ impl LargeLinear {
         }
     }
 
-    fn update_weights(&self, cx: &Context<'_>, x: &[f32], terms: &Terms<'_>, columns: Range<usize>) {
-        let (k, n) = (self.in_features, self.out_features);
-        let (packed, grads) = (cx.own(self.packed), cx.own(self.rows));
-        let (weights, state) = (cx.tensor(self.weight.tensor), cx.updates.state(self.weight.tensor));
-        let blocks = columns.len().div_ceil(BLOCK);
-        pack_blocks(x, k, columns.start, columns.len(), packed);
-        for row in (0..n).step_by(ROWS) {
-            let rows = ROWS.min(n - row);
-            sparse_outer(SparseOuter {
-                terms,
-                first: row,
-                rows,
-                x: packed,
-                blocks,
-                out: grads,
-                ahead: [weights, state].map(|m| m.get(row * k + columns.start..).unwrap_or_default()),
-                ahead_row: k,
+    /// `tile += dy w` for some rows and columns of `w`.
+    fn add_input_grads(
+        &self,
+        cx: &Context<'_>,
+        dy: &[f32],
+        rows: Range<usize>,
+        columns: Range<usize>,
+        tile: &mut [f32],
+    ) {
+        let (k, n, whole) = (self.in_features, self.out_features, columns.len() / PANEL);
+        let weights = &cx.tensor(self.weight.tensor)[rows.start * k + columns.start..];
+        for b in (0..cx.batch).step_by(OUTER_ROWS) {
+            outer(Outer {
+                d: &dy[b * n + rows.start..],
+                d_step: 1,
+                d_row: n,
+                rows: OUTER_ROWS.min(cx.batch - b),
+                x: weights,
+                x_step: k,
+                x_panel: PANEL,
+                steps: rows.len(),
+                panels: whole,
+                out: &mut tile[b * self.columns..],
+                out_row: self.columns,
+                add: true,
+                ahead: &[],
             });
-            for (r, grad) in grads.chunks_exact_mut(blocks * BLOCK).take(rows).enumerate() {
-                let first = (row + r) * k + columns.start;
-                cx.updates.take(cx, self.weight.tensor, first, &mut grad[..columns.len()]);
+        }
+        // Columns that do not fill a panel: the matrix ends in the middle of one.
+        for (dy, tile) in dy.chunks_exact(n).zip(tile.chunks_exact_mut(self.columns)) {
+            for c in whole * PANEL..columns.len() {
+                let column = weights[c..].iter().step_by(k);
+                tile[c] += dy[rows.clone()].iter().zip(column).map(|(d, w)| d * w).sum::<f32>();
             }
         }
     }
@@ -198,12 +217,7 @@ impl Layer for LargeLinear {
         let own = share(k, cx.worker, cx.workers, PANEL);
         for start in own.clone().step_by(self.columns) {
             let columns = start..(start + self.columns).min(own.end);
-            if let Some(input) = self.input.grad {
-                self.input_grads(cx, input, dy, columns.clone());
-            }
-            if self.trained {
-                self.update_weights(cx, x, &terms, columns);
-            }
+            self.backward_columns(cx, dy, x, &terms, columns);
         }
         cx.barrier.wait();
     }
