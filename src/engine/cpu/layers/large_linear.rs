@@ -101,15 +101,22 @@ impl LargeLinear {
     ) {
         let (k, n, whole) = (self.in_features, self.out_features, columns.len() / PANEL);
         let weights = &cx.tensor(self.weight.tensor)[rows.start * k + columns.start..];
+        // Rows that are a power of two apart would fight for a few lines of the cache.
+        let packed = cx.own(self.rows);
+        for (r, row) in weights.chunks(k).take(rows.len()).enumerate() {
+            for (panel, row) in row[..whole * PANEL].chunks_exact(PANEL).enumerate() {
+                packed[(panel * rows.len() + r) * PANEL..][..PANEL].copy_from_slice(row);
+            }
+        }
         for b in (0..cx.batch).step_by(OUTER_ROWS) {
             outer(Outer {
                 d: &dy[b * n + rows.start..],
                 d_step: 1,
                 d_row: n,
                 rows: OUTER_ROWS.min(cx.batch - b),
-                x: weights,
-                x_step: k,
-                x_panel: PANEL,
+                x: packed,
+                x_step: PANEL,
+                x_panel: rows.len() * PANEL,
                 steps: rows.len(),
                 panels: whole,
                 out: &mut tile[b * self.columns..],
