@@ -128,6 +128,23 @@ def test_layer_against_float64_autograd(name: str, size: tuple[int, ...]) -> Non
     check_gradients(LAYERS[name](), size, NLL if name == "log_softmax" else CROSS_ENTROPY)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(
+    ("features", "outputs", "batch"), [(700, 513, 5), (1027, 300, 33), (4096, 64, 7), (513, 700, 1)]
+)
+def test_large_matrices_against_float64_autograd(features: int, outputs: int, batch: int, trained: bool) -> None:
+    torch.manual_seed(0)
+    middle = nn.Linear(features, outputs).requires_grad_(trained)
+    model = nn.Sequential(nn.Linear(20, features), nn.ReLU(), middle, nn.ReLU(), nn.Linear(outputs, 5))
+    x, y = torch.randn(batch, 20), torch.randint(5, (batch,))
+    exact = copy.deepcopy(model).double()
+    F.cross_entropy(exact(x.double()), y).backward()
+    for name, found in gradients(model, CROSS_ENTROPY, x, y).items():
+        expected = exact.get_parameter(name).grad
+        assert expected is not None
+        assert (found.double() - expected).norm() <= TOLERANCE * expected.norm(), name
+
+
 class Branches(nn.Module):
     """Every way values meet: residual, in-place ReLU, concatenation, a scale per channel, mean, reshape."""
 
