@@ -58,7 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     top = parser()
     command = ""
     try:
-        options = top.parse_args(arguments)
+        try:
+            options = top.parse_args(arguments)
+        except SystemExit:
+            # After --help: a reader that is gone must show here, not when the interpreter shuts down.
+            sys.stdout.flush()
+            raise
         if options.command is None:
             top.print_help()
             return 2
