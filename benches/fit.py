@@ -174,7 +174,7 @@ def gpu_contenders(case: Case) -> list[Contender]:
     ]
 
 
-def with_loader(digits: int = 3200) -> list[Contender]:
+def with_loader(digits: int = 16_000) -> list[Contender]:
     """From bytes to weights: torchvision's MNIST and torch's DataLoader, and cnnrs's, both shuffled."""
     from torch.utils.data import DataLoader
     from torchvision import datasets, transforms
@@ -215,7 +215,7 @@ class Sweep:
         """Both in turn, the smallest of five rounds."""
         self.rows = []
         for size in self.sizes:
-            case = Case("", MNIST.make, MNIST.shape, size, 10, max(32, 1024 // size), F.nll_loss)
+            case = Case("", MNIST.make, MNIST.shape, size, 10, max(64, min(512, 8192 // size)), F.nll_loss)
             loop, ours = contenders(case)[:2]
             best = [float("inf")] * 2
             for _ in range(6):
