@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from cnnrs.cache import kept_ops
+from cnnrs.engines import frozen
 from cnnrs.transforms import lower
 from cnnrs.weights import find
 
@@ -119,7 +119,7 @@ def _traced(model: nn.Module, layer: str) -> nn.Module | None:
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             return m is target or super().is_leaf_module(m, module_qualified_name)
 
-    with _in_eval_mode(model):
+    with frozen(model):
         try:
             graph = Tracer().trace(model)
         except Exception:
@@ -171,17 +171,6 @@ class _Until(nn.Module):
         finally:
             handle.remove()
         raise RuntimeError(f"forward of {type(self.model).__name__} does not call {self.layer}")
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 # -- pooling -------------------------------------------------------------------------------------------------

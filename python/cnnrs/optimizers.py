@@ -36,12 +36,9 @@ class Step:
         tensors: list[torch.Tensor],
         clip: Callable[[list[torch.Tensor]], None] | None = None,
     ) -> None:
-        used = {id(tensor) for tensor in tensors}
         self._optimizer = optimizer
         self._clip = clip
-        self._rows: list[tuple[dict[str, Any], torch.Tensor]] = [
-            (group, p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) in used
-        ]
+        self._rows = [(group, p) for group, parameters in _trained(optimizer, tensors) for p in parameters]
         self._fresh: dict[int, torch.Tensor] = {}
         self.native = _is_native(optimizer, [p for _, p in self._rows])
         self.handle: Any = self._native_handle() if self.native else (self._parameters(), self._python_step)

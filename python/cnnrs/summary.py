@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cnnrs.engines import explain, listed
+from cnnrs.engines import explain, frozen, listed
 from cnnrs.graph import lower
 from cnnrs.operations import Unsupported
 
@@ -141,17 +141,14 @@ def _by_hooks(model: nn.Module, input_shape: Sequence[int]) -> tuple[Layer, ...]
 
     leaves = [m for m in model.modules() if not any(m.children()) or any(True for _ in m.parameters(recurse=False))]
     handles = [module.register_forward_hook(record) for module in leaves]
-    flags = [(module, module.training) for module in model.modules()]
     parameter = next(model.parameters(), torch.zeros(()))
     try:
-        model.eval()  # batch norm must not learn from the zeros
-        with torch.no_grad():
+        # Batch norm must not learn from the zeros.
+        with frozen(model), torch.no_grad():
             model(torch.zeros(tuple(input_shape), device=parameter.device, dtype=parameter.dtype))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in flags:
-            module.training = training
     return tuple(layers)
 
 
