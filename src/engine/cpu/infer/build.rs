@@ -9,7 +9,7 @@ use super::method::{Method, Window};
 use super::steps::{
     self, Binary, Cat, Conv, Depthwise, LayerNorm, Load, Packing, Pad, Pointwise, Pool, Relayout, Softmax, Step,
 };
-use super::steps::{Store, Taps, Winograd};
+use super::steps::{Source, Store, Taps, Winograd};
 use crate::engine::cpu::workers::Team;
 use crate::error::{Error, Result};
 use crate::model::{Graph, Node, Op, Shape, Tensor};
@@ -85,21 +85,26 @@ impl<'a> Network<'a> {
     /// Where every layer's value would lie, wide enough for all that read it. Indexed by node.
     pub fn geometries(&self) -> Result<Vec<Option<Geometry>>> {
         let mut geometries = vec![None; self.graph.nodes.len()];
-        for layer in &self.layers {
+        let all = || self.layers.iter().flat_map(|layer| layer.expand.as_deref().into_iter().chain([layer]));
+        for layer in all() {
             let shape = &self.shapes[layer.last][1..];
             let node = &self.graph.nodes[layer.last];
             geometries[layer.last] = Some(
                 Geometry::of(shape).ok_or_else(|| unsupported(node, &format!("has a result of shape {shape:?}")))?,
             );
         }
-        for layer in &self.layers {
+        for layer in all() {
             if let (Some(window), method) = self.method(layer)
-                && let Some(input) = &mut geometries[layer.inputs[0]]
+                && let Some(input) = layer.expand.as_ref().map(|before| before.last).or(layer.inputs.first().copied())
+                && let Some(input) = &mut geometries[input]
             {
                 method.widen(&window, input);
             }
         }
-        let dense = |l: &Layer| matches!(self.method(l), (Some(w), Method::Direct { .. }) if w.groups == 1);
+        let dense = |l: &Layer| {
+            let first = l.expand.as_deref().unwrap_or(l);
+            matches!(self.method(first), (Some(w), Method::Direct { .. }) if w.groups == 1)
+        };
         if let Some(input) = &mut geometries[0]
             && input.channels < LANES
             && self.layers.iter().filter(|l| l.inputs.contains(&0)).all(dense)
@@ -116,7 +121,7 @@ impl<'a> Network<'a> {
     /// `Argument` naming what this engine does not compute.
     pub fn check(&self) -> Result<()> {
         self.geometries()?;
-        for layer in &self.layers {
+        for layer in self.layers.iter().flat_map(|layer| layer.expand.as_deref().into_iter().chain([layer])) {
             for tensor in self.node(layer).op.parameters() {
                 self.floats(layer, tensor)?;
             }
@@ -220,25 +225,9 @@ impl<'a> Network<'a> {
         weights: &mut Weights<'a>,
     ) -> Result<Box<dyn Step>> {
         let (node, isa, activation) = (self.node(layer), self.isa, layer.activation);
-        let (Some(w), method) = self.method(layer) else { return Err(unsupported(node, "is no convolution")) };
-        let (Op::Conv2d { weight, bias, .. } | Op::Linear { weight, bias }) = node.op else {
-            return Err(unsupported(node, "is no convolution"));
-        };
-        let filters = self.floats(layer, weight)?;
-        let mut summand = vec![0.0; w.out_channels];
-        if let Some(bias) = bias {
-            summand = self.floats(layer, bias)?.iter().map(|&b| f64::from(b)).collect();
-        }
-        let scale = layer.affine.as_ref().map(|[factor, shift]| {
-            for ((s, f), t) in summand.iter_mut().zip(factor).zip(shift) {
-                *s = *s * f + t;
-            }
-            factor.clone()
-        });
-        let bias = weights.vector(summand);
+        let Sums { window: w, filters, scale, bias } = self.prepare(layer, weights)?;
         let (ins, outs) = (w.channels.next_multiple_of(LANES), w.out_channels.next_multiple_of(LANES));
-        let (stride, padding) = (w.stride, w.padding);
-        Ok(match method {
+        Ok(match self.method(layer).1 {
             Method::Winograd(size) => {
                 let weights = weights.reserve(ins * outs * size.products(), move |u| {
                     steps::transform(size, isa, w.out_channels, w.channels, filters, scale.as_deref(), u);
@@ -255,7 +244,7 @@ impl<'a> Network<'a> {
                     residual,
                     weights,
                     bias,
-                    padding,
+                    padding: w.padding,
                     activation,
                     pool,
                     tiles,
@@ -265,6 +254,16 @@ impl<'a> Network<'a> {
                 })
             }
             Method::Depthwise => {
+                let source = match &layer.expand {
+                    Some(before) => {
+                        let geometry = self.geometries()?[before.last]
+                            .ok_or_else(|| unsupported(self.node(before), "has no value"))?;
+                        // Of this value there are rows in the workers' memory only.
+                        let rows = Value { geometry, offset: 0, whole: false };
+                        Source::Conv(self.conv(before, input, rows, None, weights)?)
+                    }
+                    None => Source::Value(input),
+                };
                 let window = w.kernel[0] * w.kernel[1];
                 let weights = weights.reserve(outs * window, move |to| {
                     for (c, filter) in filters.chunks_exact(window).enumerate() {
@@ -274,45 +273,91 @@ impl<'a> Network<'a> {
                         }
                     }
                 });
-                let taps = Taps::new(&input.geometry, 1, w.kernel, w.dilation).offsets;
-                Box::new(Depthwise { isa, input, output, residual, weights, bias, stride, padding, taps, activation })
-            }
-            Method::Direct { groups } => {
-                let inp = w.channels / groups;
-                let taps = Taps::new(&input.geometry, inp, w.kernel, w.dilation);
-                let (depth, packing) = (taps.depth(), taps.clone());
-                let weights = weights.reserve(outs * depth, move |to| {
-                    let joined = join(&w, groups, filters);
-                    let packing = Packing {
-                        isa,
-                        out: w.out_channels,
-                        groups,
-                        inp,
-                        kernel: w.kernel,
-                        taps: &packing,
-                        pixel: input.geometry.pixel,
-                        weight: joined.as_deref().unwrap_or(filters),
-                        scale: scale.as_deref(),
-                    };
-                    steps::pack(&packing, to);
-                });
-                Box::new(Conv {
+                Box::new(Depthwise {
                     isa,
-                    input,
+                    workers: self.workers,
+                    source,
                     output,
                     residual,
                     weights,
                     bias,
-                    stride,
-                    padding,
-                    groups,
-                    taps,
+                    kernel: w.kernel,
+                    stride: w.stride,
+                    padding: w.padding,
+                    dilation: w.dilation,
                     activation,
                 })
             }
+            Method::Direct { .. } => Box::new(self.conv(layer, input, output, residual, weights)?),
             Method::None => return Err(unsupported(node, "is no convolution")),
         })
     }
+
+    /// A convolution by direct summation.
+    fn conv(
+        &self,
+        layer: &Layer,
+        input: Value,
+        output: Value,
+        residual: Option<Value>,
+        weights: &mut Weights<'a>,
+    ) -> Result<Conv> {
+        let (isa, activation) = (self.isa, layer.activation);
+        let Sums { window: w, filters, scale, bias } = self.prepare(layer, weights)?;
+        let Method::Direct { groups } = self.method(layer).1 else {
+            return Err(unsupported(self.node(layer), "is not summed directly"));
+        };
+        let inp = w.channels / groups;
+        let taps = Taps::new(&input.geometry, inp, w.kernel, w.dilation);
+        let (depth, packing) = (taps.depth(), taps.clone());
+        let weights = weights.reserve(w.out_channels.next_multiple_of(LANES) * depth, move |to| {
+            let joined = join(&w, groups, filters);
+            let packing = Packing {
+                isa,
+                out: w.out_channels,
+                groups,
+                inp,
+                kernel: w.kernel,
+                taps: &packing,
+                pixel: input.geometry.pixel,
+                weight: joined.as_deref().unwrap_or(filters),
+                scale: scale.as_deref(),
+            };
+            steps::pack(&packing, to);
+        });
+        let (stride, padding) = (w.stride, w.padding);
+        Ok(Conv { isa, input, output, residual, weights, bias, stride, padding, groups, taps, activation })
+    }
+
+    fn prepare(&self, layer: &Layer, weights: &mut Weights<'a>) -> Result<Sums<'a>> {
+        let node = self.node(layer);
+        let (Some(window), _) = self.method(layer) else { return Err(unsupported(node, "is no convolution")) };
+        let (Op::Conv2d { weight, bias, .. } | Op::Linear { weight, bias }) = node.op else {
+            return Err(unsupported(node, "is no convolution"));
+        };
+        let filters = self.floats(layer, weight)?;
+        let mut summand = vec![0.0; window.out_channels];
+        if let Some(bias) = bias {
+            summand = self.floats(layer, bias)?.iter().map(|&b| f64::from(b)).collect();
+        }
+        let scale = layer.affine.as_ref().map(|[factor, shift]| {
+            for ((s, f), t) in summand.iter_mut().zip(factor).zip(shift) {
+                *s = *s * f + t;
+            }
+            factor.clone()
+        });
+        Ok(Sums { window, filters, scale, bias: weights.vector(summand) })
+    }
+}
+
+/// What all methods of convolution need.
+struct Sums<'a> {
+    window: Window,
+    filters: &'a [f32],
+    /// One factor per output channel.
+    scale: Option<Vec<f64>>,
+    /// Where the summands, one per output channel, begin in the weights.
+    bias: usize,
 }
 
 /// The filters of `w.groups` groups as those of fewer, with zeros where an output does not see an input.

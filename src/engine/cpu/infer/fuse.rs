@@ -3,6 +3,7 @@
 //! ```text
 //! ZeroPad2d -> Conv2d | Linear -> (BatchNorm2d | Scale)* -> Add -> activation -> MaxPool2d 2x2 (Winograd only)
 //! Add | Mul | BatchNorm2d | Scale | LayerNorm | pooling -> activation
+//! Conv2d (direct, one group) -> depthwise Conv2d
 //! x * sigmoid(x) is the activation SiLU; permutations are names (`canonical`)
 //! ```
 
@@ -14,6 +15,8 @@ use crate::model::{Activation, Dim, Graph, Node, Op, Shape};
 /// An operation and what has been fused with it.
 #[derive(Debug)]
 pub struct Layer {
+    /// A convolution whose result only this depthwise convolution reads; `inputs` are its inputs then.
+    pub expand: Option<Box<Self>>,
     pub node: usize,
     /// The node whose value the layer makes.
     pub last: usize,
@@ -73,7 +76,34 @@ pub fn fuse(graph: &Graph, shapes: &[Shape], tensors: &Tensors<'_>, exact: bool)
         layer.inputs.iter_mut().for_each(resolve);
         layer.residual.as_mut().map(resolve);
     }
-    Ok((layers, fusion.source[graph.output]))
+    let output = fusion.source[graph.output];
+    Ok((expansions(graph, shapes, exact, output, layers), output))
+}
+
+/// Joins convolutions with the depthwise convolutions that alone read them.
+fn expansions(graph: &Graph, shapes: &[Shape], exact: bool, output: usize, layers: Vec<Layer>) -> Vec<Layer> {
+    let method = |layer: &Layer| Method::of(graph, shapes, layer.node, exact);
+    let mut joined: Vec<Layer> = Vec::with_capacity(layers.len());
+    let readers = |node: usize| layers.iter().filter(|l| l.inputs.contains(&node) || l.residual == Some(node)).count();
+    let alone: Vec<bool> = layers.iter().map(|layer| layer.last != output && readers(layer.last) == 1).collect();
+    let mut alone: Vec<usize> = layers.iter().zip(alone).filter(|(_, alone)| *alone).map(|(l, _)| l.last).collect();
+    alone.sort_unstable();
+    for mut layer in layers {
+        if method(&layer) == Method::Depthwise
+            && alone.binary_search(&layer.inputs[0]).is_ok()
+            && let Some(at) = joined.iter().position(|before| before.last == layer.inputs[0])
+            && method(&joined[at]) == (Method::Direct { groups: 1 })
+            && joined[at].residual.is_none()
+            && shapes[joined[at].last].len() == 4
+            && shapes[joined[at].last][2..] != [1, 1]
+        {
+            let before = joined.remove(at);
+            layer.inputs.clone_from(&before.inputs);
+            layer.expand = Some(Box::new(before));
+        }
+        joined.push(layer);
+    }
+    joined
 }
 
 impl Fusion<'_> {
@@ -138,6 +168,7 @@ impl Fusion<'_> {
             _ => {}
         }
         let mut layer = Layer {
+            expand: None,
             node: index,
             last: index,
             inputs: node.inputs.clone(),

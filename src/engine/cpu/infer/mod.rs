@@ -67,10 +67,10 @@ pub struct Frozen<P> {
 /// What one step of the plan is, and what it took.
 #[derive(Debug, Clone)]
 pub struct Timing {
-    /// Qualified name of the first operation.
+    /// Qualified name of the first operation, of both convolutions where two are one step.
     pub name: String,
     pub kind: &'static str,
-    /// "winograd 6", "winograd 4", "direct", "depthwise" or "".
+    /// "winograd 6", "winograd 4", "direct", "depthwise", "direct + depthwise" or "".
     pub method: &'static str,
     /// Floating-point operations per image by the definition of the operation, whatever the method saves.
     pub flops: u64,
@@ -131,17 +131,19 @@ impl<P: Parameters> Frozen<P> {
         let shapes = model::shapes(&self.graph, &[&[1], image.as_slice()].concat())?;
         let costs = model::costs(&self.graph, &shapes);
         let Canonical { graph, shapes } = canonical(&self.graph, shapes)?;
-        let timing = |(node, seconds): (usize, f64)| Timing {
-            name: self.graph.nodes[node].name.clone(),
-            kind: self.graph.nodes[node].op.kind(),
-            method: match Method::of(&graph, &shapes, node, self.options.exact) {
-                Method::Winograd(size) if size.outputs() == 6 => "winograd 6",
-                Method::Winograd(_) => "winograd 4",
-                Method::Depthwise => "depthwise",
-                Method::Direct { .. } => "direct",
-                Method::None => "",
+        let method = |node: usize| Method::of(&graph, &shapes, node, self.options.exact);
+        let timing = |(nodes, seconds): (&[usize], f64)| Timing {
+            name: nodes.iter().map(|&node| self.graph.nodes[node].name.as_str()).collect::<Vec<_>>().join(" + "),
+            kind: self.graph.nodes[nodes[0]].op.kind(),
+            method: match (nodes, method(nodes[0])) {
+                ([_, _], _) => "direct + depthwise",
+                (_, Method::Winograd(size)) if size.outputs() == 6 => "winograd 6",
+                (_, Method::Winograd(_)) => "winograd 4",
+                (_, Method::Depthwise) => "depthwise",
+                (_, Method::Direct { .. }) => "direct",
+                (_, Method::None) => "",
             },
-            flops: costs[node].flops,
+            flops: nodes.iter().map(|&node| costs[node].flops).sum(),
             seconds,
         };
         let mut timings: Vec<Timing> = plan.seconds().map(timing).collect();

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use super::build::{Network, Weights};
+use super::fuse::Layer;
 use super::kernels::lanes::LANES;
 use super::memory::{Arena, Context, Geometry, Value};
 use super::steps::Step;
@@ -33,8 +34,8 @@ pub struct Plan {
     own: Vec<Arena>,
     input: usize,
     output: usize,
-    /// Node of each step, and the seconds spent in it so far.
-    nodes: Vec<usize>,
+    /// Nodes of each step (the last is what its kernel is for), and the seconds spent in it so far.
+    nodes: Vec<Vec<usize>>,
     seconds: Vec<f64>,
 }
 
@@ -102,8 +103,9 @@ impl Plan {
         let group = |step: usize| segments[segment_of(step)].group;
         let shared = steps.iter().enumerate().map(|(i, s)| s.shared(group(i))).max().unwrap_or(0);
         let elements = |node: usize| network.shapes[node][1..].iter().product();
-        let mut nodes: Vec<usize> = network.layers.iter().map(|l| l.node).collect();
-        nodes.push(network.output);
+        let both = |l: &Layer| l.expand.iter().map(|before| before.node).chain([l.node]).collect();
+        let mut nodes: Vec<Vec<usize>> = network.layers.iter().map(both).collect();
+        nodes.push(vec![network.output]);
         Ok(Self {
             seconds: vec![0.0; steps.len()],
             steps,
@@ -123,9 +125,9 @@ impl Plan {
         self.images
     }
 
-    /// (node, seconds so far) of every step.
-    pub fn seconds(&self) -> impl Iterator<Item = (usize, f64)> {
-        self.nodes.iter().copied().zip(self.seconds.iter().copied())
+    /// (nodes, seconds so far) of every step.
+    pub fn seconds(&self) -> impl Iterator<Item = (&[usize], f64)> {
+        self.nodes.iter().map(Vec::as_slice).zip(self.seconds.iter().copied())
     }
 
     /// Bytes of activations, weights and the workers' memory.

@@ -48,6 +48,12 @@ impl Activate {
         }
     }
 
+    /// Whether [`super::tile::tile`] applies it to sums before they leave the registers.
+    #[inline(always)]
+    pub fn in_registers(self) -> bool {
+        self == Self::Hardswish || self.bounds().is_some()
+    }
+
     /// Whether `max` before and after the function is the same.
     pub fn keeps_order(self) -> bool {
         matches!(self, Self::Nothing | Self::Relu | Self::Relu6)

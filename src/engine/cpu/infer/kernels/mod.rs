@@ -1,6 +1,7 @@
 //! Loops on memory; each knows nothing of plans.
 
 pub mod activate;
+pub mod depthwise;
 pub mod lanes;
 pub mod tile;
 pub mod winograd;

@@ -5,15 +5,17 @@ use super::lanes::{LANES, Lanes};
 
 /// Where the products come from and where their sums go.
 ///
-/// Pixel `r` reads `len` floats at `input + r * stride + offset` for each offset; the weights lie in the order in which
-/// they are used, `columns * LANES` at a time. Output block `c` of pixel `r` goes to
-/// `output + r * output_stride + c * output_block`.
+/// Pixel `r` reads `len` floats at `input + r * stride + offset` for each offset, at the last `short` offsets only
+/// `short_len`; the weights lie in the order in which they are used, `columns * LANES` at a time. Output block `c` of
+/// pixel `r` goes to `output + r * output_stride + c * output_block`.
 #[derive(Clone, Copy)]
 pub struct Tile<'a> {
     pub input: *const f32,
     pub stride: usize,
     pub offsets: &'a [usize],
     pub len: usize,
+    pub short: usize,
+    pub short_len: usize,
     pub weights: *const f32,
     pub output: *mut f32,
     pub output_stride: usize,
@@ -69,7 +71,7 @@ pub unsafe fn tile<V: Lanes, const ANY: bool>(rows: usize, columns: usize, t: &T
                 done += size;
             }
         }
-        if ANY && t.activation.bounds().is_none() {
+        if ANY && !t.activation.in_registers() {
             curve::<V>(rows, columns, t);
         }
     }
@@ -142,9 +144,16 @@ unsafe fn run<V: Lanes, const R: usize, const C: usize, const STRIDE: usize>(t: 
         loop {
             let mut sums = [[V::splat(0.0); C]; R];
             let (now, later) = rest.split_at(rest.len().min((CHUNK / t.len).max(1)));
-            for &offset in now {
+            for (i, &offset) in now.iter().enumerate() {
                 let input = t.input.add(offset);
-                for k in 0..t.len {
+                if STRIDE >= LANES {
+                    // The next offset is far away, where the processor does not see it coming.
+                    let next = rest.get(i + 1).map_or(t.offsets[0] + R * stride, |&next| next);
+                    for r in 0..R {
+                        V::prefetch(t.input.wrapping_add(next + r * stride));
+                    }
+                }
+                for k in 0..if rest.len() - i > t.short { t.len } else { t.short_len } {
                     let mut w = [V::splat(0.0); C];
                     for (c, w) in w.iter_mut().enumerate() {
                         *w = V::load(weights.add(c * LANES));
@@ -183,8 +192,8 @@ unsafe fn run<V: Lanes, const R: usize, const C: usize, const STRIDE: usize>(t: 
     }
 }
 
-/// Bias, residual and bounds. Nothing here may keep the sums from living in registers: what is more than a bound goes over
-/// memory again.
+/// Bias, residual and what is simple of the activation. Nothing here may keep the sums from living in registers: curves go
+/// over memory again.
 #[inline(always)]
 unsafe fn finish<V: Lanes, const R: usize, const C: usize>(t: &Tile<'_>, sums: &mut [[V; C]; R]) {
     if t.bias.is_null() {
@@ -216,6 +225,15 @@ unsafe fn finish<V: Lanes, const R: usize, const C: usize>(t: &Tile<'_>, sums: &
         for sums in sums.iter_mut() {
             for sum in sums.iter_mut() {
                 *sum = sum.max(low).min(high);
+            }
+        }
+    }
+    if t.activation == Activate::Hardswish {
+        let (sixth, half) = (V::splat(1.0 / 6.0), V::splat(0.5));
+        let (zero, one) = (V::splat(0.0), V::splat(1.0));
+        for sums in sums.iter_mut() {
+            for sum in sums.iter_mut() {
+                *sum = sum.mul(sum.mul_add(sixth, half).max(zero).min(one));
             }
         }
     }

@@ -7,11 +7,14 @@ use crate::engine::cpu::infer::kernels::tile::{Tile, tile};
 use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
 use crate::model::Pair;
 
-/// Which floats of the input a pixel reads: `len` at each offset.
+/// Which floats of the input a pixel reads: `len` at each offset, at the last `short` offsets only `short_len` (a block
+/// of channels that is not full).
 #[derive(Debug, Clone)]
 pub struct Taps {
     pub offsets: Vec<usize>,
     pub len: usize,
+    pub short: usize,
+    pub short_len: usize,
 }
 
 impl Taps {
@@ -21,7 +24,7 @@ impl Taps {
         if input.pixel < LANES && dilation[1] == 1 {
             // All channels of all columns of the window lie side by side.
             offsets.extend((0..kernel[0]).map(|y| y * dilation[0] * input.row()));
-            return Self { offsets, len: kernel[1] * input.pixel };
+            return Self { offsets, len: kernel[1] * input.pixel, short: 0, short_len: 0 };
         }
         for block in 0..channels.div_ceil(input.pixel) {
             for y in 0..kernel[0] {
@@ -31,12 +34,14 @@ impl Taps {
                 }
             }
         }
-        Self { offsets, len: input.pixel }
+        let short_len = channels % input.pixel;
+        let short = if short_len > 0 { kernel[0] * kernel[1] } else { 0 };
+        Self { offsets, len: input.pixel, short, short_len }
     }
 
     /// Products per output.
     pub fn depth(&self) -> usize {
-        self.offsets.len() * self.len
+        (self.offsets.len() - self.short) * self.len + self.short * self.short_len
     }
 }
 
@@ -56,12 +61,12 @@ pub struct Conv {
 
 /// Pixels side by side, which the microkernel walks with one stride.
 #[derive(Clone, Copy)]
-struct Lines {
+pub struct Lines {
     /// Lines of an image (or of all images together), pixels of a line.
     count: usize,
-    length: usize,
+    pub length: usize,
     /// Pixels per microkernel.
-    rows: usize,
+    pub rows: usize,
     /// A line runs through the images because each has one pixel.
     across: bool,
 }
@@ -72,7 +77,7 @@ const SMALL: usize = 96 << 10;
 const WORKING_SET: usize = 64 << 10;
 
 impl Conv {
-    fn lines(&self, images: usize) -> Lines {
+    pub fn lines(&self, images: usize) -> Lines {
         let g = &self.output.geometry;
         let across = g.height * g.width == 1;
         let (count, length) = if across { (1, images) } else { (g.height, g.width) };
@@ -89,7 +94,7 @@ impl Conv {
         self.group_blocks().div_ceil(self.isa.columns())
     }
 
-    fn panels(&self) -> usize {
+    pub fn panels(&self) -> usize {
         self.groups * self.panels_per_group()
     }
 
@@ -148,56 +153,93 @@ struct Rows<'a> {
 impl Kernel for Rows<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let s = self.step;
-        let (i, o) = (&s.input.geometry, &s.output.geometry);
-        let (depth, wide, lines) = (s.taps.depth(), s.isa.columns(), self.lines);
-        let from = self.cx.image(&s.input, self.image);
+        let (s, o) = (self.step, &self.step.output.geometry);
         let to = self.cx.image(&s.output, self.image);
-        let residual = s.residual.as_ref().map(|value| (self.cx.image(value, self.image), value.geometry));
-        let (input_stride, output_stride) =
-            if lines.across { (i.len(), o.len()) } else { (s.stride[1] * i.pixel, LANES) };
-        let (per_group, group_blocks) = (s.panels_per_group(), s.group_blocks());
-        let input_blocks = i.blocks() / s.groups;
         for y in self.y.clone() {
-            for start in (0..lines.length).step_by(lines.rows) {
-                let rows = lines.rows.min(lines.length - start);
+            for start in (0..self.lines.length).step_by(self.lines.rows) {
                 for panel in self.panels.clone() {
-                    let (group, part) = (panel / per_group, panel % per_group);
-                    let columns = wide.min(group_blocks - part * wide);
-                    let block = group * group_blocks + part * wide;
-                    let weights = self.cx.weights.at(s.weights + block * LANES * depth, columns * LANES * depth);
-                    let corner = (i.before[0] + y * s.stride[0] - s.padding[0]) * i.row()
-                        + (i.before[1] - s.padding[1]) * i.pixel
-                        + group * input_blocks * i.plane();
-                    let (residual, residual_stride, residual_block) = match &residual {
-                        Some((value, g)) => {
-                            let stride = if lines.across { g.len() } else { LANES };
-                            let at = block * g.plane() + g.at(y, 0) + start * stride;
-                            (value.wrapping_add(at).cast_const(), stride, g.plane())
-                        }
-                        None => (std::ptr::null(), 0, 0),
+                    let block = s.first_block(panel);
+                    let pixels = Pixels {
+                        image: self.image,
+                        y,
+                        start,
+                        panel,
+                        to: to.wrapping_add(block * o.plane() + o.at(y, 0)),
+                        to_block: o.plane(),
                     };
-                    let job = Tile {
-                        input: from.wrapping_add(corner + start * input_stride),
-                        stride: input_stride,
-                        offsets: &s.taps.offsets,
-                        len: s.taps.len,
-                        weights,
-                        output: to.wrapping_add(block * o.plane() + o.at(y, 0) + start * output_stride),
-                        output_stride,
-                        output_block: o.plane(),
-                        bias: self.cx.weights.at(s.bias + block * LANES, columns * LANES),
-                        residual,
-                        residual_stride,
-                        residual_block,
-                        activation: s.activation,
-                    };
-                    // SAFETY: the borders of the input cover the window of every output pixel, the output is inside its
-                    // value, and the weights hold every panel.
-                    unsafe { tile::<V, true>(rows, columns, &job) };
+                    s.pixels::<V>(self.cx, self.lines, &pixels);
                 }
             }
         }
+    }
+}
+
+/// Some pixels of a line, one panel of their channels.
+pub struct Pixels {
+    pub image: usize,
+    pub y: usize,
+    /// First pixel; there are as many as a microkernel takes, and fewer at the end of the line.
+    pub start: usize,
+    pub panel: usize,
+    /// Where pixel 0 of the line goes, and the distance to its next block of channels.
+    pub to: *mut f32,
+    pub to_block: usize,
+}
+
+impl Conv {
+    /// First of the blocks of output channels of a panel.
+    #[inline(always)]
+    pub fn first_block(&self, panel: usize) -> usize {
+        let (group, part) = (panel / self.panels_per_group(), panel % self.panels_per_group());
+        group * self.group_blocks() + part * self.isa.columns()
+    }
+
+    /// Blocks of output channels in a panel.
+    #[inline(always)]
+    pub fn columns(&self, panel: usize) -> usize {
+        let part = panel % self.panels_per_group();
+        self.isa.columns().min(self.group_blocks() - part * self.isa.columns())
+    }
+
+    #[inline(always)]
+    pub fn pixels<V: Lanes>(&self, cx: &Context<'_>, lines: Lines, p: &Pixels) {
+        let (i, o) = (&self.input.geometry, &self.output.geometry);
+        let (depth, columns, block) = (self.taps.depth(), self.columns(p.panel), self.first_block(p.panel));
+        let (input_stride, output_stride) =
+            if lines.across { (i.len(), o.len()) } else { (self.stride[1] * i.pixel, LANES) };
+        let group = p.panel / self.panels_per_group();
+        let corner = (i.before[0] + p.y * self.stride[0] - self.padding[0]) * i.row()
+            + (i.before[1] - self.padding[1]) * i.pixel
+            + group * (i.blocks() / self.groups) * i.plane();
+        let (residual, residual_stride, residual_block) = match &self.residual {
+            Some(value) => {
+                let g = &value.geometry;
+                let stride = if lines.across { g.len() } else { LANES };
+                let at = block * g.plane() + g.at(p.y, 0) + p.start * stride;
+                (cx.image(value, p.image).wrapping_add(at).cast_const(), stride, g.plane())
+            }
+            None => (std::ptr::null(), 0, 0),
+        };
+        let job = Tile {
+            input: cx.image(&self.input, p.image).wrapping_add(corner + p.start * input_stride),
+            stride: input_stride,
+            offsets: &self.taps.offsets,
+            len: self.taps.len,
+            short: self.taps.short,
+            short_len: self.taps.short_len,
+            weights: cx.weights.at(self.weights + block * LANES * depth, columns * LANES * depth),
+            output: p.to.wrapping_add(p.start * output_stride),
+            output_stride,
+            output_block: p.to_block,
+            bias: cx.weights.at(self.bias + block * LANES, columns * LANES),
+            residual,
+            residual_stride,
+            residual_block,
+            activation: self.activation,
+        };
+        // SAFETY: the borders of the input cover the window of every output pixel, the caller made room for the outputs, and
+        // the weights hold every panel.
+        unsafe { tile::<V, true>(lines.rows.min(lines.length - p.start), columns, &job) };
     }
 }
 
@@ -216,7 +258,8 @@ pub fn pack(conv: &Packing<'_>, packed: &mut [f32]) {
         for i in 0..inp {
             for k in 0..window {
                 // Narrow images: [window][channel]; blocks of channels: [block][window][channel of the block].
-                let row = (i / pixel * window + k) * pixel + i % pixel;
+                let (first, lane) = (i / pixel * pixel, i % pixel);
+                let row = first * window + k * pixel.min(inp - first) + lane;
                 panel[row * width + column] = (f64::from(weight[(o * inp + i) * window + k]) * scale) as f32;
             }
         }

@@ -10,7 +10,7 @@ mod softmax;
 mod winograd;
 
 pub use conv::{Conv, Packing, Taps, pack};
-pub use depthwise::Depthwise;
+pub use depthwise::{Depthwise, Source};
 pub use layer_norm::LayerNorm;
 pub use layout::{Cat, Load, Pad, Relayout, Store};
 pub use pointwise::{Binary, Pointwise};

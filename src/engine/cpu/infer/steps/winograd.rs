@@ -233,6 +233,8 @@ impl Work<'_> {
                     stride: LANES,
                     offsets: &s.offsets,
                     len: LANES,
+                    short: 0,
+                    short_len: 0,
                     weights: u.wrapping_add(k * u_len),
                     output: self.m.wrapping_add(k * s.m_plane() + start * columns * LANES),
                     output_stride: columns * LANES,
