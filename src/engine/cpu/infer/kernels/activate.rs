@@ -37,21 +37,10 @@ impl From<Activation> for Activate {
 }
 
 impl Activate {
-    /// The function as bounds on its argument, where it is that simple.
-    #[inline(always)]
-    pub fn bounds(self) -> Option<[f32; 2]> {
-        match self {
-            Self::Nothing => Some([f32::NEG_INFINITY, f32::INFINITY]),
-            Self::Relu => Some([0.0, f32::INFINITY]),
-            Self::Relu6 => Some([0.0, 6.0]),
-            _ => None,
-        }
-    }
-
-    /// Whether [`super::tile::tile`] applies it to sums before they leave the registers.
+    /// Whether [`activate_sums`] is enough.
     #[inline(always)]
     pub fn in_registers(self) -> bool {
-        self == Self::Hardswish || self.bounds().is_some()
+        matches!(self, Self::Nothing | Self::Relu | Self::Relu6 | Self::Hardswish)
     }
 
     /// Whether `max` before and after the function is the same.
@@ -75,6 +64,31 @@ pub fn activate<V: Lanes>(function: Activate, x: V) -> V {
         Activate::Hardswish => x.mul(x.add(V::splat(3.0)).max(zero).min(six)).mul(sixth),
         Activate::Hardsigmoid => x.add(V::splat(3.0)).max(zero).min(six).mul(sixth),
         curved => V::from_array(curve::<V>(curved, x.to_array())),
+    }
+}
+
+/// Applies a simple function to sums without forcing them out of their registers; others go over memory again.
+#[inline(always)]
+pub fn activate_sums<V: Lanes, const R: usize, const C: usize>(function: Activate, sums: &mut [[V; C]; R]) {
+    let (zero, six) = (V::splat(0.0), V::splat(6.0));
+    match function {
+        Activate::Relu => {
+            for sum in sums.as_flattened_mut() {
+                *sum = sum.max(zero);
+            }
+        }
+        Activate::Relu6 => {
+            for sum in sums.as_flattened_mut() {
+                *sum = sum.max(zero).min(six);
+            }
+        }
+        Activate::Hardswish => {
+            let (sixth, half, one) = (V::splat(1.0 / 6.0), V::splat(0.5), V::splat(1.0));
+            for sum in sums.as_flattened_mut() {
+                *sum = sum.mul(sum.mul_add(sixth, half).max(zero).min(one));
+            }
+        }
+        _ => {}
     }
 }
 

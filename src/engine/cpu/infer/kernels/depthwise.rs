@@ -1,6 +1,6 @@
 //! One row of outputs of one block of channels, each channel with a filter of its own.
 
-use super::activate::{Activate, activate};
+use super::activate::{Activate, activate, activate_sums};
 use super::lanes::{LANES, Lanes};
 
 /// Output `x` is the sum over rows `r` and columns `c` of `rows[r][x * stride + c * dilation]` times
@@ -38,6 +38,12 @@ pub unsafe fn row<V: Lanes>(row: &Row<'_>) {
             (7, 1) if V::FAST && row.dilation == 1 => walk::<V, 7, 1>(row),
             _ => walk::<V, 0, 0>(row),
         }
+        if !row.activation.in_registers() {
+            for x in 0..row.width {
+                let at = row.output.add(x * LANES);
+                activate(row.activation, V::load(at)).store(at);
+            }
+        }
     }
 }
 
@@ -65,23 +71,26 @@ unsafe fn pixels<V: Lanes, const R: usize, const COLUMNS: usize, const STRIDE: u
         if COLUMNS > 0 { (COLUMNS, STRIDE, 1) } else { (row.columns, row.stride, row.dilation) };
     // SAFETY: the caller's promise.
     unsafe {
-        let mut sums = [V::load(row.bias); R];
+        let mut sums = [[V::load(row.bias)]; R];
         let mut weights = row.weights;
         for input in row.rows {
             let input = input.add(x * stride * LANES);
             for c in 0..columns {
                 let w = V::load(weights.add(c * LANES));
-                for (r, sum) in sums.iter_mut().enumerate() {
+                for (r, [sum]) in sums.iter_mut().enumerate() {
                     *sum = V::load(input.add((r * stride + c * dilation) * LANES)).mul_add(w, *sum);
                 }
             }
             weights = weights.add(columns * LANES);
         }
-        for (r, mut sum) in sums.into_iter().enumerate() {
-            if !row.residual.is_null() {
-                sum = sum.add(V::load(row.residual.add((x + r) * LANES)));
+        if !row.residual.is_null() {
+            for (r, [sum]) in sums.iter_mut().enumerate() {
+                *sum = sum.add(V::load(row.residual.add((x + r) * LANES)));
             }
-            activate(row.activation, sum).store(row.output.add((x + r) * LANES));
+        }
+        activate_sums(row.activation, &mut sums);
+        for (r, [sum]) in sums.iter().enumerate() {
+            sum.store(row.output.add((x + r) * LANES));
         }
     }
 }

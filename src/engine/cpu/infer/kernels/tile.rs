@@ -1,6 +1,6 @@
 //! The one inner loop: a few pixels times a few output channels, all products of one pixel row in registers.
 
-use super::activate::{Activate, activate};
+use super::activate::{Activate, activate, activate_sums};
 use super::lanes::{LANES, Lanes};
 
 /// Where the products come from and where their sums go.
@@ -20,9 +20,9 @@ pub struct Tile<'a> {
     pub output: *mut f32,
     pub output_stride: usize,
     pub output_block: usize,
-    /// Added to the sums, one float per output channel, or null.
+    /// What the sums begin with, one float per output channel, or null.
     pub bias: *const f32,
-    /// Added after the bias, laid out with strides of its own, or null.
+    /// Added to the sums, laid out with strides of its own, or null.
     pub residual: *const f32,
     pub residual_stride: usize,
     pub residual_block: usize,
@@ -143,6 +143,13 @@ unsafe fn run<V: Lanes, const R: usize, const C: usize, const STRIDE: usize>(t: 
     unsafe {
         loop {
             let mut sums = [[V::splat(0.0); C]; R];
+            if !t.bias.is_null() && rest.len() == t.offsets.len() {
+                let mut bias = [V::splat(0.0); C];
+                for (c, bias) in bias.iter_mut().enumerate() {
+                    *bias = V::load(t.bias.add(c * LANES));
+                }
+                sums = [bias; R];
+            }
             let (now, later) = rest.split_at(rest.len().min((CHUNK / t.len).max(1)));
             for (i, &offset) in now.iter().enumerate() {
                 let input = t.input.add(offset);
@@ -192,51 +199,18 @@ unsafe fn run<V: Lanes, const R: usize, const C: usize, const STRIDE: usize>(t: 
     }
 }
 
-/// Bias, residual and what is simple of the activation. Nothing here may keep the sums from living in registers: curves go
-/// over memory again.
+/// Residual and what is simple of the activation.
 #[inline(always)]
 unsafe fn finish<V: Lanes, const R: usize, const C: usize>(t: &Tile<'_>, sums: &mut [[V; C]; R]) {
-    if t.bias.is_null() {
-        return;
-    }
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut bias = [V::splat(0.0); C];
-        for (c, bias) in bias.iter_mut().enumerate() {
-            *bias = V::load(t.bias.add(c * LANES));
-        }
-        for sums in sums.iter_mut() {
-            for (sum, bias) in sums.iter_mut().zip(bias) {
-                *sum = sum.add(bias);
-            }
-        }
-        if !t.residual.is_null() {
-            for (r, sums) in sums.iter_mut().enumerate() {
-                for (c, sum) in sums.iter_mut().enumerate() {
-                    *sum = sum.add(V::load(t.residual.add(r * t.residual_stride + c * t.residual_block)));
-                }
+    if !t.residual.is_null() {
+        for (r, sums) in sums.iter_mut().enumerate() {
+            for (c, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: the caller's promise.
+                *sum = sum.add(unsafe { V::load(t.residual.add(r * t.residual_stride + c * t.residual_block)) });
             }
         }
     }
-    if let Some([low, high]) = t.activation.bounds()
-        && t.activation != Activate::Nothing
-    {
-        let (low, high) = (V::splat(low), V::splat(high));
-        for sums in sums.iter_mut() {
-            for sum in sums.iter_mut() {
-                *sum = sum.max(low).min(high);
-            }
-        }
-    }
-    if t.activation == Activate::Hardswish {
-        let (sixth, half) = (V::splat(1.0 / 6.0), V::splat(0.5));
-        let (zero, one) = (V::splat(0.0), V::splat(1.0));
-        for sums in sums.iter_mut() {
-            for sum in sums.iter_mut() {
-                *sum = sum.mul(sum.mul_add(sixth, half).max(zero).min(one));
-            }
-        }
-    }
+    activate_sums(t.activation, sums);
 }
 
 /// Applies the activation to outputs that have just been written.

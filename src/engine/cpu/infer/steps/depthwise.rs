@@ -116,7 +116,6 @@ impl Kernel for Strip<'_> {
             // Rows are counted from the border's first; those outside the image are zeros that need not be added.
             let top = y * s.stride[0];
             let above = s.padding[0].saturating_sub(top).div_ceil(s.dilation[0]);
-            let rows = (above..s.kernel[0]).map(|r| top + r * s.dilation[0] - s.padding[0]);
             let end = (top + s.reach()).saturating_sub(s.padding[0]).min(i.height);
             for line in computed.max(top.saturating_sub(s.padding[0]))..end {
                 self.expand::<V>(line);
@@ -124,7 +123,13 @@ impl Kernel for Strip<'_> {
             computed = end;
             for block in blocks.clone() {
                 window.clear();
-                window.extend(rows.clone().take_while(|&line| line < i.height).map(|line| self.line(line, block)));
+                for tap in above..s.kernel[0] {
+                    let line = top + tap * s.dilation[0] - s.padding[0];
+                    if line >= i.height {
+                        break;
+                    }
+                    window.push(self.line(line, block));
+                }
                 let taps = s.kernel[0] * s.kernel[1];
                 let weights = self.cx.weights.at(s.weights + block * taps * LANES, taps * LANES);
                 let residual = s.residual.as_ref().map_or(std::ptr::null(), |value| {

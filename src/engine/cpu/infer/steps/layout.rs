@@ -14,23 +14,38 @@ pub struct Load {
     pub output: Value,
 }
 
+/// Rows of an image that make a task.
+const ROWS: usize = 16;
+
 impl Step for Load {
     fn tasks(&self, _phase: usize, images: usize) -> usize {
-        images * self.output.geometry.blocks()
+        images * self.output.geometry.blocks() * self.output.geometry.height.div_ceil(ROWS)
     }
 
     fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
         let g = &self.output.geometry;
-        let (image, block) = (task / g.blocks(), task % g.blocks());
+        let strips = g.height.div_ceil(ROWS);
+        let (image, block, strip) = (task / strips / g.blocks(), task / strips % g.blocks(), task % strips);
         let pixels = g.height * g.width;
         let from = cx.input.wrapping_add((cx.first + image) * g.channels * pixels);
         let to = cx.image(&self.output, image);
-        for c in block * g.pixel..g.channels.min((block + 1) * g.pixel) {
-            for y in 0..g.height {
-                let (row, to) = (from.wrapping_add(c * pixels + y * g.width), to.wrapping_add(place(g, c, y, 0)));
-                for x in 0..g.width {
-                    // SAFETY: the batch has `first + images` images of this shape, and the value holds the group.
-                    unsafe { *to.add(x * g.pixel) = *row.add(x) };
+        let channels = block * g.pixel..g.channels.min((block + 1) * g.pixel);
+        for y in strip * ROWS..g.height.min((strip + 1) * ROWS) {
+            let row = |c: usize| from.wrapping_add(c * pixels + y * g.width);
+            // SAFETY: the batch has `first + images` images of this shape, and the value holds the group.
+            unsafe {
+                if g.pixel == 3 {
+                    let (rows, to) = ([row(0), row(1), row(2)], to.wrapping_add(g.at(y, 0)).cast::<[f32; 3]>());
+                    for x in 0..g.width {
+                        *to.add(x) = [*rows[0].add(x), *rows[1].add(x), *rows[2].add(x)];
+                    }
+                    continue;
+                }
+                for c in channels.clone() {
+                    let (row, to) = (row(c), to.wrapping_add(place(g, c, y, 0)));
+                    for x in 0..g.width {
+                        *to.add(x * g.pixel) = *row.add(x);
+                    }
                 }
             }
         }
