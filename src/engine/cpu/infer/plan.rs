@@ -14,8 +14,10 @@ use super::steps::Step;
 use crate::engine::cpu::workers::{Barrier, Team};
 use crate::error::{Error, Result};
 
-/// Bytes of one layer's output that a group of images may take.
-const GROUP: usize = 4 << 20;
+/// Bytes of one layer's output that each worker may have in a group of images: about its second-level cache.
+const GROUP: usize = 1 << 20;
+/// Larger images are taken one per worker as long as together they take no more, which the third-level cache still holds.
+const LARGE: usize = 8 << 20;
 
 struct Segment {
     steps: std::ops::Range<usize>,
@@ -53,7 +55,7 @@ impl Plan {
             for &node in &layer.inputs {
                 floats = floats.max(geometry(node)?.len());
             }
-            groups.push((GROUP / (4 * floats)).clamp(1, images));
+            groups.push(group(4 * floats, team.workers()).min(images));
         }
         // Handing over the result is a step too.
         groups.push(images);
@@ -100,8 +102,8 @@ impl Plan {
         }
         steps.push(network.store(value(network.output)?));
         let own = steps.iter().map(|s| s.own()).max().unwrap_or(0);
-        let group = |step: usize| segments[segment_of(step)].group;
-        let shared = steps.iter().enumerate().map(|(i, s)| s.shared(group(i))).max().unwrap_or(0);
+        let images_of = |step: usize| segments[segment_of(step)].group;
+        let shared = steps.iter().enumerate().map(|(i, s)| s.shared(images_of(i))).max().unwrap_or(0);
         let elements = |node: usize| network.shapes[node][1..].iter().product();
         let both = |l: &Layer| l.expand.iter().map(|before| before.node).chain([l.node]).collect();
         let mut nodes: Vec<Vec<usize>> = network.layers.iter().map(both).collect();
@@ -155,7 +157,7 @@ impl Plan {
     fn chunk(&mut self, team: &mut Team, input: &[f32], output: &mut [f32]) -> Result<()> {
         let images = input.len() / self.input;
         let (from, to) = (Address(input.as_ptr().cast_mut()), Address(output.as_mut_ptr()));
-        let counters = [AtomicUsize::new(0), AtomicUsize::new(0)];
+        let shares: Vec<Share> = (0..team.workers()).map(|_| Share::default()).collect();
         let seconds = std::sync::Mutex::new(std::mem::take(&mut self.seconds));
         let plan = &*self;
         let result = team.run(&|worker, barrier| {
@@ -167,7 +169,7 @@ impl Plan {
                     let cx = plan.context(worker, first, group, from.get(), to.get());
                     for step in segment.steps.clone() {
                         let start = Instant::now();
-                        plan.step(step, &cx, worker, barrier, &counters, &mut phases);
+                        plan.step(step, &cx, worker, barrier, &shares, &mut phases);
                         if let Some(spent) = &mut spent {
                             spent[step] += start.elapsed().as_secs_f64();
                         }
@@ -191,27 +193,39 @@ impl Plan {
         cx: &Context<'_>,
         worker: usize,
         barrier: &Barrier,
-        counters: &[AtomicUsize; 2],
+        shares: &[Share],
         phases: &mut usize,
     ) {
         let step = &self.steps[step];
         for phase in 0..step.phases() {
             let tasks = step.tasks(phase, cx.images);
-            if worker == 0 {
-                // The other counter rests: everyone has passed the barrier after the phase that used it.
-                counters[(*phases + 1) % 2].store(0, Ordering::Relaxed);
-            }
-            loop {
-                let task = counters[*phases % 2].fetch_add(1, Ordering::Relaxed);
-                if task >= tasks {
-                    break;
+            let (now, next) = (*phases % 2, (*phases + 1) % 2);
+            // The other counter rests: everyone has passed the barrier after the phase that used it.
+            shares[worker].taken[next].store(0, Ordering::Relaxed);
+            // First this worker's share, images that it computed in the step before, then what is left of the others'.
+            for owner in (worker..shares.len()).chain(0..worker) {
+                let start = tasks * owner / shares.len();
+                let end = tasks * (owner + 1) / shares.len();
+                loop {
+                    let task = start + shares[owner].taken[now].fetch_add(1, Ordering::Relaxed);
+                    if task >= end {
+                        break;
+                    }
+                    step.run(phase, task, cx);
                 }
-                step.run(phase, task, cx);
             }
             barrier.wait();
             *phases += 1;
         }
     }
+}
+
+/// How many tasks of a worker's share have been taken, by itself or by others; two counters used in turn. On cache lines of
+/// its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Share {
+    taken: [AtomicUsize; 2],
 }
 
 #[derive(Clone, Copy)]
@@ -223,6 +237,15 @@ unsafe impl Sync for Address {}
 impl Address {
     fn get(&self) -> *mut f32 {
         self.0
+    }
+}
+
+/// Images of so many bytes that go through a step together: the same number for every worker, so that each finds in its
+/// caches what it wrote in the step before.
+fn group(bytes: usize, workers: usize) -> usize {
+    match GROUP / bytes {
+        0 if bytes * workers > LARGE => 1,
+        each => each.max(1) * workers,
     }
 }
 
