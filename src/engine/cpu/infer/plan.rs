@@ -14,8 +14,9 @@ use super::steps::Step;
 use crate::engine::cpu::workers::{Barrier, Team};
 use crate::error::{Error, Result};
 
-/// Bytes of one layer's output that each worker may have in a group of images: about its second-level cache.
-const GROUP: usize = 1 << 20;
+/// Bytes of one layer's output that each worker may have in a group of images: a few times its second-level cache, because
+/// weights are read once per group.
+const GROUP: usize = 2 << 20;
 /// Larger images are taken one per worker as long as together they take no more, which the third-level cache still holds.
 const LARGE: usize = 8 << 20;
 

@@ -77,6 +77,12 @@ pub trait Lanes: Copy {
     fn max_or_nan(self, other: Self) -> Self;
     /// The smaller of both; a NaN in `self` stays.
     fn min(self, other: Self) -> Self;
+    /// The nearest integer, of two the even one; |self| at most 2^22.
+    fn round(self) -> Self;
+    /// `self * 2^n` for integers `n` between -126 and 127.
+    fn scale(self, n: Self) -> Self;
+    /// `1 / self` with a relative error below 2^-22, for numbers between 1 and 2^126; NaN stays.
+    fn recip(self) -> Self;
     fn to_array(self) -> [f32; LANES];
     fn from_array(lanes: [f32; LANES]) -> Self;
     /// Whether there are registers for 14 x 2 sums; otherwise 6 x 1.
@@ -158,6 +164,23 @@ impl Lanes for Portable {
     #[inline(always)]
     fn min(self, other: Self) -> Self {
         self.zip(other, |a, b| if b < a { b } else { a })
+    }
+
+    #[inline(always)]
+    fn round(self) -> Self {
+        // Adding and subtracting 1.5 * 2^23 leaves no room for a fraction.
+        let magic = 12_582_912.0;
+        Self(self.0.map(|x| (x + magic) - magic))
+    }
+
+    #[inline(always)]
+    fn scale(self, n: Self) -> Self {
+        self.mul(Self(n.0.map(|n| f32::from_bits((n as i32 + 127).cast_unsigned() << 23))))
+    }
+
+    #[inline(always)]
+    fn recip(self) -> Self {
+        Self(self.0.map(|x| 1.0 / x))
     }
 
     #[inline(always)]

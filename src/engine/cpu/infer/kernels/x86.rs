@@ -84,6 +84,31 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn round(self) -> Self {
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        // SAFETY: see the head of this file.
+        unsafe { Self(_mm256_round_ps::<NEAREST>(self.0), _mm256_round_ps::<NEAREST>(self.1)) }
+    }
+
+    #[inline(always)]
+    fn scale(self, n: Self) -> Self {
+        // SAFETY: see the head of this file.
+        unsafe {
+            let bias = _mm256_set1_epi32(127);
+            let low = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n.0), bias));
+            let high = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n.1), bias));
+            self.mul(Self(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)))
+        }
+    }
+
+    #[inline(always)]
+    fn recip(self) -> Self {
+        let one = Self::splat(1.0);
+        // SAFETY: see the head of this file.
+        unsafe { Self(_mm256_div_ps(one.0, self.0), _mm256_div_ps(one.1, self.1)) }
+    }
+
+    #[inline(always)]
     fn to_array(self) -> [f32; LANES] {
         let mut lanes = [0.0; LANES];
         // SAFETY: the array holds sixteen floats.
@@ -168,6 +193,27 @@ impl Lanes for Avx512 {
     fn min(self, other: Self) -> Self {
         // SAFETY: see the head of this file. Of a NaN and a number the instruction returns its second operand.
         unsafe { Self(_mm512_min_ps(other.0, self.0)) }
+    }
+
+    #[inline(always)]
+    fn round(self) -> Self {
+        // SAFETY: see the head of this file. 0: to the nearest integer.
+        Self(unsafe { _mm512_roundscale_ps::<0>(self.0) })
+    }
+
+    #[inline(always)]
+    fn scale(self, n: Self) -> Self {
+        // SAFETY: see the head of this file.
+        Self(unsafe { _mm512_scalef_ps(self.0, n.0) })
+    }
+
+    #[inline(always)]
+    fn recip(self) -> Self {
+        // One step of Newton's method squares the relative error of 2^-14.
+        // SAFETY: see the head of this file.
+        let guess = Self(unsafe { _mm512_rcp14_ps(self.0) });
+        let error = Self::splat(2.0).sub(self.mul(guess));
+        guess.mul(error)
     }
 
     #[inline(always)]
