@@ -260,7 +260,7 @@ impl<'a> Network<'a> {
                             .ok_or_else(|| unsupported(self.node(before), "has no value"))?;
                         // Of this value there are rows in the workers' memory only.
                         let rows = Value { geometry, offset: 0, whole: false };
-                        Source::Conv(self.conv(before, input, rows, None, weights)?)
+                        Source::Conv(Box::new(self.conv(before, input, rows, None, weights)?))
                     }
                     None => Source::Value(input),
                 };

@@ -83,19 +83,18 @@ pub fn fuse(graph: &Graph, shapes: &[Shape], tensors: &Tensors<'_>, exact: bool)
 /// Joins convolutions with the depthwise convolutions that alone read them.
 fn expansions(graph: &Graph, shapes: &[Shape], exact: bool, output: usize, layers: Vec<Layer>) -> Vec<Layer> {
     let method = |layer: &Layer| Method::of(graph, shapes, layer.node, exact);
+    let mut reads = vec![0; graph.nodes.len()];
+    layers.iter().flat_map(|layer| layer.inputs.iter().chain(&layer.residual)).for_each(|&node| reads[node] += 1);
+    reads[output] += 1;
+    let image = |node: usize| shapes[node].len() == 4 && shapes[node][2..] != [1, 1];
     let mut joined: Vec<Layer> = Vec::with_capacity(layers.len());
-    let readers = |node: usize| layers.iter().filter(|l| l.inputs.contains(&node) || l.residual == Some(node)).count();
-    let alone: Vec<bool> = layers.iter().map(|layer| layer.last != output && readers(layer.last) == 1).collect();
-    let mut alone: Vec<usize> = layers.iter().zip(alone).filter(|(_, alone)| *alone).map(|(l, _)| l.last).collect();
-    alone.sort_unstable();
     for mut layer in layers {
         if method(&layer) == Method::Depthwise
-            && alone.binary_search(&layer.inputs[0]).is_ok()
+            && reads[layer.inputs[0]] == 1
+            && image(layer.inputs[0])
             && let Some(at) = joined.iter().position(|before| before.last == layer.inputs[0])
             && method(&joined[at]) == (Method::Direct { groups: 1 })
             && joined[at].residual.is_none()
-            && shapes[joined[at].last].len() == 4
-            && shapes[joined[at].last][2..] != [1, 1]
         {
             let before = joined.remove(at);
             layer.inputs.clone_from(&before.inputs);

@@ -283,3 +283,14 @@ impl Room {
         self.free.push((value.geometry, images, value.offset));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_worker_gets_as_many_images() {
+        assert_eq!([1 << 10, 2 << 20, 3 << 20, 4 << 20, 5 << 20].map(|bytes| group(bytes, 2)), [4096, 2, 2, 2, 1]);
+        assert_eq!(group(1 << 20, 8), 16);
+    }
+}

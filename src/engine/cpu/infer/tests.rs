@@ -189,6 +189,66 @@ fn convolutions_of_every_kind() {
     }
 }
 
+/// A convolution from `inp` to `wide` channels, a depthwise one on its result, and one behind it.
+fn expanded(m: &mut Model, from: usize, [inp, wide]: Pair, kernel: Pair, change: impl Fn(&mut Op)) -> [usize; 2] {
+    let a = m.conv(from, [inp, wide], [1, 1], |_| {});
+    let n = m.norm(a, wide);
+    let r = m.act(n, Activation::Relu6);
+    [r, m.conv(r, [wide, wide], kernel, change)]
+}
+
+#[test]
+fn a_depthwise_convolution_takes_in_the_one_before() {
+    type Case = (Pair, Pair, Pair, fn(&mut Op));
+    // Blocks that are not full on either side; rows narrower than a microkernel, and no multiple of it; images high enough
+    // for strips; windows that reach beyond the image by more than the image.
+    let cases: &[Case] = &[
+        ([20, 72], [3, 3], [33, 31], |op| set(op, [1, 1], [1, 1], [1, 1], 72)),
+        ([24, 40], [3, 3], [32, 18], |op| set(op, [2, 2], [1, 1], [1, 1], 40)),
+        ([16, 48], [5, 5], [19, 14], |op| set(op, [1, 1], [2, 2], [1, 1], 48)),
+        ([33, 17], [5, 5], [40, 9], |op| set(op, [2, 2], [0, 0], [1, 1], 17)),
+        ([16, 32], [7, 7], [4, 5], |op| set(op, [1, 1], [6, 6], [1, 1], 32)),
+        ([16, 32], [3, 5], [21, 12], |op| set(op, [3, 1], [4, 2], [2, 1], 32)),
+        ([16, 32], [2, 3], [26, 23], |op| set(op, [1, 2], [0, 4], [3, 3], 32)),
+    ];
+    for &([inp, wide], kernel, [height, width], change) in cases {
+        for function in [Activation::Hardswish, Activation::Silu] {
+            let mut m = Model::new();
+            let [_, x] = expanded(&mut m, 0, [inp, wide], kernel, change);
+            let x = m.act(x, function);
+            m.conv(x, [wide, 5], [1, 1], |_| {});
+            m.check(&[3, inp, height, width], &["direct + depthwise", "direct"]);
+        }
+    }
+}
+
+#[test]
+fn a_convolution_with_other_readers_keeps_its_result() {
+    let depthwise = |op: &mut Op| set(op, [1, 1], [1, 1], [1, 1], 48);
+    // Read by an addition behind the depthwise convolution, by a second one, and by the caller; and an addition before.
+    for case in 0..4 {
+        let mut m = Model::new();
+        let stem = m.conv(0, [3, 24], [3, 3], |op| set(op, [2, 2], [1, 1], [1, 1], 1));
+        let [wide, x] = expanded(&mut m, stem, [24, 48], [3, 3], depthwise);
+        match case {
+            0 => m.op(Op::Add { inplace: false }, &[x, wide]),
+            1 => {
+                let y = m.conv(wide, [48, 48], [3, 3], depthwise);
+                m.op(Op::Add { inplace: false }, &[x, y])
+            }
+            2 => m.op(Op::Cat { dim: 1 }, &[x, wide]),
+            _ => {
+                let a = m.conv(stem, [24, 48], [1, 1], |_| {});
+                let b = m.conv(stem, [24, 48], [1, 1], |_| {});
+                let sum = m.op(Op::Add { inplace: false }, &[a, b]);
+                let y = m.conv(sum, [48, 48], [3, 3], depthwise);
+                m.op(Op::Add { inplace: false }, &[y, x])
+            }
+        };
+        m.check(&[2, 3, 19, 30], &["depthwise", "direct"]);
+    }
+}
+
 fn set(op: &mut Op, s: Pair, p: Pair, d: Pair, g: usize) {
     if let Op::Conv2d { stride, padding, dilation, groups, .. } = op {
         (*stride, *padding, *dilation, *groups) = (s, p, d, g);

@@ -115,6 +115,7 @@ fn sigmoid<V: Lanes>(x: V) -> V {
 
 /// 2^f = 1 + `POWER[0]` f + `POWER[1]` f^2 + ... on [-1/2, 1/2]: the least largest relative error (9.1e-8) of such a
 /// polynomial of degree 5, by iterated least squares.
+#[expect(clippy::approx_constant, reason = "fitted, not the logarithm of 2")]
 const POWER: [f32; 5] = [0.693_147, 0.240_222_42, 0.055_507_336, 0.009_671_513, 0.001_326_472_7];
 
 /// Written on an array: the compiler vectorises it with whatever the function around it may use.

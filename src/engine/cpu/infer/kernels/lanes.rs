@@ -223,3 +223,35 @@ pub fn dispatch<K: Kernel>(isa: Isa, kernel: K) {
     let _ = isa;
     kernel.run::<Portable>();
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Check;
+
+    impl Kernel for Check {
+        fn run<V: Lanes>(self) {
+            let all = |x: f32, f: fn(V) -> V| f(V::splat(x)).to_array();
+            for (x, nearest) in [(0.5, 0.0), (1.5, 2.0), (-2.5, -2.0), (-126.2, -126.0), (7.49, 7.0)] {
+                assert_eq!(all(x, V::round), [nearest; LANES], "round({x})");
+            }
+            for n in [-126.0f32, -1.0, 0.0, 5.0, 126.0] {
+                assert_eq!(V::splat(1.5).scale(V::splat(n)).to_array(), [1.5 * n.exp2(); LANES], "1.5 * 2^{n}");
+            }
+            for i in 0..1000 {
+                let x = 1.0 + 0.001 * i as f32 * (i % 126) as f32 * 2f32.powi(i % 100);
+                let error = f64::from(all(x, V::recip)[0]) * f64::from(x) - 1.0;
+                assert!(error.abs() < 2f64.powi(-22), "1 / {x}: {error:.1e}");
+            }
+            assert!(all(f32::NAN, V::recip)[0].is_nan());
+        }
+    }
+
+    #[test]
+    fn the_same_on_every_instruction_set() {
+        for isa in Isa::available() {
+            dispatch(isa, Check);
+        }
+    }
+}

@@ -30,7 +30,7 @@ pub enum Source {
     /// The result of a convolution without groups, which nobody else reads: a row of a few channels is computed just
     /// before the first window needs it and forgotten after the last. An expanded image (MobileNet, EfficientNet) never
     /// leaves the second-level cache.
-    Conv(Conv),
+    Conv(Box<Conv>),
 }
 
 /// Fewer tasks than this per worker, and images are cut into strips.
