@@ -201,5 +201,5 @@ def whole_job(scratch: Path) -> Comparison:
         f"Whole job: {kind} to stored VGG16 features",
         "img/s",
         [Contender("cnnrs.preconv(folder, vgg.features, out=...)", job), Contender("the model's own time", alone)],
-        rounds=1,
+        rounds=3,
     )

@@ -1,7 +1,9 @@
 //! A compiled network: steps in segments, all memory laid out, run by a team of workers.
 //!
 //! Large images go through the first segment one by one, so that what a layer writes is still in the cache when the next
-//! one reads it; small ones go through the later segments in groups, so that weights are read once for many images.
+//! one reads it; small ones go through the later segments in groups, so that weights are read once for many images. Groups
+//! are divided among the workers by image: cores may have no cache in common, and then what one has written is far from
+//! the others.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;

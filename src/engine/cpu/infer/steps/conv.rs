@@ -94,7 +94,7 @@ impl Conv {
         self.group_blocks().div_ceil(self.isa.columns())
     }
 
-    pub fn panels(&self) -> usize {
+    fn panels(&self) -> usize {
         self.groups * self.panels_per_group()
     }
 
@@ -189,14 +189,14 @@ pub struct Pixels {
 impl Conv {
     /// First of the blocks of output channels of a panel.
     #[inline(always)]
-    pub fn first_block(&self, panel: usize) -> usize {
+    fn first_block(&self, panel: usize) -> usize {
         let (group, part) = (panel / self.panels_per_group(), panel % self.panels_per_group());
         group * self.group_blocks() + part * self.isa.columns()
     }
 
     /// Blocks of output channels in a panel.
     #[inline(always)]
-    pub fn columns(&self, panel: usize) -> usize {
+    fn columns(&self, panel: usize) -> usize {
         let part = panel % self.panels_per_group();
         self.isa.columns().min(self.group_blocks() - part * self.isa.columns())
     }
