@@ -82,18 +82,22 @@ impl<'a> Weights<'a> {
 }
 
 impl<'a> Network<'a> {
+    /// All layers, those that are part of another before it.
+    fn all(&self) -> impl Iterator<Item = &Layer> {
+        self.layers.iter().flat_map(|layer| layer.expand.as_deref().into_iter().chain([layer]))
+    }
+
     /// Where every layer's value would lie, wide enough for all that read it. Indexed by node.
     pub fn geometries(&self) -> Result<Vec<Option<Geometry>>> {
         let mut geometries = vec![None; self.graph.nodes.len()];
-        let all = || self.layers.iter().flat_map(|layer| layer.expand.as_deref().into_iter().chain([layer]));
-        for layer in all() {
+        for layer in self.all() {
             let shape = &self.shapes[layer.last][1..];
             let node = &self.graph.nodes[layer.last];
             geometries[layer.last] = Some(
                 Geometry::of(shape).ok_or_else(|| unsupported(node, &format!("has a result of shape {shape:?}")))?,
             );
         }
-        for layer in all() {
+        for layer in self.all() {
             if let (Some(window), method) = self.method(layer)
                 && let Some(input) = layer.expand.as_ref().map(|before| before.last).or(layer.inputs.first().copied())
                 && let Some(input) = &mut geometries[input]
@@ -121,7 +125,7 @@ impl<'a> Network<'a> {
     /// `Argument` naming what this engine does not compute.
     pub fn check(&self) -> Result<()> {
         self.geometries()?;
-        for layer in self.layers.iter().flat_map(|layer| layer.expand.as_deref().into_iter().chain([layer])) {
+        for layer in self.all() {
             for tensor in self.node(layer).op.parameters() {
                 self.floats(layer, tensor)?;
             }

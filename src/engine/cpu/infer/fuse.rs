@@ -3,7 +3,7 @@
 //! ```text
 //! ZeroPad2d -> Conv2d | Linear -> (BatchNorm2d | Scale)* -> Add -> activation -> MaxPool2d 2x2 (Winograd only)
 //! Add | Mul | BatchNorm2d | Scale | LayerNorm | pooling -> activation
-//! Conv2d (direct, one group) -> depthwise Conv2d
+//! Conv2d (direct, one group, no Add, more than one pixel) -> depthwise Conv2d
 //! x * sigmoid(x) is the activation SiLU; permutations are names (`canonical`)
 //! ```
 
@@ -87,22 +87,22 @@ fn expansions(graph: &Graph, shapes: &[Shape], exact: bool, output: usize, layer
     layers.iter().flat_map(|layer| layer.inputs.iter().chain(&layer.residual)).for_each(|&node| reads[node] += 1);
     reads[output] += 1;
     let image = |node: usize| shapes[node].len() == 4 && shapes[node][2..] != [1, 1];
-    let mut joined: Vec<Layer> = Vec::with_capacity(layers.len());
+    let mut done: Vec<Layer> = Vec::with_capacity(layers.len());
     for mut layer in layers {
         if method(&layer) == Method::Depthwise
             && reads[layer.inputs[0]] == 1
             && image(layer.inputs[0])
-            && let Some(at) = joined.iter().position(|before| before.last == layer.inputs[0])
-            && method(&joined[at]) == (Method::Direct { groups: 1 })
-            && joined[at].residual.is_none()
+            && let Some(at) = done.iter().position(|before| before.last == layer.inputs[0])
+            && method(&done[at]) == (Method::Direct { groups: 1 })
+            && done[at].residual.is_none()
         {
-            let before = joined.remove(at);
+            let before = done.remove(at);
             layer.inputs.clone_from(&before.inputs);
             layer.expand = Some(Box::new(before));
         }
-        joined.push(layer);
+        done.push(layer);
     }
-    joined
+    done
 }
 
 impl Fusion<'_> {

@@ -4,8 +4,8 @@
 //! graph -> canonical -> fuse -> method -> build -> plan -> features
 //!          (N, C, H, W)  layers  kernels  steps    segments, memory, workers
 //! ```
-//! Values are `[channels / 16][height + border][width + border][16]` with zeros around each image, so no kernel asks where
-//! the image ends. 3 x 3 convolutions of stride 1 run as Winograd's algorithm unless `exact`.
+//! Values are `[channels / 16][height + border][width + border][16]` with zeros around each image, so that kernels need not
+//! ask where the image ends. 3 x 3 convolutions of stride 1 run as Winograd's algorithm unless `exact`.
 
 mod build;
 mod canonical;

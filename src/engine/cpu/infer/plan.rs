@@ -39,7 +39,7 @@ pub struct Plan {
     own: Vec<Arena>,
     input: usize,
     output: usize,
-    /// Nodes of each step (the last is what its kernel is for), and the seconds spent in it so far.
+    /// Nodes of each step in the order in which they are computed, and the seconds spent in it so far.
     nodes: Vec<Vec<usize>>,
     seconds: Vec<f64>,
 }
@@ -209,12 +209,13 @@ impl Plan {
             for owner in (worker..shares.len()).chain(0..worker) {
                 let start = tasks * owner / shares.len();
                 let end = tasks * (owner + 1) / shares.len();
-                loop {
-                    let task = start + shares[owner].taken[now].fetch_add(1, Ordering::Relaxed);
-                    if task >= end {
-                        break;
+                let taken = &shares[owner].taken[now];
+                // Looking is cheap, counting takes the line away from its owner.
+                while start + taken.load(Ordering::Relaxed) < end {
+                    let task = start + taken.fetch_add(1, Ordering::Relaxed);
+                    if task < end {
+                        step.run(phase, task, cx);
                     }
-                    step.run(phase, task, cx);
                 }
             }
             barrier.wait();
@@ -243,8 +244,8 @@ impl Address {
     }
 }
 
-/// Images of so many bytes that go through a step together: the same number for every worker, so that each finds in its
-/// caches what it wrote in the step before.
+/// Images of so many bytes that go through a step together: the same number for every worker where the batch has them, so
+/// that each finds in its caches what it wrote in the step before.
 fn group(bytes: usize, workers: usize) -> usize {
     match GROUP / bytes {
         0 if bytes * workers > LARGE => 1,

@@ -1,7 +1,7 @@
 //! Whole networks against the definitions, on every instruction set this processor has.
 
 use super::*;
-use crate::model::{Activation, Node, Op, Pair};
+use crate::model::{Activation, Dim, Node, Op, Pair};
 
 /// Numbers between -1 and 1 that repeat from run to run.
 struct Numbers(u64);
@@ -373,6 +373,47 @@ fn padding_of_every_kind() {
         // Winograd's kernel takes at most two rows of zeros, its own included.
         let second = if before[0] > 1 { "direct" } else { "winograd 6" };
         m.check(&[3, 3, 37, 32], &["direct", second, "depthwise"]);
+    }
+}
+
+#[test]
+fn a_nan_does_not_outlive_its_batch() {
+    // The second of the three convolutions writes where the value before them was, eight spare lanes included, and Winograd's
+    // algorithm reads those lanes.
+    for kind in 0..3 {
+        let mut m = Model::new();
+        let x = match kind {
+            0 => {
+                let halves = [m.conv(0, [3, 20], [1, 1], |_| {}), m.conv(0, [3, 20], [1, 1], |_| {})];
+                m.op(Op::Cat { dim: 1 }, &halves)
+            }
+            1 => {
+                let x = m.conv(0, [3, 40], [1, 1], |_| {});
+                m.op(Op::Softmax { dim: 1, log: false }, &[x])
+            }
+            _ => {
+                let x = m.conv(0, [3, 60], [1, 1], |_| {});
+                let dims = vec![Dim::Infer, Dim::Fixed(40), Dim::Fixed(12), Dim::Fixed(15)];
+                m.op(Op::Reshape { dims }, &[x])
+            }
+        };
+        let x = m.conv(x, [40, 40], [3, 3], |_| {});
+        let x = m.conv(x, [40, 40], [3, 3], |_| {});
+        m.conv(x, [40, 40], [3, 3], |_| {});
+        let shape = [2, 3, 12, 10];
+        let input = m.numbers.many(shape.iter().product(), 1.0);
+        for isa in Isa::available() {
+            let options = Options { workers: 2, exact: false, isa };
+            let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options).unwrap();
+            let mut run = |input: &[f32]| {
+                let mut output = vec![0.0; network.output(&shape).unwrap().iter().product()];
+                network.run(&shape, input, &mut output).unwrap();
+                output
+            };
+            let before = run(&input);
+            assert!(run(&vec![f32::NAN; input.len()]).iter().all(|y| y.is_nan()));
+            assert_eq!(run(&input), before, "{isa:?} {kind}");
+        }
     }
 }
 

@@ -167,7 +167,8 @@ impl Kernel for Rows<'_> {
                         to: to.wrapping_add(block * o.plane() + o.at(y, 0)),
                         to_block: o.plane(),
                     };
-                    s.pixels::<V>(self.cx, self.lines, &pixels);
+                    // SAFETY: a line of the output.
+                    unsafe { s.pixels::<V>(self.cx, self.lines, &pixels) };
                 }
             }
         }
@@ -201,8 +202,10 @@ impl Conv {
         self.isa.columns().min(self.group_blocks() - part * self.isa.columns())
     }
 
+    /// # Safety
+    /// There is room for a line of each block of the panel where `p` says.
     #[inline(always)]
-    pub fn pixels<V: Lanes>(&self, cx: &Context<'_>, lines: Lines, p: &Pixels) {
+    pub unsafe fn pixels<V: Lanes>(&self, cx: &Context<'_>, lines: Lines, p: &Pixels) {
         let (i, o) = (&self.input.geometry, &self.output.geometry);
         let (depth, columns, block) = (self.taps.depth(), self.columns(p.panel), self.first_block(p.panel));
         let (input_stride, output_stride) =

@@ -61,7 +61,12 @@ impl Depthwise {
 
     fn strips(&self, images: usize) -> usize {
         let wanted = (TASKS * self.workers).div_ceil(images * self.panels());
-        wanted.min(self.output.geometry.height / STRIP).max(1)
+        let least = match self.source {
+            Source::Value(_) => STRIP,
+            // Two strips both compute the rows that both see.
+            Source::Conv(_) => STRIP.max(self.reach()),
+        };
+        wanted.min(self.output.geometry.height / least).max(1)
     }
 
     /// Input rows between the first and the last row of a window, both included.
@@ -204,7 +209,8 @@ impl Strip<'_> {
                     to: self.own(line, 0).wrapping_add(i.before[1] * LANES),
                     to_block: i.row(),
                 };
-                conv.pixels::<V>(self.cx, lines, &pixels);
+                // SAFETY: a row of this worker's memory holds a line of each block of the panel.
+                unsafe { conv.pixels::<V>(self.cx, lines, &pixels) };
             }
         }
     }

@@ -9,6 +9,24 @@ fn place(g: &Geometry, c: usize, y: usize, x: usize) -> usize {
     c / g.pixel * g.plane() + g.at(y, x) + c % g.pixel
 }
 
+/// Zeros in the lanes beyond the last channel, in `rows`: a NaN that an earlier value left there would go through the zero
+/// weights of the next layer.
+///
+/// # Safety
+/// `to` is where an image of this geometry begins.
+pub unsafe fn clear_spare(g: &Geometry, to: *mut f32, rows: std::ops::Range<usize>) {
+    let used = g.channels % g.pixel;
+    if used == 0 {
+        return;
+    }
+    for y in rows {
+        for x in 0..g.width {
+            // SAFETY: a pixel of the last block.
+            unsafe { to.add(place(g, g.channels - 1, y, x) + 1).write_bytes(0, g.pixel - used) };
+        }
+    }
+}
+
 /// The caller's NCHW batch into a value.
 pub struct Load {
     pub output: Value,
@@ -30,7 +48,12 @@ impl Step for Load {
         let from = cx.input.wrapping_add((cx.first + image) * g.channels * pixels);
         let to = cx.image(&self.output, image);
         let channels = block * g.pixel..g.channels.min((block + 1) * g.pixel);
-        for y in strip * ROWS..g.height.min((strip + 1) * ROWS) {
+        let rows = strip * ROWS..g.height.min((strip + 1) * ROWS);
+        if block + 1 == g.blocks() {
+            // SAFETY: an image of the value.
+            unsafe { clear_spare(g, to, rows.clone()) };
+        }
+        for y in rows {
             let row = |c: usize| from.wrapping_add(c * pixels + y * g.width);
             // SAFETY: the batch has `first + images` images of this shape, and the value holds the group.
             unsafe {
@@ -95,6 +118,10 @@ impl Step for Relayout {
         let (i, o) = (&self.input.geometry, &self.output.geometry);
         let (image, c) = (task / i.channels, task % i.channels);
         let (from, to) = (cx.image(&self.input, image), cx.image(&self.output, image));
+        if c == 0 {
+            // SAFETY: an image of the value.
+            unsafe { clear_spare(o, to, 0..o.height) };
+        }
         for y in 0..i.height {
             for x in 0..i.width {
                 let index = (c * i.height + y) * i.width + x;
@@ -159,6 +186,10 @@ impl Step for Cat {
         let (value, first) = &self.inputs[part];
         let (i, o) = (&value.geometry, &self.output.geometry);
         let (from, to) = (cx.image(value, image), cx.image(&self.output, image));
+        if part == 0 {
+            // SAFETY: an image of the value.
+            unsafe { clear_spare(o, to, 0..o.height) };
+        }
         // Whole blocks can be copied row by row; the last one only where nobody writes beside it.
         let whole = if first % o.pixel == 0 { i.channels / o.pixel } else { 0 };
         for block in 0..whole {

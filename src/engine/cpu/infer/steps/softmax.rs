@@ -1,6 +1,7 @@
 //! Softmax over the channels.
 
 use super::Step;
+use super::layout::clear_spare;
 use crate::engine::cpu::infer::kernels::lanes::LANES;
 use crate::engine::cpu::infer::memory::{Context, Value};
 
@@ -18,6 +19,8 @@ impl Step for Softmax {
     fn run(&self, _phase: usize, image: usize, cx: &Context<'_>) {
         let (i, o) = (&self.input.geometry, &self.output.geometry);
         let (from, to) = (cx.image(&self.input, image), cx.image(&self.output, image));
+        // SAFETY: an image of the value.
+        unsafe { clear_spare(o, to, 0..o.height) };
         for y in 0..o.height {
             for x in 0..o.width {
                 let at = |c: usize| from.wrapping_add(c / LANES * i.plane() + i.at(y, x) + c % LANES);

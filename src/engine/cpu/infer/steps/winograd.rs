@@ -123,7 +123,7 @@ impl Step for Winograd {
             let work = self.work(cx, block, cx.shared.wrapping_add(block * self.v_len()), cx.own);
             dispatch(self.isa, Transform(work, group));
         } else {
-            // Workers that run side by side use the same panel of U.
+            // Panels first: a worker's share is a part of U, which is read once, for all blocks of tiles.
             let (panel, block) = (task / blocks, task % blocks);
             let work = self.work(cx, block, cx.shared.wrapping_add(block * self.v_len()), cx.own);
             dispatch(self.isa, Multiply(work, panel));
