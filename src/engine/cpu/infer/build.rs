@@ -168,7 +168,8 @@ impl<'a> Network<'a> {
         Ok(match &node.op {
             Op::Conv2d { .. } | Op::Linear { .. } => {
                 let residual = layer.residual.map(&value).transpose()?;
-                return self.sums(layer, input, output, residual, weights);
+                let rows = layer.expand.as_ref().map(|before| value(before.last)).transpose()?;
+                return self.sums(layer, Values { input, rows, output, residual }, weights);
             }
             Op::MaxPool2d { .. } | Op::AvgPool2d { .. } | Op::AdaptiveAvgPool2d { .. } | Op::Mean { .. } => {
                 let (spans, reduce) = Pool::windows(&node.op, plane(&input), plane(&output))
@@ -220,18 +221,15 @@ impl<'a> Network<'a> {
         Box::new(Store { input: value })
     }
 
-    fn sums(
-        &self,
-        layer: &Layer,
-        input: Value,
-        output: Value,
-        residual: Option<Value>,
-        weights: &mut Weights<'a>,
-    ) -> Result<Box<dyn Step>> {
+    fn sums(&self, layer: &Layer, values: Values, weights: &mut Weights<'a>) -> Result<Box<dyn Step>> {
         let (node, isa, activation) = (self.node(layer), self.isa, layer.activation);
-        let Sums { window: w, filters, scale, bias } = self.prepare(layer, weights)?;
+        let Values { input, output, residual, .. } = values;
+        if let (_, Method::Direct { .. }) = self.method(layer) {
+            return Ok(Box::new(self.conv(layer, values, weights)?));
+        }
+        let Sums { window: w, method, filters, scale, bias } = self.prepare(layer, weights)?;
         let (ins, outs) = (w.channels.next_multiple_of(LANES), w.out_channels.next_multiple_of(LANES));
-        Ok(match self.method(layer).1 {
+        Ok(match method {
             Method::Winograd(size) => {
                 let weights = weights.reserve(ins * outs * size.products(), move |u| {
                     steps::transform(size, isa, w.out_channels, w.channels, filters, scale.as_deref(), u);
@@ -258,15 +256,12 @@ impl<'a> Network<'a> {
                 })
             }
             Method::Depthwise => {
-                let source = match &layer.expand {
-                    Some(before) => {
-                        let geometry = self.geometries()?[before.last]
-                            .ok_or_else(|| unsupported(self.node(before), "has no value"))?;
-                        // Of this value there are rows in the workers' memory only.
-                        let rows = Value { geometry, offset: 0, whole: false };
-                        Source::Conv(Box::new(self.conv(before, input, rows, None, weights)?))
+                let source = match (&layer.expand, values.rows) {
+                    (Some(before), Some(rows)) => {
+                        let values = Values { output: rows, rows: None, residual: None, ..values };
+                        Source::Conv(Box::new(self.conv(before, values, weights)?))
                     }
-                    None => Source::Value(input),
+                    _ => Source::Value(input),
                 };
                 let window = w.kernel[0] * w.kernel[1];
                 let weights = weights.reserve(outs * window, move |to| {
@@ -292,23 +287,16 @@ impl<'a> Network<'a> {
                     activation,
                 })
             }
-            Method::Direct { .. } => Box::new(self.conv(layer, input, output, residual, weights)?),
-            Method::None => return Err(unsupported(node, "is no convolution")),
+            Method::Direct { .. } | Method::None => return Err(unsupported(node, "is no convolution")),
         })
     }
 
     /// A convolution by direct summation.
-    fn conv(
-        &self,
-        layer: &Layer,
-        input: Value,
-        output: Value,
-        residual: Option<Value>,
-        weights: &mut Weights<'a>,
-    ) -> Result<Conv> {
+    fn conv(&self, layer: &Layer, values: Values, weights: &mut Weights<'a>) -> Result<Conv> {
         let (isa, activation) = (self.isa, layer.activation);
-        let Sums { window: w, filters, scale, bias } = self.prepare(layer, weights)?;
-        let Method::Direct { groups } = self.method(layer).1 else {
+        let Values { input, output, residual, .. } = values;
+        let Sums { window: w, method, filters, scale, bias } = self.prepare(layer, weights)?;
+        let Method::Direct { groups } = method else {
             return Err(unsupported(self.node(layer), "is not summed directly"));
         };
         let inp = w.channels / groups;
@@ -335,7 +323,7 @@ impl<'a> Network<'a> {
 
     fn prepare(&self, layer: &Layer, weights: &mut Weights<'a>) -> Result<Sums<'a>> {
         let node = self.node(layer);
-        let (Some(window), _) = self.method(layer) else { return Err(unsupported(node, "is no convolution")) };
+        let (Some(window), method) = self.method(layer) else { return Err(unsupported(node, "is no convolution")) };
         let (Op::Conv2d { weight, bias, .. } | Op::Linear { weight, bias }) = node.op else {
             return Err(unsupported(node, "is no convolution"));
         };
@@ -350,13 +338,24 @@ impl<'a> Network<'a> {
             }
             factor.clone()
         });
-        Ok(Sums { window, filters, scale, bias: weights.vector(summand) })
+        Ok(Sums { window, method, filters, scale, bias: weights.vector(summand) })
     }
+}
+
+/// What a convolution reads and writes.
+#[derive(Clone, Copy)]
+struct Values {
+    input: Value,
+    /// The result of the convolution that a depthwise one has taken in: rows in the workers' memory, in this geometry.
+    rows: Option<Value>,
+    output: Value,
+    residual: Option<Value>,
 }
 
 /// What all methods of convolution need.
 struct Sums<'a> {
     window: Window,
+    method: Method,
     filters: &'a [f32],
     /// One factor per output channel.
     scale: Option<Vec<f64>>,

@@ -81,6 +81,10 @@ impl Plan {
         let mut values: Vec<Option<Value>> = vec![None; network.graph.nodes.len()];
         let mut room = Room::default();
         for (step, layer) in network.layers.iter().enumerate() {
+            if let Some(before) = &layer.expand {
+                // Never whole anywhere: only its geometry counts.
+                values[before.last] = Some(Value { geometry: geometry(before.last)?, offset: 0, whole: false });
+            }
             let segment = segment_of(step);
             let whole = segment_of(last_use[step]) != segment;
             let count = if whole { images } else { segments[segment].group };

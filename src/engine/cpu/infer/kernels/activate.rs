@@ -61,7 +61,7 @@ pub fn activate<V: Lanes>(function: Activate, x: V) -> V {
             // max(x, 0) + slope * min(x, 0) holds for slopes of any sign and size.
             x.min(zero).mul_add(V::splat(slope), x.max(zero))
         }
-        Activate::Hardswish => x.mul(x.add(V::splat(3.0)).max(zero).min(six)).mul(sixth),
+        Activate::Hardswish => x.mul(x.mul_add(sixth, V::splat(0.5)).max(zero).min(V::splat(1.0))),
         Activate::Hardsigmoid => x.add(V::splat(3.0)).max(zero).min(six).mul(sixth),
         Activate::Silu => x.mul(sigmoid(x)),
         Activate::Sigmoid => sigmoid(x),
@@ -77,25 +77,19 @@ pub fn activate<V: Lanes>(function: Activate, x: V) -> V {
 /// Applies a simple function to sums without forcing them out of their registers; others go over memory again.
 #[inline(always)]
 pub fn activate_sums<V: Lanes, const R: usize, const C: usize>(function: Activate, sums: &mut [[V; C]; R]) {
-    let (zero, six) = (V::splat(0.0), V::splat(6.0));
+    // One loop per function, so that none has to ask for every sum.
     match function {
-        Activate::Relu => {
-            for sum in sums.as_flattened_mut() {
-                *sum = sum.max(zero);
-            }
-        }
-        Activate::Relu6 => {
-            for sum in sums.as_flattened_mut() {
-                *sum = sum.max(zero).min(six);
-            }
-        }
-        Activate::Hardswish => {
-            let (sixth, half, one) = (V::splat(1.0 / 6.0), V::splat(0.5), V::splat(1.0));
-            for sum in sums.as_flattened_mut() {
-                *sum = sum.mul(sum.mul_add(sixth, half).max(zero).min(one));
-            }
-        }
+        Activate::Relu => each(Activate::Relu, sums),
+        Activate::Relu6 => each(Activate::Relu6, sums),
+        Activate::Hardswish => each(Activate::Hardswish, sums),
         _ => {}
+    }
+}
+
+#[inline(always)]
+fn each<V: Lanes, const R: usize, const C: usize>(function: Activate, sums: &mut [[V; C]; R]) {
+    for sum in sums.as_flattened_mut() {
+        *sum = activate(function, *sum);
     }
 }
 
