@@ -112,7 +112,7 @@ def test_gradients_of_resnet18_are_as_good_as_eagers() -> None:
 
 
 SCRIPT = """
-import sys
+import os, sys
 import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 import cnnrs
@@ -140,6 +140,8 @@ if rank == 0:
     torch.save({"losses": total / world, "weights": weights}, result)
 if world > 1:
     dist.destroy_process_group()
+# Not through Python's own end: gloo's thread may then still hold a gradient and abort (pytorch issue 190489).
+os._exit(0)
 """
 
 
