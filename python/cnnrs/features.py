@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import nn
@@ -42,6 +43,7 @@ class Features:
         classes: class names by index, None where unknown.
         folder: where the features are stored, None for features in memory.
         body: the module that computed them, None for features that were opened from a folder.
+        images: where passes share images that have no file, the number of the image of each row; None otherwise.
     """
 
     features: torch.Tensor
@@ -50,6 +52,7 @@ class Features:
     classes: list[str] | None = None
     folder: Path | None = None
     body: nn.Module | None = field(default=None, repr=False)
+    images: list[int] | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Features, then labels: for unpacking. Iterate over ``zip(*features)`` for rows."""
@@ -82,11 +85,31 @@ class Features:
         return f"Features(features={shape} {dtype}, labels={tuple(self.labels.shape)}{place})"
 
     def take(self, rows: Sequence[int] | torch.Tensor) -> Features:
-        """Some of the rows, in the order given, copied into memory."""
-        index = torch.as_tensor(rows, dtype=torch.int64)
+        """Some of the rows, copied into memory: by their numbers, in the order given, or by a mask, one bool per row.
+
+        Raises:
+            IndexError: there is no such row, or the mask has another length.
+            TypeError: neither integers nor bools.
+
+        >>> import torch
+        >>> features = Features(torch.arange(3.0), torch.tensor([0, 1, 1]))
+        >>> features.take(features.labels == 1).features.tolist(), features.take([2, 0]).features.tolist()
+        ([1.0, 2.0], [2.0, 0.0])
+        """
+        index = torch.as_tensor(rows).cpu()
+        if index.dtype == torch.bool:
+            if index.shape != (len(self),):
+                raise IndexError(f"a mask for {len(self)} rows must have as many bools, got {tuple(index.shape)}")
+            index = index.nonzero().squeeze(1)
+        elif index.numel() == 0:
+            index = index.long()
+        elif index.is_floating_point() or index.is_complex():
+            raise TypeError(f"rows must be integers or bools, got {str(index.dtype).removeprefix('torch.')}")
+        index = index.long()
         paths = None if self.paths is None else [self.paths[i] for i in index.tolist()]
+        images = None if self.images is None else [self.images[i] for i in index.tolist()]
         features, labels = self.features[index.to(self.features.device)], self.labels[index.to(self.labels.device)]
-        return replace(self, features=features, labels=labels, paths=paths, folder=None)
+        return replace(self, features=features, labels=labels, paths=paths, folder=None, images=images)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[Features, Features]:
         """Two parts that share no image, ``fraction`` of every class in the second (rounded to whole images).
@@ -111,9 +134,8 @@ class Features:
             raise ValueError(
                 f"a stratified split needs one label per row, got labels of shape {tuple(self.labels.shape)}"
             )
-        members: dict[Any, dict[Any, list[int]]] = {}
-        for row, label in enumerate(self.labels.tolist()):
-            image: Any = row if self.paths is None else self.paths[row]
+        members: dict[Any, dict[int, list[int]]] = {}
+        for row, (label, image) in enumerate(zip(self.labels.tolist(), self._images(), strict=True)):
             members.setdefault(label, {}).setdefault(image, []).append(row)
         generator = torch.Generator().manual_seed(seed)
         second: list[int] = []
@@ -176,7 +198,7 @@ class Features:
             (M,) labels.
 
         Raises:
-            ValueError: ``k`` is below 1 or there are not so many rows.
+            ValueError: ``k`` is below 1 or there are not so many rows (of other images).
         """
         if isinstance(queries, Features):
             queries = queries.features
@@ -188,7 +210,7 @@ class Features:
         best = (same.sum(dim=2) + order).argmax(dim=1, keepdim=True)
         return votes.gather(1, best).squeeze(1)
 
-    def nearest(self, image: str | os.PathLike[str] | int | torch.Tensor, k: int = 5) -> list[Neighbour]:
+    def nearest(self, image: str | os.PathLike[str] | SupportsIndex | torch.Tensor, k: int = 5) -> list[Neighbour]:
         """The ``k`` rows most similar to an image, the most similar first.
 
         Args:
@@ -198,11 +220,14 @@ class Features:
 
         Raises:
             KeyError: no row has this path.
-            ValueError: ``k`` is below 1 or there are not so many rows.
+            IndexError: there is no row of this number.
+            ValueError: ``k`` is below 1 or there are not so many rows (of other images).
         """
         leave_out = None
         if not isinstance(image, torch.Tensor):
-            row = image if isinstance(image, int) else self._row_of(os.fspath(image))
+            row = operator.index(image) if isinstance(image, SupportsIndex) else self._row_of(os.fspath(image))
+            if not -len(self) <= row < len(self):
+                raise IndexError(f"there are {len(self)} rows, got {row}")
             leave_out = torch.tensor([self._images()[row]])
             image = self.features[row]
         values, rows = self._search(image.unsqueeze(0), k, leave_out)
@@ -223,7 +248,7 @@ class Features:
     def _images(self) -> list[int]:
         """For every row the number of its image: passes share one."""
         if self.paths is None:
-            return list(range(len(self)))
+            return list(range(len(self))) if self.images is None else self.images
         numbers: dict[str, int] = {}
         return [numbers.setdefault(path, len(numbers)) for path in self.paths]
 
@@ -235,10 +260,16 @@ class Features:
             raise ValueError(
                 f"features have shape {tuple(self.features.shape[1:])}, the queries {tuple(queries.shape[1:])}"
             )
-        if not 1 <= k < len(self) + (leave_out is None):
-            raise ValueError(f"k must be between 1 and the {len(self)} rows there are, got {k}")
         device = self.features.device
         images = torch.tensor(self._images(), device=device)
+        others = len(self)
+        if isinstance(leave_out, torch.Tensor):
+            others -= int((images == leave_out.to(device)).sum())
+        elif leave_out:
+            others -= int(images.bincount().max()) if len(images) else 0
+        kind = "rows" if leave_out is None else "rows of other images"
+        if not 1 <= k <= others:
+            raise ValueError(f"k must be between 1 and the {others} {kind} there are, got {k}")
         values, rows = [], []
         for begin in range(0, len(queries), _CHUNK):
             some = _unit(queries[begin : begin + _CHUNK].to(device))
@@ -328,4 +359,16 @@ def load_features(folder: str | os.PathLike[str], *, verify: bool = True) -> Fea
     if features is None:
         # Another process has just written new ones.
         return load_features(folder, verify=verify)
-    return Features(features, labels, meta["paths"], meta["classes"], store.folder)
+    return stored(features, labels, meta, store.folder)
+
+
+def stored(
+    features: torch.Tensor, labels: torch.Tensor, meta: dict[str, Any], folder: Path, body: nn.Module | None = None
+) -> Features:
+    """Features of a folder whose ``meta.json`` this is."""
+    images = None
+    if meta["paths"] is None and meta["passes"] > 1:
+        # Pass by pass, each in the order of the data set.
+        each = len(features) // meta["passes"]
+        images = [row % each for row in range(len(features))]
+    return Features(features, labels, meta["paths"], meta["classes"], folder, body, images)

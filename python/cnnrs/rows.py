@@ -289,7 +289,13 @@ def _clone(loader: Any, batches: Any) -> Any:
 def _batch(pair: Any, samples: list[int] | None) -> Batch:
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
         raise TypeError(f"data must yield pairs (inputs, targets), got a {type(pair).__name__}")
-    return Batch(torch.as_tensor(pair[0]), torch.as_tensor(pair[1]).detach().cpu(), samples)
+    inputs, targets = torch.as_tensor(pair[0]), torch.as_tensor(pair[1]).detach().cpu()
+    if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
+        raise ValueError(
+            f"a batch has one target per input, got inputs of shape {tuple(inputs.shape)} and targets of shape "
+            f"{tuple(targets.shape)}"
+        )
+    return Batch(inputs, targets, samples)
 
 
 def _stat(path: str) -> Stat:

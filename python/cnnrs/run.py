@@ -16,6 +16,7 @@ from cnnrs._progress import progress
 from cnnrs.backbones import Backbone, check_transform, with_transform
 from cnnrs.extract import Extractor
 from cnnrs.features import Features
+from cnnrs.features import stored as stored_features
 from cnnrs.fingerprint import Unidentifiable, fingerprint
 from cnnrs.rows import Data
 from cnnrs.store import FORMAT, Store
@@ -90,7 +91,11 @@ class Run:
     def _made(self, features: torch.Tensor, labels: list[torch.Tensor], samples: list[int]) -> Features:
         files = self.data.files
         paths = None if files is None or not samples else [files[i] for i in samples]
-        return Features(features, torch.cat(labels), paths, self.data.classes, body=self.model)
+        made = torch.cat(labels)
+        if len(features) not in (0, len(made)):
+            raise ValueError(f"the model made {len(features)} rows of {len(made)} images")
+        images = samples if files is None and len(set(samples)) < len(samples) else None
+        return Features(features, made, paths, self.data.classes, body=self.model, images=images)
 
     def _bar(self, items: Iterator[Item], rows: int) -> Iterator[Item]:
         return progress(items, "features", verbose=self.verbose, samples=rows)
@@ -216,7 +221,7 @@ class Run:
         features = store.features(meta)
         if features is None:
             return None
-        return Features(features, labels, meta["paths"], meta["classes"], store.folder, body=self.model)
+        return stored_features(features, labels, meta, store.folder, self.model)
 
     @staticmethod
     def _same_rows(store: Store, plan: Plan, meta: dict[str, Any]) -> bool:

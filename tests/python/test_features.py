@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 from torchvision import transforms
 
 import cnnrs
@@ -183,7 +184,52 @@ def test_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyError, match="give the number of a row"):
         Features(whole.features, whole.labels).nearest("4.jpg")
     for k in (0, 20):
-        with pytest.raises(ValueError, match=f"k must be between 1 and the 20 rows there are, got {k}"):
+        with pytest.raises(ValueError, match=f"k must be between 1 and the 19 rows of other images there are, got {k}"):
             whole.nearest(4, k)
     with pytest.raises(ValueError, match=r"features have shape \(4, 2\), the queries \(3,\)"):
         whole.knn(1, torch.zeros(2, 3))
+
+
+def test_take_by_mask_and_by_numbers() -> None:
+    features = Features(torch.arange(6.0), torch.tensor([0, 1, 1, 0, 1, 0]), [f"{i}.jpg" for i in range(6)])
+    for mask in (features.labels == 1, [False, True, True, False, True, False]):
+        assert features.take(mask).features.tolist() == [1, 2, 4]
+        assert features.take(mask).paths == ["1.jpg", "2.jpg", "4.jpg"]
+    assert features.take([5, 0, 5]).features.tolist() == [5, 0, 5]
+    assert len(features.take([])) == len(features.take(features.labels == 7)) == 0
+    with pytest.raises(IndexError, match=r"a mask for 6 rows must have as many bools, got \(2,\)"):
+        features.take([True, False])
+    with pytest.raises(TypeError, match="rows must be integers or bools, got float32"):
+        features.take(torch.tensor([1.7]))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_passes_of_images_without_files_stay_together(tmp_path: Path, stored: bool) -> None:
+    data = TensorDataset(torch.rand(12, 1, 6, 6), torch.arange(12) % 2)
+    loader = cnnrs.DataLoader(data, batch_size=5, shuffle=True)
+    out = tmp_path / "features" if stored else None
+    made = cnnrs.preconv(loader, torch.nn.Conv2d(1, 2, 3), out=out, passes=3, verbose=False)
+    for features in (made, cnnrs.load_features(out) if out else made, made.take(range(36))):
+        train, valid = features.split(0.25)
+        assert len(train) == 24 and len(valid) == 12
+        # The three rows of an image are the same: nothing is random here.
+        images = [{tuple(row) for row in part.features.flatten(1).tolist()} for part in (train, valid)]
+        assert not images[0] & images[1]
+        assert {one.row % 12 for one in features.nearest(4, 33)} == set(range(12)) - {4}
+        with pytest.raises(ValueError, match="the 33 rows of other images there are, got 34"):
+            features.knn(34)
+
+
+def test_rows_and_labels_must_match(tmp_path: Path) -> None:
+    uneven = [(torch.rand(4, 3, 8, 8), torch.arange(3)), (torch.rand(4, 3, 8, 8), torch.arange(4))]
+    for out in (None, tmp_path / "features"):
+        with pytest.raises(ValueError, match=r"one target per input, got inputs of shape \(4, 3, 8, 8\)"):
+            cnnrs.preconv(uneven, torch.nn.Conv2d(3, 2, 3), out=out, verbose=False)
+
+    class Half(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[: len(x) // 2]
+
+    for engine in ("auto", "python"):
+        with pytest.raises(ValueError, match="the model made 4 rows of 8 images"):
+            cnnrs.preconv([(torch.rand(8, 3), torch.arange(8))], Half(), engine=engine, verbose=False)
