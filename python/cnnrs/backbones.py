@@ -55,7 +55,8 @@ def backbone(
             both have it), or ``"efficientnet_lite0"`` (from the packages of that name on PyPI).
         layer: path of the module whose output is taken, as ``named_modules()`` lists it: ``"features.29"``,
             ``"layer3"``, ``"encoder"``. None: the whole of a module; of a model by name everything before its last
-            linear layer, or, with ``pool``, before its own pooling.
+            linear layer, or, with ``pool``, before its own pooling. A module that ``forward`` calls more than once is
+            an error, or its first call where ``forward`` cannot be traced.
         pool: ``"avg"`` or ``"max"`` of (N, C, H, W) or of (N, tokens, C) to (N, C); ``"cls"``: the first token.
         weights: of a model by name: torchvision's names (``"DEFAULT"``, ``"IMAGENET1K_V1"``) or objects, downloaded to
             torch's cache when they are not there; a ``.pth`` or ``.safetensors`` file; None for random numbers.
@@ -84,7 +85,9 @@ def backbone(
     if not isinstance(own, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     body = own if layer is None else cut(own, layer)
-    return Backbone(body, _pooling(pool, body), " ".join(filter(None, (name, layer, pool))), transform)
+    return Backbone(
+        body, _pooling(pool, body, _channels_last(own, layer)), " ".join(filter(None, (name, layer, pool))), transform
+    )
 
 
 def resolve(model: nn.Module | str, layer: str | None, pool: str | None, weights: Any) -> nn.Module:
@@ -101,8 +104,10 @@ def cut(model: nn.Module, layer: str) -> nn.Module:
     """The part of ``model`` that leads to the output of the module ``layer``; shares its parameters.
 
     Raises:
-        ValueError: there is no such module.
+        ValueError: there is no such module, or it is called more than once.
     """
+    if not isinstance(layer, str):
+        raise TypeError(f"layer must be the path of a module, such as 'features.29', got {layer!r}")
     modules = dict(model.named_modules())
     if layer not in modules or not layer:
         close = difflib.get_close_matches(layer, modules, n=4, cutoff=0.3)
@@ -127,6 +132,11 @@ def _traced(model: nn.Module, layer: str) -> nn.Module | None:
             return None
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target == layer]
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(calls) > 1:
+        raise ValueError(
+            f"forward of {type(model).__name__} calls {layer} {len(calls)} times: which output is meant cannot be "
+            "told; take the layer around it or behind it"
+        )
     if len(calls) != 1 or len(inputs) != 1:
         return None
     for node in reversed(list(graph.nodes)):
@@ -176,9 +186,22 @@ class _Until(nn.Module):
 # -- pooling -------------------------------------------------------------------------------------------------
 
 
-def _pooling(pool: str | None, body: nn.Module) -> nn.Module:
+def _channels_last(model: nn.Module, layer: str | None) -> bool:
+    """Whether four dimensions are (N, H, W, C), which their sizes do not tell."""
+    from torchvision.models import SwinTransformer
+
+    if isinstance(model, SwinTransformer):
+        # All but the convolution that cuts the image into patches.
+        return layer is not None and layer.partition(".")[0] in ("features", "norm") and layer != "features.0.0"
+    # What timm's models say of themselves.
+    return getattr(model, "output_fmt", None) == "NHWC"
+
+
+def _pooling(pool: str | None, body: nn.Module, channels_last: bool) -> nn.Module:
     if pool is None:
         return nn.Identity()
+    if channels_last:
+        return _Pool(pool, channels_last)
     # Layers that the engines know, where the output is certain to be a picture.
     if pool == "avg" and _makes_pictures(body):
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -201,12 +224,15 @@ def _makes_pictures(body: nn.Module) -> bool:
 
 
 class _Pool(nn.Module):
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, channels_last: bool = False) -> None:
         super().__init__()
         self.kind = kind
+        self.channels_last = channels_last
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) or (N, tokens, C) to (N, C)."""
+        """(N, C, H, W) or (N, tokens, C), with `channels_last` (N, H, W, C), to (N, C)."""
+        if self.channels_last and x.dim() == 4:
+            x = x.flatten(1, 2)
         if self.kind == "cls":
             if x.dim() != 3:
                 raise ValueError(f'pool="cls" takes the first of (N, tokens, C), this layer returns {tuple(x.shape)}')
@@ -220,7 +246,7 @@ class _Pool(nn.Module):
         return x.mean(dim=2) if self.kind == "avg" else x.amax(dim=2)
 
     def extra_repr(self) -> str:
-        return self.kind
+        return self.kind + (", channels last" if self.channels_last else "")
 
 
 # -- transforms ----------------------------------------------------------------------------------------------

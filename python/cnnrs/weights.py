@@ -8,6 +8,7 @@ import importlib
 import math
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -21,7 +22,8 @@ from torch import nn
 from cnnrs.layers import last_linear
 
 # Where the picture before the pooling comes from, in the families that have no `features`.
-_LAST_MAPS = ("features", "layer4", "encoder", "trunk_output", "Mixed_7c", "inception5b", "blocks")
+# `permute`: Swin's features have their channels last until then.
+_LAST_MAPS = ("permute", "features", "layer4", "encoder", "trunk_output", "Mixed_7c", "inception5b", "blocks")
 _LITE0 = "efficientnet_lite0"
 
 
@@ -86,13 +88,13 @@ def _torchvision(name: str, weights: Any) -> Found:
     import torchvision
 
     choices = torchvision.models.get_model_weights(name)
-    model = torchvision.models.get_model(name, weights=None)
-    if weights is None or _is_file(weights):
-        file = None if weights is None else Path(weights).name
+    if weights is None:
+        return _found(f"{name} (random)", torchvision.models.get_model(name, weights=None), None, "", None)
+    if _is_file(weights):
+        file = Path(weights).name
         named = next((one for one in choices if file == Path(urlparse(one.url).path).name), choices.DEFAULT)
-        state = None if weights is None else read(weights)
-        transform = None if weights is None else named.transforms()
-        return _found(f"{name} ({weights or 'random'})", model, state, str(weights), transform)
+        state = read(weights)
+        return _found(f"{name} ({weights})", _built(name, named, state), state, str(weights), named.transforms())
     try:
         chosen = weights if isinstance(weights, choices) else choices[str(weights).rpartition(".")[2]]
     except KeyError:
@@ -101,7 +103,22 @@ def _torchvision(name: str, weights: Any) -> Found:
             f"{name} has the weights {names}, or give a .pth or .safetensors file; got {weights!r}"
         ) from None
     state = _fetched(name, chosen)
-    return _found(f"{name} ({chosen.name})", model, state, chosen.url, chosen.transforms())
+    return _found(f"{name} ({chosen.name})", _built(name, chosen, state), state, chosen.url, chosen.transforms())
+
+
+def _built(name: str, chosen: Any, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The model as torchvision's builder makes it for these weights, before they are loaded."""
+    import torchvision
+
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        # These weights want pixels between -1 and 1; the model itself turns the usual normalisation into that.
+        has_aux = any(key.startswith(("aux1.", "AuxLogits.")) for key in state)
+        options = {"transform_input": True, "init_weights": False, "aux_logits": has_aux}
+    elif name.startswith("vit_"):
+        options = {"image_size": chosen.meta["min_size"][0]}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    return model
 
 
 def _fetched(name: str, chosen: Any) -> Mapping[str, torch.Tensor]:
@@ -271,7 +288,16 @@ def read(path: str | os.PathLike[str]) -> Mapping[str, torch.Tensor]:
         state = inner
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state_dict")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return _renamed(state, lambda key: key.removeprefix("module."))
+
+
+def _renamed(state: Mapping[str, torch.Tensor], change: Callable[[str], str]) -> Mapping[str, torch.Tensor]:
+    """The same tensors, with the versions of the modules that torch keeps beside them."""
+    renamed: Any = OrderedDict((change(key), value) for key, value in state.items())
+    versions = getattr(state, "_metadata", None)
+    if versions is not None:
+        renamed._metadata = {change(f"{key}.").removesuffix("."): value for key, value in versions.items()}
+    return renamed  # type: ignore[no-any-return]
 
 
 def _found(name: str, model: nn.Module, state: Mapping[str, torch.Tensor] | None, source: str, transform: Any) -> Found:
@@ -297,7 +323,9 @@ def _last(model: nn.Module) -> tuple[str, int] | None:
 
 
 def _fill(model: nn.Module, state: Mapping[str, torch.Tensor], source: str, unused: Any) -> None:
-    kept = {key: value for key, value in state.items() if key not in unused}
+    kept: Any = OrderedDict((key, value) for key, value in state.items() if key not in unused)
+    # Safetensors files say no versions; MNASNet insists on its own.
+    kept._metadata = getattr(state, "_metadata", None) or {"": {"version": model._version}}
     try:
         model.load_state_dict(kept)
     except RuntimeError as error:

@@ -75,6 +75,31 @@ def test_a_layer_is_the_part_before_it(name: str, layer: str) -> None:
     assert model.training is False
 
 
+@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t"])
+@pytest.mark.parametrize("layer", [None, "features", "features.0.0", "features.3", "norm", "permute"])
+def test_swins_channels_come_last(name: str, layer: str | None) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 64, 64)
+    model = models.get_model(name, weights=None).eval()
+    whole = cnnrs.backbone(model, layer or "permute").eval()
+    torch.manual_seed(0)
+    ours = cnnrs.backbone(name if layer is None else model, layer, "avg", weights=None).eval()
+    with torch.no_grad():
+        picture = whole(x)
+        axes = (2, 3) if layer in (None, "permute", "features.0.0") else (1, 2)
+        if layer is None:
+            ours.load_state_dict({f"body.{key}": value for key, value in model.state_dict().items()}, strict=False)
+        assert torch.allclose(ours(x), picture.mean(axes), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_is_called_twice(resnet: nn.Module) -> None:
+    # A residual block's ReLU serves inside and at the end.
+    with pytest.raises(ValueError, match=r"forward of ResNet calls layer4\.1\.relu 2 times: .* told; take the layer around it"):
+        cnnrs.backbone(resnet, "layer4.1.relu")
+    with pytest.raises(TypeError, match=r"layer must be the path of a module, such as 'features\.29', got 29"):
+        cnnrs.backbone(resnet, 29)  # type: ignore[arg-type]
+
+
 def test_a_model_that_cannot_be_traced_is_stopped_behind_the_layer() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
@@ -234,6 +259,61 @@ def test_offline(cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception)
     text = str(caught.value)
     assert f"wanted:  {name}, from https://example.invalid/{name}" in text and f"looked:  {cache.parent}" in text
     assert "weights=<path>" in text
+
+
+BUILT = [
+    ("inception_v3", "DEFAULT", 299),
+    ("googlenet", "DEFAULT", 64),
+    ("mnasnet0_5", "DEFAULT", 64),
+    ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 384),
+    ("shufflenet_v2_x0_5", "DEFAULT", 64),
+    ("squeezenet1_1", "DEFAULT", 64),
+]
+
+
+@pytest.mark.parametrize(("name", "version", "size"), BUILT)
+@pytest.mark.parametrize("source", ["download", "file"])
+def test_a_name_is_the_model_that_torchvision_builds_for_the_weights(
+    name: str, version: str, size: int, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+    if name == "vit_b_16":
+        options["image_size"] = size
+    state = models.get_model(name, weights=None, **options).state_dict()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda *_, **__: state)
+    theirs = models.get_model(name, weights=version).eval()
+    given = version
+    if source == "file":
+        # Named as torchvision names it: that is how the file says which version it is.
+        given = str(tmp_path / Path(models.get_weight(f"{_class(name)}.{version}").url).name)
+        torch.save(state, given)
+    ours = cnnrs.backbone(name, weights=given).eval()
+    x = torch.rand(2, 3, size, size)
+    heads = [path for path, module in theirs.named_modules() if isinstance(module, nn.Linear)]
+    if heads:
+        theirs.set_submodule(heads[-1], nn.Identity())
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+
+
+def _class(name: str) -> str:
+    return type(next(iter(models.get_model_weights(name)))).__name__
+
+
+def test_a_googlenet_without_auxiliary_heads_and_mnasnet_without_versions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = models.googlenet(weights=None, aux_logits=False, init_weights=False)
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    body = cnnrs.backbone("googlenet", weights=tmp_path / "own.pth")
+    assert all(
+        torch.equal(value, model.state_dict()[f"{key.removeprefix('body.')}"])
+        for key, value in body.state_dict().items()
+    )
+    plain = dict(models.mnasnet0_5(weights=None).state_dict())
+    torch.save(plain, tmp_path / "plain.pth")
+    assert len(cnnrs.backbone("mnasnet0_5", weights=tmp_path / "plain.pth").state_dict()) == len(plain) - 2
 
 
 # -- transforms --------------------------------------------------------------------------------------------------------
