@@ -65,7 +65,8 @@ def preconv(
         dtype: type to keep features in, "float32", "float16" or "bfloat16"; None: what the model returns. A value that
             float16 cannot hold is an error.
         passes: how many times all images are augmented and computed: K * N rows, pass by pass.
-        seed: of the augmentation, which depends on seed, pass and image, on nothing else.
+        seed: of the augmentation in a folder or with passes, which then depends on seed, pass and image only. One pass
+            in memory is what the loader gives, which draws as it always does.
         any_transform: accept a transform that is not the one the weights were trained with.
         verbose: say what is stored or recomputed, and show a bar on terminals and in notebooks.
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 import cnnrs
 from cnnrs._notes import note
 from cnnrs._progress import progress
-from cnnrs.backbones import Backbone, check_transform, with_transform
+from cnnrs.backbones import Backbone, check_transform, transforms_of, with_transform
 from cnnrs.extract import Extractor
 from cnnrs.features import Features
 from cnnrs.features import stored as stored_features
@@ -36,9 +36,33 @@ def source_of(
         wanted = body.transform if isinstance(body, Backbone) else None
         loader = cnnrs.DataLoader(with_transform(data, wanted), batch_size=batch_size, num_workers=num_workers)
     source = Data(loader)
+    transforms = transforms_of(getattr(loader, "dataset", None))
     if isinstance(body, Backbone) and not any_transform:
-        check_transform(source.transform, body)
+        for transform in transforms:
+            check_transform(transform, body)
+    if None in transforms and _are_pictures(loader):
+        advice = "give preconv the data set itself, then it gets the one the weights want, or"
+        known = isinstance(body, Backbone) and body.transform is not None and not isinstance(data, Dataset)
+        raise ValueError(
+            f"the images have no transform that makes tensors of them: {advice if known else ''} "
+            "give the data set a transform, such as transforms.Compose([transforms.Resize((224, 224)), "
+            "transforms.ToTensor()])".replace("  ", " ")
+        )
     return source
+
+
+def _are_pictures(loader: Any) -> bool:
+    """Whether the first sample is a picture that nobody has made a tensor of, and the loader does not either."""
+    from PIL import Image
+
+    if not isinstance(loader, DataLoader) or loader.collate_fn is not default_collate:
+        return False
+    try:
+        image, _ = loader.dataset[0]
+    except Exception:
+        # The loader meets the fault too, and says what its on_error wants.
+        return False
+    return isinstance(image, Image.Image)
 
 
 class Run:

@@ -94,7 +94,7 @@ def test_swins_channels_come_last(name: str, layer: str | None) -> None:
 
 def test_a_layer_that_is_called_twice(resnet: nn.Module) -> None:
     # A residual block's ReLU serves inside and at the end.
-    with pytest.raises(ValueError, match=r"forward of ResNet calls layer4\.1\.relu 2 times: .* told; take the layer around it"):
+    with pytest.raises(ValueError, match=r"ResNet calls layer4\.1\.relu 2 times: .* told; take the layer around it"):
         cnnrs.backbone(resnet, "layer4.1.relu")
     with pytest.raises(TypeError, match=r"layer must be the path of a module, such as 'features\.29', got 29"):
         cnnrs.backbone(resnet, 29)  # type: ignore[arg-type]
@@ -324,6 +324,58 @@ def test_images_without_a_transform_get_the_weights_own(cache: Path, folder: Pat
     own = models.ResNet18_Weights.DEFAULT.transforms()
     expected = cnnrs.preconv(cnnrs.ImageFolder(folder, own), cnnrs.backbone("resnet18"))
     assert features.features.shape == (26, 512) and torch.equal(features.features, expected.features)
+
+
+def test_parts_of_a_data_set_get_the_weights_own_too(cache: Path, folder: Path) -> None:
+    data = cnnrs.ImageFolder(folder)
+    whole = cnnrs.preconv(data, "resnet18", verbose=False).features
+    part = torch.utils.data.Subset(data, [3, 1, 20])
+    # Batches of another size sum in another order.
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(cnnrs.preconv(part, "resnet18", verbose=False).features, whole[[3, 1, 20]], **close)
+    both = torch.utils.data.ConcatDataset([part, data])
+    torch.testing.assert_close(cnnrs.preconv(both, "resnet18", verbose=False).features[3:], whole, **close)
+    assert data.transform is None
+    plain = transforms.Compose([transforms.Resize((64, 64)), transforms.ToTensor()])
+    with pytest.raises(ValueError, match="not prepared as the weights of resnet18"):
+        cnnrs.preconv(torch.utils.data.ConcatDataset([part, cnnrs.ImageFolder(folder, plain)]), "resnet18")
+    with pytest.raises(
+        ValueError, match="no transform that makes tensors of them: give preconv the data set itself, then"
+    ):
+        cnnrs.preconv(cnnrs.DataLoader(data), "resnet18")
+    with pytest.raises(
+        ValueError, match=r"tensors of them: give the data set a transform, such as transforms\.Compose"
+    ):
+        cnnrs.preconv(data, cnnrs.models.SimpleCNN())
+
+
+def _flip_and_scale(picture: Any) -> torch.Tensor:
+    tensor = transforms.functional.to_tensor(picture.resize((224, 224)))
+    return tensor.flip(2) if torch.rand(()) < 0.5 else tensor
+
+
+NORMALISED = [transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
+
+
+@pytest.mark.parametrize(
+    ("transform", "same"),
+    [
+        (transforms.Compose([transforms.RandomResizedCrop(224), transforms.TrivialAugmentWide(), *NORMALISED]), True),
+        (
+            transforms.Compose([transforms.RandomResizedCrop(224), transforms.TrivialAugmentWide(), NORMALISED[0]]),
+            False,
+        ),
+        (lambda picture: NORMALISED[1](_flip_and_scale(picture)), True),
+        (_flip_and_scale, False),
+    ],
+)
+def test_random_steps_that_only_python_knows_must_normalise_the_same(cache: Path, transform: Any, same: bool) -> None:
+    body = cnnrs.backbone("resnet18")
+    if same:
+        backbones.check_transform(transform, body)
+    else:
+        with pytest.raises(ValueError, match="not prepared as the weights of resnet18"):
+            backbones.check_transform(transform, body)
 
 
 FLOAT = v2.ToDtype(torch.float32, scale=True)
