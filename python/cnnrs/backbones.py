@@ -108,6 +108,10 @@ def cut(model: nn.Module, layer: str) -> nn.Module:
     """
     if not isinstance(layer, str):
         raise TypeError(f"layer must be the path of a module, such as 'features.29', got {layer!r}")
+    # The part of a compiled module is cut out of the module itself.
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("a ScriptModule cannot be cut: give the module it was made of, or no layer")
     modules = dict(model.named_modules())
     if layer not in modules or not layer:
         close = difflib.get_close_matches(layer, modules, n=4, cutoff=0.3)

@@ -138,7 +138,8 @@ class Pipeline:
         """The features on their way to the CPU, and the event after which they are there."""
         features = self._forward(inputs)
         if self.device.type != "cuda":
-            return features.cpu(), None
+            # A copy in any case: the model may return the same buffer for the next batch, before this one is used.
+            return features.to("cpu", copy=True), None
         host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
         host.copy_(features, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

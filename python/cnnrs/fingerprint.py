@@ -107,12 +107,18 @@ class _Walk:
         self.digest.update(plain.flatten().view(torch.uint8).numpy().data)
 
     def _module(self, module: nn.Module) -> None:
+        if type(module).__module__.startswith("torch._dynamo"):
+            # torch.compile's wrapper holds handles of this process; it computes what the module does.
+            self.add(module._orig_mod)
+            return
         self._class(type(module))
         if isinstance(module, torch.fx.GraphModule):
             # Its graph is full of identities; the code says the same.
             self.text(module.code)
         elif isinstance(module, torch.jit.ScriptModule):
             self.text(str(module.inlined_graph))
+            self.add({**dict(module.named_parameters()), **dict(module.named_buffers())})
+            return
         else:
             for name, value in vars(module).items():
                 if name.endswith("_hooks"):

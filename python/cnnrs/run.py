@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -188,7 +189,7 @@ class Run:
             "precision": self.extractor.precision or "",
             "dtype": self.extractor.dtype or "",
             "seed": str(seed) if self.data.is_random else "",
-            "versions": _versions(),
+            "versions": _versions(self.model),
         }
         return Plan(self.data, key, passes, seed, loader.batch_size or 1)
 
@@ -295,14 +296,19 @@ _WORDS = {
     "precision": "another precision is asked for",
     "dtype": "another dtype is asked for",
     "seed": "another seed is asked for",
-    "versions": "another version of torch, Pillow or cnnrs computes them",
+    "versions": "another version of torch, torchvision, timm, Pillow or cnnrs computes them",
 }
 
 
-def _versions() -> str:
+def _versions(model: nn.Module) -> str:
+    """Of the packages whose code the other parts of the key take for granted."""
     import PIL
+    import torchvision
 
-    return f"torch {torch.__version__}, Pillow {PIL.__version__}, cnnrs {cnnrs.__version__}"
+    found = {"torch": torch, "torchvision": torchvision, "Pillow": PIL, "cnnrs": cnnrs}
+    if any(type(module).__module__.startswith("timm.") for module in model.modules()):
+        found["timm"] = sys.modules["timm"]
+    return ", ".join(f"{name} {package.__version__}" for name, package in found.items())
 
 
 def _model_hash(model: nn.Module) -> str | None:

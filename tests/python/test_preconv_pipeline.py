@@ -114,6 +114,22 @@ def test_the_next_batch_is_launched_before_the_last_one_is_handed_over() -> None
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_model_that_returns_one_buffer_again_and_again(tmp_path: Path, stored: bool) -> None:
+    class Buffered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kept", torch.zeros(4, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.kept.copy_(x)
+
+    rows = torch.arange(24.0).reshape(12, 2)
+    batches = [(rows[i : i + 4], torch.arange(4)) for i in range(0, 12, 4)]
+    out = tmp_path / "f" if stored else None
+    assert torch.equal(cnnrs.preconv(batches, Buffered(), out=out, verbose=False).features, rows)
+
+
 class Slow(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         CALLS.append(SIZE_OF[0]())

@@ -249,3 +249,38 @@ def test_passes_that_make_no_sense(images: Path) -> None:
         cnnrs.preconv(DataLoader(data), Counting(), passes=2)
     with pytest.warns(UserWarning, match="draws nothing at random"):
         cnnrs.preconv(data, Counting(), passes=2)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.jit.script])
+def test_compiled_models_are_recognised(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrap: Any
+) -> None:
+    def made(seed: int) -> Any:
+        torch.manual_seed(seed)
+        layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+        # The eager backend: no compiler is needed for what is tested here.
+        return torch.compile(layers, backend="eager") if wrap is torch.compile else wrap(layers)
+
+    model = made(0)
+    first = run(images, tmp_path / "f", model)
+    for again in (model, made(0)):
+        capsys.readouterr()
+        assert torch.equal(run(images, tmp_path / "f", again).features, first.features)
+        assert said(capsys).endswith("features are up to date, nothing to compute")
+    run(images, tmp_path / "f", made(1))
+    assert said(capsys).endswith("because the model or its weights changed")
+
+
+def test_the_versions_of_all_packages_count(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import PIL
+    import torchvision
+
+    run(images, tmp_path / "f")
+    for package in (torchvision, PIL, cnnrs):
+        with monkeypatch.context() as patch:
+            patch.setattr(package, "__version__", "0.0.1")
+            capsys.readouterr()
+            run(images, tmp_path / "f")
+            assert "another version of torch, torchvision, timm, Pillow or cnnrs" in capsys.readouterr().out
