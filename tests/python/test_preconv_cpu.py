@@ -82,6 +82,31 @@ def test_error_is_at_most_five_times_torchs(name: str) -> None:
     assert torch.equal(outputs[0].argmax(1), torchs.argmax(1))
 
 
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("vgg16", "features.3"), ("vgg16", "features.15"), ("resnet18", "layer1"), ("resnet18", "layer2")],
+)
+def test_means_over_large_pictures_are_as_precise(name: str, layer: str) -> None:
+    torch.manual_seed(0)
+    model = cnnrs.backbone(randomised(getattr(torchvision.models, name)()), layer, "avg").eval()
+    images = torch.rand(2, 3, 224, 224)
+    fast, precise = compiled(model), compiled(model, exact=True)
+    with torch.no_grad():
+        torchs, outputs = model(images), (fast(images), precise(images))
+        exact = model.double()(images.double())
+    for output in outputs:
+        assert error(output, exact) <= 5 * error(torchs, exact)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (224, 224), (1024, 1024), (1000, 3), (3, 1000)])
+def test_the_mean_of_a_picture_is_as_precise(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    images, pool = torch.rand(2, 16, *size), nn.AdaptiveAvgPool2d(1)
+    exact = images.double().mean((2, 3), keepdim=True)
+    # A running sum of n terms is off by about sqrt(n / 3) * 2**-25; a row of 1000 is one, and 2 for chance.
+    assert error(compiled(pool)(images), exact) <= max(5 * error(pool(images), exact), 20 * 2**-24)
+
+
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="no photos")
 @pytest.mark.parametrize(
     "name", ["vgg16", "resnet18", "resnet50", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny"]

@@ -94,6 +94,9 @@ pub trait Lanes: Copy {
     /// Asks for the cache line at `at` ahead of time; any address will do.
     #[inline(always)]
     fn prefetch(_at: *const f32) {}
+    /// The same, into the second-level cache: for much that is needed later.
+    #[inline(always)]
+    fn prefetch_l2(_at: *const f32) {}
 }
 
 #[derive(Clone, Copy)]

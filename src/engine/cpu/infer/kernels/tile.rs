@@ -17,6 +17,9 @@ pub struct Tile<'a> {
     pub short: usize,
     pub short_len: usize,
     pub weights: *const f32,
+    /// Weights of a later call, of which each offset asks for so many cache lines.
+    pub later: *const f32,
+    pub later_lines: usize,
     pub output: *mut f32,
     pub output_stride: usize,
     pub output_block: usize,
@@ -159,6 +162,10 @@ unsafe fn run<V: Lanes, const R: usize, const C: usize, const STRIDE: usize>(t: 
                     for r in 0..R {
                         V::prefetch(t.input.wrapping_add(next + r * stride));
                     }
+                }
+                let done = (t.offsets.len() - rest.len() + i) * t.later_lines;
+                for line in done..done + t.later_lines {
+                    V::prefetch_l2(t.later.wrapping_add(line * LANES));
                 }
                 for k in 0..if rest.len() - i > t.short { t.len } else { t.short_len } {
                     let mut w = [V::splat(0.0); C];

@@ -231,6 +231,8 @@ impl Conv {
             short: self.taps.short,
             short_len: self.taps.short_len,
             weights: cx.weights.at(self.weights + block * LANES * depth, columns * LANES * depth),
+            later: std::ptr::null(),
+            later_lines: 0,
             output: p.to.wrapping_add(p.start * output_stride),
             output_stride,
             output_block: p.to_block,

@@ -226,6 +226,10 @@ impl Work<'_> {
         let products = s.size.products();
         let u_len = inputs * columns * LANES;
         let u = self.cx.weights.at(s.weights + panel * wide * LANES * inputs * products, u_len * products);
+        let groups = self.count.div_ceil(rows);
+        // U of the next product comes from far away, once for all tiles of the block: each microkernel asks for a slice of
+        // it. Alone, U is small and stays near.
+        let slice = if s.alone { 0 } else { u_len.div_ceil(LANES * s.offsets.len() * groups) };
         for k in 0..products {
             for (group, start) in (0..self.count).step_by(rows).enumerate() {
                 let job = Tile {
@@ -236,6 +240,8 @@ impl Work<'_> {
                     short: 0,
                     short_len: 0,
                     weights: u.wrapping_add(k * u_len),
+                    later: u.wrapping_add((k + 1) * u_len + group * slice * s.offsets.len() * LANES),
+                    later_lines: slice,
                     output: self.m.wrapping_add(k * s.m_plane() + start * columns * LANES),
                     output_stride: columns * LANES,
                     output_block: LANES,
