@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -144,9 +145,21 @@ class Run:
             changes = self._changes(meta, plan)
             usable = meta if meta is not None and not changes else None
             if usable is not None and self._same_rows(store, plan, usable):
-                # Only names or labels are others.
-                store.discard()
-                store.commit(store.layout(usable), plan.labels(), plan.meta(usable["ids"]))
+                # Only names, times or labels are others.
+                now = plan.meta(usable["ids"])
+                try:
+                    store.discard()
+                    store.commit(store.layout(usable), plan.labels(), now)
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                        raise
+                    # A folder that may only be read keeps the old ones; the features are right all the same.
+                    made = self._opened(
+                        store, {**usable, "paths": now["paths"], "classes": now["classes"]}, plan.labels()
+                    )
+                    if made is not None:
+                        return made
+                    raise
             else:
                 if changes:
                     self._say(f"{store.folder}: recomputing the features, because {' and '.join(changes)}")

@@ -217,6 +217,15 @@ def test_a_full_file_system(images: Path, tmp_path: Path) -> None:
         computed()
         # Reading needs no writing.
         assert torch.equal(run(images, disk / "f").features, fresh(images).features) and computed() == 0
+        # Nor does it when times and folders are others.
+        os.utime(images / "bee" / "1.jpg")
+        moved = images.rename(images.with_name("moved"))
+        found = run(moved, disk / "f")
+        assert torch.equal(found.features, fresh(moved).features) and computed() == 0
+        assert all(path.startswith(str(moved)) for path in found.paths or [""])
+        # Its mapping keeps the file system in use.
+        del found
+        moved.rename(images)
         with pytest.raises(PermissionError, match=r"features cannot be written to .* give out= a folder that can be"):
             run(images, disk / "f", Counting(2.0))
     finally:
@@ -231,6 +240,13 @@ def test_a_folder_that_may_only_be_read(images: Path, tmp_path: Path) -> None:
     try:
         computed()
         assert torch.equal(run(images, out).features, first.features) and computed() == 0
+        # Nor does it when times and folders are others.
+        os.utime(images / "bee" / "1.jpg")
+        moved = images.rename(images.with_name("moved"))
+        found = run(moved, out)
+        assert torch.equal(found.features, fresh(moved).features) and computed() == 0
+        assert all(path.startswith(str(moved)) for path in found.paths or [""])
+        moved.rename(images)
         with pytest.raises(PermissionError, match="give out= a folder that can be written"):
             run(images, out, Counting(2.0))
     finally:
