@@ -235,6 +235,8 @@ class _Pool(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) or (N, tokens, C), with `channels_last` (N, H, W, C), to (N, C)."""
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"pool={self.kind!r} takes one tensor, this layer returns a {type(x).__name__}")
         if self.channels_last and x.dim() == 4:
             x = x.flatten(1, 2)
         if self.kind == "cls":

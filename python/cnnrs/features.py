@@ -181,6 +181,9 @@ class Features:
             raise ValueError(
                 "these features do not know the module that computed them: pass it, features.attach(head, vgg.features)"
             )
+        for name, module in (("head", head), ("body", body)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name} must be a torch.nn.Module, got {module!r}")
         return Attached(body, head, self.features.dtype)
 
     # -- resemblance -----------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -89,11 +90,18 @@ def preconv(
     >>> features.shape, labels.tolist()
     (torch.Size([8, 5, 6, 6]), [0, 1, 2, 3, 0, 1, 2, 3])
     """
-    if passes < 1:
-        raise ValueError(f"passes must be at least 1, got {passes}")
+    if isinstance(data, (str, os.PathLike)):
+        raise TypeError(
+            f"data must be a loader or a data set, got a path: cnnrs.ImageFolder({os.fspath(data)!r}, transform)"
+        )
+    if not isinstance(passes, SupportsIndex) or operator.index(passes) < 1:
+        raise ValueError(f"passes must be at least 1, a whole number, got {passes!r}")
+    if not isinstance(seed, SupportsIndex):
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
     body = resolve(model, layer, pool, weights)
     source = source_of(data, body, batch_size, num_workers, any_transform)
     with frozen(body):
+        passes, seed = operator.index(passes), operator.index(seed)
         run = Run(source, body, Extractor(body, engine, precision, type_name(dtype), verbose), verbose)
         if out is None:
             return run.in_memory(passes, seed)

@@ -194,7 +194,10 @@ class Store:
             PermissionError: the folder cannot be written.
         """
         with _explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise type(error)(error.errno, "out= names a folder, but here is a file", str(self.folder)) from None
         self._refuse_others()
         handle = os.open(self.folder, os.O_RDONLY)
         try:

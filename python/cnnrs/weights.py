@@ -69,6 +69,10 @@ def find(name: str, weights: Any) -> Found:
     """
     import torchvision
 
+    if isinstance(weights, Mapping):
+        raise TypeError(
+            f"weights is a {type(weights).__name__}: load it, model.load_state_dict(...), and give the model"
+        )
     if name.startswith("timm/"):
         return _timm(name.removeprefix("timm/"), weights)
     if name == _LITE0:

@@ -254,3 +254,34 @@ def test_features_from_cuda_come_back(folder: Path, engine: Any) -> None:
     assert on_gpu.device.type == "cpu"
     # cuDNN may use TF32: 10 bits of mantissa, sums of 27 products of values below 1.
     assert torch.allclose(on_gpu, on_cpu, atol=1e-3)
+
+
+def test_arguments_that_make_no_sense(folder: Path, tmp_path: Path) -> None:
+    model = nn.Conv2d(3, 2, 3)
+    batches = [(torch.rand(4, 3, 8, 8), torch.arange(4))]
+    with pytest.raises(
+        TypeError, match=r"must be a loader or a data set, got a path: cnnrs\.ImageFolder\('.*', transform\)"
+    ):
+        cnnrs.preconv(folder, model)  # type: ignore[arg-type]
+    assert len(cnnrs.preconv(batches, model, passes=np.int64(1), seed=np.int64(3))) == 4
+    for passes in ("2", 2.0, 0):
+        with pytest.raises(ValueError, match="passes must be at least 1, a whole number, got"):
+            cnnrs.preconv(batches, model, passes=passes)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="seed must be a whole number, got None"):
+        cnnrs.preconv(batches, model, seed=None)  # type: ignore[arg-type]
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "below"):
+        with pytest.raises(OSError, match=r"out= names a folder, but here is a file: '.*file"):
+            cnnrs.preconv(batches, model, out=out)
+    with pytest.raises(TypeError, match=r"body must be a torch\.nn\.Module, got 'resnet18'"):
+        cnnrs.preconv(batches, model).attach(nn.Flatten(), "resnet18")  # type: ignore[arg-type]
+
+    class Pair(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return x, x
+
+    with pytest.raises(TypeError, match="pool='avg' takes one tensor, this layer returns a tuple"):
+        cnnrs.preconv(batches, Pair(), pool="avg")
+    with pytest.raises(TypeError, match="weights is a dict: load it"):
+        cnnrs.preconv(batches, "resnet18", weights={})

@@ -241,7 +241,7 @@ def test_passes_are_keyed_by_seed_and_image(images: Path, tmp_path: Path, capsys
 
 def test_passes_that_make_no_sense(images: Path) -> None:
     data = cnnrs.ImageFolder(images, TRANSFORM)
-    with pytest.raises(ValueError, match="passes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="passes must be at least 1, a whole number, got 0"):
         cnnrs.preconv(data, Counting(), passes=0)
     with pytest.raises(ValueError, match="passes=2 needs a loader over an image folder"):
         cnnrs.preconv([(torch.zeros(1, 3, 8, 8), torch.zeros(1))], Counting(), passes=2)
