@@ -6,6 +6,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 #: Contenders that the README compares with.
 THEIRS = ("torchvision + DataLoader", "the tutorial's loop", "torch eager", "ONNX Runtime", "OpenVINO")
+LINK = "[benches/RESULTS.md](benches/RESULTS.md)"
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
 
 
@@ -37,14 +38,22 @@ def figures(results: str) -> str:
         fastest = max(theirs, key=lambda name: float(cells[name].replace(",", "")))
         ratio = better[1] if better else ratios[ours[0]]
         rows.append(f"| {title} | {cells[fastest]} {unit[1]} | {cells[ours[0]]} {unit[1]} | {ratio} |")
-    machine = re.search(r"^- CPU: (.*?), Linux|^- CPU: (.*?); GPU", results, flags=re.M)
-    versions = re.search(r"^- (Python .*)$", results, flags=re.M)
-    date = re.search(r"\d{4}-\d{2}-\d{2}", results)
-    assert machine and versions and date
-    where = f"{machine[1] or machine[2]}; {versions[1]}; {date[0]}"
-    return "\n".join(
-        [*rows, "", f"{where}. Spread and other contenders: [benches/RESULTS.md](benches/RESULTS.md).", ""]
-    )
+    return "\n".join([*rows, "", f"{where(results)}. Spread and other contenders: {LINK}.", ""])
+
+
+def where(results: str) -> str:
+    """The machine, versions and day of the parts, those of each group of parts where they differ."""
+    parts: dict[str, list[str]] = {}
+    found = re.split(r"^## (\w+)$", results, flags=re.M)[1:]
+    for name, text in zip(found[::2], found[1::2], strict=True):
+        machine = re.search(r"^- CPU: (.*?); GPU", text, flags=re.M)
+        versions = re.search(r"^- (Python .*)$", text, flags=re.M)
+        date = re.search(r"\d{4}-\d{2}-\d{2}", text)
+        assert machine and versions and date
+        parts.setdefault(f"{machine[1]}; {versions[1]}; {date[0]}", []).append(name)
+    if len(parts) == 1:
+        return next(iter(parts))
+    return "; ".join(f"**{', '.join(names)}**: {text}" for text, names in parts.items())
 
 
 def update(readme: str, results: str) -> str:
