@@ -347,7 +347,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-@pytest.mark.parametrize("engine", ["torch", "python"])
+@pytest.mark.parametrize("engine", ["cpu", "torch", "python"])
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, engine: str) -> None:
     peaks = []
     for rows in (1_000, 10_000):
