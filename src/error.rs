@@ -14,14 +14,17 @@ pub enum Error {
     Io { path: PathBuf, source: io::Error },
 
     // -- the data's ------------------------------------------------------------------------------------------------------
-    /// The bytes of a file cannot be turned into pixels or labels.
+    /// The bytes of a file cannot be turned into pixels or labels; `truncated` when it is because there are too few.
     #[error("{}cannot be decoded: {reason}", prefix(path))]
-    Decode { path: PathBuf, reason: String },
+    Decode { path: PathBuf, reason: String, truncated: bool },
     /// The image is larger than the limits allow (checked before anything is allocated).
     #[error("{}image of {width} x {height} pixels is over the limit of {limit} pixels", prefix(path))]
     TooLarge { path: PathBuf, width: u64, height: u64, limit: u64 },
 
     // -- the caller's ----------------------------------------------------------------------------------------------------
+    /// The system has no memory for a buffer whose size the file, the transform or the batch decides.
+    #[error("{}not enough memory for {bytes} bytes", prefix(path))]
+    OutOfMemory { path: PathBuf, bytes: usize },
     /// An argument makes no sense.
     #[error("{0}")]
     Argument(String),
@@ -30,10 +33,13 @@ pub enum Error {
     Shape { layer: String, reason: String },
 
     /// A class index that the model has no output for.
-    #[error("target {target} is out of bounds: the model has {classes} outputs, so classes are 0..={}", classes - 1)]
+    #[error("Target {target} is out of bounds: the model has {classes} outputs, so classes are 0..={}", classes - 1)]
     Target { target: i64, classes: i64 },
 
     // -- training's ------------------------------------------------------------------------------------------------------
+    /// An engine would not take a batch.
+    #[error("{0}")]
+    Refused(Box<Error>),
     /// The loss is NaN or infinite.
     #[error("loss is {loss} in {phase} epoch {epoch}, batch {batch}; the last finite loss was {last}")]
     NotFinite { loss: f64, last: String, phase: &'static str, epoch: i64, batch: usize },
@@ -59,14 +65,33 @@ impl Error {
     #[must_use]
     pub fn at(self, file: &Path) -> Self {
         match self {
-            Self::Decode { reason, .. } => Self::Decode { path: file.into(), reason },
+            Self::Decode { reason, truncated, .. } => Self::Decode { path: file.into(), reason, truncated },
             Self::TooLarge { width, height, limit, .. } => Self::TooLarge { path: file.into(), width, height, limit },
+            Self::OutOfMemory { bytes, .. } => Self::OutOfMemory { path: file.into(), bytes },
+            other => other,
+        }
+    }
+
+    pub fn memory(bytes: usize) -> Self {
+        Self::OutOfMemory { path: PathBuf::new(), bytes }
+    }
+
+    /// The same error as an engine's, about a batch; what Python raised and what needs no second opinion stay as they are.
+    #[must_use]
+    pub fn refused(self) -> Self {
+        match self {
+            Self::Shape { .. } | Self::Argument(_) | Self::Torch(_) => Self::Refused(Box::new(self)),
             other => other,
         }
     }
 
     pub fn decode(reason: impl ToString) -> Self {
-        Self::Decode { path: PathBuf::new(), reason: reason.to_string() }
+        Self::Decode { path: PathBuf::new(), reason: reason.to_string(), truncated: false }
+    }
+
+    /// As [`Error::decode`], of a file that ends too early.
+    pub fn truncated(reason: impl ToString) -> Self {
+        Self::Decode { path: PathBuf::new(), reason: reason.to_string(), truncated: true }
     }
 }
 

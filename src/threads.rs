@@ -2,6 +2,7 @@
 
 use std::num::NonZero;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{Builder, Scope};
 
 use rayon::prelude::*;
 
@@ -46,6 +47,17 @@ impl Drop for Pool {
             // The threads to join do not exist here; joining them would wait for ever.
             std::mem::forget(Arc::clone(&self.pool));
         }
+    }
+}
+
+/// Starts one more thread of `scope`. When the system has none left the others do the work, unless this one `must` be.
+///
+/// # Errors
+/// When a thread that must be cannot be started.
+pub fn spawn<'scope>(scope: &'scope Scope<'scope, '_>, must: bool, work: impl FnOnce() + Send + 'scope) -> Result<()> {
+    match Builder::new().spawn_scoped(scope, work) {
+        Err(error) if must => Err(Error::Argument(format!("cannot start a thread: {error}"))),
+        _ => Ok(()),
     }
 }
 

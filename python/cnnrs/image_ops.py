@@ -31,9 +31,20 @@ MAP_FILTERS = ("nearest", "bilinear", "bicubic")
 PADDING_MODES = ("constant", "edge", "reflect", "symmetric")
 
 
-def _filter(interpolation: Any) -> str | None:
+def _is_v2(step: Any) -> bool:
+    return type(step).__module__.startswith("torchvision.transforms.v2")
+
+
+def _filter(step: Any) -> str | None:
+    return _filter_name(step.interpolation, _is_v2(step))
+
+
+def _filter_name(interpolation: Any, v2: bool) -> str | None:
     if isinstance(interpolation, int):
         return PILLOW_FILTERS.get(interpolation)
+    if isinstance(interpolation, str) and not v2:
+        # An error in v1.
+        return None
     return FILTERS.get(getattr(interpolation, "value", interpolation))
 
 
@@ -71,7 +82,7 @@ def _note_antialias(step: Any) -> None:
 
 def _resize(step: Any, _channels: int) -> Specs | None:
     size = [step.size] if isinstance(step.size, int) else step.size
-    name = _filter(step.interpolation)
+    name = _filter(step)
     if size is None or name is None or not _sizes(size):
         return None
     _note_antialias(step)
@@ -111,7 +122,10 @@ def _random_crop(step: Any, channels: int) -> Specs | None:
     if step.padding is None:
         return (crop,)
     padding = step.padding
-    if type(step).__module__.startswith("torchvision.transforms.v2"):
+    if _is_v2(step):
+        if step.pad_if_needed and step.padding_mode in ("reflect", "symmetric"):
+            # v2 pads once for both reasons, which mirrors the image otherwise than padding twice.
+            return None
         # v2 keeps left, right, top, bottom.
         padding = [padding[i] for i in (0, 2, 1, 3)]
     border = _border(padding)
@@ -119,7 +133,7 @@ def _random_crop(step: Any, channels: int) -> Specs | None:
 
 
 def _random_resized_crop(step: Any, _channels: int) -> Specs | None:
-    size, name = list(step.size), _filter(step.interpolation)
+    size, name = list(step.size), _filter(step)
     scale, ratio = _range(step.scale), _range(step.ratio)
     if len(size) != 2 or not _sizes(size) or name is None or scale is None or ratio is None:
         return None
@@ -137,14 +151,14 @@ def _flip(name: str) -> Callable[[Any, int], Specs | None]:
 
 
 def _rotation(step: Any, channels: int) -> Specs | None:
-    name, degrees, fill = _filter(step.interpolation), _range(step.degrees), _fill(step.fill, channels)
+    name, degrees, fill = _filter(step), _range(step.degrees), _fill(step.fill, channels)
     if name not in MAP_FILTERS or degrees is None or fill is None:
         return None
     return (("rotation", *degrees, name, bool(step.expand), _center(step.center), fill),)
 
 
 def _affine(step: Any, channels: int) -> Specs | None:
-    name, degrees, fill = _filter(step.interpolation), _range(step.degrees), _fill(step.fill, channels)
+    name, degrees, fill = _filter(step), _range(step.degrees), _fill(step.fill, channels)
     scale = (1.0, 1.0) if step.scale is None else _range(step.scale)
     shear = [0.0, 0.0, 0.0, 0.0] if step.shear is None else [float(v) for v in step.shear]
     shear += [0.0] * (4 - len(shear))
@@ -154,7 +168,7 @@ def _affine(step: Any, channels: int) -> Specs | None:
         return None
     translate = (0.0, 0.0) if step.translate is None else tuple(float(v) for v in step.translate)
     ranges = [tuple(shear[:2]), tuple(shear[2:])]
-    return (("affine", degrees, translate, scale, ranges, name, _center(step.center), fill),)
+    return (("affine", degrees, translate, scale, ranges, name, _center(step.center), fill, _is_v2(step)),)
 
 
 # -- colours -----------------------------------------------------------------------------------------------------------
@@ -202,4 +216,26 @@ OPS: dict[str, Callable[[Any, int], Specs | None]] = {
     "RandomPosterize": _posterize,
     "RandomEqualize": lambda step, _channels: _maybe(step, "equalize"),
     "RandomAutocontrast": lambda step, _channels: _maybe(step, "autocontrast"),
+}
+
+
+# -- timm's ------------------------------------------------------------------------------------------------------------
+
+
+def _random_resized_crop_and_interpolation(step: Any, channels: int) -> Specs | None:
+    """Torchvision's `RandomResizedCrop`, whose filter may be drawn as well."""
+    filters = step.interpolation if isinstance(step.interpolation, (list, tuple)) else [step.interpolation]
+    # timm calls the functions of v1.
+    names = [_filter_name(one, v2=False) for one in filters]
+    size, scale, ratio = list(step.size), _range(step.scale), _range(step.ratio)
+    if len(size) != 2 or not _sizes(size) or None in names or scale is None or ratio is None:
+        return None
+    if not (scale[0] >= 0 and ratio[0] > 0):
+        return None
+    crops = [("random_resized_crop", size[0], size[1], scale, ratio, name) for name in names]
+    return (crops[0],) if len(crops) == 1 else (("random_choice", [1.0] * len(crops), [(crop,) for crop in crops]),)
+
+
+TIMM_OPS: dict[str, Callable[[Any, int], Specs | None]] = {
+    "RandomResizedCropAndInterpolation": _random_resized_crop_and_interpolation,
 }

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from cnnrs._notes import note as note
-from cnnrs.image_ops import OPS
+from cnnrs.image_ops import OPS, TIMM_OPS
+from cnnrs.wrappers import wrapped
 
 # ("resize", height, width, filter) and the like, or ("normalize", mean, std) and the like: what `_cnnrs.Loader` reads.
 Spec = tuple[Any, ...]
@@ -28,8 +29,9 @@ class Native:
 
     ops: tuple[Spec, ...] = ()
     finish: Spec | None = None
-    # The user's chain ends in a `tv_tensors.Image`.
+    # The user's chain ends in a `tv_tensors.Image`, or in a NumPy array.
     wraps: bool = False
+    array: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,11 @@ def _flatten(transform: Any) -> Iterable[Step]:
     if transform is None:
         return
     kind = _kind(transform)
-    if kind in ("v1.Compose", "v2.Compose", "nn.Sequential"):
+    inner = None if kind else wrapped(transform)
+    if inner is not None:
+        for step in inner:
+            yield from _flatten(step)
+    elif kind in ("v1.Compose", "v2.Compose", "nn.Sequential"):
         for step in transform if kind == "nn.Sequential" else transform.transforms:
             yield from _flatten(step)
     elif kind == "presets.ImageClassification":
@@ -137,6 +143,7 @@ MODULES = {
     "v1": "torchvision.transforms.transforms",
     "v2": "torchvision.transforms.v2",
     "presets": "torchvision.transforms._presets",
+    "timm": "timm.data.transforms",
 }
 
 
@@ -162,6 +169,7 @@ class _Chain:
     scaled: bool = False
     normalize: Spec | None = None
     erase: Spec | None = None
+    array: bool = False
 
     def add(self, step: Step) -> bool:
         """Whether the step was understood; if not, the chain ends before it."""
@@ -169,6 +177,11 @@ class _Chain:
         name = kind.partition(".")[2]
         if kind in ("nn.Identity", "v2.Identity"):
             return True
+        if kind in MAYBE:
+            # Nothing is left to do where the image is a tensor already.
+            return not self.array and (self.values is not None or self._start_values(step, MAYBE[kind]))
+        if self.array or kind in ("timm.ToNumpy", "timm.ToTensor"):
+            return not self.array and self.values is None and self._start_bytes(step, kind)
         if self.erase is not None:
             # What is erased stays erased: nothing that moves or changes values may slip in front.
             return kind == "v2.ToPureTensor" and self._add_to_values(step, kind)
@@ -201,6 +214,14 @@ class _Chain:
         self.values = values
         return True
 
+    def _start_bytes(self, step: Any, kind: str) -> bool:
+        dtype = torch.uint8 if kind == "timm.ToNumpy" else getattr(step, "dtype", None)
+        if dtype not in (torch.uint8, torch.float32):
+            return False
+        self.values = torch.arange(256, dtype=dtype).repeat(self.channels, 1, 1)
+        self.array = kind == "timm.ToNumpy"
+        return True
+
     def _add_to_values(self, step: Step, kind: str) -> bool:
         if kind not in _POINTWISE or self.values is None:
             return False
@@ -225,7 +246,7 @@ class _Chain:
 
     def native(self) -> Native:
         ops = (*self.ops, self.erase) if self.erase is not None else tuple(self.ops)
-        return Native(ops, self._finish(), wraps=type(self.values) not in (torch.Tensor, type(None)))
+        return Native(ops, self._finish(), wraps=type(self.values) not in (torch.Tensor, type(None)), array=self.array)
 
     def _finish(self) -> Spec | None:
         if self.values is None:
@@ -244,6 +265,8 @@ class _Chain:
         return ("table", values.contiguous().numpy().tobytes())
 
 
+# timm's, which convert what is not a tensor yet.
+MAYBE = {"timm.MaybeToTensor": "ToTensor", "timm.MaybePILToTensor": "PILToTensor"}
 _POINTWISE = {
     "v1.Normalize",
     "v1.ConvertImageDtype",
@@ -257,11 +280,11 @@ _POINTWISE = {
 def _lower_op(step: Step, channels: int) -> tuple[tuple[Spec, ...], int] | None:
     """The operations that `step` is on PIL images of `channels` channels, and the channels behind it."""
     version, _, name = _kind(step).partition(".")
-    if version not in ("v1", "v2"):
+    if version not in ("v1", "v2", "timm"):
         return None
-    if name in _GROUPS:
+    if name in _GROUPS and version != "timm":
         return _GROUPS[name](step, channels)
-    op = OPS.get(name)
+    op = (TIMM_OPS if version == "timm" else OPS).get(name)
     specs = op(step, channels) if op is not None else None
     if specs is None:
         return None

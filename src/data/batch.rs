@@ -7,6 +7,9 @@ use std::mem::size_of;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use crate::data::memory::{filled, product};
+use crate::error::Result;
+
 /// One cache line: what makes every buffer 64-byte aligned without an allocator of our own.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -40,7 +43,7 @@ impl Buffers {
         Arc::new(Self { free: Mutex::default(), keep })
     }
 
-    fn take(self: &Arc<Self>, bytes: usize) -> Buffer {
+    fn take(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
         let lines = bytes.div_ceil(size_of::<Line>()).max(1);
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         // Last in, first out: the buffer that is still in the caches. One of another length only when none fits exactly
@@ -49,8 +52,8 @@ impl Buffers {
         let roomy = || free.iter().rposition(|spare| spare.len() >= lines && spare.len() / 2 < lines);
         let found = fits.or_else(roomy).map(|i| free.remove(i));
         drop(free);
-        let memory = found.unwrap_or_else(|| vec![Line([0; 64]); lines]);
-        Buffer { memory, home: Arc::downgrade(self) }
+        let memory = found.map_or_else(|| filled(Line([0; 64]), lines), Ok)?;
+        Ok(Buffer { memory, home: Arc::downgrade(self) })
     }
 }
 
@@ -109,12 +112,14 @@ unsafe impl Send for Slots {}
 unsafe impl Sync for Slots {}
 
 impl Slots {
-    pub fn new(buffers: &Arc<Buffers>, samples: usize, sample: [usize; 3], dtype: DType) -> Self {
-        let bytes = samples * sample.iter().product::<usize>() * dtype.bytes();
-        let mut buffer = buffers.take(bytes);
+    /// # Errors
+    /// When there is no memory for them.
+    pub fn new(buffers: &Arc<Buffers>, samples: usize, sample: [usize; 3], dtype: DType) -> Result<Self> {
+        let bytes = product([samples, dtype.bytes()].into_iter().chain(sample))?;
+        let mut buffer = buffers.take(bytes)?;
         let start = buffer.memory.as_mut_ptr().cast();
         let taken = (0..samples).map(|_| AtomicBool::new(false)).collect();
-        Self { start, buffer, taken, sample, dtype }
+        Ok(Self { start, buffer, taken, sample, dtype })
     }
 
     /// The slot of sample `i`, for the one caller who gets it; `None` when it is out of range or somebody has it.
@@ -170,13 +175,16 @@ impl Slot<'_> {
 }
 
 /// One array that is alone in its buffer.
-pub fn single(buffers: &Arc<Buffers>, shape: Vec<usize>, dtype: DType, fill: impl FnOnce(&mut [u8])) -> Batch {
-    let len = shape.iter().product::<usize>();
-    let slots = Slots::new(buffers, 1, [1, 1, len], dtype);
+///
+/// # Errors
+/// When there is no memory for it.
+pub fn single(buffers: &Arc<Buffers>, shape: Vec<usize>, dtype: DType, fill: impl FnOnce(&mut [u8])) -> Result<Batch> {
+    let len = product(shape.iter().copied())?;
+    let slots = Slots::new(buffers, 1, [1, 1, len], dtype)?;
     if let Some(mut slot) = slots.claim(0) {
         fill(slot.bytes());
     }
-    Batch { shape, ..slots.into_batch() }
+    Ok(Batch { shape, ..slots.into_batch() })
 }
 
 #[cfg(test)]
@@ -186,13 +194,13 @@ mod tests {
     #[test]
     fn a_buffer_returns_only_after_its_batch_died() {
         let buffers = Buffers::new(2);
-        let mut first = Slots::new(&buffers, 4, [3, 5, 7], DType::Float32).into_batch();
-        let mut second = Slots::new(&buffers, 4, [3, 5, 7], DType::Float32).into_batch();
+        let mut first = Slots::new(&buffers, 4, [3, 5, 7], DType::Float32).unwrap().into_batch();
+        let mut second = Slots::new(&buffers, 4, [3, 5, 7], DType::Float32).unwrap().into_batch();
         let (a, b) = (first.as_mut_ptr(), second.as_mut_ptr());
         assert_ne!(a, b);
         assert_eq!(a as usize % 64, 0);
         drop(first);
-        let mut third = Slots::new(&buffers, 4, [3, 5, 7], DType::Float32).into_batch();
+        let mut third = Slots::new(&buffers, 4, [3, 5, 7], DType::Float32).unwrap().into_batch();
         assert_eq!(third.as_mut_ptr(), a, "the freed buffer is used again");
         drop(second);
         drop(third);
@@ -202,7 +210,8 @@ mod tests {
     #[test]
     fn no_more_than_keep_buffers_wait() {
         let buffers = Buffers::new(2);
-        let epoch: Vec<_> = (0..8).map(|_| Slots::new(&buffers, 2, [1, 8, 8], DType::Uint8).into_batch()).collect();
+        let epoch: Vec<_> =
+            (0..8).map(|_| Slots::new(&buffers, 2, [1, 8, 8], DType::Uint8).unwrap().into_batch()).collect();
         drop(epoch);
         assert_eq!(buffers.free.lock().unwrap().len(), 2);
     }
@@ -210,12 +219,12 @@ mod tests {
     #[test]
     fn a_buffer_of_about_the_size_is_used_again() {
         let buffers = Buffers::new(4);
-        let mut large = Slots::new(&buffers, 1, [1, 64, 64], DType::Uint8).into_batch();
+        let mut large = Slots::new(&buffers, 1, [1, 64, 64], DType::Uint8).unwrap().into_batch();
         let address = large.as_mut_ptr();
         drop(large);
-        let mut tiny = Slots::new(&buffers, 1, [1, 8, 8], DType::Uint8).into_batch();
+        let mut tiny = Slots::new(&buffers, 1, [1, 8, 8], DType::Uint8).unwrap().into_batch();
         assert_ne!(tiny.as_mut_ptr(), address, "64 bytes do not occupy 4096");
-        let mut less = Slots::new(&buffers, 1, [1, 64, 60], DType::Uint8).into_batch();
+        let mut less = Slots::new(&buffers, 1, [1, 64, 60], DType::Uint8).unwrap().into_batch();
         assert_eq!(less.as_mut_ptr(), address);
         assert_eq!(less.bytes().len(), 64 * 60);
     }
@@ -223,7 +232,7 @@ mod tests {
     #[test]
     fn a_slot_has_one_owner() {
         let buffers = Buffers::new(1);
-        let slots = Slots::new(&buffers, 2, [1, 2, 2], DType::Float32);
+        let slots = Slots::new(&buffers, 2, [1, 2, 2], DType::Float32).unwrap();
         let mut first = slots.claim(0).unwrap();
         assert!(slots.claim(0).is_none());
         assert!(slots.claim(2).is_none());
@@ -242,7 +251,7 @@ mod tests {
     #[test]
     fn threads_write_disjoint_slots() {
         let buffers = Buffers::new(1);
-        let slots = Slots::new(&buffers, 64, [1, 3, 11], DType::Uint8);
+        let slots = Slots::new(&buffers, 64, [1, 3, 11], DType::Uint8).unwrap();
         std::thread::scope(|scope| {
             for thread in 0..4 {
                 let slots = &slots;

@@ -16,6 +16,7 @@ use std::time::UNIX_EPOCH;
 use self::file::LogFile;
 use self::ram::Ram;
 use crate::data::job::unpack;
+use crate::data::memory::reserve;
 use crate::error::{Error, Result};
 use crate::image::{Image, Layout};
 
@@ -165,12 +166,16 @@ impl Cache {
 }
 
 /// Rows without the fourth byte of their pixels.
-fn pack(image: &Image, out: &mut Vec<u8>) {
+pub(super) fn pack(image: &Image, out: &mut Vec<u8>) -> Result<()> {
     match image.layout {
-        Layout::Gray => out.extend_from_slice(&image.data),
+        Layout::Gray => {
+            reserve(out, image.data.len())?;
+            out.extend_from_slice(&image.data);
+        }
         Layout::Rgbx => {
             let pixels = image.data.as_chunks::<4>().0;
             let start = out.len();
+            reserve(out, 3 * pixels.len())?;
             out.resize(start + 3 * pixels.len(), 0);
             let triples = out.get_mut(start..).unwrap_or_default().as_chunks_mut::<3>().0;
             for (triple, &[r, g, b, _]) in triples.iter_mut().zip(pixels) {
@@ -178,6 +183,7 @@ fn pack(image: &Image, out: &mut Vec<u8>) {
             }
         }
     }
+    Ok(())
 }
 
 #[cfg(test)]

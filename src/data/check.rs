@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::data::job::{Worker, read};
 use crate::error::{Error, Result};
 use crate::image::{self, Format, Limits};
+use crate::threads;
 
 #[derive(Debug, Default)]
 pub struct Finding {
@@ -17,11 +18,29 @@ pub struct Finding {
     pub format: Option<&'static str>,
     pub width: usize,
     pub height: usize,
+    /// Whether all of its bytes were.
+    pub read: bool,
     /// Bytes of the file.
     pub size: u64,
     /// Of the whole file; equal files have equal ones.
     pub hash: u64,
     pub error: Option<Error>,
+}
+
+impl Finding {
+    /// Whose fault the error is. Only "broken" and "truncated" are about bytes that were read to the end.
+    pub const fn fault(&self) -> Option<&'static str> {
+        match self.error {
+            None => None,
+            Some(Error::Io { .. }) => Some("unreadable"),
+            // More bytes than the limit are not read.
+            Some(Error::TooLarge { .. }) => Some("limit"),
+            Some(Error::Decode { .. }) if !self.read => Some("limit"),
+            Some(Error::Decode { truncated: true, .. }) => Some("truncated"),
+            Some(Error::Decode { .. }) => Some("broken"),
+            Some(_) => Some("ours"),
+        }
+    }
 }
 
 /// One finding per file. `report` gets the number of files that are done every `pause`; its error ends the check.
@@ -50,10 +69,10 @@ pub fn files(
         drop(alive);
     };
     let outcome = std::thread::scope(|scope| {
-        for _ in 0..threads.clamp(1, paths.len().max(1)) {
+        for i in 0..threads.clamp(1, paths.len().max(1)) {
             let alive = alive.clone();
             let work = &work;
-            scope.spawn(move || work(alive));
+            threads::spawn(scope, i == 0, move || work(alive))?;
         }
         drop(alive);
         // The channel closes when the last thread ends.
@@ -77,6 +96,7 @@ fn look_at(path: &Path, limits: &Limits, worker: &mut Worker) -> Finding {
     hasher.write(&worker.file);
     let finding = Finding {
         format: Format::of(&worker.file).map(name),
+        read: true,
         size: worker.file.len() as u64,
         hash: hasher.finish(),
         ..Finding::default()
@@ -131,6 +151,12 @@ mod tests {
         );
         assert!(found[3].format == Some("PPM") && found[3].error.is_some());
         assert!(matches!(&found[4].error, Some(Error::Io { .. })));
+        let faults = [None, Some("broken"), None, Some("truncated"), Some("unreadable")];
+        assert_eq!(found.iter().map(Finding::fault).collect::<Vec<_>>(), faults);
+        for limits in [Limits { bytes: 9, ..Limits::default() }, Limits { pixels: 1, ..Limits::default() }] {
+            let found = super::files(&paths[..1], &limits, 1, Duration::from_millis(1), |_| Ok(())).unwrap();
+            assert_eq!(found[0].fault(), Some("limit"));
+        }
         let stopped =
             super::files(&paths, &Limits::default(), 1, Duration::from_millis(1), |_| Err(Error::Interrupted));
         assert!(matches!(stopped, Err(Error::Interrupted)));

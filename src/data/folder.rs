@@ -7,6 +7,7 @@ use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, Metadata};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Atomic};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
-use crate::error::Result;
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
 use crate::threads;
 
 /// Which files count.
@@ -84,11 +87,11 @@ pub struct Tree {
 /// others are still being listed; `None` for a folder that is not a directory.
 ///
 /// `interrupted` is asked a few times per second; its error ends the scan, as that of `found`. Folders that cannot be read
-/// count as empty, as in `os.walk`. A link that leads back to a folder above it is not followed: `os.walk` goes round until
+/// count as empty, as in `os.walk`, but not for want of file handles or memory. A link that leads back to a folder above it is not followed: `os.walk` goes round until
 /// the system refuses after 40 links, with two such links in one folder that takes 2^40 rounds.
 ///
 /// # Errors
-/// Only those of `found` and `interrupted`.
+/// Those of `found` and `interrupted`, and when the process is out of file handles or memory.
 pub fn scan(
     folders: &[PathBuf],
     rules: Rules<'_>,
@@ -96,21 +99,21 @@ pub fn scan(
     mut interrupted: impl FnMut() -> Result<()>,
 ) -> Result<()> {
     let (cursor, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let (sender, trees) = mpsc::channel::<(usize, Option<Tree>)>();
-    let work = |sender: mpsc::Sender<(usize, Option<Tree>)>| {
+    let (sender, trees) = mpsc::channel::<(usize, Result<Option<Tree>>)>();
+    let work = |sender: mpsc::Sender<(usize, Result<Option<Tree>>)>| {
         while !stop.load(Atomic::Relaxed) {
             let i = cursor.fetch_add(1, Atomic::Relaxed);
             let Some(folder) = folders.get(i) else { break };
-            let tree = folder.is_dir().then(|| files_below(folder, rules, &stop));
+            let tree = folder.is_dir().then(|| files_below(folder, rules, &stop)).transpose();
             // Nobody listens any more after an error.
             let _ = sender.send((i, tree));
         }
     };
     std::thread::scope(|scope| {
-        for _ in 0..threads::available().min(folders.len()) {
+        for i in 0..threads::available().min(folders.len()) {
             let sender = sender.clone();
             let work = &work;
-            scope.spawn(move || work(sender));
+            threads::spawn(scope, i == 0, move || work(sender))?;
         }
         drop(sender);
         let mut early = BTreeMap::new();
@@ -125,7 +128,7 @@ pub fn scan(
                 }
                 interrupted()?;
                 while let Some(tree) = early.remove(&next) {
-                    found(tree)?;
+                    found(tree?)?;
                     next += 1;
                 }
             }
@@ -137,14 +140,18 @@ pub fn scan(
     })
 }
 
-fn files_below(root: &Path, rules: Rules<'_>, stop: &AtomicBool) -> Tree {
+fn files_below(root: &Path, rules: Rules<'_>, stop: &AtomicBool) -> Result<Tree> {
     let mut tree = Tree::default();
     let mut todo = vec![root.to_path_buf()];
     while let Some(folder) = todo.pop() {
         if stop.load(Atomic::Relaxed) {
             break;
         }
-        let Ok(entries) = fs::read_dir(&folder) else { continue };
+        let entries = match fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(source) if is_ours(&source) => return Err(Error::Io { path: folder, source }),
+            Err(_) => continue,
+        };
         let mut names = Names::default();
         for entry in entries.flatten() {
             let Ok(kind) = entry.file_type() else { continue };
@@ -173,7 +180,12 @@ fn files_below(root: &Path, rules: Rules<'_>, stop: &AtomicBool) -> Tree {
         tree.folders.push((folder, names));
     }
     tree.folders.sort_unstable_by(|(a, _), (b, _)| python_order(a.as_os_str(), b.as_os_str()));
-    tree
+    Ok(tree)
+}
+
+/// Whether an error says nothing about the folder: it would be taken for empty.
+fn is_ours(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
 }
 
 /// Whether `target` is `folder` or one of the folders that led to it from `root`.

@@ -1,6 +1,5 @@
 //! One batch on its way: which samples are done, and where their results are.
 
-use std::fs::File;
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -9,8 +8,10 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use crate::data::batch::{Batch, DType, Slot, Slots, single};
-use crate::data::cache::Stamp;
+use crate::data::cache::{Stamp, pack};
 use crate::data::loader::{Failure, Memory, Ready};
+use crate::data::memory::{copied, product, reserve};
+use crate::data::open;
 use crate::data::plan::{Finish, Input, Kept, Output, Plan, Raw, Rows, Sample};
 use crate::error::{Error, Result};
 use crate::image::{self, Image, Key, Layout, Limits, Scratch};
@@ -120,7 +121,7 @@ impl Job {
         let finish = match &plan.output {
             Output::Pixels => {
                 transform.pixels(image, key, scratch)?;
-                self.keep(i, Loose::Pixels(packed(image)));
+                self.keep(i, Loose::Pixels(packed(image)?));
                 return Ok(());
             }
             Output::Tensor(finish) => finish,
@@ -176,7 +177,9 @@ impl Job {
         if slots.is_none() {
             drop(slots);
             let mut empty = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-            empty.get_or_insert_with(|| Slots::new(&memory.buffers, self.len(), shape, dtype));
+            if empty.is_none() {
+                *empty = Some(Slots::new(&memory.buffers, self.len(), shape, dtype)?);
+            }
             drop(empty);
             slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
         }
@@ -188,11 +191,11 @@ impl Job {
             return outcome;
         }
         drop(slots);
-        let lone = Slots::new(&memory.loose, 1, shape, dtype);
+        let lone = Slots::new(&memory.loose, 1, shape, dtype)?;
         if let Some(mut slot) = lone.claim(0) {
             write(&mut slot)?;
         }
-        self.keep(i, Loose::Tensor(shape, lone.into_batch().bytes().to_vec()));
+        self.keep(i, Loose::Tensor(shape, copied(lone.into_batch().bytes())?));
         Ok(())
     }
 
@@ -205,11 +208,14 @@ impl Job {
     }
 
     /// The results, once `wait` said that every sample is done.
-    pub fn collect(&self, plan: &Plan, memory: &Memory) -> Ready {
+    ///
+    /// # Errors
+    /// When there is no memory for samples of different shapes.
+    pub fn collect(&self, plan: &Plan, memory: &Memory) -> Result<Ready> {
         let mut failures = std::mem::take(&mut *self.failures.lock().unwrap_or_else(PoisonError::into_inner));
         if !failures.is_empty() {
             failures.sort_by_key(|failure| failure.sample);
-            return Ready::Failed(failures);
+            return Ok(Ready::Failed(failures));
         }
         let mut loose = std::mem::take(&mut *self.loose.lock().unwrap_or_else(PoisonError::into_inner));
         loose.sort_by_key(|(i, _)| *i);
@@ -218,22 +224,22 @@ impl Job {
                 Loose::Pixels(raw) => Some(raw),
                 Loose::Tensor(..) => None,
             });
-            return Ready::Pixels(pixels.collect());
+            return Ok(Ready::Pixels(pixels.collect()));
         }
         let slots = self.slots.write().unwrap_or_else(PoisonError::into_inner).take();
-        match slots {
+        Ok(match slots {
             Some(slots) if loose.is_empty() => Ready::Batch(slots.into_batch()),
             Some(slots) => {
                 let dropped = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
-                Ready::Ragged(apart(slots, loose, &dropped, memory))
+                Ready::Ragged(apart(slots, loose, &dropped, memory)?)
             }
             None => Ready::Ragged(Vec::new()),
-        }
+        })
     }
 }
 
 /// One array per sample but the `dropped`, those from the slots and those beside them, in sample order.
-fn apart(slots: Slots, loose: Vec<(usize, Loose)>, dropped: &[usize], memory: &Memory) -> Vec<Batch> {
+fn apart(slots: Slots, loose: Vec<(usize, Loose)>, dropped: &[usize], memory: &Memory) -> Result<Vec<Batch>> {
     let (shape, dtype) = (slots.sample, slots.dtype);
     let batch = slots.into_batch();
     let bytes = shape.iter().product::<usize>() * dtype.bytes();
@@ -243,15 +249,15 @@ fn apart(slots: Slots, loose: Vec<(usize, Loose)>, dropped: &[usize], memory: &M
     for i in (0..samples).filter(|i| !dropped.contains(i)) {
         match beside.next_if(|(at, _)| *at == i) {
             Some((_, Loose::Tensor(shape, data))) => {
-                all.push(single(&memory.loose, shape.to_vec(), dtype, |slot| slot.copy_from_slice(&data)));
+                all.push(single(&memory.loose, shape.to_vec(), dtype, |slot| slot.copy_from_slice(&data))?);
             }
             _ => {
                 let data = batch.bytes().get(i * bytes..(i + 1) * bytes).unwrap_or_default();
-                all.push(single(&memory.loose, shape.to_vec(), dtype, |slot| slot.copy_from_slice(data)));
+                all.push(single(&memory.loose, shape.to_vec(), dtype, |slot| slot.copy_from_slice(data))?);
             }
         }
     }
-    all
+    Ok(all)
 }
 
 /// Brings the pixels of a sample into the worker. `file` is where they would have come from.
@@ -305,11 +311,11 @@ fn keep(path: &Path, stamp: Stamp, kept: &Kept, worker: &mut Worker) -> Result<(
 /// The bytes of a file, into memory that is there already.
 pub(super) fn read(path: &Path, limits: &Limits, bytes: &mut Vec<u8>) -> Result<()> {
     let io = |source| Error::Io { path: path.into(), source };
-    let file = File::open(path).map_err(io)?;
-    let size = file.metadata().map_err(io)?.len();
+    let (file, size) = open::regular(path)?;
     bytes.clear();
     // One byte more: the end of the file is found without growing the buffer.
-    bytes.reserve(usize::try_from(size.min(limits.bytes)).unwrap_or_default() + 1);
+    let room = usize::try_from(size.min(limits.bytes)).unwrap_or(usize::MAX).saturating_add(1);
+    reserve(bytes, room).map_err(|error| error.at(path))?;
     file.take(limits.bytes + 1).read_to_end(bytes).map_err(io)?;
     if bytes.len() as u64 > limits.bytes {
         let reason = format!("the file is larger than the limit of {} bytes", limits.bytes);
@@ -320,7 +326,7 @@ pub(super) fn read(path: &Path, limits: &Limits, bytes: &mut Vec<u8>) -> Result<
 
 /// Packed rows to the layout the image operations work on.
 pub(super) fn unpack(height: usize, width: usize, channels: usize, data: &[u8], image: &mut Image) -> Result<()> {
-    if data.len() != height * width * channels || !matches!(channels, 1 | 3) {
+    if data.len() != product([height, width, channels])? || !matches!(channels, 1 | 3) {
         return Err(Error::Argument(format!(
             "{height} x {width} pixels of {channels} bytes expected, got {} bytes",
             data.len()
@@ -331,10 +337,14 @@ pub(super) fn unpack(height: usize, width: usize, channels: usize, data: &[u8], 
     if channels == 1 {
         image.layout = Layout::Gray;
         image.data.clear();
+        reserve(&mut image.data, data.len())?;
         image.data.extend_from_slice(data);
     } else {
         image.layout = Layout::Rgbx;
-        image.data.resize(height * width * 4, 255);
+        let bytes = product([height, width, 4])?;
+        let more = bytes.saturating_sub(image.data.len());
+        reserve(&mut image.data, more)?;
+        image.data.resize(bytes, 255);
         for (pixel, &[r, g, b]) in image.data.as_chunks_mut::<4>().0.iter_mut().zip(data.as_chunks::<3>().0) {
             *pixel = [r, g, b, 255];
         }
@@ -342,9 +352,11 @@ pub(super) fn unpack(height: usize, width: usize, channels: usize, data: &[u8], 
     Ok(())
 }
 
-fn packed(image: &Image) -> Raw {
+fn packed(image: &Image) -> Result<Raw> {
     let (height, width, channels) = (image.height, image.width, image.layout.channels());
-    Raw { height, width, channels, data: image.to_packed() }
+    let mut data = Vec::new();
+    pack(image, &mut data)?;
+    Ok(Raw { height, width, channels, data })
 }
 
 /// Pixels to planes through `channels x 256` values.

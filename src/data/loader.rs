@@ -75,7 +75,9 @@ pub struct Loader {
     shared: Arc<Shared>,
     threads: usize,
     pool: Option<Pool>,
-    queue: VecDeque<Arc<Job>>,
+    /// The batches on their way, oldest first, with their tickets, which grow.
+    queue: VecDeque<(u64, Arc<Job>)>,
+    submitted: u64,
     batches: usize,
 }
 
@@ -85,21 +87,25 @@ impl Loader {
         let plan = plan.tabulated();
         let threads = if plan.is_trivial() { 0 } else { threads };
         let shared = Arc::new(Shared { plan: Arc::new(plan), memory, cancelled: AtomicBool::new(false) });
-        Self { shared, threads, pool: None, queue: VecDeque::new(), batches }
+        Self { shared, threads, pool: None, queue: VecDeque::new(), submitted: 0, batches }
     }
 
     pub fn pending(&self) -> usize {
         self.queue.len()
     }
 
+    /// Returns the batch's ticket, by which the consumer asks for it.
+    ///
     /// # Errors
     /// When the operating system refuses to start the threads.
-    pub fn submit(&mut self, samples: Vec<Sample>) -> Result<()> {
+    pub fn submit(&mut self, samples: Vec<Sample>) -> Result<u64> {
         self.survive_fork()?;
         let job = Arc::new(Job::new(samples.into()));
         self.dispatch(&job)?;
-        self.queue.push_back(job);
-        Ok(())
+        let ticket = self.submitted;
+        self.submitted += 1;
+        self.queue.push_back((ticket, job));
+        Ok(ticket)
     }
 
     fn dispatch(&mut self, job: &Arc<Job>) -> Result<()> {
@@ -126,22 +132,26 @@ impl Loader {
         self.pool = None;
         let plan = Arc::clone(&self.shared.plan);
         self.shared = Arc::new(Shared { plan, memory: Memory::new(self.batches), cancelled: AtomicBool::new(false) });
-        let queue: VecDeque<_> = self.queue.iter().map(|job| Arc::new(job.again())).collect();
-        for job in &queue {
+        let queue: VecDeque<_> = self.queue.iter().map(|(ticket, job)| (*ticket, Arc::new(job.again()))).collect();
+        for (_, job) in &queue {
             self.dispatch(job)?;
         }
         self.queue = queue;
         Ok(())
     }
 
-    /// The oldest batch, or `None` when it is not complete after `slice`.
+    /// The batch of `ticket`, or `None` when it is not complete after `slice`. Older ones are forgotten: an exception kept
+    /// their consumer from asking for them.
     ///
     /// # Errors
-    /// When nothing was submitted, or a forked child cannot start threads.
-    pub fn poll(&mut self, slice: Duration) -> Result<Option<Ready>> {
+    /// When that batch was returned or forgotten before, a forked child cannot start threads, or there is no memory for the batch.
+    pub fn poll(&mut self, ticket: u64, slice: Duration) -> Result<Option<Ready>> {
+        while self.queue.front().is_some_and(|(oldest, _)| *oldest < ticket) {
+            self.queue.pop_front();
+        }
         self.survive_fork()?;
-        let Some(job) = self.queue.front() else {
-            return Err(Error::Argument("no batch was submitted".into()));
+        let Some(job) = self.oldest(ticket) else {
+            return Err(Error::Argument(format!("batch {ticket} is not on its way")));
         };
         if self.threads == 0 {
             let deadline = Instant::now() + slice;
@@ -150,16 +160,21 @@ impl Loader {
         if !job.wait(if self.threads == 0 { Duration::ZERO } else { slice }) {
             return Ok(None);
         }
-        let ready = job.collect(&self.shared.plan, &self.shared.memory);
+        let ready = job.collect(&self.shared.plan, &self.shared.memory)?;
         if !matches!(ready, Ready::Failed(_)) {
             self.queue.pop_front();
         }
         Ok(Some(ready))
     }
 
-    /// Whether [`Loader::poll`] has the oldest batch without waiting.
-    pub fn is_ready(&self) -> bool {
-        self.queue.front().is_some_and(|job| job.wait(Duration::ZERO))
+    /// The job of `ticket`, if no older one is left.
+    fn oldest(&self, ticket: u64) -> Option<&Arc<Job>> {
+        self.queue.front().filter(|(oldest, _)| *oldest == ticket).map(|(_, job)| job)
+    }
+
+    /// Whether [`Loader::poll`] has this batch without waiting.
+    pub fn is_ready(&self, ticket: u64) -> bool {
+        self.queue.iter().any(|(one, job)| *one == ticket && job.wait(Duration::ZERO))
     }
 
     /// Whether one of the files so far had an EXIF orientation other than upright.
@@ -167,29 +182,29 @@ impl Loader {
         self.shared.plan.turned.load(Ordering::Relaxed)
     }
 
-    /// Gives sample `i` of the oldest batch pixels that somebody else decoded.
+    /// Gives sample `i` of a batch that [`Loader::poll`] called failed pixels that somebody else decoded.
     ///
     /// # Errors
     /// When these pixels cannot be transformed either.
-    pub fn retry(&mut self, i: usize, raw: Raw) -> Result<()> {
-        let Some(job) = self.queue.front() else { return Ok(()) };
+    pub fn retry(&mut self, ticket: u64, i: usize, raw: Raw) -> Result<()> {
+        let Some(job) = self.oldest(ticket) else { return Ok(()) };
         let mut worker = self.shared.memory.worker();
         let outcome = job.run_as(i, &Input::Pixels(raw), &self.shared.plan, &self.shared.memory, &mut worker);
         self.shared.memory.give_back(worker);
         outcome
     }
 
-    /// Does without these failed samples of the oldest batch: their rows of a [`Ready::Batch`] hold nothing, other results
-    /// lack them.
-    pub fn drop_samples(&mut self, samples: &[usize]) {
-        if let Some(job) = self.queue.front() {
+    /// Does without these failed samples of a batch: their rows of a [`Ready::Batch`] hold nothing, other results lack
+    /// them.
+    pub fn drop_samples(&mut self, ticket: u64, samples: &[usize]) {
+        if let Some(job) = self.oldest(ticket) {
             job.drop_samples(samples);
         }
     }
 
-    /// Forgets the oldest batch.
-    pub fn discard(&mut self) {
-        self.queue.pop_front();
+    /// Forgets this batch, if it is still on its way.
+    pub fn discard(&mut self, ticket: u64) {
+        self.queue.retain(|(one, _)| *one != ticket);
     }
 }
 

@@ -1,11 +1,12 @@
 //! IDX, the format of the MNIST files: a magic number, big-endian dimensions, bytes. Raw or gzipped.
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
 use flate2::read::MultiGzDecoder;
 
+use crate::data::memory::copied;
+use crate::data::open;
 use crate::error::{Error, Result};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,12 +45,13 @@ pub struct Idx {
 pub fn read(path: &Path, kind: Kind) -> Result<Idx> {
     let io = |source| Error::Io { path: path.into(), source };
     let mut bytes = Vec::new();
-    let mut file = File::open(path).map_err(io)?;
+    let (mut file, _) = open::regular(path)?;
     file.read_to_end(&mut bytes).map_err(io)?;
     if bytes.starts_with(&[0x1f, 0x8b]) {
         let mut raw = Vec::new();
         MultiGzDecoder::new(bytes.as_slice()).read_to_end(&mut raw).map_err(|error| {
             let reason = match error.kind() {
+                io::ErrorKind::OutOfMemory => return io(error),
                 io::ErrorKind::UnexpectedEof => "the gzip data ends early: the download is incomplete".to_owned(),
                 _ => format!("the gzip data is damaged: {error}"),
             };
@@ -86,13 +88,14 @@ pub fn parse(bytes: &[u8], kind: Kind) -> Result<Idx> {
         let reason = format!("the IDX header promises {expected} bytes {shape:?}, {} follow: {fault}", data.len());
         return Err(Error::decode(reason));
     }
-    Ok(Idx { shape, data: data.to_vec() })
+    Ok(Idx { shape, data: copied(data)? })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::fs::File;
     use std::io::Write;
 
     fn idx(magic: u32, shape: &[u32], data: &[u8]) -> Vec<u8> {

@@ -16,6 +16,16 @@ pub struct Affine {
     pub shear: (f64, f64),
 }
 
+/// Whose matrix: the two are equal but for roundings, which show in the pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum AffineForm {
+    /// `torchvision.transforms.functional`.
+    #[default]
+    V1,
+    /// `torchvision.transforms.v2.functional`.
+    V2,
+}
+
 /// Moves the pixels into `out` of the same size; what comes from outside becomes `fill`.
 ///
 /// # Errors
@@ -23,14 +33,19 @@ pub struct Affine {
 pub fn affine(
     image: &Image,
     map: &Affine,
+    form: AffineForm,
     filter: Filter,
     center: Option<(f64, f64)>,
     fill: [u8; 3],
     out: &mut Image,
 ) -> Result<()> {
     let center = center.unwrap_or((image.width as f64 * 0.5, image.height as f64 * 0.5));
-    out.reshape(image.width, image.height, image.layout);
-    sample(image, &inverse_matrix(map, center), filter, fill, out)
+    out.reshape(image.width, image.height, image.layout)?;
+    let matrix = match form {
+        AffineForm::V1 => inverse_matrix(map, center),
+        AffineForm::V2 => inverse_matrix_v2(map, center),
+    };
+    sample(image, &matrix, filter, fill, out)
 }
 
 /// torchvision's `_get_inverse_affine_matrix`, operation by operation.
@@ -47,6 +62,21 @@ fn inverse_matrix(map: &Affine, (cx, cy): (f64, f64)) -> [f64; 6] {
     m[5] += m[3] * x + m[4] * y;
     m[2] += cx;
     m[5] += cy;
+    m
+}
+
+/// The same function of v2.
+fn inverse_matrix_v2(map: &Affine, (cx, cy): (f64, f64)) -> [f64; 6] {
+    let rotation = map.angle.to_radians();
+    let (sx, sy) = (map.shear.0.to_radians(), map.shear.1.to_radians());
+    let (x, y) = (cx + map.translate.0, cy + map.translate.1);
+    let a = (rotation - sy).cos() / sy.cos();
+    let b = -(a * sx.tan() + rotation.sin());
+    let c = (rotation - sy).sin() / sy.cos();
+    let d = rotation.cos() - c * sx.tan();
+    let mut m = [d, -b, 0.0, -c, a, 0.0].map(|v| v / map.scale);
+    m[2] += cx - m[0] * x - m[1] * y;
+    m[5] += cy - m[3] * x - m[4] * y;
     m
 }
 

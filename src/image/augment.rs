@@ -8,6 +8,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use super::affine::Affine;
 use super::crop::{self, Window};
 use super::{Image, Layout, Op};
+use crate::error::Result;
 
 /// Names one sample of one pass. The draws follow from it alone, so they are the same on any thread.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -137,14 +138,17 @@ pub fn flip_vertical(image: &mut Image) {
 }
 
 /// Pillow's `convert("L")`, as one channel or repeated over three.
-pub fn grayscale(image: &mut Image, channels: usize) {
+///
+/// # Errors
+/// When there is no memory for the other channels.
+pub fn grayscale(image: &mut Image, channels: usize) -> Result<()> {
     let (width, height) = (image.width, image.height);
     match (image.layout, channels) {
         (Layout::Rgbx, 1) => {
             for i in 0..width * height {
                 image.data[i] = luma(&image.data[4 * i..]);
             }
-            image.reshape(width, height, Layout::Gray);
+            image.reshape(width, height, Layout::Gray)?;
         }
         (Layout::Rgbx, _) => {
             for pixel in image.data.chunks_exact_mut(4) {
@@ -154,11 +158,14 @@ pub fn grayscale(image: &mut Image, channels: usize) {
         }
         (Layout::Gray, 1) => {}
         (Layout::Gray, _) => {
-            let gray = std::mem::take(&mut image.data);
-            image.data = gray.iter().flat_map(|&v| [v; 4]).collect();
-            image.layout = Layout::Rgbx;
+            let gray = std::mem::take(image);
+            image.reshape(width, height, Layout::Rgbx)?;
+            for (pixel, &value) in image.data.as_chunks_mut::<4>().0.iter_mut().zip(&gray.data) {
+                *pixel = [value; 4];
+            }
         }
     }
+    Ok(())
 }
 
 /// ITU-R 601-2 in 16-bit fixed point, as Pillow rounds it.
@@ -169,7 +176,7 @@ pub(super) fn luma(pixel: &[u8]) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::{Filter, Property};
+    use crate::image::{AffineForm, Filter, Property};
 
     const COUNT: usize = 20_000;
 
@@ -207,6 +214,7 @@ mod tests {
             filter: Filter::Nearest,
             center: None,
             fill: [0; 3],
+            form: AffineForm::V1,
         };
         let maps: Vec<Affine> = draws(&op)
             .into_iter()

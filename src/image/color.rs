@@ -5,6 +5,7 @@
 use super::augment::luma;
 use super::avx2::{Loop, with_avx2};
 use super::{Image, Layout};
+use crate::error::Result;
 
 /// `PIL.Image.blend(degenerate, image, factor)` of two bytes: in single precision, cut off, clipped when extrapolating.
 fn blend(degenerate: u8, value: u8, factor: f32) -> u8 {
@@ -183,15 +184,18 @@ pub fn autocontrast(image: &mut Image) {
 }
 
 /// Away from the image under Pillow's 3 x 3 `SMOOTH`; edges, and images without an inside, stay as they are.
-pub fn sharpness(image: &mut Image, factor: f64, spare: &mut Image) {
+///
+/// # Errors
+/// When there is no memory for a copy.
+pub fn sharpness(image: &mut Image, factor: f64, spare: &mut Image) -> Result<()> {
     let (width, height, step) = (image.width, image.height, image.layout.bytes_per_pixel());
     if width < 3 || height < 3 {
-        return;
+        return Ok(());
     }
     let factor = factor as f32;
     let (side, middle) = (1.0 / 13.0f32, 5.0 / 13.0f32);
     let stride = image.stride();
-    spare.clone_from(image);
+    spare.copy_from(image)?;
     for y in 1..height - 1 {
         let rows = [y + 1, y, y - 1].map(|row| &spare.data[row * stride..][..stride]);
         let out = &mut image.data[y * stride..][..stride];
@@ -205,4 +209,5 @@ pub fn sharpness(image: &mut Image, factor: f64, spare: &mut Image) {
             *value = blend(sum as u8, *value, factor);
         }
     }
+    Ok(())
 }

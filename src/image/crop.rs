@@ -4,8 +4,9 @@
 
 use rand_chacha::ChaCha8Rng;
 
-use super::Image;
 use super::augment::{below, between};
+use super::{Image, memory};
+use crate::error::Result;
 
 /// A rectangle of pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,13 +28,17 @@ impl Window {
 }
 
 /// The pixels of `window`, which lies in the image.
-pub fn crop(image: &Image, window: Window, out: &mut Image) {
+///
+/// # Errors
+/// When there is no memory for them.
+pub fn crop(image: &Image, window: Window, out: &mut Image) -> Result<()> {
     let pixel = image.layout.bytes_per_pixel();
-    out.reshape(window.width, window.height, image.layout);
+    out.reshape(window.width, window.height, image.layout)?;
     for (y, line) in out.data.chunks_exact_mut(window.width * pixel).enumerate() {
         let start = ((window.top + y) * image.width + window.left) * pixel;
         line.copy_from_slice(&image.data[start..start + line.len()]);
     }
+    Ok(())
 }
 
 /// What a border is made of, as torchvision and `numpy.pad` call it.
@@ -76,11 +81,23 @@ impl PadMode {
 
 /// Borders on the left, top, right and bottom, as torchvision orders them; `fill` is the colour of
 /// [`PadMode::Constant`] (its first channel for gray images).
-pub fn pad(image: &Image, [left, top, right, bottom]: [usize; 4], fill: [u8; 3], mode: PadMode, out: &mut Image) {
+///
+/// # Errors
+/// When there is no memory for the result.
+pub fn pad(
+    image: &Image,
+    [left, top, right, bottom]: [usize; 4],
+    fill: [u8; 3],
+    mode: PadMode,
+    out: &mut Image,
+) -> Result<()> {
     let pixel = image.layout.bytes_per_pixel();
     let stride = image.stride();
-    out.reshape(left + image.width + right, top + image.height + bottom, image.layout);
+    let side = |before: usize, length: usize, behind: usize| before.saturating_add(length).saturating_add(behind);
+    out.reshape(side(left, image.width, right), side(top, image.height, bottom), image.layout)?;
     let fill = [fill[0], fill[1], fill[2], 0];
+    // The table of columns.
+    memory::probe(16 * out.width)?;
     let columns: Vec<_> = (0..out.width).map(|x| mode.source(x, left, image.width)).collect();
     let out_stride = out.stride().max(1);
     for (y, line) in out.data.chunks_exact_mut(out_stride).enumerate() {
@@ -97,12 +114,16 @@ pub fn pad(image: &Image, [left, top, right, bottom]: [usize; 4], fill: [u8; 3],
             None => inside.chunks_exact_mut(pixel).for_each(|value| value.copy_from_slice(&fill[..pixel])),
         }
     }
+    Ok(())
 }
 
 /// The middle `height x width` pixels; where the image is smaller it is centred on zeros first.
-pub fn center_crop(image: &Image, height: usize, width: usize, out: &mut Image) {
+///
+/// # Errors
+/// When there is no memory for them.
+pub fn center_crop(image: &Image, height: usize, width: usize, out: &mut Image) -> Result<()> {
     let pixel = image.layout.bytes_per_pixel();
-    out.reshape(width, height, image.layout);
+    out.reshape(width, height, image.layout)?;
     let (padding_top, top, rows) = middle(image.height, height);
     let (padding_left, left, columns) = middle(image.width, width);
     if rows < height || columns < width {
@@ -112,6 +133,7 @@ pub fn center_crop(image: &Image, height: usize, width: usize, out: &mut Image) 
         let from = &image.data[((top + y) * image.width + left) * pixel..][..columns * pixel];
         out.data[((padding_top + y) * width + padding_left) * pixel..][..columns * pixel].copy_from_slice(from);
     }
+    Ok(())
 }
 
 /// Along one axis: zeros in front, first input position, positions taken.
@@ -127,7 +149,9 @@ fn middle(input: usize, output: usize) -> (usize, usize, usize) {
 
 /// Height and width after `pad_if_needed`, which puts what is missing on both sides.
 pub(super) fn padded_size(image: &Image, height: usize, width: usize, pad_if_needed: bool) -> (usize, usize) {
-    let padded = |have: usize, want: usize| if pad_if_needed && have < want { 2 * want - have } else { have };
+    let padded = |have: usize, want: usize| {
+        if pad_if_needed && have < want { want.saturating_mul(2) - have } else { have }
+    };
     (padded(image.height, height), padded(image.width, width))
 }
 

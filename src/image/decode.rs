@@ -131,7 +131,7 @@ pub fn decode_with(bytes: &[u8], options: &Options, out: &mut Image) -> Result<S
             whole?;
         }
         if options.exif {
-            upright(orientation, out);
+            upright(orientation, out)?;
         }
         Ok(Seen { orientation })
     };
@@ -172,8 +172,17 @@ fn check_pixels(width: u64, height: u64, limits: &Limits) -> Result<()> {
     }
 }
 
+/// Before memory is taken for `claimed` bytes of pixels: whether the file can hold them, when one byte of it becomes at most
+/// `expansion`.
+fn check_claim(format: &str, claimed: u64, expansion: u64, file: &[u8]) -> Result<()> {
+    if claimed <= (file.len() as u64).saturating_mul(expansion) {
+        return Ok(());
+    }
+    Err(truncated(format, file.len()))
+}
+
 fn truncated(format: &str, length: usize) -> Error {
-    Error::decode(format_args!(
+    Error::truncated(format_args!(
         "the {format} file is truncated: it ends after {length} bytes, in the middle of the image"
     ))
 }
@@ -187,6 +196,8 @@ enum Samples<'a> {
     Palette { bits: u8, colors: &'a [[u8; 3]; 256] },
     /// Bytes per pixel and the offsets of red, green and blue.
     Bytes { step: usize, rgb: [usize; 3] },
+    /// 16 bits, blue in the lowest five; green has five or six.
+    Short { green_bits: u16 },
 }
 
 impl Samples<'_> {
@@ -194,6 +205,7 @@ impl Samples<'_> {
         match self {
             Self::Gray { bits } | Self::Palette { bits, .. } => (width * bits as usize).div_ceil(8),
             Self::Bytes { step, .. } => width * step,
+            Self::Short { .. } => width * 2,
         }
     }
 
@@ -215,6 +227,11 @@ impl Samples<'_> {
             Self::Bytes { step, rgb: [r, g, b] } => {
                 for (pixel, sample) in pixels.iter_mut().zip(line.chunks_exact(step)) {
                     *pixel = [sample[r], sample[g], sample[b], 255];
+                }
+            }
+            Self::Short { green_bits } => {
+                for (pixel, pair) in pixels.iter_mut().zip(line.as_chunks().0) {
+                    pixel[..3].copy_from_slice(&bmp::expand16(u16::from_le_bytes(*pair), green_bits));
                 }
             }
         }
@@ -245,7 +262,7 @@ fn clipped(value: u32) -> u8 {
 }
 
 /// `out` gets its shape, then every row is filled from `data`, which has one row every `stride` bytes; padding behind
-/// the last row may be missing. `None` when a row is.
+/// the last row may be missing. Fails with `cut` when a row is, before memory is taken.
 fn fill_rows(
     (width, height): (usize, usize),
     out: &mut Image,
@@ -253,11 +270,17 @@ fn fill_rows(
     data: &[u8],
     stride: usize,
     bottom_up: bool,
-) -> Option<()> {
-    out.reshape(width, height, Layout::Rgbx);
+    cut: impl Fn() -> Error,
+) -> Result<()> {
+    let row_bytes = samples.row_bytes(width);
+    let needed = stride.checked_mul(height - 1).and_then(|rows| rows.checked_add(row_bytes));
+    if needed.is_none_or(|needed| needed > data.len()) {
+        return Err(cut());
+    }
+    out.reshape(width, height, Layout::Rgbx)?;
     for (y, row) in out.data.chunks_exact_mut(4 * width).enumerate() {
         let y = if bottom_up { height - 1 - y } else { y };
-        samples.unpack(data.get(y * stride..y * stride + samples.row_bytes(width))?, row);
+        samples.unpack(&data[y * stride..y * stride + row_bytes], row);
     }
-    Some(())
+    Ok(())
 }

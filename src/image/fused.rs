@@ -4,7 +4,8 @@
 
 use super::resize::ResizeScratch;
 use super::resize_passes::{BLOCK, Rows, resize_into};
-use super::{Filter, Image, Layout, Normalizer, PillowOrder, ResizePath};
+use super::{Filter, Image, Layout, Normalizer, PillowOrder, ResizePath, memory};
+use crate::error::Result;
 
 /// Rows of the result on their way to the planes of the tensor.
 struct Normalized<'a> {
@@ -37,16 +38,16 @@ pub(super) fn resize_normalized(
     normalizer: &Normalizer,
     scratch: &mut ResizeScratch,
     out: &mut [f32],
-) -> bool {
+) -> Result<bool> {
     if filter == Filter::Nearest || (image.height, image.width) == (height, width) {
-        return false;
+        return Ok(false);
     }
     let layout = image.layout;
     let stride = width * layout.bytes_per_pixel();
     let mut rows = std::mem::take(&mut scratch.rows);
-    rows.resize(BLOCK * stride, 0);
+    memory::resize(&mut rows, BLOCK * stride)?;
     let mut sink = Normalized { rows: &mut rows, stride, layout, normalizer, size: height * width, out };
-    resize_into(ResizePath::best(), image, (height, width), filter, order, scratch, &mut sink);
+    resize_into(ResizePath::best(), image, (height, width), filter, order, scratch, &mut sink)?;
     scratch.rows = rows;
-    true
+    Ok(true)
 }

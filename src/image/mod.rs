@@ -13,6 +13,7 @@ mod crop;
 mod decode;
 mod erase;
 mod fused;
+mod memory;
 mod normalize;
 #[cfg(target_arch = "x86_64")]
 mod normalize_avx2;
@@ -28,7 +29,7 @@ mod resize_vbmi;
 mod rotate;
 mod transform;
 
-pub use affine::{Affine, affine};
+pub use affine::{Affine, AffineForm, affine};
 pub use augment::{Key, flip_horizontal, flip_vertical, grayscale};
 pub use color::{
     autocontrast, brightness, contrast, equalize, hue, invert, posterize, saturation, sharpness, solarize,
@@ -41,6 +42,8 @@ pub use op::{Op, Property};
 pub use resize::{Filter, PillowOrder, ResizePath, Size, resize, resize_on};
 pub use rotate::rotate;
 pub use transform::{Finish, Scratch, Transform};
+
+use crate::error::{Error, Result};
 
 /// What one pixel is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -80,13 +83,16 @@ pub struct Image {
 
 impl Image {
     /// `width x height` pixels from packed RGB triples, as `PIL.Image.tobytes()` gives them.
-    pub fn from_rgb(width: usize, height: usize, rgb: &[u8]) -> Self {
+    ///
+    /// # Errors
+    /// When there is no memory for them, as everywhere here.
+    pub fn from_rgb(width: usize, height: usize, rgb: &[u8]) -> Result<Self> {
         let mut image = Self::default();
-        image.reshape(width, height, Layout::Rgbx);
+        image.reshape(width, height, Layout::Rgbx)?;
         for (pixel, triple) in image.data.chunks_exact_mut(4).zip(rgb.chunks_exact(3)) {
             pixel[..3].copy_from_slice(triple);
         }
-        image
+        Ok(image)
     }
 
     /// Interleaved bytes, three per pixel (one for gray).
@@ -102,11 +108,19 @@ impl Image {
     }
 
     /// New shape, contents unspecified: bytes that are already there are not cleared again.
-    pub(crate) fn reshape(&mut self, width: usize, height: usize, layout: Layout) {
-        self.width = width;
-        self.height = height;
-        self.layout = layout;
-        self.data.resize(width * height * layout.bytes_per_pixel(), 0);
+    pub(crate) fn reshape(&mut self, width: usize, height: usize, layout: Layout) -> Result<()> {
+        let pixels = width.checked_mul(height).and_then(|n| n.checked_mul(layout.bytes_per_pixel()));
+        // Should it fail, this is a whole image all the same: an empty one.
+        (self.width, self.height, self.layout) = (0, 0, layout);
+        memory::resize(&mut self.data, pixels.ok_or_else(|| Error::memory(usize::MAX))?)?;
+        (self.width, self.height) = (width, height);
+        Ok(())
+    }
+
+    pub(crate) fn copy_from(&mut self, other: &Self) -> Result<()> {
+        self.reshape(other.width, other.height, other.layout)?;
+        self.data.copy_from_slice(&other.data);
+        Ok(())
     }
 }
 

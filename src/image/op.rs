@@ -4,7 +4,7 @@
 
 use rand_chacha::ChaCha8Rng;
 
-use super::affine::affine;
+use super::affine::{AffineForm, affine};
 use super::augment::{Drawn, flip_horizontal, flip_vertical, grayscale};
 use super::color;
 use super::crop::{self, PadMode, Window, center_crop, pad};
@@ -74,6 +74,7 @@ pub enum Op {
         filter: Filter,
         center: Option<(f64, f64)>,
         fill: [u8; 3],
+        form: AffineForm,
     },
     /// One of the four of `ColorJitter`, its factor drawn from `[low, high)`.
     Adjust {
@@ -195,22 +196,22 @@ impl Op {
         match (self, drawn) {
             (&Self::Resize { size, filter }, _) => {
                 let (height, width) = size.resolve(image.height, image.width)?;
-                resize_with(ResizePath::best(), image, height, width, filter, order, &mut scratch.resize);
+                resize_with(ResizePath::best(), image, height, width, filter, order, &mut scratch.resize)?;
             }
             (&Self::CenterCrop { height, width }, _) if (image.height, image.width) != (height, width) => {
-                center_crop(image, height, width, &mut scratch.spare);
+                center_crop(image, height, width, &mut scratch.spare)?;
                 std::mem::swap(image, &mut scratch.spare);
             }
             (&Self::Crop(window), _) => cut(image, window, scratch)?,
             (&Self::Pad { border, fill, mode }, _) => {
-                pad(image, border, fill, mode, &mut scratch.spare);
+                pad(image, border, fill, mode, &mut scratch.spare)?;
                 std::mem::swap(image, &mut scratch.spare);
             }
             (&Self::RandomCrop { height, width, pad_if_needed, fill, mode }, Drawn::Window(window)) => {
                 let (rows, columns) = crop::padded_size(image, height, width, pad_if_needed);
                 if (rows, columns) != (image.height, image.width) {
                     let (y, x) = ((rows - image.height) / 2, (columns - image.width) / 2);
-                    pad(image, [x, y, x, y], fill, mode, &mut scratch.spare);
+                    pad(image, [x, y, x, y], fill, mode, &mut scratch.spare)?;
                     std::mem::swap(image, &mut scratch.spare);
                 }
                 cut(image, window, scratch)?;
@@ -218,17 +219,17 @@ impl Op {
             (&Self::RandomResizedCrop { height, width, filter, .. }, Drawn::Window(window)) => {
                 cut(image, window, scratch)?;
                 let (height, width) = Size::Exact { height, width }.resolve(image.height, image.width)?;
-                resize_with(ResizePath::best(), image, height, width, filter, order, &mut scratch.resize);
+                resize_with(ResizePath::best(), image, height, width, filter, order, &mut scratch.resize)?;
             }
-            (&Self::Grayscale { channels }, _) => grayscale(image, channels),
+            (&Self::Grayscale { channels }, _) => grayscale(image, channels)?,
             (Self::HorizontalFlip { .. }, Drawn::Yes(true)) => flip_horizontal(image),
             (Self::VerticalFlip { .. }, Drawn::Yes(true)) => flip_vertical(image),
             (&Self::Rotation { filter, expand, center, fill, .. }, Drawn::Number(angle)) => {
                 rotate(image, angle, filter, expand, center, fill, &mut scratch.spare)?;
                 std::mem::swap(image, &mut scratch.spare);
             }
-            (&Self::Affine { filter, center, fill, .. }, Drawn::Map(map)) => {
-                affine(image, &map, filter, center, fill, &mut scratch.spare)?;
+            (&Self::Affine { filter, center, fill, form, .. }, Drawn::Map(map)) => {
+                affine(image, &map, form, filter, center, fill, &mut scratch.spare)?;
                 std::mem::swap(image, &mut scratch.spare);
             }
             (&Self::Adjust { property, .. }, Drawn::Number(factor)) => match property {
@@ -237,7 +238,7 @@ impl Op {
                 Property::Saturation => color::saturation(image, factor),
                 Property::Hue => color::hue(image, factor),
             },
-            (&Self::Sharpness { factor }, _) => color::sharpness(image, factor, &mut scratch.spare),
+            (&Self::Sharpness { factor }, _) => color::sharpness(image, factor, &mut scratch.spare)?,
             (Self::Invert, _) => color::invert(image),
             (&Self::Solarize { threshold }, _) => color::solarize(image, threshold),
             (&Self::Posterize { bits }, _) => color::posterize(image, bits),
@@ -257,7 +258,7 @@ fn cut(image: &mut Image, window: Window, scratch: &mut Scratch) -> Result<()> {
             window.height, window.width, image.height, image.width, window.top, window.left
         )));
     }
-    crop::crop(image, window, &mut scratch.spare);
+    crop::crop(image, window, &mut scratch.spare)?;
     std::mem::swap(image, &mut scratch.spare);
     Ok(())
 }

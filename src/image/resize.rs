@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::f64::consts::PI;
 use std::sync::Arc;
 
-use super::Image;
 use super::resize_passes::{Whole, resize_into};
+use super::{Image, memory};
 use crate::error::{Error, Result};
 
 /// Pillow's resampling filters.
@@ -204,12 +204,20 @@ impl WeightCache {
     /// Some folders have a new size in every file; then keeping them all would only cost memory.
     const CAPACITY: usize = 256;
 
-    pub fn get(&mut self, path: ResizePath, input: usize, output: usize, filter: Filter) -> Arc<Weights> {
+    pub fn get(&mut self, path: ResizePath, input: usize, output: usize, filter: Filter) -> Result<Arc<Weights>> {
         let key = (path, input, output, filter);
-        if self.by_size.len() >= Self::CAPACITY && !self.by_size.contains_key(&key) {
+        if let Some(weights) = self.by_size.get(&key) {
+            return Ok(Arc::clone(weights));
+        }
+        // Per weight four bytes here and at most 16 in what the kernels read, which pad windows to whole vectors.
+        let taps = 2.0 * filter.support() * (input as f64 / output as f64).max(1.0) + 2.0;
+        memory::probe((output as f64 * (taps * 20.0 + 256.0)) as usize)?;
+        if self.by_size.len() >= Self::CAPACITY {
             self.by_size.clear();
         }
-        Arc::clone(self.by_size.entry(key).or_insert_with(|| Arc::new(Weights::new(path, input, output, filter))))
+        let weights = Arc::new(Weights::new(path, input, output, filter));
+        self.by_size.insert(key, Arc::clone(&weights));
+        Ok(weights)
     }
 }
 
@@ -259,13 +267,26 @@ impl ResizePath {
 }
 
 /// Resizes in place as `PIL.Image.resize((width, height), filter)`; zero sizes are the caller's to refuse.
-pub fn resize(image: &mut Image, height: usize, width: usize, filter: Filter, order: PillowOrder) {
-    resize_on(ResizePath::best(), image, height, width, filter, order);
+///
+/// # Errors
+/// When there is no memory for the result.
+pub fn resize(image: &mut Image, height: usize, width: usize, filter: Filter, order: PillowOrder) -> Result<()> {
+    resize_on(ResizePath::best(), image, height, width, filter, order)
 }
 
 /// [`resize`] on a chosen implementation, for tests and benchmarks: one of [`ResizePath::all`].
-pub fn resize_on(path: ResizePath, image: &mut Image, height: usize, width: usize, filter: Filter, order: PillowOrder) {
-    resize_with(path, image, height, width, filter, order, &mut ResizeScratch::default());
+///
+/// # Errors
+/// As [`resize`].
+pub fn resize_on(
+    path: ResizePath,
+    image: &mut Image,
+    height: usize,
+    width: usize,
+    filter: Filter,
+    order: PillowOrder,
+) -> Result<()> {
+    resize_with(path, image, height, width, filter, order, &mut ResizeScratch::default())
 }
 
 pub(super) fn resize_with(
@@ -276,21 +297,22 @@ pub(super) fn resize_with(
     filter: Filter,
     order: PillowOrder,
     scratch: &mut ResizeScratch,
-) {
+) -> Result<()> {
     if (image.height, image.width) == (height, width) {
-        return;
+        return Ok(());
     }
     let mut result = std::mem::take(&mut scratch.result);
     if filter == Filter::Nearest {
-        nearest(image, height, width, &mut result);
+        nearest(image, height, width, &mut result)?;
     } else {
-        result.reshape(width, height, image.layout);
+        result.reshape(width, height, image.layout)?;
         let stride = result.stride();
         let mut rows = Whole { stride, data: &mut result.data };
-        resize_into(path, image, (height, width), filter, order, scratch, &mut rows);
+        resize_into(path, image, (height, width), filter, order, scratch, &mut rows)?;
     }
     std::mem::swap(image, &mut result);
     scratch.result = result;
+    Ok(())
 }
 
 /// Rounds a fixed-point sum to a byte.
@@ -299,7 +321,10 @@ pub(super) fn clip(sum: i32) -> u8 {
 }
 
 /// Pillow's nearest resize: positions are accumulated, so that they drift as its do.
-fn nearest(image: &Image, height: usize, width: usize, out: &mut Image) {
+fn nearest(image: &Image, height: usize, width: usize, out: &mut Image) -> Result<()> {
+    out.reshape(width, height, image.layout)?;
+    // The table of positions.
+    memory::probe(8 * (width + height))?;
     let positions = |input: usize, output: usize| {
         let step = f64::from(input as f32) / output as f64;
         let mut at = step * 0.5;
@@ -313,11 +338,11 @@ fn nearest(image: &Image, height: usize, width: usize, out: &mut Image) {
     };
     let columns = positions(image.width, width);
     let pixel = image.layout.bytes_per_pixel();
-    out.reshape(width, height, image.layout);
     for (y, line) in positions(image.height, height).into_iter().zip(out.data.chunks_exact_mut(width * pixel)) {
         let row = &image.data[y * image.stride()..];
         for (&x, value) in columns.iter().zip(line.chunks_exact_mut(pixel)) {
             value.copy_from_slice(&row[x * pixel..][..pixel]);
         }
     }
+    Ok(())
 }

@@ -3,7 +3,8 @@
 #![forbid(unsafe_code)]
 
 use super::resize::{ResizeScratch, Weights, clip};
-use super::{Filter, Image, Layout, PillowOrder, ResizePath};
+use super::{Filter, Image, Layout, PillowOrder, ResizePath, memory};
+use crate::error::Result;
 
 /// Rows of the first pass at a time; the kernels take four.
 const STRIP: usize = 16;
@@ -42,13 +43,13 @@ pub(super) fn resize_into(
     order: PillowOrder,
     scratch: &mut ResizeScratch,
     out: &mut impl Rows,
-) {
+) -> Result<()> {
     let ResizeScratch { weights, between, .. } = scratch;
     let shrinks_by = |from: usize, to: usize| from as i64 - to as i64;
     let down = shrinks_by(image.height, height);
     let columns_first = order == PillowOrder::Pillow13 && down > 0 && down > 2 * shrinks_by(image.width, width);
-    let rows = (image.width != width).then(|| weights.get(path, image.width, width, filter));
-    let columns = (image.height != height).then(|| weights.get(path, image.height, height, filter));
+    let mut table = |from, to| (from != to).then(|| weights.get(path, from, to, filter)).transpose();
+    let (rows, columns) = (table(image.width, width)?, table(image.height, height)?);
     match (rows, columns) {
         (None, None) => {}
         (None, Some(columns)) => {
@@ -65,7 +66,7 @@ pub(super) fn resize_into(
                 let input = match &columns {
                     None => &image.data[y * stride..(y + count) * stride],
                     Some(columns) => {
-                        between.resize(BLOCK * stride, 0);
+                        memory::resize(between, BLOCK * stride)?;
                         for (i, line) in between.chunks_exact_mut(stride).take(count).enumerate() {
                             vertical(path, &image.data, stride, 0, columns, y + i, line);
                         }
@@ -78,10 +79,11 @@ pub(super) fn resize_into(
         }
         (Some(rows), columns) => {
             if let Some(columns) = columns {
-                rows_first(path, image, &rows, &columns, between, out);
+                rows_first(path, image, &rows, &columns, between, out)?;
             }
         }
     }
+    Ok(())
 }
 
 fn rows_first(
@@ -91,12 +93,12 @@ fn rows_first(
     columns: &Weights,
     between: &mut Vec<u8>,
     out: &mut impl Rows,
-) {
+) -> Result<()> {
     let in_stride = image.stride();
     let stride = rows.windows.len() * image.layout.bytes_per_pixel();
     let tallest = columns.windows.iter().map(|w| w.count).max().unwrap_or(0);
     let capacity = tallest + STRIP;
-    between.resize(capacity * stride, 0);
+    memory::resize(between, capacity * stride)?;
     // Only the rows that the second pass reads: `start` to `end` of them lie in `between`.
     let last = columns.windows.last().map_or(0, |w| w.first + w.count);
     let mut start = columns.windows.first().map_or(0, |w| w.first);
@@ -119,6 +121,7 @@ fn rows_first(
         vertical(path, between, stride, start, columns, y, out.room(y, 1));
         out.done(y, 1);
     }
+    Ok(())
 }
 
 /// Whole rows of `input` along the rows.

@@ -25,39 +25,43 @@ pub fn rotate(
     let square = image.width == image.height;
     if center.is_none() {
         if angle == 0.0 {
-            out.clone_from(image);
-            return Ok(());
+            return out.copy_from(image);
         }
         if angle == 180.0 {
-            turn(image, image.height, image.width, out, |y, x| (image.height - 1 - y, image.width - 1 - x));
-            return Ok(());
+            return turn(image, image.height, image.width, out, |y, x| (image.height - 1 - y, image.width - 1 - x));
         }
         if (angle == 90.0 || angle == 270.0) && (expand || square) {
-            turn(image, image.width, image.height, out, |y, x| {
+            return turn(image, image.width, image.height, out, |y, x| {
                 if angle == 90.0 { (x, image.width - 1 - y) } else { (image.height - 1 - x, y) }
             });
-            return Ok(());
         }
     }
     let (matrix, width, height) = matrix(image.width, image.height, angle, expand, center);
-    out.reshape(width, height, image.layout);
+    out.reshape(width, height, image.layout)?;
     sample(image, &matrix, filter, fill, out)
 }
 
 /// Whole pixels moved: output (y, x) takes input `from(y, x)`.
-fn turn(image: &Image, height: usize, width: usize, out: &mut Image, from: impl Fn(usize, usize) -> (usize, usize)) {
+fn turn(
+    image: &Image,
+    height: usize,
+    width: usize,
+    out: &mut Image,
+    from: impl Fn(usize, usize) -> (usize, usize),
+) -> Result<()> {
     let pixel = image.layout.bytes_per_pixel();
-    out.reshape(width, height, image.layout);
+    out.reshape(width, height, image.layout)?;
     for (y, line) in out.data.chunks_exact_mut(width * pixel).enumerate() {
         for (x, value) in line.chunks_exact_mut(pixel).enumerate() {
             let (y, x) = from(y, x);
             value.copy_from_slice(&image.data[(y * image.width + x) * pixel..][..pixel]);
         }
     }
+    Ok(())
 }
 
 /// Turns a picture with this EXIF orientation upright; numbers other than 2 to 8 change nothing.
-pub(super) fn upright(orientation: u8, image: &mut Image) {
+pub(super) fn upright(orientation: u8, image: &mut Image) -> Result<()> {
     let (h, w) = (image.height, image.width);
     let mut turned = Image::default();
     match orientation {
@@ -68,9 +72,10 @@ pub(super) fn upright(orientation: u8, image: &mut Image) {
         6 => turn(image, w, h, &mut turned, |y, x| (h - 1 - x, y)),
         7 => turn(image, w, h, &mut turned, |y, x| (h - 1 - x, w - 1 - y)),
         8 => turn(image, w, h, &mut turned, |y, x| (x, w - 1 - y)),
-        _ => return,
-    }
+        _ => return Ok(()),
+    }?;
     std::mem::swap(image, &mut turned);
+    Ok(())
 }
 
 /// The map from output to input positions, and the output size.

@@ -72,7 +72,7 @@ impl Transform {
         check_length((image.layout, height, width), out.len())?;
         let normalizer = self.normalizer(image.layout, scratch)?;
         let done =
-            resize_normalized(image, (height, width), filter, self.order, &normalizer.2, &mut scratch.resize, out);
+            resize_normalized(image, (height, width), filter, self.order, &normalizer.2, &mut scratch.resize, out)?;
         scratch.normalizer = Some(normalizer);
         if done {
             return Ok(());

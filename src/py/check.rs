@@ -11,8 +11,8 @@ use crate::image::Limits;
 use crate::py::enter::enter;
 use crate::py::error::stash;
 
-/// (format or None, width, height, bytes of the file, hash of its contents, exception or None).
-type Row = (Option<&'static str>, usize, usize, u64, u64, Option<PyObject>);
+/// (format or None, width, height, bytes of the file, hash of its contents, exception or None, whose fault it is or None).
+type Row = (Option<&'static str>, usize, usize, u64, u64, Option<PyObject>, Option<&'static str>);
 
 /// Reads and decodes each file, in threads; `progress` is called with the number of finished ones a few times a second.
 #[pyfunction]
@@ -36,9 +36,11 @@ pub fn check_files(
             Python::with_gil(|py| told(py).map_err(stash))
         })
     })?;
-    let row = |Finding { format, width, height, size, hash, error }| {
+    let row = |finding: Finding| {
+        let fault = finding.fault();
+        let Finding { format, width, height, size, hash, error, .. } = finding;
         let error = error.map(|error: Error| PyErr::from(error).into_value(py).into_any());
-        (format, width, height, size, hash, error)
+        (format, width, height, size, hash, error, fault)
     };
     Ok(findings.into_iter().map(row).collect())
 }

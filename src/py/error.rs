@@ -1,8 +1,9 @@
 //! The only file that knows Python's exceptions.
 
 use std::cell::RefCell;
+use std::io::ErrorKind;
 
-use pyo3::exceptions::{PyIndexError, PyOSError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyMemoryError, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::Error;
@@ -27,6 +28,8 @@ impl From<Error> for PyErr {
 pub fn convert(py: Python<'_>, error: Error) -> PyErr {
     let text = error.to_string();
     match error {
+        Error::OutOfMemory { .. } => PyMemoryError::new_err(text),
+        Error::Io { source, .. } if source.kind() == ErrorKind::OutOfMemory => PyMemoryError::new_err(text),
         Error::Io { path, source } => match source.raw_os_error() {
             // OSError(errno, text, filename) picks FileNotFoundError, PermissionError, ... by itself.
             // A str, as the file functions of Python give it, not a Path.
@@ -39,6 +42,12 @@ pub fn convert(py: Python<'_>, error: Error) -> PyErr {
         Error::Argument(_) => PyValueError::new_err(text),
         Error::Target { .. } => PyIndexError::new_err(text),
         Error::Shape { .. } | Error::Torch(_) => PyRuntimeError::new_err(text),
+        Error::Refused(error) => {
+            let error = convert(py, *error);
+            // `cnnrs.feed` asks the user's own module about the batch.
+            let _ = error.value(py).setattr("refused", true);
+            error
+        }
         Error::Interrupted => RAISED
             .with(|raised| raised.borrow_mut().take())
             .unwrap_or_else(|| PyRuntimeError::new_err("interrupted without an exception")),

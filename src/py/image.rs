@@ -71,7 +71,7 @@ pub fn apply_op<'py>(
     let key = key.map_or(Key::default(), |(seed, sample, position)| Key { seed, sample, position });
     let transform = Transform { ops: vec![op(spec)?], finish: Finish::Uint8, erase: None, order };
     let image = enter(py, || {
-        let mut image = Image::from_rgb(width, height, &rgb);
+        let mut image = Image::from_rgb(width, height, &rgb)?;
         transform.pixels(&mut image, key, &mut Scratch::default()).map(|()| image)
     })?;
     Ok(pixels(py, &image))

@@ -97,19 +97,19 @@ impl Loader {
         Ok(Self { loader: Mutex::new(data::Loader::new(plan, threads, memory.get(), memory.batches)) })
     }
 
-    /// Asks for the batch of these files; `positions` are their places in the epoch.
+    /// Asks for the batch of these files; `positions` are their places in the epoch. Returns the batch's ticket.
     fn submit_files(
         &self,
         py: Python<'_>,
         indices: Vec<i64>,
         positions: Vec<u64>,
         paths: Vec<PathBuf>,
-    ) -> PyResult<()> {
+    ) -> PyResult<u64> {
         self.submit(py, indices, positions, paths.into_iter().map(Input::File))
     }
 
     /// Asks for the batch of these rows of `rows`; `position` is the place of the first one in the epoch.
-    fn submit_rows(&self, py: Python<'_>, indices: Vec<i64>, position: u64) -> PyResult<()> {
+    fn submit_rows(&self, py: Python<'_>, indices: Vec<i64>, position: u64) -> PyResult<u64> {
         let rows = indices.iter().map(|&i| Input::Row(usize::try_from(i).unwrap_or(usize::MAX)));
         let rows: Vec<_> = rows.collect();
         self.submit(py, indices, position.., rows)
@@ -122,15 +122,16 @@ impl Loader {
         indices: Vec<i64>,
         positions: Vec<u64>,
         images: Vec<Pixels>,
-    ) -> PyResult<()> {
-        self.submit(py, indices, positions, images.into_iter().map(|image| Input::Pixels(raw(image))))
+    ) -> PyResult<u64> {
+        let inputs: PyResult<Vec<_>> = images.into_iter().map(|image| Ok(Input::Pixels(raw(image)?))).collect();
+        self.submit(py, indices, positions, inputs?)
     }
 
-    /// Waits for the oldest batch: ("batch", capsule), ("samples", capsules) when their shapes differ,
+    /// Waits for the batch of `ticket` and forgets older ones: ("batch", capsule), ("samples", capsules) when their shapes differ,
     /// ("pixels", [(height, width, channels, bytes)]), or ("failed", [(place in the batch, exception)]).
-    fn poll<'py>(&self, py: Python<'py>) -> PyResult<(&'static str, Bound<'py, PyAny>)> {
+    fn poll<'py>(&self, py: Python<'py>, ticket: u64) -> PyResult<(&'static str, Bound<'py, PyAny>)> {
         let ready = loop {
-            let ready = enter(py, || self.loader.lock().unwrap_or_else(PoisonError::into_inner).poll(SLICE))?;
+            let ready = enter(py, || self.loader.lock().unwrap_or_else(PoisonError::into_inner).poll(ticket, SLICE))?;
             // Also after a quick success: a loop over many small batches must notice Ctrl-C too.
             py.check_signals()?;
             if let Some(ready) = ready {
@@ -144,9 +145,14 @@ impl Loader {
                 Ok(("samples", PyList::new(py, samples.collect::<PyResult<Vec<_>>>()?)?.into_any()))
             }
             Ready::Pixels(images) => {
-                let images = images
-                    .into_iter()
-                    .map(|raw| (raw.height, raw.width, raw.channels, PyBytes::new(py, &raw.data)).into_pyobject(py));
+                let images = images.into_iter().map(|raw| {
+                    // Not `new`, which panics when there is no memory.
+                    let bytes = PyBytes::new_with(py, raw.data.len(), |bytes| {
+                        bytes.copy_from_slice(&raw.data);
+                        Ok(())
+                    })?;
+                    (raw.height, raw.width, raw.channels, bytes).into_pyobject(py)
+                });
                 Ok(("pixels", PyList::new(py, images.collect::<PyResult<Vec<_>>>()?)?.into_any()))
             }
             Ready::Failed(failures) => {
@@ -158,8 +164,8 @@ impl Loader {
     }
 
     /// Whether `poll` would not wait.
-    fn ready(&self) -> bool {
-        self.loader.lock().unwrap_or_else(PoisonError::into_inner).is_ready()
+    fn ready(&self, ticket: u64) -> bool {
+        self.loader.lock().unwrap_or_else(PoisonError::into_inner).is_ready(ticket)
     }
 
     /// Whether one of the files so far had an EXIF orientation other than upright.
@@ -167,20 +173,20 @@ impl Loader {
         self.loader.lock().unwrap_or_else(PoisonError::into_inner).saw_turned()
     }
 
-    /// Gives a failed sample of the oldest batch pixels that somebody else decoded.
-    fn retry(&self, py: Python<'_>, sample: usize, pixels: Pixels) -> PyResult<()> {
-        let raw = raw(pixels);
-        enter(py, || self.loader.lock().unwrap_or_else(PoisonError::into_inner).retry(sample, raw))
+    /// Gives a failed sample of the batch pixels that somebody else decoded.
+    fn retry(&self, py: Python<'_>, ticket: u64, sample: usize, pixels: Pixels) -> PyResult<()> {
+        let raw = raw(pixels)?;
+        enter(py, || self.loader.lock().unwrap_or_else(PoisonError::into_inner).retry(ticket, sample, raw))
     }
 
-    /// Does without these failed samples of the oldest batch: rows of a "batch" without meaning, absent otherwise.
-    fn drop_samples(&self, samples: Vec<usize>) {
-        self.loader.lock().unwrap_or_else(PoisonError::into_inner).drop_samples(&samples);
+    /// Does without these failed samples of the batch: rows of a "batch" without meaning, absent otherwise.
+    fn drop_samples(&self, ticket: u64, samples: Vec<usize>) {
+        self.loader.lock().unwrap_or_else(PoisonError::into_inner).drop_samples(ticket, &samples);
     }
 
-    /// Forgets the oldest batch.
-    fn discard(&self) {
-        self.loader.lock().unwrap_or_else(PoisonError::into_inner).discard();
+    /// Forgets this batch, if it is still on its way: an exception of `poll` may come before or after it was taken.
+    fn discard(&self, ticket: u64) {
+        self.loader.lock().unwrap_or_else(PoisonError::into_inner).discard(ticket);
     }
 }
 
@@ -191,7 +197,7 @@ impl Loader {
         indices: Vec<i64>,
         positions: impl IntoIterator<Item = u64> + Send,
         inputs: impl IntoIterator<Item = Input> + Send,
-    ) -> PyResult<()> {
+    ) -> PyResult<u64> {
         enter(py, || {
             let samples = indices.into_iter().zip(inputs).zip(positions);
             let samples =
@@ -209,6 +215,6 @@ pub fn available_threads() -> usize {
 
 type Pixels = (usize, usize, usize, PyBackedBytes);
 
-fn raw((height, width, channels, data): Pixels) -> Raw {
-    Raw { height, width, channels, data: data.to_vec() }
+fn raw((height, width, channels, data): Pixels) -> PyResult<Raw> {
+    Ok(Raw { height, width, channels, data: data::copied(&data)? })
 }

@@ -15,7 +15,7 @@ pub fn read_idx(py: Python<'_>, path: PathBuf, labels: bool) -> PyResult<Bound<'
     let kind = if labels { mnist::Kind::Labels } else { mnist::Kind::Images };
     let array = enter(py, || {
         let idx = mnist::read(&path, kind)?;
-        Ok(batch::single(&Buffers::new(0), idx.shape, DType::Uint8, |bytes| bytes.copy_from_slice(&idx.data)))
+        batch::single(&Buffers::new(0), idx.shape, DType::Uint8, |bytes| bytes.copy_from_slice(&idx.data))
     })?;
     dlpack::export(py, array)
 }

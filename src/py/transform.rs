@@ -6,7 +6,7 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyTuple;
 
 use crate::data::{Finish, Output};
-use crate::image::{self, Erasing, Filter, Op, PadMode, PillowOrder, Property, Size, Transform, Window};
+use crate::image::{self, AffineForm, Erasing, Filter, Op, PadMode, PillowOrder, Property, Size, Transform, Window};
 
 /// `ops` may end in an ("erase", ...); `finish=None` asks for pixels.
 pub(super) fn transform(
@@ -63,9 +63,10 @@ pub(super) fn op(spec: &Bound<'_, PyTuple>) -> PyResult<Op> {
             Op::Rotation { low, high, filter: self::filter(&filter)?, expand, center, fill }
         }
         "affine" => {
-            let (degrees, translate, scale, shear, filter, center, fill): (_, _, _, _, String, _, _) =
+            let (degrees, translate, scale, shear, filter, center, fill, v2): (_, _, _, _, String, _, _, bool) =
                 rest.extract()?;
-            Op::Affine { degrees, translate, scale, shear, filter: self::filter(&filter)?, center, fill }
+            let form = if v2 { AffineForm::V2 } else { AffineForm::V1 };
+            Op::Affine { degrees, translate, scale, shear, filter: self::filter(&filter)?, center, fill, form }
         }
         "brightness" => adjust(Property::Brightness, &rest)?,
         "contrast" => adjust(Property::Contrast, &rest)?,

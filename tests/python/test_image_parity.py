@@ -86,17 +86,6 @@ def test_photos_recoded_as_webp_and_gif(photos: Path) -> None:
         assert_same(by_us(data), by_pillow(data), path)
 
 
-def jpeg_in_tiff(size: tuple[int, int]) -> bytes:
-    return image_files.encoded(image_files.picture(*size, np.random.default_rng(1)), "TIFF", compression="jpeg")
-
-
-@pytest.mark.parametrize("size", [(16, 16), (64, 48)])
-def test_jpeg_inside_tiff_is_close_but_not_equal(size: tuple[int, int]) -> None:
-    # The documented exception, another inverse DCT: Y, Cb, Cr within 1, and B = Y + 1.772 Cb: 1 + 1.772 + rounding < 4.
-    data = jpeg_in_tiff(size)
-    assert np.abs(by_us(data).astype(int) - by_pillow(data)).max() <= 4
-
-
 def outcome(decode: Any, data: bytes) -> np.ndarray | None:
     try:
         return np.asarray(decode(data))
@@ -126,6 +115,9 @@ def test_damaged_files_fail_exactly_when_pillow_does(format: str) -> None:
             ours, theirs = outcome(by_us, data), outcome(by_pillow, data)
             if theirs is not None and ours is not None:
                 assert_same(ours, theirs, (format, len(data)))
+            elif format == "TIFF":
+                # Refused is also what is not known to be read alike: then Pillow is asked.
+                assert ours is None, len(data)
             elif format != "WEBP":
                 # Some single bits of WebP headers are judged differently.
                 assert (ours is None) == (theirs is None), (format, len(data))

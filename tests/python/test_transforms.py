@@ -233,6 +233,8 @@ REFUSED: dict[str, Any] = {
     "a function inside": v2.RandomOrder([v2.RandomInvert(), lambda image: image]),
     "ranges the wrong way round": v1.RandomResizedCrop(8, (0.5, 0.2)),
     "no bits": v1.RandomPosterize(0),
+    "mirrored borders for two reasons": v2.RandomCrop((24, 20), 3, True, padding_mode="reflect"),
+    "a filter's name in v1": v1.Resize(24, "bilinear"),
     "perspective": v1.RandomPerspective(),
 }
 

@@ -150,7 +150,7 @@ impl LogFile {
         let io = |source| Error::Io { path: self.path.clone(), source };
         let name = std::path::absolute(path).map_err(io)?;
         let mut record = self.appending.lock().unwrap_or_else(PoisonError::into_inner);
-        write_record(&name, stamp, shape, image, &mut record);
+        write_record(&name, stamp, shape, image, &mut record)?;
         self.file.lock().map_err(io)?;
         let outcome = self.append(&name, stamp, shape, &record, limit);
         self.file.unlock().map_err(io)?;
@@ -248,7 +248,7 @@ fn number(file: &File, offset: u64) -> Option<u64> {
     Some(u64::from_le_bytes(bytes))
 }
 
-fn write_record(path: &Path, stamp: Stamp, shape: Shape, image: &Image, record: &mut Vec<u8>) {
+fn write_record(path: &Path, stamp: Stamp, shape: Shape, image: &Image, record: &mut Vec<u8>) -> Result<()> {
     let name = path.as_os_str().as_bytes();
     record.clear();
     for word in [TAG, u32::try_from(name.len()).unwrap_or(u32::MAX), shape.width, shape.height, shape.channels, 0] {
@@ -257,11 +257,12 @@ fn write_record(path: &Path, stamp: Stamp, shape: Shape, image: &Image, record: 
     record.extend_from_slice(&stamp.size.to_le_bytes());
     record.extend_from_slice(&stamp.modified.to_le_bytes());
     record.extend_from_slice(name);
-    pack(image, record);
+    pack(image, record)?;
     let sum = sum(record);
     if let Some(place) = record.get_mut(20..24) {
         place.copy_from_slice(&sum.to_le_bytes());
     }
+    Ok(())
 }
 
 /// The first record of `bytes`; its offset is not known here.

@@ -16,7 +16,7 @@ const SHARDS: usize = 16;
 struct Entry {
     stamp: Stamp,
     shape: Shape,
-    data: Arc<[u8]>,
+    data: Arc<Vec<u8>>,
 }
 
 pub(super) struct Ram {
@@ -63,8 +63,11 @@ impl Ram {
             return Outcome::NoRoom;
         }
         let mut data = Vec::new();
-        pack(image, &mut data);
-        let entry = Entry { stamp, shape, data: data.into() };
+        if pack(image, &mut data).is_err() {
+            self.bytes.fetch_sub(size, Ordering::Relaxed);
+            return Outcome::NoRoom;
+        }
+        let entry = Entry { stamp, shape, data: Arc::new(data) };
         let entries = self.shard(path).and_then(|shard| {
             let wait = || shard.write().unwrap_or_else(PoisonError::into_inner);
             if self.may_wait() { Some(wait()) } else { shard.try_write().ok() }

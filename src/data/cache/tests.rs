@@ -7,7 +7,7 @@ fn stamp(size: u64) -> Stamp {
 }
 
 fn color(width: usize, height: usize, value: u8) -> Image {
-    Image::from_rgb(width, height, &vec![value; 3 * width * height])
+    Image::from_rgb(width, height, &vec![value; 3 * width * height]).unwrap()
 }
 
 fn gray(width: usize, value: u8) -> Image {

@@ -38,9 +38,15 @@ fn samples(inputs: impl IntoIterator<Item = Input>) -> Vec<Sample> {
     inputs.map(|(input, i)| Sample { index: i, position: i, input }).collect()
 }
 
+/// The result of the oldest batch.
 fn wait(loader: &mut Loader) -> Ready {
+    let ticket = loader.queue[0].0;
+    wait_for(loader, ticket)
+}
+
+fn wait_for(loader: &mut Loader, ticket: u64) -> Ready {
     loop {
-        if let Some(ready) = loader.poll(Duration::from_millis(10)).unwrap() {
+        if let Some(ready) = loader.poll(ticket, Duration::from_millis(10)).unwrap() {
             return ready;
         }
     }
@@ -60,7 +66,7 @@ fn batches_come_in_the_order_they_were_asked_for() {
             assert_eq!(ready.bytes(), expected);
         }
         assert_eq!(loader.pending(), 0);
-        assert!(loader.poll(Duration::ZERO).is_err());
+        assert!(loader.poll(19, Duration::ZERO).is_err());
     }
 }
 
@@ -78,21 +84,38 @@ fn different_shapes_come_apart() {
 fn failures_are_all_reported_and_can_be_mended() {
     let missing = || Input::File("/nowhere/at/all.jpg".into());
     let mut loader = Loader::new(plan(vec![], Last::Uint8), 2, Memory::new(2), 2);
-    loader.submit(samples([gray(1, 1, 1), missing(), gray(1, 1, 3), missing()])).unwrap();
-    loader.submit(samples([missing()])).unwrap();
+    let first = loader.submit(samples([gray(1, 1, 1), missing(), gray(1, 1, 3), missing()])).unwrap();
+    let second = loader.submit(samples([missing()])).unwrap();
     let Ready::Failed(failures) = wait(&mut loader) else { panic!("two files are missing") };
     assert_eq!(failures.iter().map(|failure| failure.sample).collect::<Vec<_>>(), [1, 3]);
     assert!(failures.iter().all(|failure| failure.error.to_string().contains("/nowhere/at/all.jpg")));
     for failure in failures {
         let data = vec![u8::try_from(failure.sample).unwrap() + 1];
-        loader.retry(failure.sample, Raw { height: 1, width: 1, channels: 1, data }).unwrap();
+        loader.retry(first, failure.sample, Raw { height: 1, width: 1, channels: 1, data }).unwrap();
     }
     let Ready::Batch(batch) = wait(&mut loader) else { panic!("nothing is missing any more") };
     assert_eq!(batch.bytes(), [1, 2, 3, 4]);
     assert!(matches!(wait(&mut loader), Ready::Failed(_)));
-    assert!(loader.retry(0, Raw { height: 1, width: 1, channels: 1, data: vec![] }).is_err());
-    loader.discard();
+    assert!(loader.retry(second, 0, Raw { height: 1, width: 1, channels: 1, data: vec![] }).is_err());
+    // It was returned long ago.
+    loader.discard(first);
+    assert_eq!(loader.pending(), 1);
+    loader.discard(second);
     assert_eq!(loader.pending(), 0);
+}
+
+#[test]
+fn batches_that_nobody_asks_for_are_passed_over() {
+    for threads in [0, 2] {
+        let mut loader = Loader::new(plan(vec![], Last::Uint8), threads, Memory::new(2), 2);
+        let tickets: Vec<_> = (0..5).map(|i| loader.submit(samples([gray(1, 1, i)])).unwrap()).collect();
+        for (i, left) in [(0, 4), (3, 1)] {
+            let Ready::Batch(batch) = wait_for(&mut loader, tickets[i]) else { panic!("equal shapes make a batch") };
+            assert_eq!((usize::from(batch.bytes()[0]), loader.pending()), (i, left));
+        }
+        assert!(loader.poll(tickets[1], Duration::ZERO).is_err());
+        assert_eq!(loader.pending(), 1);
+    }
 }
 
 #[test]
@@ -113,9 +136,9 @@ fn rows_are_looked_up_with_the_transforms_own_numbers() {
     let [Ready::Batch(a), Ready::Batch(b)] = ready.as_slice() else { panic!("two batches") };
     assert_eq!((a.bytes(), &a.shape), (b.bytes(), &b.shape));
 
-    loaders[0].submit(samples([Input::Row(3)])).unwrap();
+    let ticket = loaders[0].submit(samples([Input::Row(3)])).unwrap();
     assert!(matches!(wait(&mut loaders[0]), Ready::Failed(_)));
-    loaders[0].discard();
+    loaders[0].discard(ticket);
     loaders[0].submit(samples([Input::Row(usize::MAX)])).unwrap();
     assert!(matches!(wait(&mut loaders[0]), Ready::Failed(_)));
 }
@@ -150,11 +173,11 @@ fn a_panic_is_the_failure_of_its_sample() {
         let mut plan = plan(vec![Op::VerticalFlip { p: 0.5 }], Last::Float);
         plan.rows = Some(Rows { data: Box::new(Panicking), height: 1, width: 1 });
         let mut loader = Loader::new(plan, threads, Memory::new(2), 2);
-        loader.submit(samples([gray(1, 1, 7), Input::Row(0), gray(1, 1, 7)])).unwrap();
+        let ticket = loader.submit(samples([gray(1, 1, 7), Input::Row(0), gray(1, 1, 7)])).unwrap();
         let Ready::Failed(failures) = wait(&mut loader) else { panic!("the row panics") };
         let [Failure { sample: 1, error: Error::Panic(text) }] = failures.as_slice() else { panic!("one failure") };
         assert_eq!(text, "injected");
-        loader.drop_samples(&[1]);
+        loader.drop_samples(ticket, &[1]);
         let Ready::Batch(batch) = wait(&mut loader) else { panic!("the others are well") };
         assert_eq!(
             (&batch.bytes()[..4], &batch.bytes()[8..]),
@@ -167,9 +190,9 @@ fn a_panic_is_the_failure_of_its_sample() {
 fn dropped_samples_are_missing_among_different_shapes() {
     let missing = Input::File("/nowhere/at/all.jpg".into());
     let mut loader = Loader::new(plan(vec![], Last::Uint8), 2, Memory::new(2), 2);
-    loader.submit(samples([gray(1, 1, 1), missing, gray(1, 2, 3), gray(1, 1, 4)])).unwrap();
+    let ticket = loader.submit(samples([gray(1, 1, 1), missing, gray(1, 2, 3), gray(1, 1, 4)])).unwrap();
     assert!(matches!(wait(&mut loader), Ready::Failed(_)));
-    loader.drop_samples(&[1]);
+    loader.drop_samples(ticket, &[1]);
     let Ready::Ragged(ready) = wait(&mut loader) else { panic!("shapes differ") };
     assert_eq!(ready.iter().map(|one| one.bytes().to_vec()).collect::<Vec<_>>(), [vec![1], vec![3, 3], vec![4]]);
 }

@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
+
 use super::{Samples, check_pixels, fill_rows, packed, truncated};
 use crate::error::{Error, Result};
 use crate::image::{Image, Limits};
@@ -13,7 +15,8 @@ struct Header {
     bits: u16,
     compression: u32,
     colors: usize,
-    masks: [u32; 3],
+    /// Red, green, blue and alpha.
+    masks: [u32; 4],
     /// Bytes per palette entry.
     entry: usize,
     palette_at: usize,
@@ -27,45 +30,42 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let pixels = bytes.get(header.pixels_at..).unwrap_or(&[]);
     let (samples, data, stride) = match (header.compression, header.bits) {
         (1, 8) | (2, 4) => {
-            let indices = run_lengths(pixels, &header).ok_or_else(|| truncated("BMP", bytes.len()))?;
-            (Samples::Palette { bits: 8, colors: &colors }, indices, header.width)
+            let indices = run_lengths(pixels, &header)?.ok_or_else(|| truncated("BMP", bytes.len()))?;
+            (Samples::Palette { bits: 8, colors: &colors }, Cow::from(indices), header.width)
         }
         (0, 1 | 4 | 8) => {
             let stride = (header.width * header.bits as usize).div_ceil(32) * 4;
-            (Samples::Palette { bits: header.bits as u8, colors: &colors }, pixels.to_vec(), stride)
+            (Samples::Palette { bits: header.bits as u8, colors: &colors }, pixels.into(), stride)
         }
         (0 | 3, 16) => {
             let stride = (header.width * 2).div_ceil(4) * 4;
             let green_bits = match (header.compression, header.masks) {
-                (0, _) | (3, [0x7c00, 0x3e0, 0x1f]) => 5,
-                (3, [0xf800, 0x7e0, 0x1f]) => 6,
+                (0, _) | (3, [0x7c00, 0x3e0, 0x1f, _]) => 5,
+                (3, [0xf800, 0x7e0, 0x1f, _]) => 6,
                 _ => return Err(unsupported(&header)),
             };
-            let lines =
-                pixels.chunks(stride).flat_map(|line| line[..line.len().min(2 * header.width)].as_chunks::<2>().0);
-            let rgb = lines.flat_map(|pair| expand16(u16::from_le_bytes(*pair), green_bits)).collect();
-            (Samples::Bytes { step: 3, rgb: [0, 1, 2] }, rgb, 3 * header.width)
+            (Samples::Short { green_bits }, pixels.into(), stride)
         }
         (0 | 3, 24) => {
-            if header.compression == 3 && header.masks != [0xff_0000, 0xff00, 0xff] {
+            if header.compression == 3 && header.masks[..3] != [0xff_0000, 0xff00, 0xff] {
                 return Err(unsupported(&header));
             }
-            (Samples::Bytes { step: 3, rgb: [2, 1, 0] }, pixels.to_vec(), (header.width * 3).div_ceil(4) * 4)
+            (Samples::Bytes { step: 3, rgb: [2, 1, 0] }, pixels.into(), (header.width * 3).div_ceil(4) * 4)
         }
         (0 | 3, 32) => {
             let rgb = match (header.compression, header.masks) {
-                (0, _) | (_, [0xff_0000, 0xff00, 0xff] | [0, 0, 0]) => [2, 1, 0],
-                (_, [0xff00_0000, 0xff_0000, 0xff00]) => [3, 2, 1],
-                (_, [0xff00_0000, 0xff00, 0xff]) => [3, 1, 0],
-                (_, [0xff, 0xff00, 0xff_0000]) => [0, 1, 2],
+                (0, _) | (_, [0xff_0000, 0xff00, 0xff, 0 | 0xff00_0000] | [0, 0, 0, 0]) => [2, 1, 0],
+                (_, [0xff00_0000, 0xff_0000, 0xff00, 0 | 0xff]) => [3, 2, 1],
+                (_, [0xff00_0000, 0xff00, 0xff, 0 | 0xff_0000]) => [3, 1, 0],
+                (_, [0xff, 0xff00, 0xff_0000, 0xff00_0000]) => [0, 1, 2],
                 _ => return Err(unsupported(&header)),
             };
-            (Samples::Bytes { step: 4, rgb }, pixels.to_vec(), 4 * header.width)
+            (Samples::Bytes { step: 4, rgb }, pixels.into(), 4 * header.width)
         }
         _ => return Err(unsupported(&header)),
     };
-    fill_rows((header.width, header.height), out, samples, &data, stride, !header.top_down)
-        .ok_or_else(|| truncated("BMP", bytes.len()))
+    let cut = || truncated("BMP", bytes.len());
+    fill_rows((header.width, header.height), out, samples, &data, stride, !header.top_down, cut)
 }
 
 fn unsupported(header: &Header) -> Error {
@@ -88,7 +88,7 @@ fn read_header(bytes: &[u8]) -> Option<Result<Header>> {
         bits: 0,
         compression: 0,
         colors: 0,
-        masks: [0; 3],
+        masks: [0; 4],
         entry: 4,
         palette_at: 14 + size,
         pixels_at: offset,
@@ -109,13 +109,19 @@ fn read_header(bytes: &[u8]) -> Option<Result<Header>> {
             header.compression = u32_at(30)?;
             header.colors = u32_at(46)? as usize;
             if header.compression == 3 {
-                header.masks = [u32_at(54)?, u32_at(58)?, u32_at(62)?];
+                let alpha = if size >= 56 { u32_at(66)? } else { 0 };
+                header.masks = [u32_at(54)?, u32_at(58)?, u32_at(62)?, alpha];
                 if size == 40 {
                     header.palette_at += 12;
                 }
             }
         }
         other => return Some(Err(Error::decode(format_args!("BMP with an unknown header of {other} bytes")))),
+    }
+    if offset == 0 {
+        return Some(Err(Error::decode(
+            "BMP that does not say where its pixels are is not supported: convert the file",
+        )));
     }
     if header.colors == 0 && header.bits <= 8 {
         header.colors = 1 << header.bits;
@@ -133,7 +139,7 @@ fn palette(bytes: &[u8], header: &Header) -> Result<[[u8; 3]; 256]> {
     if header.bits > 8 {
         return Ok(table);
     }
-    if header.colors > 65536 {
+    if header.colors > 256 {
         return Err(Error::decode(format_args!("BMP with a palette of {} colours", header.colors)));
     }
     let end = (header.palette_at + header.entry * header.colors).min(bytes.len());
@@ -149,7 +155,7 @@ fn palette(bytes: &[u8], header: &Header) -> Result<[[u8; 3]; 256]> {
 }
 
 /// Five or six bits to eight, the quotient rounded down, as Pillow.
-fn expand16(pixel: u16, green_bits: u16) -> [u8; 3] {
+pub(super) fn expand16(pixel: u16, green_bits: u16) -> [u8; 3] {
     let five = |v: u16| ((v & 31) * 255 / 31) as u8;
     let green = pixel >> 5;
     let green = if green_bits == 6 { ((green & 63) * 255 / 63) as u8 } else { five(green) };
@@ -157,9 +163,10 @@ fn expand16(pixel: u16, green_bits: u16) -> [u8; 3] {
 }
 
 /// Run-length coded indices, one byte each, bottom row first. `None` when the file ends before the picture does.
-fn run_lengths(bytes: &[u8], header: &Header) -> Option<Vec<u8>> {
+fn run_lengths(bytes: &[u8], header: &Header) -> Result<Option<Vec<u8>>> {
     let (width, total, four) = (header.width, header.width * header.height, header.compression == 2);
-    let mut out = Vec::with_capacity(total);
+    let mut out = Vec::new();
+    out.try_reserve_exact(total).map_err(|_| Error::memory(total))?;
     let mut at = 0;
     let mut x = 0;
     while out.len() < total {
@@ -202,5 +209,5 @@ fn run_lengths(bytes: &[u8], header: &Header) -> Option<Vec<u8>> {
             }
         }
     }
-    (out.len() >= total).then_some(out)
+    Ok(Some(out).filter(|out| out.len() >= total))
 }

@@ -7,10 +7,10 @@ use flate2::{Decompress, FlushDecompress, Status};
 
 use super::jpeg::cmyk_to_rgb;
 use super::libjpeg::{Decoder, JCS_CMYK, JCS_EXT_RGBX};
-use super::png::{check_header_chunks, chunk};
-use super::{Format, Samples, check_pixels, clipped, color_table};
+use super::png::{EXPANSION, check_chunks, chunk};
+use super::{Format, Samples, check_claim, check_pixels, clipped, color_table};
 use crate::error::{Error, Result};
-use crate::image::{Image, Layout, Limits};
+use crate::image::{Image, Layout, Limits, memory};
 
 /// What Pillow makes of a file that the decoders above refuse; `None` where it refuses too. With `accept`, pixels that
 /// a JPEG misses are gray.
@@ -25,7 +25,9 @@ pub fn decode(bytes: &[u8], format: Format, limits: &Limits, accept: bool, out: 
 
 /// With an end marker where the bytes end: libjpeg then fills up what is missing.
 fn jpeg(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
-    let ended = [bytes, &[0xff, 0xd9]].concat();
+    let mut ended = memory::zeroed(bytes.len() + 2)?;
+    ended[..bytes.len()].copy_from_slice(bytes);
+    ended[bytes.len()..].copy_from_slice(&[0xff, 0xd9]);
     let headless = || Error::decode("the JPEG ends or breaks before its first scan");
     let mut decoder = Decoder::new(&ended).map_err(|_| headless())?;
     let header = decoder.header().map_err(|_| headless())?;
@@ -35,7 +37,7 @@ fn jpeg(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         (8, 4) => JCS_CMYK,
         _ => return Err(headless()),
     };
-    out.reshape(header.width, header.height, Layout::Rgbx);
+    out.reshape(header.width, header.height, Layout::Rgbx)?;
     // Rows that libjpeg does not reach stay zero, in CMYK too: Pillow inverts only the rows it gets.
     let unreached = if color_space == JCS_CMYK { 255 } else { 0 };
     out.data.fill(unreached);
@@ -54,7 +56,7 @@ const ADAM7: [[usize; 4]; 7] =
 /// Row by row as the compressed data allows. Whether Pillow would find nothing missing.
 fn png(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<bool> {
     let broken = || Error::decode("the PNG ends or breaks before its first pixel");
-    let start = check_header_chunks(bytes)?;
+    let start = check_chunks(bytes)?;
     let (13, b"IHDR", header) = bytes.get(8..).and_then(chunk).ok_or_else(broken)? else { return Err(broken()) };
     let number = |at: usize| header[at..at + 4].iter().fold(0, |n, &b| n << 8 | usize::from(b));
     let (width, height, depth, color, interlaced) = (number(0), number(4), header[8], header[9], header[12] != 0);
@@ -74,9 +76,11 @@ fn png(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<bool> {
         (6, 8 | 16) => (Some(Samples::Bytes { step: 4 * wide, rgb: [0, wide, 2 * wide] }), 32 * wide),
         _ => return Err(broken()),
     };
-    out.reshape(width, height, Layout::Rgbx);
+    check_claim("PNG", (width as u64 * bits as u64).div_ceil(8) * height as u64, EXPANSION, bytes)?;
+    out.reshape(width, height, Layout::Rgbx)?;
     let unreached = palette.filter(|_| color == 3).map_or([0; 3], |colors| colors[0]);
     out.data.as_chunks_mut::<4>().0.fill([unreached[0], unreached[1], unreached[2], 0]);
+    memory::probe(bytes.len())?;
     let data = pixel_data(bytes, start);
     let mut inflate = Inflate { stream: Decompress::new(true), data: &data, ended: false };
     let whole = [[0, 1, 0, 1]];

@@ -162,7 +162,7 @@ fn in_directory(exif: &[u8]) -> Option<u8> {
 }
 
 /// Pillow's `tiff:Orientation(="|>)([0-9])`.
-fn in_xmp(xmp: &[u8]) -> Option<u8> {
+pub fn in_xmp(xmp: &[u8]) -> Option<u8> {
     const NAME: &[u8] = b"tiff:Orientation";
     xmp.windows(NAME.len()).enumerate().filter(|(_, window)| *window == NAME).find_map(|(at, _)| {
         let rest = &xmp[at + NAME.len()..];

@@ -4,9 +4,9 @@
 
 use ::gif::{ColorOutput, DecodeOptions, DecodingError, MemoryLimit};
 
-use super::{check_pixels, color_table, truncated};
+use super::{check_claim, check_pixels, color_table, truncated};
 use crate::error::{Error, Result};
-use crate::image::{Image, Layout, Limits};
+use crate::image::{Image, Layout, Limits, memory};
 
 pub fn decode(file: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let bytes = whole_blocks(file);
@@ -24,13 +24,16 @@ pub fn decode(file: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let frame = frame.ok_or_else(|| Error::decode("broken GIF: it has no frame"))?.clone();
     let (left, top) = (usize::from(frame.left), usize::from(frame.top));
     let (frame_width, frame_height) = (usize::from(frame.width), usize::from(frame.height));
+    if frame_width == 0 || frame_height == 0 {
+        return Err(Error::decode("broken GIF: its first frame is empty"));
+    }
     // A frame that sticks out enlarges the screen.
     let (width, height) = (screen.0.max(left + frame_width), screen.1.max(top + frame_height));
     check_pixels(width as u64, height as u64, limits)?;
-    let mut indices = vec![0; frame_width * frame_height];
-    if !indices.is_empty() {
-        decoder.read_into_buffer(&mut indices).map_err(failed)?;
-    }
+    // Strings of at most 4096 pixels in 12 bits.
+    check_claim("GIF", (frame_width * frame_height) as u64, 2731, bytes)?;
+    let mut indices = memory::zeroed(frame_width * frame_height)?;
+    decoder.read_into_buffer(&mut indices).map_err(failed)?;
     let palette = frame.palette.as_deref().or(decoder.global_palette()).unwrap_or(&[]);
     let mut colors = color_table(palette);
     if palette.as_chunks::<3>().0.iter().enumerate().all(|(i, color)| *color == [i as u8; 3]) {
@@ -38,7 +41,7 @@ pub fn decode(file: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
         colors = std::array::from_fn(|i| [i as u8; 3]);
     }
     let outside = colors[usize::from(frame.transparent.unwrap_or(0))];
-    out.reshape(width, height, Layout::Rgbx);
+    out.reshape(width, height, Layout::Rgbx)?;
     for (y, row) in out.data.chunks_exact_mut(4 * width).enumerate() {
         let line = y.checked_sub(top).filter(|y| *y < frame_height);
         for (x, pixel) in row.as_chunks_mut::<4>().0.iter_mut().enumerate() {

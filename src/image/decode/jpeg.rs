@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::libjpeg::{Decoder, Failure, JCS_CMYK, JCS_EXT_RGBX};
-use super::{check_pixels, truncated};
+use super::{check_claim, check_pixels, truncated};
 use crate::error::{Error, Result};
 use crate::image::{Image, Layout, Limits, Size};
 
@@ -33,6 +33,8 @@ pub fn decode_jpeg(
     let failed = |failure| match failure {
         Failure::Truncated => truncated("JPEG", bytes.len()),
         Failure::Corrupt(reason) => Error::decode(format_args!("broken JPEG: {reason}")),
+        // Progressive ones keep two bytes per sample.
+        Failure::Memory => Error::memory(bytes.len()),
     };
     let mut decoder = Decoder::new(bytes).map_err(failed)?;
     let header = decoder.header().map_err(failed)?;
@@ -42,6 +44,10 @@ pub fn decode_jpeg(
             "JPEG with {} bits per sample; only 8 are supported: convert the file",
             header.precision
         )));
+    }
+    if !header.arithmetic {
+        // A block of 8 x 8 has at least one bit. (An end marker in the middle is allowed: Pillow may judge it.)
+        check_claim("JPEG", header.width as u64 * header.height as u64, 8 * 64, bytes)?;
     }
     let color_space = match header.components {
         1 | 3 => JCS_EXT_RGBX,
@@ -56,7 +62,7 @@ pub fn decode_jpeg(
         Some(size) => decoder.scale(denominator(size, header.height, header.width)?),
         None => (header.width, header.height),
     };
-    out.reshape(width, height, Layout::Rgbx);
+    out.reshape(width, height, Layout::Rgbx)?;
     let used = match entropy {
         Entropy::Libjpeg => decoder.pixels(color_space, &mut out.data).map(|()| Some(false)),
         Entropy::Own => decoder.pixels_fast(color_space, &mut out.data),

@@ -184,6 +184,8 @@ pub enum Failure {
     Truncated,
     /// libjpeg's own words.
     Corrupt(String),
+    /// libjpeg got none; it does not say how much it wanted.
+    Memory,
 }
 
 /// What the file says about itself.
@@ -192,6 +194,7 @@ pub struct Header {
     pub height: usize,
     pub components: usize,
     pub precision: usize,
+    pub arithmetic: bool,
 }
 
 /// One JPEG being decoded. Boxed parts: libjpeg keeps their addresses.
@@ -244,6 +247,7 @@ impl<'a> Decoder<'a> {
     fn call<T>(&mut self, work: impl FnOnce(*mut Decompress) -> T) -> Result<T, Failure> {
         let cinfo = &raw mut *self.cinfo;
         catch_unwind(AssertUnwindSafe(|| work(cinfo))).map_err(|payload| match payload.downcast::<Fatal>() {
+            Ok(fatal) if fatal.0.starts_with("Insufficient memory") => Failure::Memory,
             Ok(fatal) => Failure::Corrupt(fatal.0),
             Err(other) => resume_unwind(other),
         })
@@ -263,6 +267,7 @@ impl<'a> Decoder<'a> {
             height: self.cinfo.image_height as usize,
             components: usize::try_from(self.cinfo.num_components).unwrap_or(0),
             precision: usize::try_from(self.cinfo.data_precision).unwrap_or(0),
+            arithmetic: self.cinfo.arith_code != 0,
         })
     }
 

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::{check_pixels, clipped, truncated};
+use super::{check_claim, check_pixels, clipped, truncated};
 use crate::error::{Error, Result};
 use crate::image::{Image, Layout, Limits};
 
@@ -19,8 +19,16 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     if !(1..65536).contains(&maxval) {
         return Err(Error::decode(format_args!("PNM with a maximum of {maxval}; it must be within 1..=65535")));
     }
+    // Numbers are a digit and a blank at least, but for the last.
+    let row_bytes = match kind {
+        b'1' => u64::from(width),
+        b'4' => u64::from(width).div_ceil(8),
+        b'2' | b'3' => 2 * channels as u64 * u64::from(width),
+        _ => channels as u64 * u64::from(width) * if maxval < 256 { 1 } else { 2 },
+    };
+    check_claim("PNM", (row_bytes * u64::from(height)).saturating_sub(1), 1, bytes)?;
     let (width, height) = (width as usize, height as usize);
-    out.reshape(width, height, Layout::Rgbx);
+    out.reshape(width, height, Layout::Rgbx)?;
     let gray16 = channels == 1 && maxval > 255;
     let scale = |value: u32| -> u8 {
         match (bitmap, gray16) {
@@ -51,6 +59,8 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
             }
         }
     }
+    // Pillow looks at what follows a plain bitmap.
+    while kind == b'1' && reader.digit()?.is_some() {}
     Ok(())
 }
 
@@ -87,27 +97,28 @@ impl<'a> Reader<'a> {
 
     /// A number of the header and the one white-space byte behind it.
     fn header_number(&mut self) -> Result<Option<u32>> {
-        let Some(value) = self.number()? else { return Ok(None) };
-        let behind = self.bytes.get(self.at).copied();
+        let value = self.number()?;
+        let whole = self.at < self.bytes.len();
         self.at += 1;
-        match behind {
-            Some(b) if is_space(b) || b == b'#' => Ok(Some(value)),
-            Some(b) => Err(Error::decode(format_args!(
-                "broken PNM: expected white space behind {value} in the header, found {:?}",
-                char::from(b)
-            ))),
-            None => Ok(None),
-        }
+        Ok(value.filter(|_| whole))
     }
 
     fn number(&mut self) -> Result<Option<u32>> {
-        let Some(first) = self.skip_blank() else { return Ok(None) };
-        let digits = self.bytes[self.at..].iter().take(11).take_while(|b| b.is_ascii_digit()).count();
-        let text = std::str::from_utf8(&self.bytes[self.at..self.at + digits]).unwrap_or("");
-        self.at += digits;
-        text.parse()
-            .map(Some)
-            .map_err(|_| Error::decode(format_args!("broken PNM: expected a number, found {:?}", char::from(first))))
+        if self.skip_blank().is_none() {
+            return Ok(None);
+        }
+        let rest = &self.bytes[self.at..];
+        let token = &rest[..rest.iter().position(|&b| is_space(b)).unwrap_or(rest.len()).min(11)];
+        self.at += token.len();
+        // Ten digits are the most that Pillow takes. A comment that begins in a number would join what is around it.
+        let digits =
+            std::str::from_utf8(token).ok().filter(|text| text.len() <= 10 && text.bytes().all(|b| b.is_ascii_digit()));
+        digits.and_then(|text| text.parse().ok()).map(Some).ok_or_else(|| {
+            Error::decode(format_args!(
+                "broken PNM: expected a number and white space behind it, found {:?}",
+                String::from_utf8_lossy(token)
+            ))
+        })
     }
 
     /// One pixel of a plain bitmap; white space between them is optional.
