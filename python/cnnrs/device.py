@@ -77,7 +77,7 @@ class Mover:
     def _move(self, data: Any, sources: list[torch.Tensor]) -> Any:
         if isinstance(data, torch.Tensor):
             return self._copy(data, sources)
-        if isinstance(data, list) and data and self.finish is not None and isinstance(data[0], torch.Tensor):
+        if isinstance(data, list) and data and self.finish is not None and _is_bytes(data[0]):
             images = self.finish(self._copy(data[0], sources))
             return [images, *(self._move(part, sources) for part in data[1:])]
         if isinstance(data, dict):
@@ -94,6 +94,10 @@ class Mover:
         source = tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()
         sources.append(source)
         return source.to(self.device, non_blocking=True)
+
+
+def _is_bytes(data: Any) -> bool:
+    return isinstance(data, torch.Tensor) and data.dtype == torch.uint8
 
 
 def _tensors(data: Any) -> list[torch.Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from PIL import UnidentifiedImageError
+
 
 class CnnrsError(Exception):
     """Base of all exceptions that only cnnrs raises."""
 
 
-class DecodeError(CnnrsError, OSError):
-    """The bytes of a file are not an image that can be decoded (``PIL.UnidentifiedImageError`` is an OSError too)."""
+class DecodeError(CnnrsError, UnidentifiedImageError):
+    """The bytes of a file are not an image that can be decoded; an ``OSError``, as Pillow's errors about files are."""
 
 
 class NonFiniteLossError(CnnrsError, FloatingPointError):

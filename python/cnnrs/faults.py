@@ -18,6 +18,11 @@ CEILING = 256
 NOT_THE_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
 
 
+def is_the_process(error: Exception | None) -> bool:
+    """Whether the process is out of memory, file handles or the like: no word about the file that was to be read."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", 0) in NOT_THE_FILES
+
+
 class Faults:
     """The files that one `DataLoader` skips.
 
@@ -25,12 +30,16 @@ class Faults:
         errors: (path, reason) of each, in the order they were met. Remove an entry to have its file tried again.
         known: The paths of `errors`, as they were when the epoch began.
         good: Samples of this epoch that are well.
+        others: Samples that are well and not part of this epoch: it may then consist of bad ones.
+        passing: The paths whose bytes could not be had: another time they may.
     """
 
     def __init__(self) -> None:
         self.errors: list[tuple[str, str]] = []
         self.known: set[str] = set()
         self.good = 0
+        self.others = 0
+        self.passing: set[str] = set()
         self._failed = 0
         self._samples = 0
         self._told = False
@@ -48,9 +57,14 @@ class Faults:
         Raises:
             DecodeError: When all files so far have failed and there were many.
         """
-        if not isinstance(error, (DecodeError, OSError, CnnrsError)) or getattr(error, "errno", 0) in NOT_THE_FILES:
+        if not isinstance(error, (DecodeError, OSError, CnnrsError)) or is_the_process(error):
             return False
         reason = str(error)
+        # Without a number it is Pillow's word about the contents.
+        if isinstance(error, OSError) and error.errno is not None:
+            self.passing.add(path)
+        else:
+            self.passing.discard(path)
         if path not in self.known:
             # The same file twice in an epoch (a sampler with replacement) is one entry.
             self.known.add(path)
@@ -59,7 +73,7 @@ class Faults:
         if not self._told:
             self._told = True
             note(f'cnnrs.DataLoader skips files that fail (on_error="skip"); loader.errors lists them. {reason}')
-        if self.good == 0 and self._failed >= CEILING:
+        if self.good + self.others == 0 and self._failed >= CEILING:
             raise DecodeError(self._nothing(f"the first {self._failed} files"))
         return True
 
@@ -69,7 +83,7 @@ class Faults:
         Raises:
             DecodeError: When it had samples and none of them was good.
         """
-        if self.good == 0 and self._samples and self.errors:
+        if self.good + self.others == 0 and self._samples and self.errors:
             raise DecodeError(self._nothing(f"all {len(self.errors)} files"))
 
     def _nothing(self, what: str) -> str:
@@ -89,6 +103,8 @@ def check_limits(path: str, max_pixels: int | None, max_bytes: int | None, error
         with Image.open(path) as image:
             pixels = image.width * image.height
     except Exception as pillows:
+        if is_the_process(pillows):
+            raise
         raise error from pillows
     if pixels > max_pixels:
         raise error

@@ -12,11 +12,13 @@ from torch.utils.data import default_collate
 from torch.utils.dlpack import from_dlpack
 
 from cnnrs import _cnnrs
+from cnnrs._intraop import one_thread
 from cnnrs.cache import kept_ops
 from cnnrs.device import Mover, can_finish, finish_on
 from cnnrs.errors import DecodeError
-from cnnrs.faults import accepting_truncated, check_limits, note_not_scaled, note_turned
+from cnnrs.faults import accepting_truncated, check_limits, is_the_process, note_not_scaled, note_turned
 from cnnrs.iterators import Iter, collate
+from cnnrs.limits import pixel_limit
 from cnnrs.resume import Progress
 from cnnrs.sources import Rows, Values, find_source
 from cnnrs.transforms import Native, lower, lower_rest, pillow13, wants_info
@@ -37,8 +39,12 @@ class Batch:
     targets: Any = field(default_factory=list)
     # One tensor, or one value per sample, once they are there.
     values: Any = None
+    # Indices that are no numbers of samples: the data set is called with them.
+    asked: Any = None
     # What the sampler or the look-up of the samples raised: it is due when the batches before it are delivered.
-    error: BaseException | None = None
+    error: Exception | None = None
+    # By which the threads' loader knows it; None when they have nothing to do.
+    ticket: int | None = None
 
 
 class ImagesIter(Iter):
@@ -58,18 +64,17 @@ class ImagesIter(Iter):
         self._ahead = loader._ahead()
         self._limits = (loader.max_pixels, loader.max_bytes)
         self._truncated, self._exif, self._scaled = loader.truncated, loader.exif, loader.decode == "scaled"
-        self._keyed_by_index = loader.keyed_by_index
+        self._keyed_by_index = loader._keyed_by_index
         self._cache = None if isinstance(source, Rows) else loader._cache
-        resumed = state is not None and bool(state["generators"])
-        seed = int(self._base_seed) + self._epoch + loader.epoch * REST_SEED
-        progress.seed = state["seed"] if state is not None and resumed else seed & MASK
-        self._seed = progress.seed
         self._pending: deque[Batch] = deque()
         self._position = 0
         self._exhausted = False
         # Batches whose copy to the device has begun.
         self._moving: deque[tuple[Any, Batch]] = deque()
         super().begin(loader, progress, state)
+        resumed = None if state is None else state["seed"]
+        seed = int(self._base_seed) + self._epoch + loader._epoch * REST_SEED
+        self._seed = progress.seed = seed & MASK if resumed is None else resumed
         first = self._lowered.first
         if self._scaled and not (first.ops and first.ops[0][0] in RESIZES):
             note_not_scaled()
@@ -96,7 +101,7 @@ class ImagesIter(Iter):
             self._num_workers,
             self._memory,
             rows,
-            self._limits,
+            (pixel_limit(self._limits[0]), self._limits[1]),
             cache,
             kept,
             self._exif,
@@ -104,18 +109,14 @@ class ImagesIter(Iter):
             self._scaled,
         )
 
-    def _index(self) -> Any:
-        # Drawn ahead of the consumer: the progress is counted in `_count`.
-        return self._next_index()  # type: ignore[no-untyped-call]
-
     def _skip(self, state: dict[str, Any]) -> None:
-        for _ in range(state["batches"]):
-            try:
-                index = self._index()
-            except StopIteration:
-                return
-            self._position += len(index) if self._auto_collation else 1
-        self._progress.batches, self._progress.samples = state["batches"], self._position
+        super()._skip(state)
+        self._position = state["samples"]
+
+    def _draw_more(self) -> None:
+        super()._draw_more()
+        if self._lookahead:
+            self._fill()
 
     def _next_data(self) -> Any:
         if self._mover is None or self._mover.stream is None:
@@ -128,7 +129,7 @@ class ImagesIter(Iter):
         if isinstance(started, Exception):
             raise started
         # The next copy runs while the consumer works, if that batch is there already.
-        if self._pending and self._first is not None and self._first.ready() and self._pending[0].error is None:
+        if self._pending and self._is_ready(self._pending[0]):
             try:
                 self._move()
             except StopIteration:
@@ -138,6 +139,10 @@ class ImagesIter(Iter):
                 self._moving.append((error, batch))
         self._count(batch)
         return self._mover.take(started)
+
+    def _is_ready(self, batch: Batch) -> bool:
+        threads = self._first is not None and batch.ticket is not None and self._first.ready(batch.ticket)
+        return threads and batch.error is None
 
     def _move(self) -> None:
         assert self._mover is not None
@@ -150,8 +155,13 @@ class ImagesIter(Iter):
             self._progress.samples = batch.positions[-1] + 1
 
     def _fill(self) -> None:
-        while not self._exhausted and len(self._pending) < self._ahead:
+        while not self._exhausted and len(self._pending) < self._ahead and self._may_ask():
             self._submit()
+
+    def _may_ask(self) -> bool:
+        """Whether the next index is there, or may be drawn now."""
+        # Also when an exception has kept the look-ahead from being filled: without an index the epoch would be over.
+        return bool(self._queue) or self._over or not self._lookahead or not self._pending
 
     def _next_batch(self) -> Batch:
         self._fill()
@@ -178,6 +188,8 @@ class ImagesIter(Iter):
             finally:
                 # A local variable would tie the traceback, this frame and the threads together in a cycle.
                 del batch
+        if batch.asked is not None:
+            return batch
         try:
             batch.values = self._values(batch)
         except BaseException:
@@ -186,8 +198,9 @@ class ImagesIter(Iter):
         return batch
 
     def _draw(self) -> Batch:
-        index = self._index()
-        indices = index if self._auto_collation else [index]
+        index = self._asked()
+        listed = [index] if not self._auto_collation else index
+        indices = listed if type(listed) is list else list(listed)
         positions = indices if self._keyed_by_index else range(self._position, self._position + len(indices))
         self._position += len(indices)
         return Batch(indices, positions)
@@ -199,23 +212,34 @@ class ImagesIter(Iter):
         except StopIteration:
             self._exhausted = True
             return
-        except BaseException as error:
-            self._exhausted = True
+        except Exception as error:
+            # Behind its own exception a sampler may go on, if it is not a generator. Ctrl-C does not wait.
             batch.error = error
             self._pending.append(batch)
             return
         try:
-            batch.indices = self._source.base(batch.indices)
+            numbers = self._source.plain(batch.indices)
             assert self._first is not None
+            if numbers is None:
+                batch.asked = self._ask(batch.indices)
+            batch.indices = numbers or []
             if batch.indices:
-                batch.targets = self._source.submit(self._first, batch.indices, batch.positions, tensors=self._whole)
+                asked = self._source.submit(self._first, batch.indices, batch.positions, tensors=self._whole)
+                batch.ticket, batch.targets = asked
         except Exception as error:
             batch.error = error
         self._pending.append(batch)
 
+    def _ask(self, indices: list[Any]) -> Any:
+        """What the data set is called with, for indices that are no numbers of samples."""
+        return indices if self._auto_collation else indices[0]
+
     # -- from what the threads return to what the consumer gets --------------------------------------------------------
 
     def _collate(self, batch: Batch) -> Any:
+        if batch.asked is not None:
+            with one_thread():
+                return self._fetcher().fetch(batch.asked)
         target_transform = self._source.target_transform
         values, batch.values = batch.values, None
         if isinstance(values, torch.Tensor) and self._whole:
@@ -223,15 +247,16 @@ class ImagesIter(Iter):
             if target_transform is not None:
                 targets = [target_transform(target) for target in targets]
             return [values, targets if isinstance(targets, torch.Tensor) else collate(targets)]
-        samples: Any = self._finish(list(values), batch)
-        return self._collate_fn(samples if self._auto_collation else samples[0])
+        with one_thread():
+            samples: Any = self._finish(list(values), batch)
+            return self._collate_fn(samples if self._auto_collation else samples[0])
 
     def _values(self, batch: Batch) -> Values:
         """What the first part of the transform makes of the batch: one tensor, tensors, or PIL images."""
-        if not batch.indices or self._first is None:
+        if batch.ticket is None or self._first is None:
             return []
         count = len(batch.indices)
-        kind, value = self._poll(self._first, batch)
+        kind, value = self._poll(self._first, batch.ticket, batch)
         if kind == "batch":
             images = from_dlpack(value)
             if len(batch.indices) < count:
@@ -244,36 +269,38 @@ class ImagesIter(Iter):
         return [self._pil(pixels, batch.indices[i]) for i, pixels in enumerate(value)]
 
     def _wrap(self, tensors: Iterable[torch.Tensor], native: Native) -> list[Any]:
+        if native.array:
+            return [tensor.numpy() for tensor in tensors]
         if native.wraps:
             from torchvision.tv_tensors import Image
 
             return [Image(tensor) for tensor in tensors]
         return list(tensors)
 
-    def _poll(self, loader: _cnnrs.Loader, batch: Batch) -> tuple[str, Any]:
+    def _poll(self, loader: _cnnrs.Loader, ticket: int, batch: Batch) -> tuple[str, Any]:
         value: Any = None
         error: Any = None
         dropped: list[int] = []
         while True:
             try:
-                kind, value = loader.poll()
+                kind, value = loader.poll(ticket)
                 if kind != "failed":
                     self._drop(batch, dropped)
                     return kind, value
                 now = []
                 for i, error in value:
                     try:
-                        loader.retry(i, self._second_opinion(batch.indices[i], error))
+                        loader.retry(ticket, i, self._second_opinion(batch.indices[i], error))
                     except Exception as final:
                         if not self._may_drop(batch, i, final):
                             raise
                         now.append(i)
                 if now:
-                    loader.drop_samples(now)
+                    loader.drop_samples(ticket, now)
                     dropped += now
             except BaseException:
                 # Ctrl-C included: the batch is lost, as with torch, and the next one is the next one.
-                loader.discard()
+                loader.discard(ticket)
                 raise
             finally:
                 # As above: no cycle of an error, its traceback and this frame.
@@ -306,6 +333,8 @@ class ImagesIter(Iter):
 
                     image = ImageOps.exif_transpose(image)
             except Exception as pillows:
+                if is_the_process(pillows):
+                    raise
                 raise error from pillows
             return image.height, image.width, 3, image.tobytes()
         finally:
@@ -350,7 +379,7 @@ class ImagesIter(Iter):
             return values
         native, loader = known
         images = [(value.height, value.width, channels, value.tobytes()) for value in values]
-        loader.submit_pixels(batch.indices, batch.positions, images)
-        kind, value = self._poll(loader, batch)
+        ticket = loader.submit_pixels(batch.indices, batch.positions, images)
+        kind, value = self._poll(loader, ticket, batch)
         tensors = from_dlpack(value).unbind(0) if kind == "batch" else [from_dlpack(one) for one in value]
         return self._wrap(tensors, native)

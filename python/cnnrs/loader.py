@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader as TorchDataLoader
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class DataLoader(TorchDataLoader[Any]):
+_T_co = TypeVar("_T_co", covariant=True)
+
+
+class DataLoader(TorchDataLoader[_T_co]):
     """Batches of a data set, read, decoded and transformed by threads in Rust.
 
     A drop-in for `torch.utils.data.DataLoader`: same arguments, same order under the same `torch.manual_seed`, and for
@@ -43,7 +46,8 @@ class DataLoader(TorchDataLoader[Any]):
         shuffle: Whether every epoch has a new random order.
         sampler: Yields indices, instead of `shuffle`.
         batch_sampler: Yields lists of indices, instead of `batch_size`, `shuffle`, `sampler` and `drop_last`.
-        num_workers: Threads; None means one per core, 0 does the work inside the loop.
+        num_workers: Threads; None means one per core, 0 does the work inside the loop. Random numbers for the order are
+            drawn when torch draws them with the same argument, and without it with torch's default, 0.
         collate_fn: Makes a batch of a list of samples, instead of torch's `default_collate`.
         pin_memory: Whether batches are copied to page-locked memory, when there is an accelerator.
         drop_last: Whether a last, smaller batch is left out.
@@ -89,7 +93,7 @@ class DataLoader(TorchDataLoader[Any]):
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        dataset: Dataset[_T_co],
         batch_size: int | None = 1,
         shuffle: bool | None = None,
         sampler: Sampler[Any] | Iterable[Any] | None = None,
@@ -134,9 +138,14 @@ class DataLoader(TorchDataLoader[Any]):
         self.max_pixels = max_pixels
         self.max_bytes = max_bytes
         self.device = None if device is None else torch.device(device)
-        self.epoch = 0
+        self.cache = cache
+        self.cache_bytes = cache_bytes
+        # Not public: whoever rebuilds a loader gives what is public to the constructor.
+        self._epoch = 0
         # `preconv` visits some samples only and wants the augmentation they have when all are visited in order.
-        self.keyed_by_index = False
+        self._keyed_by_index = False
+        # torch's processes, whose number decides when it draws random numbers.
+        self._workers = num_workers or 0
         self._cache = None if cache is None else ImageCache(cache, cache_bytes, truncated, exif, decode)
         self._faults = Faults()
         self._progress: resume.Progress | None = None
@@ -188,7 +197,7 @@ class DataLoader(TorchDataLoader[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Tells the random augmentation and the sampler (a `DistributedSampler` needs it) which epoch comes next."""
-        self.epoch = epoch
+        self._epoch = epoch
         for owner in (*resume.samplers(self), self.dataset):
             if hasattr(owner, "set_epoch"):
                 owner.set_epoch(epoch)
@@ -211,29 +220,16 @@ class DataLoader(TorchDataLoader[Any]):
         """Where the latest iterator stands: save it with the model, and `load_state_dict` goes on from there.
 
         Holds the state of the random generators before the epoch's order was drawn, the number of batches that were
-        delivered, and `errors`. `torch.save` and `torch.load(weights_only=True)` take it.
+        delivered, and `errors`. Between two epochs it is the next one that goes on: its order is that of a run that was
+        not interrupted. `torch.save` and `torch.load(weights_only=True)` take it.
 
         Raises:
             TypeError: For an `IterableDataset`, which has no places to go on from.
         """
         if self._dataset_kind == _DatasetKind.Iterable:
             raise TypeError("an IterableDataset has no state_dict here: it has no places to go on from")
-        progress = self._progress
-        if self._resume is not None:
-            return {**self._resume, "epoch": self.epoch, "errors": list(self.errors)}
-        if progress is None or progress.finished:
-            progress = resume.Progress()
-        return {
-            "version": resume.VERSION,
-            "epoch": self.epoch,
-            "generators": progress.generators,
-            "seed": progress.seed,
-            "again": progress.again,
-            "batches": progress.batches,
-            "samples": progress.samples,
-            "errors": list(self.errors),
-            **resume.described(self),
-        }
+        state = self._resume if self._resume is not None else resume.state(self, self._progress, self._iterator)
+        return {**state, "epoch": self._epoch, "errors": list(self.errors)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next iterator continues the epoch of `state`: same order, same augmentation, nothing decoded twice.
@@ -244,7 +240,7 @@ class DataLoader(TorchDataLoader[Any]):
         resume.check(self, state)
         self.set_epoch(state["epoch"])
         self.errors[:] = [(path, reason) for path, reason in state["errors"]]
-        self._resume = dict(state) if state["generators"] else None
+        self._resume = dict(state)
         self._progress = None
 
     def __iter__(self) -> _BaseDataLoaderIter:
@@ -253,12 +249,18 @@ class DataLoader(TorchDataLoader[Any]):
             # Of persistent workers.
             self._iterator = None
         again = state["again"] if state is not None else self.persistent_workers and self._iterator is not None
-        progress = resume.Progress(state["generators"] if state is not None else resume.states(self), again=again)
-        with resume.replay(self, state):
+        owners = resume.generators(self)
+        saved = [] if state is None else state["generators"]
+        progress = resume.Progress(saved or resume.states(owners), again=again)
+        with resume.replayed(owners, saved, fresh=state is not None and state["batches"] == 0) as own:
             iterator: Any = super().__iter__()
-            if state is not None and again:
-                resume.restore(self, state)
-                iterator._sampler_iter = iter(iterator._index_sampler)
+            if state is not None:
+                if again:
+                    resume.restore(owners, saved)
+                    iterator._sampler_iter = iter(iterator._index_sampler)
+                if not own and not state["drawn"]:
+                    # What the order is drawn from, later, when torch's generator is back where it was.
+                    state["drawn"] = resume.states(owners)
             iterator.begin(self, progress, state)
         self._progress = progress
         return iterator  # type: ignore[no-any-return]
@@ -297,6 +299,11 @@ class DataLoader(TorchDataLoader[Any]):
             # What is in flight, the batch the consumer has, and a smaller last one.
             self._memory = _cnnrs.Memory(self._ahead() + 2)
         return self._memory
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("cache", "cache_bytes") and name in self.__dict__:
+            raise ValueError(f"{name} attribute should not be set after {type(self).__name__} is initialized")
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memory": None, "_iterator": None, "_progress": None}

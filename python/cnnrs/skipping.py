@@ -11,7 +11,6 @@ from torch.utils.data import BatchSampler
 
 from cnnrs.faults import Faults
 from cnnrs.images import Batch, ImagesIter
-from cnnrs.iterators import begun
 from cnnrs.resume import Progress
 
 
@@ -26,7 +25,9 @@ class SkippingIter(ImagesIter):
     def begin(self, loader: Any, progress: Progress, state: dict[str, Any] | None) -> None:
         batches = loader.batch_sampler
         # A plain BatchSampler only cuts; another one's batches keep the lengths it gave them.
-        self._flat: Iterator[Any] | None = iter(batches.sampler) if type(batches) is BatchSampler else None
+        self._flat: Iterator[Any] | None = _each(batches.sampler) if type(batches) is BatchSampler else None
+        if self._flat is not None:
+            self._sampler_iter = self._flat
         self._size = batches.batch_size if self._flat is not None else 1
         self._drops_last = self._flat is not None and batches.drop_last
         self._sizes: deque[int] = deque()
@@ -38,6 +39,8 @@ class SkippingIter(ImagesIter):
         self._faults: Faults = loader._faults
         self._faults.begin(len(loader.dataset))
         super().begin(loader, progress, state)
+        # What is left out is not known beforehand, nor how many batches are needed.
+        self._lookahead = 0
 
     def _skip(self, state: dict[str, Any]) -> None:
         behind = state["samples"]
@@ -47,18 +50,11 @@ class SkippingIter(ImagesIter):
             self._skip_lists(behind, state["batches"])
         # An epoch that has begun has had good samples.
         self._faults.good = state["batches"]
-        self._progress.batches, self._progress.samples = state["batches"], behind
-
-    def _draw_now(self) -> None:
-        if self._flat is None:
-            super()._draw_now()
-        else:
-            self._flat = begun(self._flat)
 
     def _skip_lists(self, behind: int, batches: int) -> None:
         while self._position < behind:
             try:
-                index = self._index()
+                index = self._next_index()  # type: ignore[no-untyped-call]
             except StopIteration:
                 break
             indices = list(index) if self._auto_collation else [index]
@@ -73,7 +69,7 @@ class SkippingIter(ImagesIter):
     def _draw(self) -> Batch:
         positions: list[int] = []
         batch = Batch([], positions)
-        for index in self._drawn():
+        for index in self._indices():
             position = self._position
             self._position += 1
             if self._known_bad(index):
@@ -87,16 +83,31 @@ class SkippingIter(ImagesIter):
         self._held += len(batch.indices)
         return batch
 
-    def _drawn(self) -> Iterable[Any]:
+    def _indices(self) -> Iterable[Any]:
         if self._flat is not None:
-            return self._flat
+            return self._singly()
+        if not self._begun:
+            # What was skipped may leave a remainder.
+            self._draw_ahead(1)
         if self._remainder:
             indices, self._remainder = self._remainder, []
             return indices
-        index = self._index()
+        index = self._asked()
         indices = list(index) if self._auto_collation else [index]
         self._sizes.append(len(indices))
         return indices
+
+    def _singly(self) -> Iterator[Any]:
+        while True:
+            try:
+                index = self._asked()
+            except StopIteration:
+                return
+            yield index
+
+    def _ask(self, indices: list[Any]) -> Any:
+        # Where one index is several samples, or none, there is no telling which of them to leave out.
+        raise TypeError(f'on_error="skip" needs the numbers of samples, got one of these: {indices!r:.200}')
 
     def _known_bad(self, index: Any) -> bool:
         if not self._faults.known:
@@ -147,6 +158,11 @@ class SkippingIter(ImagesIter):
 
     def _may_drop(self, batch: Batch, place: int, error: Exception) -> bool:
         return self._faults.record(self._source.path(batch.indices[place]), error)
+
+
+def _each(sampler: Iterable[Any]) -> Iterator[Any]:
+    """As a `BatchSampler` does it: the sampler is asked for an iterator when the first index is due."""
+    yield from sampler
 
 
 def _cut(batch: Batch, start: int, end: int) -> Batch:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Subset
 
@@ -17,6 +17,8 @@ from cnnrs.mnist import MNIST
 
 # A whole batch, or one value per sample.
 Values = Any
+# Tensors of other integers are masks where a tensor is indexed.
+SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Source:
@@ -41,17 +43,37 @@ class Source:
         return transform
 
     def base(self, indices: Any) -> list[int]:
-        """Indices of the outermost data set as indices of the innermost."""
+        """Indices of the outermost data set as indices of the innermost.
+
+        Raises:
+            TypeError: When one of them is not the number of a sample.
+        """
+        indices = list(indices)
+        found = self.plain(indices)
+        if found is None:
+            raise TypeError(f"an index must be the number of a sample, got one of these: {indices!r:.200}")
+        return found
+
+    def plain(self, indices: list[Any]) -> list[int] | None:
+        """As `base`, or None when not every index is the number of a sample: slices, lists, masks and the like."""
+        found = _numbers(indices)
         for subset in self.subsets:
-            indices = [subset[i] for i in indices]
-        return list(map(operator.index, indices))
+            if found is None:
+                return None
+            found = _numbers([subset[i] for i in found])
+        return found
 
     def rows(self) -> Any:
         """A capsule of images that are in memory."""
         return None
 
-    def submit(self, loader: _cnnrs.Loader, indices: list[int], positions: Sequence[int], *, tensors: bool) -> Any:
-        """Asks for the images of a batch; returns its targets, as an int64 tensor if `tensors` and that is cheaper."""
+    def submit(
+        self, loader: _cnnrs.Loader, indices: list[int], positions: Sequence[int], *, tensors: bool
+    ) -> tuple[int, Any]:
+        """Asks for the images of a batch; returns its ticket and its targets.
+
+        Those are an int64 tensor if `tensors` and that is cheaper.
+        """
         raise NotImplementedError
 
     def load(self, index: int) -> Any:
@@ -70,13 +92,15 @@ class Source:
 class Files(Source):
     """`ImageFolder`s and `ImageList`s: (path, class number) in `samples`."""
 
-    def submit(self, loader: _cnnrs.Loader, indices: list[int], positions: Sequence[int], *, tensors: bool) -> Any:
-        """Asks for the files; returns their class numbers."""
+    def submit(
+        self, loader: _cnnrs.Loader, indices: list[int], positions: Sequence[int], *, tensors: bool
+    ) -> tuple[int, Any]:
+        """Asks for the files; returns the ticket and their class numbers."""
         # Looked up now and not at the start: `samples` may have been edited, and a copy of a large list costs memory.
         samples = self.dataset.samples
         chosen = [samples[i] for i in indices]
-        loader.submit_files(indices, positions, [path for path, _ in chosen])
-        return [target for _, target in chosen]
+        ticket = loader.submit_files(indices, positions, [path for path, _ in chosen])
+        return ticket, [target for _, target in chosen]
 
     def path(self, index: int) -> str:
         """The file of a sample."""
@@ -104,21 +128,42 @@ class Rows(Source):
         """A capsule of `data`."""
         return torch.utils.dlpack.to_dlpack(self.dataset.data)  # type: ignore[attr-defined]
 
-    def submit(self, loader: _cnnrs.Loader, indices: list[int], positions: Sequence[int], *, tensors: bool) -> Any:
-        """Asks for the images; returns their targets."""
+    def submit(
+        self, loader: _cnnrs.Loader, indices: list[int], positions: Sequence[int], *, tensors: bool
+    ) -> tuple[int, Any]:
+        """Asks for the images; returns the ticket and their targets."""
         # Not `len`: torch's is a Python function, and this one runs for every few digits.
         size = self.dataset.data.shape[0]
         least = min(indices)
         if not -size <= least <= max(indices) < size:
             raise IndexError(f"an index of this batch is out of range for {size} images: {indices}")
         rows = indices if least >= 0 else [i + size if i < 0 else i for i in indices]
-        loader.submit_rows(rows, positions[0])
+        # First, because it may fail.
+        targets = self._targets(indices, tensors)
+        return loader.submit_rows(rows, positions[0]), targets
+
+    def _targets(self, indices: list[int], tensors: bool) -> Any:
         targets = self.dataset.targets
         plain = type(targets) is torch.Tensor and targets.dtype == torch.int64 and targets.device.type == "cpu"
         if tensors and plain and self.target_transform is None:
             # Several times faster than indexing the tensor, for the few rows of a batch.
-            return torch.from_numpy(targets.numpy().take(rows))
+            return torch.from_numpy(targets.numpy().take(indices))
         return [int(targets[i]) for i in indices]
+
+
+def _numbers(indices: list[Any]) -> list[int] | None:
+    if set(map(type, indices)) <= {int}:
+        return indices
+    found = [_number(index) for index in indices]
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _number(index: Any) -> int | None:
+    # Not `operator.index`: a bool is a number for lists and a mask for tensors.
+    if type(index) is int or isinstance(index, np.integer):
+        return int(index)
+    is_number = isinstance(index, torch.Tensor) and index.dim() == 0 and index.dtype in SIGNED
+    return int(index) if is_number else None
 
 
 def find_source(dataset: Any) -> Source | str:

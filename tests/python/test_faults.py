@@ -244,6 +244,27 @@ def test_what_is_not_the_files_fault_is_raised() -> None:
     assert [path for path, _ in faults.errors] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("limits", [{}, {"max_pixels": 1000}], ids=str)
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()], ids=repr)
+def test_what_keeps_pillow_from_reading_is_not_the_files_fault(
+    error: Exception, limits: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make(tmp_path, 3, set())
+    # A kind that only Pillow reads.
+    picture(13, 14, 1).save(dataset.samples[1][0], format="TIFF", compression="jpeg")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    loader = DataLoader(dataset, 3, on_error="skip", **limits)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", fail)
+        with pytest.raises(type(error)) as raised:
+            next(iter(loader))
+    assert raised.value is error and loader.errors == []
+    assert torch.equal(torch.cat(epoch(loader)), rows(dataset, [0, 1, 2])) and loader.errors == []
+
+
 def test_a_file_that_changes_between_scan_and_read(tmp_path: Path) -> None:
     dataset = make(tmp_path, 4, set())
     picture(30, 31, 99).save(dataset.samples[2][0])

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import picture
+from PIL import Image
 from torch.utils.data import DataLoader as TorchDataLoader
 from torchvision import datasets, transforms
 
-from cnnrs.folder import ImageFolder
+from cnnrs.folder import ImageFolder, ImageList
 from cnnrs.loader import DataLoader
 
 TUTORIAL = transforms.Compose(
@@ -355,3 +356,28 @@ def test_a_signal_handler_of_the_user_still_runs(folder: Path) -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert seen == [1]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 0}, {"num_workers": 2}, {"on_error": "skip"}], ids=str)
+def test_one_iterator_for_several_threads(options: dict[str, Any], tmp_path: Path) -> None:
+    """Every batch goes to one of them, and images keep their labels."""
+    samples = []
+    for i in range(200):
+        path = tmp_path / f"{i}.png"
+        Image.new("RGB", (9, 9), (i, i, i)).save(path)
+        samples.append((str(path), i))
+    dataset = ImageList(samples, transforms.PILToTensor())
+    for batch_size in (1, 3):
+        iterator = iter(DataLoader(dataset, batch_size, shuffle=True, **options))
+        found: list[tuple[int, int]] = []
+        threads = [threading.Thread(target=_collect, args=(iterator, found)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(found) == [(i, i) for i in range(200)]
+
+
+def _collect(iterator: Any, found: list[tuple[int, int]]) -> None:
+    for images, labels in iterator:
+        found += zip(images[:, 0, 0, 0].tolist(), labels.tolist(), strict=True)
