@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import random
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from cnnrs.cache import kept_ops
-from cnnrs.engines import frozen
+from cnnrs.cut import cut
 from cnnrs.transforms import lower
 from cnnrs.weights import find
 
@@ -95,96 +95,6 @@ def resolve(model: nn.Module | str, layer: str | None, pool: str | None, weights
     if isinstance(model, nn.Module) and layer is None and pool is None:
         return model
     return backbone(model, layer, pool, weights)
-
-
-# -- up to one layer -----------------------------------------------------------------------------------------
-
-
-def cut(model: nn.Module, layer: str) -> nn.Module:
-    """The part of ``model`` that leads to the output of the module ``layer``; shares its parameters.
-
-    Raises:
-        ValueError: there is no such module, or it is called more than once.
-    """
-    if not isinstance(layer, str):
-        raise TypeError(f"layer must be the path of a module, such as 'features.29', got {layer!r}")
-    # The part of a compiled module is cut out of the module itself.
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("a ScriptModule cannot be cut: give the module it was made of, or no layer")
-    modules = dict(model.named_modules())
-    if layer not in modules or not layer:
-        close = difflib.get_close_matches(layer, modules, n=4, cutoff=0.3)
-        raise ValueError(f"{type(model).__name__} has no layer {layer!r}; close to it: {', '.join(close) or 'nothing'}")
-    traced = _traced(model, layer)
-    return traced if traced is not None else _Until(model, layer)
-
-
-def _traced(model: nn.Module, layer: str) -> nn.Module | None:
-    """The calls that the layer needs, without the rest; None when ``forward`` cannot be traced to exactly one call."""
-    target = model.get_submodule(layer)
-
-    class Tracer(torch.fx.Tracer):
-        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-            return m is target or super().is_leaf_module(m, module_qualified_name)
-
-    with frozen(model):
-        try:
-            graph = Tracer().trace(model)
-        except Exception:
-            # Anything may be raised: forward ran on stand-ins for tensors.
-            return None
-    calls = [node for node in graph.nodes if node.op == "call_module" and node.target == layer]
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(calls) > 1:
-        raise ValueError(
-            f"forward of {type(model).__name__} calls {layer} {len(calls)} times: which output is meant cannot be "
-            "told; take the layer around it or behind it"
-        )
-    if len(calls) != 1 or len(inputs) != 1:
-        return None
-    for node in reversed(list(graph.nodes)):
-        if node.op == "output":
-            node.args = (calls[0],)
-        elif node is calls[0]:
-            break
-        elif node.op != "placeholder" and not node.users:
-            # Behind the layer: also checks that only look at shapes, which fx takes for needed.
-            graph.erase_node(node)
-    traced = torch.fx.GraphModule(model, graph)
-    traced.graph.eliminate_dead_code()
-    traced.recompile()
-    traced.delete_all_unused_submodules()
-    return traced
-
-
-class _Stop(Exception):
-    """Carries the output of a layer out of ``forward``."""
-
-    def __init__(self, output: Any) -> None:
-        self.output = output
-
-
-class _Until(nn.Module):
-    """Runs a model and stops behind one of its layers."""
-
-    def __init__(self, model: nn.Module, layer: str) -> None:
-        super().__init__()
-        self.model = model
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> Any:
-        def stop(module: nn.Module, inputs: Any, output: Any) -> None:
-            raise _Stop(output)
-
-        handle = self.model.get_submodule(self.layer).register_forward_hook(stop)
-        try:
-            self.model(x)
-        except _Stop as stopped:
-            return stopped.output
-        finally:
-            handle.remove()
-        raise RuntimeError(f"forward of {type(self.model).__name__} does not call {self.layer}")
 
 
 # -- pooling -------------------------------------------------------------------------------------------------

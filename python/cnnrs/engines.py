@@ -14,16 +14,18 @@ from cnnrs import _cnnrs, cpu_engine, cpu_features
 from cnnrs.errors import UnsupportedModelError
 from cnnrs.graph import Lowered, lower
 from cnnrs.operations import Unsupported
+from cnnrs.verify import known_difference
 
 Engine = Literal["auto", "cpu", "torch", "python"]
 
 
-def choose(model: nn.Module, engine: Engine) -> Lowered | None:
+def choose(model: nn.Module, engine: Engine, gradients: bool = True) -> Lowered | None:
     """The lowered model for engines ``torch`` and ``cpu``, or None for engine ``python``.
 
     Args:
         model: the module, in the mode it will run in.
         engine: "auto" takes ``torch`` where the model can be lowered.
+        gradients: whether its results will be differentiated.
 
     Raises:
         UnsupportedModelError: engine is "torch" or "cpu" and the model cannot be lowered; the message says why.
@@ -37,7 +39,7 @@ def choose(model: nn.Module, engine: Engine) -> Lowered | None:
     if engine == "python":
         return None
     try:
-        return lower(model)
+        return lower(model, gradients)
     except Unsupported as reasons:
         if engine != "auto":
             raise UnsupportedModelError(f"engine {engine!r} cannot run this model:\n{reasons}") from None
@@ -141,6 +143,8 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
         input_shape: (N, C, H, W) or (N, F) of a batch: some obstacles depend on it. None: (1, 3, 224, 224) for models
             that begin with a convolution of three channels and can run on that.
 
+    What the check on the first batch of an earlier ``fit`` or ``preconv`` has found is among the reasons.
+
     Returns:
         An object that prints as the explanation, with ``engine``, ``operations``, ``reasons`` and ``preconv``.
 
@@ -160,6 +164,8 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
         lowered = lower(model)
     except Unsupported as reasons:
         return Explanation("python", 0, tuple(str(reasons).split("\n")), preconv, preconv_reasons)
+    if reason := known_difference(model, lowered):
+        return Explanation("python", 0, (reason,), preconv, preconv_reasons)
     slow = _fit_obstacles(lowered, _shape(lowered, input_shape))
     return Explanation("torch" if slow else "cpu", len(lowered.graph) - 1, tuple(slow), preconv, preconv_reasons)
 
@@ -168,9 +174,11 @@ def _for_features(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[
     """The engine that preconv picks for float32 inputs, and why not ``cpu``."""
     try:
         with frozen(model):
-            lowered = lower(model)
+            lowered = lower(model, gradients=False)
     except Unsupported as reasons:
         return "python", tuple(str(reasons).split("\n"))
+    if reason := known_difference(model, lowered):
+        return "python", (reason,)
     elsewhere = next((tensor.device for tensor in lowered.tensors if tensor.device.type != "cpu"), None)
     if elsewhere is not None:
         return "python", (f"the model is on {elsewhere}: the module itself is called, ahead of the device",)

@@ -1,22 +1,23 @@
-"""Lower an ``nn.Module`` with ``torch.fx`` into the plain list of operations that the engines run.
+"""Lower an ``nn.Module`` into the plain list of operations that the engines run.
 
 Nothing is copied: the graph names parameters by index into a list of the module's own tensors.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.fx
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from cnnrs import _cnnrs
-from cnnrs.operations import BINARY, FUNCTIONS, LAYERS, METHODS, WEIGHTED, Attributes, Unsupported
+from cnnrs.operations import BINARY, FUNCTIONS, INPLACE, LAYERS, METHODS, WEIGHTED, Attributes, Unsupported
+from cnnrs.tracing import Memory, Recorder, Size, Standin, values
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Lowered:
         names: one qualified name per node; node 0 is the input.
         kinds: the PyTorch class that does the same as each node.
         operations: (name, kind, inputs, attributes) of each node, as given to the graph.
+        output: the node whose value is the model's.
     """
 
     graph: _cnnrs.Graph
@@ -36,13 +38,17 @@ class Lowered:
     names: list[str]
     kinds: list[str]
     operations: list[tuple[str, str, list[int], Attributes]]
+    output: int
 
 
-def lower(model: nn.Module) -> Lowered:
+def lower(model: nn.Module, gradients: bool = True) -> Lowered:
     """Lower ``model`` in its present mode (dropout and batch norm read each layer's ``training`` flag).
 
     Args:
-        model: any module whose ``forward`` takes one tensor.
+        model: any module whose ``forward`` takes one tensor. It is as before afterwards, and so are the generators of
+            random numbers and everything else that ``forward`` can reach.
+        gradients: whether the result will be differentiated. Where not, it does not matter what ``forward`` does to
+            gradients.
 
     Returns:
         The graph and the tensors it reads.
@@ -53,7 +59,7 @@ def lower(model: nn.Module) -> Lowered:
     reasons = _obstacles(model)
     if reasons:
         raise Unsupported("\n".join(reasons))
-    return _Lowering(model).run()
+    return _Lowering(model, gradients).run()
 
 
 # -- what makes a model more than its layers -----------------------------------------------------------------
@@ -69,6 +75,9 @@ def _obstacles(model: nn.Module) -> list[str]:
         reasons.append(f"{type(model).__name__} wraps the model and does more than its forward")
     if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         reasons.append("a global module hook is registered")
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    if any(not isinstance(mode, DeviceContext) for mode in modes) or torch._C._len_torch_dispatch_stack():
+        reasons.append("a mode that intercepts PyTorch's operations is on")
     for name, module in model.named_modules():
         where = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
@@ -77,6 +86,8 @@ def _obstacles(model: nn.Module) -> list[str]:
             reasons.append(f"{where} has hooks")
         if "forward" in vars(module):
             reasons.append(f"{where} has a forward of its own, set on the instance")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            reasons.append(f"{where} has been compiled")
         if torch.nn.utils.parametrize.is_parametrized(module):
             reasons.append(f"{where} has parametrized tensors")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -90,276 +101,266 @@ def _obstacles(model: nn.Module) -> list[str]:
 # -- the walk ------------------------------------------------------------------------------------------------
 
 
-class _Tracer(torch.fx.Tracer):
-    """Stops at the layers in the table and at torch's own; walks through everything else."""
-
-    def __init__(self) -> None:
-        super().__init__(param_shapes_constant=True)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in LAYERS or super().is_leaf_module(m, module_qualified_name)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, torch.fx.Proxy]) -> Any:
-        # Otherwise a forward that updates a buffer in place would do so while it is traced.
-        for name, buffer in self.root.named_buffers():
-            if buffer is attr_val:
-                if name not in parameter_proxy_cache:
-                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
-                return parameter_proxy_cache[name]
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-
-@contextmanager
-def _backward_of_its_own(refused: bool) -> Iterator[None]:
-    """Refuses functions with a backward of their own while ``forward`` is traced: only their forward would be seen."""
-    if not refused:
-        yield
-        return
-    before = vars(torch.autograd.Function)["apply"]
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(argument, torch.fx.Proxy) for argument in args):
-            raise Unsupported(f"{cls.__name__} is an autograd.Function, whose backward has no counterpart")
-        return before.__get__(None, cls)(*args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = before  # type: ignore[method-assign]
-
-
-@dataclass(frozen=True)
-class _Size:
-    """``x.size()`` (dim None) or ``x.size(dim)`` of a node."""
-
-    node: int
-    dim: int | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Own:
-    """A parameter or buffer, by its qualified name."""
-
-    name: str
-    tensor: torch.Tensor
-
-
 @dataclass
 class _Lowering:
-    """State of one walk over the traced module."""
+    """State of one walk: what has been called so far."""
 
     model: nn.Module
+    gradients: bool
     nodes: list[tuple[str, str, list[int], Attributes]] = field(default_factory=lambda: [("input", "Input", [], {})])
     tensors: list[torch.Tensor] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._recorder = Recorder(self.model, self, self.gradients)
+        self._layers = {module: name for name, module in reversed(list(self.model.named_modules()))}
+        own = [*self.model.named_parameters(), *self.model.named_buffers()]
+        self._own = {id(tensor): (name, tensor) for name, tensor in own}
+        self._names: Counter[str] = Counter()
 
     def run(self) -> Lowered:
-        alone = type(self.model) in LAYERS
-        output = self._layer(type(self.model).__name__, self.model, [0]) if alone else self._walk()
-        if self.reasons:
-            raise Unsupported("\n".join(self.reasons))
-        graph = _cnnrs.Graph(self.nodes, output, [list(t.shape) for t in self.tensors])
-        kinds = [_kind(kind, attributes) for _, kind, _, attributes in self.nodes]
-        return Lowered(graph, self.tensors, [node[0] for node in self.nodes], kinds, self.nodes)
-
-    def _walk(self) -> int:
-        traced = self._trace()
-        values: dict[torch.fx.Node, int | _Size | _Own | None] = {}
-        placeholders = [node for node in traced.nodes if node.op == "placeholder"]
-        if len(placeholders) != 1:
-            raise Unsupported(f"forward takes {len(placeholders)} arguments: {', '.join(p.name for p in placeholders)}")
-        output: Any = None
-        for node in traced.nodes:
-            if node.op == "placeholder":
-                values[node] = 0
-            elif node.op == "output":
-                output = node.args[0]
-            else:
-                try:
-                    values[node] = self._node(node, values)
-                except Unsupported as reason:
-                    self.reasons.append(f"{self._where(node)}: {reason}")
-                    values[node] = None
-        result = values.get(output) if isinstance(output, torch.fx.Node) else None
-        if not isinstance(result, int) and not self.reasons:
-            self.reasons.append("forward does not return one tensor")
-        return result if isinstance(result, int) else 0
-
-    def _trace(self) -> torch.fx.Graph:
-        """The calls of ``forward``; modules that change while it runs are put back and refused."""
-        before = [(module, dict(vars(module))) for module in self.model.modules()]
         try:
-            with _backward_of_its_own(refused=any(module.training for module in self.model.modules())):
-                graph = _Tracer().trace(self.model)
-        except Unsupported:
-            raise
-        except Exception as error:
-            # Anything may be raised: forward ran on stand-ins for tensors.
-            raise Unsupported(f"forward cannot be traced: {type(error).__name__}: {error}") from error
+            return self._run()
         finally:
-            changed = []
-            for module, old in before:
-                now = vars(module)
-                if now.keys() != old.keys() or any(now[key] is not value for key, value in old.items()):
-                    now.clear()
-                    now.update(old)
-                    changed.append(type(module).__name__)
-        if changed:
-            raise Unsupported(f"forward changes attributes of {', '.join(changed)}")
-        return graph
+            # A circle, in which the model would wait for the garbage collector.
+            del self._recorder
 
-    def _where(self, node: torch.fx.Node) -> str:
-        if node.op == "call_module":
-            return f"{node.target} ({type(self.model.get_submodule(str(node.target))).__name__})"
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        return f"{name}()"
+    def _run(self) -> Lowered:
+        output = self._recorder.run()
+        reasons = self._recorder.reasons
+        node = None
+        if isinstance(output, Standin):
+            node = self._attempt("forward returns", lambda: self._read(output))
+        if node is None and not reasons:
+            reasons.append("forward does not return one tensor")
+        if node is None or reasons:
+            raise Unsupported("\n".join(reasons))
+        try:
+            graph = _cnnrs.Graph(self.nodes, node, [list(t.shape) for t in self.tensors])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise Unsupported(f"an argument makes no sense: {error}") from error
+        kinds = [_kind(kind, attributes) for _, kind, _, attributes in self.nodes]
+        return Lowered(graph, self.tensors, [node[0] for node in self.nodes], kinds, self.nodes, node)
 
-    def _node(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> int | _Size | _Own | None:
-        inputs = [values[n] for n in node.all_input_nodes]
-        if None in inputs:
-            return None  # The reason has been given where the value is made.
-        if node.op == "call_module":
-            module = self.model.get_submodule(str(node.target))
-            return self._layer(str(node.target), module, [self._tensor_value(values, a) for a in node.args])
-        if node.op == "get_attr":
-            return self._own(str(node.target))
-        return self._call(node, values)
+    def _attempt(self, where: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns; None, with the reason kept, where there is no counterpart."""
+        try:
+            return make()
+        except Unsupported as reason:
+            if str(reason):
+                self._recorder.refuse(f"{where}: {reason}")
+            return None
 
-    def _layer(self, name: str, module: nn.Module, inputs: list[int]) -> int:
-        if type(module) is nn.Identity:
-            return inputs[0]
-        if type(module) not in LAYERS:
+    def _nothing(self) -> Standin:
+        """Goes on behind what has no counterpart, for further reasons."""
+        return self._recorder.value(None, Memory(""))
+
+    # -- layers
+
+    def is_layer(self, module: nn.Module) -> bool:
+        """Stops at the layers in the table and at torch's own; walks through everything else."""
+        if type(module) in LAYERS or _is_stochastic_depth(module):
+            return True
+        return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, nn.Sequential)
+
+    def layer(self, module: nn.Module, args: tuple[Any, ...]) -> Standin:
+        kind = type(module).__name__
+        name = self._layers.get(module)
+        if name is None:
+            raise self._recorder.stop(f"a {kind} is called that is no submodule of the model")
+        result = self._attempt(f"{name or 'the model'} ({kind})", lambda: self._layer(name or kind, module, args))
+        return result if result is not None else self._nothing()
+
+    def _layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Standin:
+        if _is_stochastic_depth(module):
+            if module.training and getattr(module, "p", 1.0) > 0.0:
+                raise Unsupported("stochastic depth in training mode has no counterpart yet")
+            return self._tensor(args[0])
+        if type(module) not in LAYERS and type(module) is not nn.Identity:
             raise Unsupported("this layer has no counterpart yet")
+        if len(args) != 1:
+            raise Unsupported(f"is called with {len(args)} arguments")
+        x = self._tensor(args[0])
+        if type(module) is nn.Identity:
+            return x
         kind, attributes = LAYERS[type(module)]
-        return self._append(name, kind, inputs, attributes(module, self._tensor_index))
+        return self._apply(name, kind, [x], self._described(attributes, module, self._tensor_index))
 
-    def _own(self, name: str) -> _Own:
-        tensor = operator.attrgetter(name)(self.model)
-        if not any(tensor is own for own in (*self.model.parameters(), *self.model.buffers())):
-            raise Unsupported("a tensor that is neither parameter nor buffer is used")
-        return _Own(name, tensor)
+    # -- functions
 
-    def _call(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> int | _Size:
-        target: Any = node.target
-        args: list[Any] = list(node.args)
-        kwargs: dict[str, Any] = dict(node.kwargs)
-        if target in ("size", getattr) or target is operator.getitem:
-            return self._size(target, args, kwargs, values)
+    def call(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Standin:
+        result = self._attempt(f"{name}()", lambda: self._call(target, name, list(args), dict(kwargs)))
+        return result if result is not None else self._nothing()
+
+    def _call(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Standin:
+        if any(isinstance(value, Standin) and value.node is None for value in values((args, kwargs))):
+            raise Unsupported  # The reason has been given where the value is made.
         if target in WEIGHTED:
-            return self._weighted(node, values)
+            return self._weighted(target, name, args, kwargs)
         if target in BINARY and len(args) == 2 and not kwargs:
-            own = [values.get(a) if isinstance(a, torch.fx.Node) else None for a in args]
-            if BINARY[target][0] == "Mul" and isinstance(own[0], _Own) != isinstance(own[1], _Own):
-                return self._scale(node, own)
-            operands = [self._tensor_value(values, a) for a in args]
-            return self._append(node.name, BINARY[target][0], operands, BINARY[target][1])
+            kind, attributes = BINARY[target]
+            own = [self._own_name(a) is not None for a in args]
+            if kind == "Mul" and any(own) and not attributes["inplace"]:
+                return self._scale(name, args, first=own[0])
+            return self._apply(self._unique(name), kind, [self._tensor(a) for a in args], dict(attributes))
         if target in (torch.cat, torch.concat):
             parts = args[0] if args else kwargs.pop("tensors")
             dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-            return self._append(node.name, "Cat", [self._tensor_value(values, a) for a in parts], {"dim": dim})
-        x = self._tensor_value(values, args.pop(0) if args else kwargs.pop("input", None))
+            return self._apply(self._unique(name), "Cat", [self._tensor(a) for a in parts], {"dim": dim})
+        x = self._tensor(args.pop(0) if args else kwargs.pop("input", None))
         if target in ("view", "reshape", torch.reshape):
-            return self._append(node.name, "View", [x], {"dims": self._view_dims(args, kwargs, values)})
-        if getattr(target, "__name__", "") == "stochastic_depth":
-            return self._stochastic_depth(x, *args, **kwargs)
+            return self._apply(self._unique(name), "View", [x], {"dims": self._view_dims(args, kwargs)})
         if target == "contiguous" and not args and not kwargs:
             if any(kind == "Permute" for _, kind, _, _ in self.nodes):
                 raise Unsupported("copies permuted dimensions, which has no counterpart yet")
-            return x
-        function = METHODS.get(target) if isinstance(target, str) else target
+            return self._recorder.value(self._read(x), x.memory)
+        inplace = INPLACE.get(name)
+        function = inplace or (METHODS.get(target) if isinstance(target, str) else target)
         if function not in FUNCTIONS:
             raise Unsupported("this function has no counterpart yet")
         kwargs = {k: v for k, v in kwargs.items() if not (k in ("_stacklevel", "dtype") and v in (3, None))}
-        kind, attributes = FUNCTIONS[function]
-        return self._try(node.name, kind, x, lambda: attributes(*args, **kwargs))
+        kind, describe = FUNCTIONS[function]
+        attributes = self._described(describe, *args, **kwargs)
+        if inplace is not None:
+            attributes["inplace"] = True
+        return self._apply(self._unique(name), kind, [x], attributes)
 
-    def _weighted(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> int:
-        """A function whose weights are the module's own; it is named after the module that holds them."""
-        args, kwargs = list(node.args), dict(node.kwargs)
-        x = self._tensor_value(values, args.pop(0) if args else kwargs.pop("input", None))
-        holders: list[str] = []
-
-        def own(argument: Any) -> Any:
-            if not isinstance(argument, torch.fx.Node):
-                return argument
-            value = values[argument]
-            if not isinstance(value, _Own):
-                raise Unsupported(f"{argument} is computed, not a parameter or buffer")
-            holders.append(value.name.rpartition(".")[0])
-            return value.tensor
-
-        given, named = [own(a) for a in args], {key: own(a) for key, a in kwargs.items()}
-        name = (holders[0] if holders else "") or node.name
-        kind, attributes = WEIGHTED[node.target]
-        return self._try(name, kind, x, lambda: attributes(self._tensor_index, *given, **named))
-
-    def _scale(self, node: torch.fx.Node, operands: list[Any]) -> int:
-        first = isinstance(operands[0], _Own)
-        x, own = reversed(operands) if first else operands
-        if not isinstance(x, int):
-            raise Unsupported("only a tensor of the graph can be multiplied by a parameter")
-        name = own.name.rpartition(".")[0] or node.name
-        return self._append(name, "Scale", [x], {"factor": self._tensor_index(own.tensor), "first": first})
-
-    def _try(self, name: str, kind: str, x: int, attributes: Callable[[], Attributes]) -> int:
+    @staticmethod
+    def _described(describe: Callable[..., Attributes], *args: Any, **kwargs: Any) -> Attributes:
         try:
-            return self._append(name, kind, [x], attributes())
+            return describe(*args, **kwargs)
         except TypeError as error:
             raise Unsupported(f"its arguments have no counterpart: {error}") from error
 
-    @staticmethod
-    def _stochastic_depth(x: int, p: float, mode: str, training: bool = True) -> int:
-        if training and p > 0.0:
-            raise Unsupported("stochastic depth in training mode has no counterpart yet")
-        return x
+    def _weighted(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Standin:
+        """A function whose weights are the module's own; it is named after the module that holds them."""
+        x = self._tensor(args.pop(0) if args else kwargs.pop("input", None))
+        holders: list[str] = []
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, torch.Tensor):
+                own = self._own_name(argument)
+                if own is None:
+                    raise Unsupported("a weight is computed, not a parameter or buffer")
+                holders.append(own.rpartition(".")[0])
+        kind, describe = WEIGHTED[target]
+        attributes = self._described(describe, self._tensor_index, *args, **kwargs)
+        return self._apply((holders[0] if holders else "") or self._unique(name), kind, [x], attributes)
 
-    def _size(self, target: Any, args: list[Any], kwargs: dict[str, Any], values: dict[torch.fx.Node, Any]) -> _Size:
-        value = values[args[0]]
-        if target == "size" and isinstance(value, int):
-            dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            return _Size(value, dim)
-        if target is getattr and args[1] == "shape" and isinstance(value, int):
-            return _Size(value, None)
-        if target is operator.getitem and isinstance(value, _Size) and value.dim is None and isinstance(args[1], int):
-            return _Size(value.node, args[1])
-        raise Unsupported("reads something of a tensor that the graph does not keep")
+    def _scale(self, name: str, operands: list[Any], first: bool) -> Standin:
+        x, factor = reversed(operands) if first else operands
+        if not isinstance(x, Standin):
+            raise Unsupported("only a tensor of the graph can be multiplied by a parameter")
+        unique = self._unique(name)
+        name = str(self._own_name(factor)).rpartition(".")[0] or unique
+        return self._apply(name, "Scale", [x], {"factor": self._tensor_index(factor), "first": first})
 
     @staticmethod
-    def _view_dims(args: list[Any], kwargs: dict[str, Any], values: dict[torch.fx.Node, Any]) -> list[Any]:
+    def _view_dims(args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
         shape = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args or kwargs.get("shape", [])
         dims: list[Any] = []
         for entry in shape:
-            size = values.get(entry) if isinstance(entry, torch.fx.Node) else None
-            if isinstance(size, _Size) and size.dim is not None and size.dim >= 0:
-                dims.append((size.node, size.dim))
-            elif isinstance(entry, int):
+            if isinstance(entry, Size) and entry.of is not None and entry.dim >= 0:
+                dims.append((entry.of, entry.dim))
+            elif type(entry) is int:
                 dims.append(entry)
             else:
                 raise Unsupported(f"shape {tuple(shape)} is computed")
         return dims
 
-    @staticmethod
-    def _tensor_value(values: dict[torch.fx.Node, Any], argument: Any) -> int:
-        value = values.get(argument) if isinstance(argument, torch.fx.Node) else None
-        if isinstance(value, _Own):
-            raise Unsupported(f"parameter {value.name} is used outside a layer")
-        if not isinstance(value, int):
-            raise Unsupported(f"argument {argument!r} is not a tensor of the graph")
-        return value
+    # -- values
+
+    def _apply(self, name: str, kind: str, inputs: list[Standin], attributes: Attributes) -> Standin:
+        """One more operation. What it returns is a new tensor, its input overwritten, its input, or a view of it."""
+        nodes = [self._read(x) for x in inputs]
+        x, overwrites = inputs[0], attributes.get("inplace", False)
+        drops = kind != "Dropout" or (attributes["training"] and attributes["p"] > 0.0)
+        if overwrites and drops:
+            attributes["inplace"] = self._may_overwrite(kind, x.memory, attributes)
+        self.nodes.append((name, kind, nodes, attributes))
+        made = len(self.nodes) - 1
+        if overwrites or not drops:
+            if drops:
+                x.memory.overwrite(name, f"{kind}_")
+                x.version = x.memory.version
+            x.node = made
+            return x
+        if kind in _VIEWS:
+            return self._recorder.value(made, x.memory)
+        for given in inputs:
+            given.memory.read = True
+        return self._recorder.value(made, Memory(kind))
+
+    def _may_overwrite(self, kind: str, memory: Memory, attributes: Attributes) -> bool:
+        """Whether an operation in place is one in the graph too, or one with a value of its own that nobody can tell.
+
+        Every reader is given the node whose value it would see. What is left is the derivative: PyTorch refuses to go
+        back through what needs a value that has been overwritten. So does engine ``torch``, where the operation is in
+        place there too.
+        """
+        if kind in _IN_PLACE and not (self.gradients and memory.made_by in _KEEP_THEIR_INPUT):
+            return True
+        if memory.made_by == "Input":
+            raise Unsupported("overwrites the batch, which has no counterpart for this operation")
+        if self.gradients and (memory.read or memory.made_by in _KEEP_THEIR_RESULT):
+            raise Unsupported("overwrites a value that a derivative may need")
+        if self.gradients and attributes.get("negative_slope", 0.0) < 0.0:
+            raise Unsupported("has no derivative in place with a negative slope")
+        return False
+
+    def _read(self, x: Standin) -> int:
+        if x.node is None:
+            raise Unsupported  # The reason has been given where the value is made.
+        if x.version != x.memory.version:
+            raise Unsupported(f"reads a view of a value, which {x.memory.writer} has overwritten since")
+        return x.node
+
+    def _tensor(self, argument: Any) -> Standin:
+        if isinstance(argument, Standin):
+            return argument
+        if isinstance(argument, torch.Tensor):
+            own = self._own_name(argument)
+            if own is not None:
+                raise Unsupported(f"parameter {own} is used outside a layer")
+            raise Unsupported("a tensor that is neither parameter nor buffer is used")
+        raise Unsupported(f"argument {argument!r} is not a tensor of the graph")
+
+    def _own_name(self, argument: Any) -> str | None:
+        if not isinstance(argument, torch.Tensor) or isinstance(argument, Standin):
+            return None
+        name, _ = self._own.get(id(argument), (None, None))
+        return name
 
     def _tensor_index(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:
             return None
+        if isinstance(tensor, Standin):
+            raise Unsupported("a weight is computed, not a parameter or buffer")
         for index, known in enumerate(self.tensors):
             if known is tensor:
                 return index
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 
-    def _append(self, name: str, kind: str, inputs: Iterable[int], attributes: Attributes) -> int:
-        self.nodes.append((name, kind, list(inputs), attributes))
-        return len(self.nodes) - 1
+    def _unique(self, name: str) -> str:
+        name = name.strip("_")
+        self._names[name] += 1
+        count = self._names[name] - 1
+        return f"{name}_{count}" if count else name
+
+
+#: Operations whose result shares memory with their input, or may.
+_VIEWS = frozenset({"View", "Flatten", "Permute"})
+#: Operations that overwrite their input in engine ``torch`` too; the others get a value of their own there.
+_IN_PLACE = frozenset({"ReLU", "ReLU6", "SiLU", "Hardswish", "Hardsigmoid", "Dropout", "Add"})
+#: Operations whose derivative needs their result.
+_KEEP_THEIR_RESULT = frozenset(
+    {"ReLU", "ReLU_", "ReLU6_", "LeakyReLU_", "Sigmoid", "Sigmoid_", "Tanh", "Tanh_", "Softmax"}
+)
+#: One of them that engine ``torch`` computes from its input instead, so that it would not notice.
+_KEEP_THEIR_INPUT = frozenset({"LeakyReLU_"})
+
+
+def _is_stochastic_depth(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torchvision.ops") and type(module).__name__ == "StochasticDepth"
 
 
 def _kind(kind: str, attributes: Attributes) -> str:

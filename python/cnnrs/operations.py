@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,17 +23,23 @@ class Unsupported(Exception):
 
 
 def _pair(value: Any, what: str) -> tuple[int, int]:
-    first, second = (value, value) if isinstance(value, int) else value
-    if not (isinstance(first, int) and isinstance(second, int)):
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(side, int) for side in pair):
         raise Unsupported(f"{what} is {value!r}")
-    return first, second
+    if min(pair) < 0:
+        raise Unsupported(f"{what} is negative: {value!r}")
+    return pair[0], pair[1]
 
 
-def _conv_padding(padding: Any, dilation: tuple[int, int], kernel: Sequence[int]) -> tuple[int, int]:
+def _conv_padding(
+    padding: Any, stride: tuple[int, int], dilation: tuple[int, int], kernel: Sequence[int]
+) -> tuple[int, int]:
     if padding == "valid":
         return 0, 0
     if padding != "same":
         return _pair(padding, "padding")
+    if stride != (1, 1):
+        raise Unsupported(f"padding='same' with stride {stride}")
     total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if any(t % 2 for t in total):
         raise Unsupported("padding='same' with an even kernel pads one side more than the other")
@@ -46,10 +51,10 @@ def _conv2d(
     dilation: Any = 1, groups: int = 1,
 ) -> Attributes:  # fmt: skip
     _check_rank(weight, 4)
-    dilation = _pair(dilation, "dilation")
+    stride, dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
     return {
-        "weight": tensor(weight), "bias": tensor(bias), "stride": _pair(stride, "stride"),
-        "padding": _conv_padding(padding, dilation, weight.shape[2:]), "dilation": dilation, "groups": groups,
+        "weight": tensor(weight), "bias": tensor(bias), "stride": stride, "dilation": dilation, "groups": groups,
+        "padding": _conv_padding(padding, stride, dilation, weight.shape[2:]),
     }  # fmt: skip
 
 
@@ -81,6 +86,8 @@ def _batch_norm(
     weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, training: bool = False,
     momentum: float = 0.1, eps: float = 1e-5,
 ) -> Attributes:  # fmt: skip
+    if (running_mean is None) != (running_var is None) or not (training or running_mean is not None):
+        raise Unsupported("a running statistic is missing")
     return {
         "weight": tensor(weight), "bias": tensor(bias), "running_mean": tensor(running_mean),
         "running_var": tensor(running_var), "num_batches_tracked": None, "momentum": momentum, "eps": eps,
@@ -91,6 +98,8 @@ def _batch_norm(
 def _batch_norm_layer(m: nn.BatchNorm2d, tensor: Index) -> Attributes:
     # As nn.BatchNorm2d.forward: a training layer that tracks nothing leaves its statistics alone.
     statistics = not m.training or m.track_running_stats
+    if statistics and (m.running_mean is None) != (m.running_var is None):
+        raise Unsupported("a running statistic is missing")
     return {
         "weight": tensor(m.weight), "bias": tensor(m.bias),
         "running_mean": tensor(m.running_mean) if statistics else None,
@@ -111,7 +120,14 @@ def _pad(pad: Sequence[int], mode: str = "constant", value: float | None = None)
 
 def _permute(*dims: Any) -> Attributes:
     order = list(dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)
+    if any(not -len(order) <= d < len(order) for d in order):
+        raise Unsupported(f"{order} is no order of {len(order)} dimensions")
     return {"dims": [d % len(order) for d in order]}
+
+
+def _stride(stride: Any, kernel: tuple[int, int]) -> tuple[int, int]:
+    """Of a pool: as long as its kernel, where none is given."""
+    return kernel if stride is None or stride in ((), []) else _pair(stride, "stride")
 
 
 def _max_pool2d(
@@ -122,7 +138,7 @@ def _max_pool2d(
         raise Unsupported("return_indices=True returns two values")
     kernel = _pair(kernel_size, "kernel_size")
     return {
-        "kernel": kernel, "stride": _pair(stride or kernel, "stride"), "padding": _pair(padding, "padding"),
+        "kernel": kernel, "stride": _stride(stride, kernel), "padding": _pair(padding, "padding"),
         "dilation": _pair(dilation, "dilation"), "ceil_mode": ceil_mode,
     }  # fmt: skip
 
@@ -133,7 +149,7 @@ def _avg_pool2d(
 ) -> Attributes:  # fmt: skip
     kernel = _pair(kernel_size, "kernel_size")
     return {
-        "kernel": kernel, "stride": _pair(stride or kernel, "stride"), "padding": _pair(padding, "padding"),
+        "kernel": kernel, "stride": _stride(stride, kernel), "padding": _pair(padding, "padding"),
         "ceil_mode": ceil_mode, "count_include_pad": count_include_pad, "divisor": divisor_override,
     }  # fmt: skip
 
@@ -142,12 +158,14 @@ def _adaptive(output_size: Any) -> Attributes:
     return {"output": tuple(output_size) if isinstance(output_size, (tuple, list)) else (output_size, output_size)}
 
 
-def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> Attributes:
-    return {"p": p, "training": training, "channels": False, "inplace": inplace}
+def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False, channels: bool = False) -> Attributes:
+    if not (isinstance(p, (int, float)) and 0 <= p <= 1):
+        raise Unsupported(f"dropout probability has to be between 0 and 1, but got {p}")
+    return {"p": p, "training": training, "channels": channels, "inplace": inplace}
 
 
 def _dropout2d(p: float = 0.5, training: bool = True, inplace: bool = False) -> Attributes:
-    return {"p": p, "training": training, "channels": True, "inplace": inplace}
+    return _dropout(p, training, inplace, channels=True)
 
 
 def _softmax(dim: int | None, log: bool) -> Attributes:
@@ -156,7 +174,15 @@ def _softmax(dim: int | None, log: bool) -> Attributes:
     return {"dim": dim, "log": log}
 
 
+def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Attributes:
+    if inplace and negative_slope < 0:
+        raise Unsupported("a negative slope cannot be undone in backward, so not be used in place")
+    return {"negative_slope": negative_slope, "inplace": inplace}
+
+
 def _gelu(approximate: str) -> Attributes:
+    if approximate not in ("none", "tanh"):
+        raise Unsupported(f"approximate is {approximate!r}")
     return {"tanh": approximate == "tanh", "inplace": False}
 
 
@@ -170,7 +196,7 @@ LAYERS: dict[type[nn.Module], tuple[str, Callable[[Any, Index], Attributes]]] = 
     nn.ConstantPad2d: ("ZeroPad2d", lambda m, _: _pad(m.padding, value=m.value)),
     nn.ReLU: ("ReLU", lambda m, _: {"inplace": m.inplace}),
     nn.ReLU6: ("ReLU6", lambda m, _: {"inplace": m.inplace}),
-    nn.LeakyReLU: ("LeakyReLU", lambda m, _: {"negative_slope": m.negative_slope, "inplace": m.inplace}),
+    nn.LeakyReLU: ("LeakyReLU", lambda m, _: _leaky_relu(m.negative_slope, m.inplace)),
     nn.SiLU: ("SiLU", lambda m, _: {"inplace": m.inplace}),
     nn.GELU: ("GELU", lambda m, _: _gelu(m.approximate)),
     nn.Hardswish: ("Hardswish", lambda m, _: {"inplace": m.inplace}),
@@ -202,10 +228,7 @@ FUNCTIONS: dict[Any, tuple[str, Callable[..., Attributes]]] = {
     F.relu: ("ReLU", lambda inplace=False: {"inplace": inplace}),
     torch.relu: ("ReLU", lambda: {"inplace": False}),
     F.relu6: ("ReLU6", lambda inplace=False: {"inplace": inplace}),
-    F.leaky_relu: (
-        "LeakyReLU",
-        lambda negative_slope=0.01, inplace=False: {"negative_slope": negative_slope, "inplace": inplace},
-    ),
+    F.leaky_relu: ("LeakyReLU", _leaky_relu),
     F.silu: ("SiLU", lambda inplace=False: {"inplace": inplace}),
     F.gelu: ("GELU", lambda approximate="none": _gelu(approximate)),
     F.hardswish: ("Hardswish", lambda inplace=False: {"inplace": inplace}),
@@ -243,13 +266,21 @@ METHODS: dict[str, Any] = {
     "permute": torch.permute,
     "softmax": torch.softmax, "log_softmax": torch.log_softmax,
 }  # fmt: skip
-#: Functions and methods of two tensors.
+#: Name of a function or method in place -> the function with a value of its own.
+INPLACE: dict[str, Any] = {
+    "relu_": torch.relu, "sigmoid_": torch.sigmoid, "tanh_": torch.tanh, "leaky_relu_": F.leaky_relu,
+}  # fmt: skip
+#: Functions and methods of two tensors; ``x += y`` is the method ``add_``.
 BINARY: dict[Any, tuple[str, Attributes]] = {
-    **dict.fromkeys((operator.add, torch.add, "add"), ("Add", {"inplace": False})),
-    **dict.fromkeys((operator.iadd, "add_"), ("Add", {"inplace": True})),
-    **dict.fromkeys((operator.mul, torch.mul, "mul"), ("Mul", {})),
+    **dict.fromkeys((torch.add, "add"), ("Add", {"inplace": False})),
+    "add_": ("Add", {"inplace": True}),
+    **dict.fromkeys((torch.mul, "mul"), ("Mul", {"inplace": False})),
+    "mul_": ("Mul", {"inplace": True}),
 }
 
 
 def _dims(dim: Any) -> list[int]:
-    return [dim] if isinstance(dim, int) else list(dim)
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    if not dims:
+        raise Unsupported("a mean over no dimension is one over all of them")
+    return dims

@@ -155,6 +155,24 @@ pub enum Dim {
     },
 }
 
+impl Graph {
+    /// Parameters that the output depends on.
+    pub fn reached(&self) -> Vec<Tensor> {
+        let mut wanted = vec![false; self.nodes.len()];
+        wanted[self.output] = true;
+        let mut tensors = Vec::new();
+        for (index, node) in self.nodes.iter().enumerate().rev() {
+            if wanted[index] {
+                node.inputs.iter().for_each(|&input| wanted[input] = true);
+                tensors.extend(node.op.parameters());
+            }
+        }
+        tensors.sort_unstable();
+        tensors.dedup();
+        tensors
+    }
+}
+
 impl Op {
     /// The PyTorch module that does the same.
     pub fn kind(&self) -> &'static str {
@@ -204,7 +222,21 @@ impl Op {
                 weight.iter().chain(bias).copied().collect()
             }
             Self::Scale { factor, .. } => vec![*factor],
-            _ => Vec::new(),
+            Self::Input
+            | Self::Activation { .. }
+            | Self::MaxPool2d { .. }
+            | Self::AvgPool2d { .. }
+            | Self::AdaptiveAvgPool2d { .. }
+            | Self::Dropout { .. }
+            | Self::Flatten { .. }
+            | Self::Reshape { .. }
+            | Self::Pad { .. }
+            | Self::Permute { .. }
+            | Self::Softmax { .. }
+            | Self::Mean { .. }
+            | Self::Add { .. }
+            | Self::Mul
+            | Self::Cat { .. } => Vec::new(),
         }
     }
 }

@@ -25,49 +25,71 @@ fn output(graph: &Graph, node: &Node, known: &[Shape], input: &[usize]) -> Resul
     };
     match &node.op {
         Op::Input => Ok(input.to_vec()),
-        Op::Conv2d { weight, stride, padding, dilation, groups, .. } => {
+        Op::Conv2d { weight, bias, stride, padding, dilation, groups } => {
             let ([n, c, h, w], weight) = (image(node, from(0)?)?, &graph.tensors[*weight]);
             if c != weight[1] * groups {
                 return Err(fail(node, format!("expects {} input channels, got {c}", weight[1] * groups)));
             }
+            if weight[0] == 0 || weight[0].checked_rem(*groups) != Some(0) {
+                return Err(fail(node, format!("cannot divide {} output channels into {groups} groups", weight[0])));
+            }
+            vectors(graph, node, &[*bias], weight[0])?;
             let kernel = [weight[2], weight[3]];
             let out = window(node, [h, w], kernel, *stride, *padding, *dilation, false)?;
             Ok(vec![n, weight[0], out[0], out[1]])
         }
-        Op::BatchNorm2d { running_mean, weight, .. } => {
+        Op::BatchNorm2d { weight, bias, running_mean, running_var, training, .. } => {
             let shape = from(0)?;
-            let [_, c, _, _] = image(node, shape)?;
-            match running_mean.or(*weight).map(|t| graph.tensors[t][0]) {
-                Some(features) if features != c => Err(fail(node, format!("expects {features} channels, got {c}"))),
-                _ => Ok(shape.clone()),
+            let [n, c, h, w] = image(node, shape)?;
+            vectors(graph, node, &[*weight, *bias, *running_mean, *running_var], c)?;
+            // Without running statistics the batch's own are used in either mode.
+            match (*training || running_mean.is_none()) && n * h * w == 1 {
+                true => Err(fail(node, format!("expected more than 1 value per channel when training, got {shape:?}"))),
+                false => Ok(shape.clone()),
             }
         }
         Op::MaxPool2d { kernel, stride, padding, dilation, ceil_mode } => {
-            let [n, c, h, w] = image(node, from(0)?)?;
+            let [n, c, h, w] = filled(node, from(0)?)?;
+            padded(node, *kernel, *padding, *dilation)?;
             let out = window(node, [h, w], *kernel, *stride, *padding, *dilation, *ceil_mode)?;
             Ok(vec![n, c, out[0], out[1]])
         }
-        Op::AvgPool2d { kernel, stride, padding, ceil_mode, .. } => {
-            let [n, c, h, w] = image(node, from(0)?)?;
+        Op::AvgPool2d { kernel, stride, padding, ceil_mode, divisor, .. } => {
+            let [n, c, h, w] = filled(node, from(0)?)?;
+            padded(node, *kernel, *padding, [1, 1])?;
+            if *divisor == Some(0) {
+                return Err(fail(node, "divisor must be not zero".to_owned()));
+            }
             let out = window(node, [h, w], *kernel, *stride, *padding, [1, 1], *ceil_mode)?;
             Ok(vec![n, c, out[0], out[1]])
         }
         Op::AdaptiveAvgPool2d { output } => {
-            let [n, c, h, w] = image(node, from(0)?)?;
-            Ok(vec![n, c, output[0].unwrap_or(h), output[1].unwrap_or(w)])
+            let [n, c, h, w] = filled(node, from(0)?)?;
+            match [output[0].unwrap_or(h), output[1].unwrap_or(w)] {
+                [0, _] | [_, 0] => Err(fail(node, format!("an output of size {output:?} is empty"))),
+                [h, w] => Ok(vec![n, c, h, w]),
+            }
         }
-        Op::Activation { .. } | Op::Dropout { .. } | Op::Softmax { .. } => Ok(from(0)?.clone()),
+        Op::Activation { .. } | Op::Dropout { .. } => Ok(from(0)?.clone()),
+        Op::Softmax { dim, .. } => {
+            let shape = from(0)?;
+            axis(node, *dim, shape.len()).map(|_| shape.clone())
+        }
         Op::Flatten { start, end } => {
             let shape = from(0)?;
             let (start, end) = (axis(node, *start, shape.len())?, axis(node, *end, shape.len())?);
+            if start > end {
+                return Err(fail(node, format!("start_dim {start} cannot come after end_dim {end}")));
+            }
             let mut out = shape[..start].to_vec();
             out.push(shape.get(start..=end).unwrap_or_default().iter().product());
             out.extend_from_slice(shape.get(end + 1..).unwrap_or_default());
             Ok(out)
         }
         Op::Reshape { dims } => reshape(node, dims, from(0)?, known),
-        Op::Linear { weight, .. } => {
+        Op::Linear { weight, bias } => {
             let (shape, weight) = (from(0)?, &graph.tensors[*weight]);
+            vectors(graph, node, &[*bias], weight[0])?;
             match shape.split_last() {
                 Some((&features, rest)) if features == weight[1] => Ok([rest, &weight[..1]].concat()),
                 _ => Err(fail(node, format!("expects {} input features, got shape {shape:?}", weight[1]))),
@@ -106,13 +128,22 @@ fn output(graph: &Graph, node: &Node, known: &[Shape], input: &[usize]) -> Resul
         Op::Mean { dims, keepdim } => {
             let shape = from(0)?;
             let axes = dims.iter().map(|&d| axis(node, d, shape.len())).collect::<Result<Vec<_>>>()?;
+            if let Some(twice) = axes.iter().enumerate().find_map(|(i, d)| axes[..i].contains(d).then_some(d)) {
+                return Err(fail(node, format!("dim {twice} appears multiple times in the list of dims")));
+            }
             let kept = shape.iter().enumerate().filter_map(|(i, &size)| match axes.contains(&i) {
                 true => keepdim.then_some(1),
                 false => Some(size),
             });
             Ok(kept.collect())
         }
-        Op::Add { .. } | Op::Mul => broadcast(node, from(0)?, from(1)?),
+        Op::Add { inplace } => match broadcast(node, from(0)?, from(1)?)? {
+            out if *inplace && out != *from(0)? => {
+                Err(fail(node, format!("a value of shape {:?} cannot hold one of shape {out:?}", from(0)?)))
+            }
+            out => Ok(out),
+        },
+        Op::Mul => broadcast(node, from(0)?, from(1)?),
         Op::Cat { dim } => {
             let mut out = from(0)?.clone();
             let dim = axis(node, *dim, out.len())?;
@@ -137,6 +168,28 @@ fn image(node: &Node, shape: &[usize]) -> Result<[usize; 4]> {
     shape.try_into().map_err(|_| fail(node, format!("expects an input of shape (N, C, H, W), got {shape:?}")))
 }
 
+/// As [`image`], of at least one pixel and channel.
+fn filled(node: &Node, shape: &[usize]) -> Result<[usize; 4]> {
+    match image(node, shape)? {
+        [_, c, h, w] if c * h * w == 0 => Err(fail(node, format!("expects images, got shape {shape:?}"))),
+        size => Ok(size),
+    }
+}
+
+/// Parameters and statistics hold one number per channel or feature.
+fn vectors(graph: &Graph, node: &Node, which: &[Option<usize>], features: usize) -> Result<()> {
+    let wrong = which.iter().flatten().map(|&t| &graph.tensors[t]).find(|shape| ***shape != [features]);
+    wrong.map_or(Ok(()), |shape| Err(fail(node, format!("has numbers of shape {shape:?} for {features} channels"))))
+}
+
+/// A pool must not look at padding alone.
+fn padded(node: &Node, kernel: Pair, padding: Pair, dilation: Pair) -> Result<()> {
+    match (0..2).all(|i| 2 * padding[i] <= dilation[i] * kernel[i].saturating_sub(1) + 1) {
+        true => Ok(()),
+        false => Err(fail(node, format!("pad {padding:?} is more than half of the kernel {kernel:?}"))),
+    }
+}
+
 fn axis(node: &Node, dim: i64, rank: usize) -> Result<usize> {
     let positive = if dim < 0 { dim + rank as i64 } else { dim };
     usize::try_from(positive)
@@ -156,6 +209,9 @@ fn window(
 ) -> Result<Pair> {
     let mut out = [0; 2];
     for i in 0..2 {
+        if kernel[i] == 0 {
+            return Err(fail(node, "has an empty kernel".to_owned()));
+        }
         let reach = dilation[i] * (kernel[i] - 1) + 1;
         // Rounding up, PyTorch lets a window reach past the end, but it must start inside the input or its left padding.
         let spare = if ceil { stride[i] - 1 } else { 0 };
@@ -167,6 +223,9 @@ fn window(
             out[i] -= 1;
         }
     }
+    if out.contains(&0) {
+        return Err(fail(node, format!("makes an empty output of an input of {size:?} (H, W)")));
+    }
     Ok(out)
 }
 
@@ -177,6 +236,9 @@ fn reshape(node: &Node, dims: &[Dim], from: &Shape, known: &[Shape]) -> Result<S
         Dim::SizeOf { node, dim } => known.get(*node).and_then(|s| s.get(*dim)).copied(),
         Dim::Infer => None,
     };
+    if dims.iter().filter(|d| matches!(d, Dim::Infer)).count() > 1 {
+        return Err(fail(node, "only one dimension can be inferred".to_owned()));
+    }
     let fixed: usize = dims.iter().filter_map(size).product();
     let out: Shape = dims.iter().map(|d| size(d).unwrap_or(total / fixed.max(1))).collect();
     if out.iter().product::<usize>() == total {

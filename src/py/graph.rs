@@ -53,6 +53,11 @@ impl Graph {
         costs.iter().map(|cost| (cost.flops, cost.receptive_field.map(|[h, w]| (h, w)))).collect()
     }
 
+    /// Indices of the parameters that the output depends on.
+    fn reached(&self) -> Vec<usize> {
+        self.inner.reached()
+    }
+
     /// Indices of the parameters that each node reads.
     fn parameters(&self) -> Vec<Vec<usize>> {
         self.inner.nodes.iter().map(|node| node.op.parameters()).collect()

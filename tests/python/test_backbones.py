@@ -18,7 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 
 import cnnrs
-from cnnrs import backbones, weights
+from cnnrs import backbones, cut, weights
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -120,7 +120,7 @@ def test_a_model_that_cannot_be_traced_is_stopped_behind_the_layer() -> None:
     assert torch.equal(features.features, model.first(x))
     model.forward = lambda x: x  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="forward of Branching does not call second"):
-        backbones._Until(model, "second")(x)
+        cut._Until(model, "second")(x)
 
 
 def test_cut_models_run_on_the_lowered_engine(resnet: nn.Module) -> None:

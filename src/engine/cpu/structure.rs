@@ -55,7 +55,16 @@ pub fn structure(graph: &Graph, input: &[usize], trained: &[bool], training: boo
         }
     }
     let (output, needs_grad) = (walk.root[graph.output], walk.needs_grad);
+    let all = walk.items.len();
+    let counting = |items: &[Item]| items.iter().filter(|item| counts(&graph.nodes[item.node].op)).count();
+    let before = counting(&walk.items);
     let items = alive(walk.items, output);
+    if items.len() < all && counting(&items) < before {
+        return Err(Error::Argument(
+            "a batch norm in training does not reach the output: use engine='torch', which computes it all the same"
+                .to_owned(),
+        ));
+    }
     if shapes[graph.output].len() != 2 {
         return Err(Error::Argument(format!(
             "the cpu engine needs an output of shape (N, classes), got {:?}: use engine='torch'",
@@ -92,6 +101,11 @@ fn readers(graph: &Graph) -> Vec<Vec<usize>> {
     }
     readers[graph.output].push(graph.nodes.len());
     readers
+}
+
+/// Whether an operation in training changes more than its output.
+fn counts(op: &Op) -> bool {
+    matches!(op, Op::BatchNorm2d { training: true, .. })
 }
 
 /// Items that contribute to the output.
@@ -131,7 +145,24 @@ impl Walk<'_> {
         match node.op {
             Op::Flatten { .. } | Op::Reshape { .. } => return self.alias(index, first),
             Op::Dropout { p, training, .. } if !training || p == 0.0 => return self.alias(index, first),
-            _ => {}
+            Op::Input
+            | Op::Conv2d { .. }
+            | Op::BatchNorm2d { .. }
+            | Op::Activation { .. }
+            | Op::MaxPool2d { .. }
+            | Op::AvgPool2d { .. }
+            | Op::AdaptiveAvgPool2d { .. }
+            | Op::Dropout { .. }
+            | Op::Linear { .. }
+            | Op::LayerNorm { .. }
+            | Op::Pad { .. }
+            | Op::Permute { .. }
+            | Op::Scale { .. }
+            | Op::Softmax { .. }
+            | Op::Mean { .. }
+            | Op::Add { .. }
+            | Op::Mul
+            | Op::Cat { .. } => {}
         }
         let chain = self.chain(index);
         let last = chain.as_ref().map_or(index, |chain| chain.last);
@@ -185,7 +216,22 @@ impl Walk<'_> {
                 refuse("the cpu engine has no training kernel for it")
             }
             Op::MaxPool2d { .. } if self.shapes[index].iter().product::<usize>() == 0 => refuse("has an empty output"),
-            _ => Ok(()),
+            Op::Input
+            | Op::Conv2d { .. }
+            | Op::BatchNorm2d { .. }
+            | Op::Activation { .. }
+            | Op::MaxPool2d { .. }
+            | Op::AvgPool2d { .. }
+            | Op::AdaptiveAvgPool2d { .. }
+            | Op::Dropout { .. }
+            | Op::Flatten { .. }
+            | Op::Reshape { .. }
+            | Op::Linear { .. }
+            | Op::Softmax { .. }
+            | Op::Mean { .. }
+            | Op::Add { .. }
+            | Op::Mul
+            | Op::Cat { .. } => Ok(()),
         }
     }
 
@@ -200,13 +246,20 @@ impl Walk<'_> {
             Op::Activation { inplace, .. } | Op::Dropout { inplace, .. } | Op::Add { inplace } => inplace,
             _ => return Ok(false),
         };
-        let others: Vec<usize> = self.readers_of(self.value[node.inputs[0]]).filter(|&r| r != index).collect();
+        let (root, made_by) = (self.root[node.inputs[0]], self.value[node.inputs[0]]);
+        if asked && root == 0 {
+            return self.refuse_overwriting(index, "overwrites the batch itself");
+        }
+        let others: Vec<usize> = self.readers_of(made_by).filter(|&r| r != index).collect();
         let able = match node.op {
             Op::Activation { function: Activation::Relu, .. } | Op::Dropout { .. } => {
-                self.root[node.inputs[0]] != 0 && self.may_be_overwritten(self.root[node.inputs[0]])
+                root != 0 && self.may_be_overwritten(root)
             }
             _ => false,
         };
+        if asked && self.training && self.needs_grad[root] && derivative_reads_output(&self.graph.nodes[made_by].op) {
+            return self.refuse_overwriting(index, "overwrites a value that a derivative needs");
+        }
         if others.is_empty() {
             return Ok(able);
         }
@@ -216,11 +269,12 @@ impl Walk<'_> {
         if able && others.iter().all(|&other| other > index) {
             return Ok(true);
         }
-        Err(Error::Argument(format!(
-            "{} ({}): overwrites a value that other layers read: use engine='torch'",
-            node.name,
-            node.op.kind()
-        )))
+        self.refuse_overwriting(index, "overwrites a value that other layers read")
+    }
+
+    fn refuse_overwriting(&self, index: usize, reason: &str) -> Result<bool> {
+        let node = &self.graph.nodes[index];
+        Err(Error::Argument(format!("{} ({}): {reason}: use engine='torch'", node.name, node.op.kind())))
     }
 
     /// The derivative of what made this value can be found without the value.
@@ -282,5 +336,15 @@ impl Walk<'_> {
         let uses = self.graph.nodes.iter().filter(|n| n.op.parameters().contains(&weight)).count();
         let count: usize = self.graph.tensors[weight].iter().product();
         count >= LargeLinear::THRESHOLD && uses == 1 && self.shapes[index].len() == 2
+    }
+}
+
+/// Whether PyTorch keeps the result for the derivative, and so refuses to go back when it has been overwritten.
+fn derivative_reads_output(op: &Op) -> bool {
+    match op {
+        Op::Softmax { .. } => true,
+        Op::Activation { function: Activation::Relu | Activation::Sigmoid | Activation::Tanh, .. } => true,
+        Op::Activation { function: Activation::Relu6 | Activation::LeakyRelu { .. }, inplace } => *inplace,
+        _ => false,
     }
 }

@@ -167,9 +167,10 @@ fn activation(x: &Tensor, function: Activation, inplace: bool) -> Result<Tensor>
         (Activation::Relu, true) => x.f_relu_()?,
         (Activation::Relu6, false) => x.f_relu6()?,
         (Activation::Relu6, true) => x.f_relu6_()?,
-        // tch's leaky_relu has no slope; max(x, 0) + slope * min(x, 0) is the same function.
+        // tch's leaky_relu has no slope. Its derivative has one, and is the same kernel: x > 0 ? grad : grad * slope, here
+        // with x itself as the gradient. What autograd derives from it is leaky_relu's own derivative.
         (Activation::LeakyRelu { negative_slope }, _) => {
-            x.f_clamp_min(0.0)?.f_add(&x.f_clamp_max(0.0)?.f_mul_scalar(negative_slope)?)?
+            x.f_detach()?.f_leaky_relu_backward(&x, negative_slope, false)?
         }
         (Activation::Silu, false) => x.f_silu()?,
         (Activation::Silu, true) => x.f_silu_()?,

@@ -106,6 +106,9 @@ fn overwritten(graph: &Graph) -> Result<()> {
         if !written {
             continue;
         }
+        if memory[index] == 0 {
+            return Err(unsupported(node, "overwrites the batch itself"));
+        }
         let old = |&input: &usize| input < index && memory[input] == memory[index];
         if graph.nodes[index + 1..].iter().any(|later| later.inputs.iter().any(old)) || old(&graph.output) {
             return Err(unsupported(node, "overwrites a value that other layers read"));
