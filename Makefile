@@ -49,7 +49,13 @@ test-extras: $(EXTENSION) ## Tests of the optional packages (timm, safetensors, 
 	python -m venv .extras-venv
 	python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.extras-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
 	.extras-venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/extras.txt
-	PYTHONPATH="$(CURDIR)/python" .extras-venv/bin/python -m pytest tests/python/test_backbones_extras.py tests/python/test_ray.py
+	PYTHONPATH="$(CURDIR)/python" .extras-venv/bin/python -m pytest tests/python/test_backbones_extras.py tests/python/test_wrappers_extras.py tests/python/test_ray.py
+
+.PHONY: test-random
+N ?= 5000
+SEED ?= 0
+test-random: $(EXTENSION) ## Random models and training runs against the plain loop (N=5000 SEED=0), an hour or so
+	OMP_NUM_THREADS=1 python tests/python/random_models.py --count $(N) --seed $(SEED)
 
 .PHONY: lint
 # maturin sets this for pyo3's build script; without the same value each of the two throws the other's build away.

@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from cnnrs import _cnnrs, cpu_features
+from cnnrs import _cnnrs, cpu_features, draws, verify
+from cnnrs._notes import note
+from cnnrs._random import Generators
 from cnnrs.engines import Engine, choose, device_of, to_device
+from cnnrs.errors import UnsupportedModelError
 from cnnrs.graph import Lowered
 from cnnrs.update import File, Item
 
@@ -31,10 +34,14 @@ class Extractor:
         engine: as for :func:`cnnrs.preconv`.
         precision: what the model computes in; None: as torch is set.
         dtype: torch's name of the type to keep, None: what the model returns.
+        verbose: whether to say when memory runs out.
+        check: whether the first batch also goes through the model itself.
 
     Attributes:
         device: where the model is.
         lowered: the model as a graph, None when it cannot be lowered or the module is to be called.
+        draws: why its rows are a draw of a random generator, "" while nothing says so.
+        quiet: whether nobody else draws from the process's generators while the model computes.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class Extractor:
         precision: Precision | None = None,
         dtype: str | None = None,
         verbose: bool = True,
+        check: bool = True,
     ) -> None:
         if precision is not None and precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(map(repr, get_args(Precision)))}, got {precision!r}")
@@ -53,7 +61,10 @@ class Extractor:
         self.dtype = dtype
         self.device = device_of(model)
         self.verbose = verbose
-        self.lowered: Lowered | None = choose(model, engine)
+        self.check = check
+        self.lowered: Lowered | None = choose(model, engine, gradients=False)
+        self.draws = "" if self.lowered is None else draws.of_graph(self.lowered)
+        self.quiet = True
         if precision in _AUTOCAST and engine in ("torch", "cpu"):
             raise ValueError(f'precision={precision!r} is autocast of the module itself: use engine="auto" or "python"')
         # On an accelerator the module is called too: its launches run ahead of the device, whoever makes them.
@@ -64,8 +75,11 @@ class Extractor:
         items = iter(batches)
         first = next(items, None)
         items = items if first is None else chain([first], items)
+        network = None
+        if first is not None and self.lowered is not None and not self._calls_module:
+            network = self._native(self.lowered, first[0])
+            self._calls_module = self._differs(self.lowered, network, first[0])
         if self.lowered is not None and not self._calls_module:
-            network = None if first is None else self._native(self.lowered, first[0])
             if network is not None:
                 rows = ((network(to_device(inputs, self.device)), runs, tag) for inputs, runs, tag in items)
                 result = _cnnrs.extract_rows(rows, file, expected, self.dtype)
@@ -74,8 +88,9 @@ class Extractor:
                 graph, tensors = self.lowered.graph, self.lowered.tensors
                 result = _cnnrs.extract_torch(graph, tensors, moved, file, expected, self.dtype)
         else:
-            pipeline = Pipeline(self.model, self.device, self.precision, self.dtype, self.verbose)
+            pipeline = Pipeline(self.model, self.device, self.precision, self.dtype, self.verbose, self.quiet)
             result = _cnnrs.extract_rows(pipeline.run(items), file, expected, self.dtype)
+            self.draws = self.draws or pipeline.draws or ""
         data, shape, made = result
         return None if data is None else torch.from_numpy(data).view(getattr(torch, made)).reshape(shape)
 
@@ -85,6 +100,20 @@ class Extractor:
             return None
         exact, required = self.precision == "exact", self.engine == "cpu"
         return cpu_features.network(lowered, images, required=required, exact=exact)
+
+    def _differs(self, lowered: Lowered, network: _cnnrs.CpuNetwork | None, images: torch.Tensor) -> bool:
+        """Whether the module must be called after all; a few images show it."""
+        if not self.check:
+            return False
+        run = None if network is None else lambda _lowered, _tensors, inputs: network(inputs)
+        name = "torch" if network is None else "cpu"
+        reason = verify.differs(self.model, lowered, to_device(images, self.device), engine=name, run=run, most=2)
+        if reason is None:
+            return False
+        if self.engine != "auto":
+            raise UnsupportedModelError(f"engine {self.engine!r} cannot run this model:\n{reason}")
+        note(f"preconv calls {type(self.model).__name__} itself, as engine='python' does: {reason}")
+        return True
 
 
 def type_name(dtype: str | torch.dtype | np.dtype[Any] | type | None) -> str | None:
@@ -114,9 +143,13 @@ class Pipeline:
         precision: Precision | None = None,
         dtype: str | None = None,
         verbose: bool = True,
+        quiet: bool = True,
     ) -> None:
         self.model = model
         self.device = device
+        self.quiet = quiet
+        # Set by the first call of the model.
+        self.draws: str | None = None
         self.precision = precision
         self.dtype = None if dtype is None else getattr(torch, dtype)
         self.verbose = verbose
@@ -171,6 +204,13 @@ class Pipeline:
                 raise
         return None
 
+    def _drawn(self, generators: list[str], inputs: torch.Tensor) -> str:
+        """Why the first call's output is a draw, "" when it is none."""
+        # The loader's threads may have drawn meanwhile: then only the model's own operations count.
+        if not generators or not (self.quiet or draws.does_draw(self.model, inputs)):
+            return ""
+        return f"its forward draws from {generators[0]}'s generator"
+
     def _halve(self, size: int) -> None:
         self.limit = size // 2
         if self.device.type == "cuda":
@@ -182,8 +222,11 @@ class Pipeline:
         if self.device.type == "cuda" and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         autocast = _AUTOCAST.get(self.precision or "")
+        generators = Generators() if self.draws is None else None
         with torch.no_grad(), torch.autocast(self.device.type, autocast, enabled=autocast is not None):
             output = self.model(inputs)
+        if generators is not None:
+            self.draws = self._drawn(generators.drawn(), inputs)
         if not isinstance(output, torch.Tensor):
             raise TypeError(f"the model must return one tensor, got {type(output).__name__}")
         # On a device: fewer bytes cross the bus. Overflow of float16 is looked for where the rows are kept.

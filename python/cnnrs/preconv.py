@@ -37,6 +37,7 @@ def preconv(
     passes: int = 1,
     seed: int = 0,
     any_transform: bool = False,
+    check: bool = True,
     verbose: bool = True,
 ) -> Features:
     """Run ``model`` once over ``data`` and keep what it returns: (N, ...) features and (N,) labels.
@@ -69,6 +70,8 @@ def preconv(
         seed: of the augmentation in a folder or with passes, which then depends on seed, pass and image only. One pass
             in memory is what the loader gives, which draws as it always does.
         any_transform: accept a transform that is not the one the weights were trained with.
+        check: two images of the first batch also go through the module itself. Where its features are not those of the
+            engine, it is called instead, and a note says why.
         verbose: say what is stored or recomputed, and show a bar on terminals and in notebooks.
 
     Returns:
@@ -82,7 +85,7 @@ def preconv(
         FileExistsError: ``out`` holds something else than features.
         OSError: the disk is full: what is computed is safe, and the next call goes on from there.
         RuntimeError: shapes or devices that do not fit, in PyTorch's words.
-        UnsupportedModelError: engine="torch" or "cpu" for a model that it cannot run.
+        UnsupportedModelError: engine="torch" or "cpu" for a model that it cannot run, or computes something else of.
 
     >>> import torch, cnnrs
     >>> batches = [(torch.rand(4, 3, 8, 8), torch.arange(4))] * 2
@@ -102,7 +105,7 @@ def preconv(
     source = source_of(data, body, batch_size, num_workers, any_transform)
     with frozen(body):
         passes, seed = operator.index(passes), operator.index(seed)
-        run = Run(source, body, Extractor(body, engine, precision, type_name(dtype), verbose), verbose)
+        run = Run(source, body, Extractor(body, engine, precision, type_name(dtype), verbose, check), verbose)
         if out is None:
             return run.in_memory(passes, seed)
         if ranks.is_shared(source.data):
