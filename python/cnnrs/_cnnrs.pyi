@@ -38,6 +38,11 @@ __all__ = [
 
 __version__: str
 
+#: (loss, weight, correct or None, counted) of a batch.
+_Counts = tuple[float, float, int | None, int]
+#: (loss, weight, correct or None, counted, samples, batches, last mean loss or None, batches since the last step).
+_Totals = tuple[float, float, int | None, int, int, int, float | None, int]
+
 @final
 class Graph:
     """A network as a list of operations, in the order `forward` calls them."""
@@ -52,6 +57,9 @@ class Graph:
     def costs(self, shapes: Sequence[Sequence[int]]) -> list[tuple[int, tuple[int, int] | None]]:
         """(FLOPs, receptive field (h, w) or None) of every node, from the shapes that `shapes` returned."""
 
+    def reached(self) -> list[int]:
+        """Indices of the parameters that the output depends on."""
+
     def parameters(self) -> list[list[int]]:
         """Indices of the parameters that each node reads."""
 
@@ -62,21 +70,24 @@ class NativeOptimizer:
     def __new__(
         cls, sgd: Sequence[Any], adam: Sequence[Any], clip: Callable[[list[torch.Tensor | None]], None] | None
     ) -> NativeOptimizer: ...
-    def take_gradients(self) -> list[torch.Tensor | None]:
-        """The last step's gradients, one per parameter in the order given, [] before the first step. Forgets them."""
+    def gradients(self) -> list[torch.Tensor | None]:
+        """The gradients since the last step, or that step's, one per parameter; empty before the first."""
+
+    def updated(self) -> list[bool]:
+        """For every parameter, whether it has been updated."""
 
 def fit_torch(
     number: int,
     phase: str,
     graph: Graph,
     tensors: Sequence[torch.Tensor],
-    loss: tuple[Any, ...] | Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    optimizer: NativeOptimizer | tuple[list[torch.Tensor], Callable[[list[torch.Tensor | None]], None]] | None,
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    loss: tuple[Any, ...] | Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, _Counts]],
+    optimizer: NativeOptimizer | tuple[list[torch.Tensor], Callable[[list[torch.Tensor | None], bool], None]] | None,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor] | None],
     accumulate: int,
     after: Callable[[int, float], Any] | None,
-) -> tuple[float, int | None, int]:
-    """One epoch of a lowered model through libtorch: (sum of losses, correct predictions or None, samples)."""
+) -> _Totals:
+    """One epoch of a lowered model through libtorch."""
 
 def forward_torch(graph: Graph, tensors: Sequence[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
     """The output of a lowered model for one batch, with autograd behind it where it is on."""
@@ -84,14 +95,15 @@ def forward_torch(graph: Graph, tensors: Sequence[torch.Tensor], inputs: torch.T
 def fit_python(
     number: int,
     phase: str,
-    forward: Callable[[torch.Tensor, torch.Tensor, bool], tuple[float, int | None, int]],
+    forward: Callable[[Any, Any, bool], tuple[float, float, int | None, int, int]],
     backward: Callable[[], None],
     update: Callable[[], None],
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterator[tuple[Any, Any]],
     accumulate: int,
     after: Callable[[int, float], Any] | None,
-) -> tuple[float, int | None, int]:
-    """One epoch of any module: (sum of losses, correct predictions or None, samples)."""
+    before: _Totals | None,
+) -> _Totals:
+    """One epoch of any module, or what is left of it after ``before``."""
 
 def extract_torch(
     graph: Graph,
@@ -189,34 +201,34 @@ class Loader:
 
     def submit_files(
         self, indices: Sequence[int], positions: Sequence[int], paths: Sequence[str | os.PathLike[str]]
-    ) -> None:
-        """Asks for the batch of these files; ``positions`` are their places in the epoch."""
+    ) -> int:
+        """Asks for the batch of these files; ``positions`` are their places in the epoch. Returns its ticket."""
 
-    def submit_rows(self, indices: Sequence[int], position: int) -> None:
+    def submit_rows(self, indices: Sequence[int], position: int) -> int:
         """Asks for the batch of these rows of ``rows``; ``position`` is the place of the first one in the epoch."""
 
     def submit_pixels(
         self, indices: Sequence[int], positions: Sequence[int], images: Sequence[tuple[int, int, int, bytes]]
-    ) -> None:
+    ) -> int:
         """Asks for the batch of these images, each (height, width, channels, packed bytes)."""
 
-    def poll(self) -> tuple[str, Any]:
-        """Waits for the oldest batch: ("batch", capsule) and the like."""
+    def poll(self, ticket: int) -> tuple[str, Any]:
+        """Waits for the batch of ``ticket`` and forgets older ones: ("batch", capsule) and the like."""
 
-    def retry(self, sample: int, pixels: tuple[int, int, int, bytes]) -> None:
-        """Gives a failed sample of the oldest batch pixels that somebody else decoded."""
+    def retry(self, ticket: int, sample: int, pixels: tuple[int, int, int, bytes]) -> None:
+        """Gives a failed sample of the batch pixels that somebody else decoded."""
 
     def saw_turned(self) -> bool:
         """Whether one of the files so far had an EXIF orientation other than upright."""
 
-    def drop_samples(self, samples: Sequence[int]) -> None:
-        """Does without these failed samples of the oldest batch."""
+    def drop_samples(self, ticket: int, samples: Sequence[int]) -> None:
+        """Does without these failed samples of the batch."""
 
-    def ready(self) -> bool:
+    def ready(self, ticket: int) -> bool:
         """Whether :meth:`poll` would not wait."""
 
-    def discard(self) -> None:
-        """Forgets the oldest batch."""
+    def discard(self, ticket: int) -> None:
+        """Forgets this batch, if it is still on its way."""
 
 def available_threads() -> int:
     """Threads that ``num_workers=None`` means: the cores this process may use."""
@@ -239,8 +251,12 @@ def check_files(
     progress: Callable[[int], object],
     threads: int,
     limits: tuple[int | None, int | None] | None = None,
-) -> list[tuple[str | None, int, int, int, int, Exception | None]]:
-    """Per file: (format, width, height, bytes, hash of the contents, what is wrong with it)."""
+) -> list[tuple[str | None, int, int, int, int, Exception | None, str | None]]:
+    """Per file: (format, width, height, bytes, hash of the contents, what is wrong with it, whose fault that is).
+
+    The last is "broken", "truncated", "limit", "unreadable" or "ours"; the first two are about bytes that were read to
+    the end.
+    """
 
 @final
 class CpuPlans:
@@ -271,11 +287,12 @@ def fit_cpu(
     clip: tuple[str, float] | None,
     plans: CpuPlans,
     seed: int,
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]] | tuple[torch.Tensor, torch.Tensor, list[int], list[int]],
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor] | None]
+    | tuple[torch.Tensor, torch.Tensor, list[int], list[int]],
     accumulate: int,
     after: Callable[[int, float], Any] | None,
-) -> tuple[float, int | None, int]:
-    """One epoch of a lowered model without libtorch: (sum of losses, correct predictions or None, samples)."""
+) -> _Totals:
+    """One epoch of a lowered model without libtorch."""
 
 @final
 class CpuNetwork:

@@ -18,7 +18,8 @@ from cnnrs import _cnnrs
 from cnnrs.graph import Lowered
 from cnnrs.iterators import RowsIter, columns
 from cnnrs.loader import DataLoader
-from cnnrs.optimizers import Step
+from cnnrs.losses import Totals
+from cnnrs.optimizers import Step, overlap, reached, state_of
 
 #: Compiled plans and their threads live as long as the model.
 _PLANS: WeakKeyDictionary[nn.Module, _cnnrs.CpuPlans] = WeakKeyDictionary()
@@ -51,18 +52,43 @@ def supports(
         reasons.append(f"the inputs are {dtype}, not torch.float32")
     if loss is None:
         reasons.append("the loss is none of nll_loss, cross_entropy, mse_loss and bce_with_logits of reduction 'mean'")
-    if optimizer is not None and not _Rows(optimizer, lowered.tensors).native:
-        reasons.append(f"the optimizer {type(optimizer).__name__} is none of plain SGD, Adam and AdamW")
+    if optimizer is not None:
+        reasons += _optimizer_obstacles(optimizer, lowered)
+    if loss is not None and (reason := _loss_obstacle(loss)):
+        reasons.append(reason)
     values = None
     if targets is not None and loss is not None:
         classes = loss[0] in ("nll", "cross_entropy")
         values = None if classes else list(targets.shape)
         if targets.dtype is not (torch.int64 if classes else torch.float32) or (classes and targets.dim() != 1):
             reasons.append(f"the targets are {targets.dtype} of shape {tuple(targets.shape)}")
+    if input_shape is not None and input_shape[:1] == (0,):
+        reasons.append("the batch is empty")
     if input_shape is not None and not reasons:
         obstacle = _cnnrs.cpu_obstacle(lowered.graph, list(input_shape), values)
         reasons += [obstacle] if obstacle else []
     return reasons
+
+
+def _optimizer_obstacles(optimizer: Optimizer, lowered: Lowered) -> list[str]:
+    rows = _Rows(optimizer, lowered)
+    # Threads write all of them at once.
+    if overlap([*lowered.tensors, *state_of(optimizer, rows.parameters)]):
+        return ["two of its tensors share memory"]
+    known = f"the optimizer {type(optimizer).__name__} is none of plain SGD, Adam and AdamW"
+    return [] if rows.native else [known]
+
+
+def _loss_obstacle(loss: tuple[Any, ...]) -> str | None:
+    """Options that PyTorch does not take, or that are more than numbers."""
+    weight = loss[1] if len(loss) > 1 else None
+    if weight is not None:
+        plain = weight.dtype is torch.float32 and weight.dim() == 1 and weight.device.type == "cpu"
+        if not plain or weight.requires_grad:
+            return f"the loss's weight is {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}, or trained"
+    if len(loss) > 3 and not 0 <= loss[3] <= 1:
+        return f"label_smoothing must be between 0.0 and 1.0, got {loss[3]}"
+    return None
 
 
 def tensor_obstacles(lowered: Lowered) -> list[str]:
@@ -88,7 +114,7 @@ def run(
     clip: tuple[str, float] | None = None,
     accumulate: int = 1,
     after: Callable[[int, float, Step | None], Any] | None = None,
-) -> tuple[float, int | None, int]:
+) -> Totals:
     """One epoch; :func:`supports` must have had no objection.
 
     Gradients are applied where they arise: ``parameter.grad`` is None afterwards. Dropout draws from a generator of its
@@ -109,11 +135,11 @@ def run(
             None.
 
     Returns:
-        (sum of losses, correct predictions, samples).
+        What has been added up.
     """
     plans = _PLANS.setdefault(model, _cnnrs.CpuPlans())
     if isinstance(batches, FeatureRows):
-        totals: tuple[float, int | None, int] = batches.epoch(
+        totals: Totals = batches.epoch(
             lambda rows: run(epoch, phase, model, lowered, loss, optimizer, rows, clip, accumulate, after),
             lambda: plans.steps * accumulate,
         )
@@ -121,18 +147,18 @@ def run(
     arguments = (epoch, phase, lowered.graph, [t.detach() for t in lowered.tensors], loss)
     if phase == "validation" or optimizer is None:
         bound = None if after is None else lambda batch, mean: after(batch, mean, None)
-        return _cnnrs.fit_cpu(*arguments, [], [], None, plans, 0, batches, 1, bound)
+        return Totals(*_cnnrs.fit_cpu(*arguments, [], [], None, plans, 0, batches, 1, bound))
     optimizer.zero_grad()
     if isinstance(batches, Iterator):
         # The loader draws its order before dropout draws, as in a plain loop.
         batches = chain(list(islice(batches, 1)), batches)
     draws = any(kind == "Dropout" and a["training"] and a["p"] > 0 for _, kind, _, a in lowered.operations)
-    seed = int(torch.empty((), dtype=torch.int64).random_()) if draws else 0
-    step = _Rows(optimizer, lowered.tensors)
+    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if draws else 0
+    step = _Rows(optimizer, lowered)
     sgd, adam = step.handle
     bound = None if after is None else lambda batch, mean: after(batch, mean, step)
     try:
-        return _cnnrs.fit_cpu(*arguments, sgd, adam, clip, plans, seed, batches, accumulate, bound)
+        return Totals(*_cnnrs.fit_cpu(*arguments, sgd, adam, clip, plans, seed, batches, accumulate, bound))
     finally:
         step.finish_after(plans.steps)
 
@@ -145,10 +171,12 @@ class FeatureRows:
         labels: (N,) int64 or (N, K) float32.
     """
 
-    def __init__(self, loader: DataLoader, features: torch.Tensor, labels: torch.Tensor) -> None:
+    def __init__(self, loader: DataLoader[Any], features: torch.Tensor, labels: torch.Tensor) -> None:
         self._loader = loader
         self.features = features
         self.labels = labels
+        #: The batch that an engine would not take.
+        self.current: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @staticmethod
     def of(loader: Any) -> FeatureRows | None:
@@ -194,6 +222,8 @@ class FeatureRows:
         except BaseException:
             progress.batches += done()
             progress.samples += sum(map(len, parts[: done()]))
+            if done() < len(parts):
+                self.current = self.features[parts[done()]], self.labels[parts[done()]]
             raise
         progress.batches, progress.samples = ended
         progress.finished = True
@@ -217,9 +247,9 @@ def _shared(column: Any) -> torch.Tensor | None:
 class _Rows(Step):
     """The optimizer's rows, each after the index of its tensor in the graph."""
 
-    def __init__(self, optimizer: Optimizer, tensors: list[torch.Tensor]) -> None:
-        self._index = {id(tensor): i for i, tensor in enumerate(tensors)}
-        super().__init__(optimizer, tensors)
+    def __init__(self, optimizer: Optimizer, lowered: Lowered) -> None:
+        self._index = {id(tensor): i for i, tensor in enumerate(lowered.tensors)}
+        super().__init__(optimizer, reached(lowered))
 
     def _native_handle(self) -> Any:
         rows = [(self._index[id(p)], self._row(group, p)) for group, p in self._rows]
@@ -228,12 +258,10 @@ class _Rows(Step):
     def _row(self, group: dict[str, Any], p: torch.Tensor) -> Any:
         return self._sgd_row(group, p) if type(self._optimizer) is torch.optim.SGD else self._adam_row(group, p)
 
+    def publish(self, steps: int) -> None:
+        """Show state as it is after so many steps; there are no gradients to show."""
+        self.finish_after(steps)
+
     def finish_after(self, steps: int) -> None:
         """Leave the optimizer as ``steps`` of its own steps would have."""
-        if steps == 0:
-            return
-        for _, p in self._rows:
-            if id(p) in self._fresh:
-                self._optimizer.state[p]["momentum_buffer"] = self._fresh[id(p)]
-        # What lr_scheduler looks at to see that the optimizer has stepped.
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._settle([steps > 0] * len(self._rows))

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,10 +23,9 @@ from cnnrs import _cnnrs
 from cnnrs._notes import note
 from cnnrs.errors import NonFiniteLossError
 from cnnrs.graph import Lowered
-from cnnrs.losses import Loss, count_correct, known_loss, summed
+from cnnrs.losses import Loss, Totals, counts, known_loss, measured
 from cnnrs.optimizers import FusedStep
 
-Totals = tuple[float, int | None, int]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 #: Steps before a recording: cuDNN chooses its kernels, cuBLAS takes its workspace, the optimizer makes its state.
@@ -69,8 +69,8 @@ class _Recording:
     def __init__(self, key: Any, batch: Batch, lowered: Lowered, parameters: int, device: torch.device) -> None:
         self.key = key
         self.inputs, self.targets = (torch.empty_like(part) for part in batch)
-        #: (sum of losses, correct predictions or -1) of the last steps.
-        self.losses = torch.zeros(WINDOW, 2, dtype=torch.float64, device=device)
+        #: What the losses measured at the last steps.
+        self.losses = torch.zeros(WINDOW, 4, dtype=torch.float64, device=device)
         #: 1 from the first loss on that is not finite.
         self.stopped = torch.zeros((), device=device)
         self.counts = torch.zeros(parameters, device=device)
@@ -97,6 +97,14 @@ class _Recording:
             for tensor in tensors:
                 tensor.copy_(kept[start : start + tensor.numel()].view_as(tensor))
                 start += tensor.numel()
+
+    def whole(self, work: Callable[[], None]) -> None:
+        """A step that cannot be done leaves the running statistics alone."""
+        try:
+            work()
+        except BaseException:
+            self.restore_statistics()
+            raise
 
     def aside(self, work: Callable[[], None]) -> None:
         """Eagerly on the stream that will record: autograd and cuBLAS keep things per stream."""
@@ -135,12 +143,12 @@ def run(
         loss_fn: one of the known losses.
         step: the optimizer; None for validation.
         batches: yields inputs (N, ...) and targets on the model's device; those of the first batch's shape and dtype
-            are replayed, all others run eagerly.
+            are replayed, all others run eagerly. None in place of a batch ends the epoch.
         autocast: makes the context that the layers run in.
         options: what else the kernels depend on: other options need another recording.
 
     Returns:
-        (sum of losses, correct predictions or None, samples).
+        What has been added up.
 
     Raises:
         NonFiniteLossError: weights, optimizer and running statistics are those before the batch that the message names;
@@ -148,7 +156,7 @@ def run(
     """
     first = next(batches, None)
     if first is None:
-        return 0.0, None, 0
+        return Totals()
     kept = _recording(model, phase, first, lowered, loss_fn, step, options)
     meter = _Meter(epoch, phase, kept)
 
@@ -157,10 +165,10 @@ def run(
             outputs = _cnnrs.forward_torch(lowered.graph, lowered.tensors, inputs)
             loss = loss_fn(outputs, targets)
         with torch.no_grad(), autocast():
-            total, correct = summed(loss_fn, loss, outputs, targets), count_correct(outputs, targets)
-            row = torch.stack([total, torch.full_like(total, -1.0) if correct is None else correct.double()])
+            row = measured(loss_fn, loss, outputs, targets, len(inputs))
             kept.losses.copy_(torch.cat([kept.losses[1:], row.unsqueeze(0)]))
-            kept.stopped.logical_or_(torch.isfinite(total).logical_not())
+            # With weights of 0 the mean, which is differentiated, is 0 / 0.
+            kept.stopped.logical_or_(torch.isfinite(row[0]).logical_not() | (row[1] == 0) & (row[3] > 0))
         if step is not None:
             step(loss, kept.stopped)
             with torch.no_grad():
@@ -176,10 +184,13 @@ def run(
         step.begin(kept.counts)
     began, replayed = False, False
     try:
-        for inputs, targets in chain([first], batches):
+        for batch in chain([first], batches):
+            if batch is None:
+                break
+            inputs, targets = batch
             replayed = False
             if not kept.fits(inputs, targets):
-                work(inputs, targets)
+                kept.whole(partial(work, inputs, targets))
             else:
                 kept.inputs.copy_(inputs, non_blocking=True)
                 kept.targets.copy_(targets, non_blocking=True)
@@ -189,14 +200,14 @@ def run(
                     kept.replay()
                     replayed = True
                 else:
-                    kept.aside(fixed)
+                    kept.whole(lambda: kept.aside(fixed))
                     kept.warm += 1
             began = True
             meter.count(len(inputs))
         meter.close()
     except NonFiniteLossError:
         kept.restore_statistics()
-        began = meter.batches > 0
+        began = meter.totals.batches > 0
         # It may have been recorded over state that the optimizer never gets; replays of it may still be under way.
         if kept.stream is not None:
             torch.cuda.synchronize(kept.inputs.device)
@@ -209,7 +220,7 @@ def run(
                     parameter.grad = gradient
             step.finish()
             kept.key = _key(first, lowered, loss_fn, step, options)
-    return meter.loss, meter.correct, meter.samples
+    return meter.totals
 
 
 def _recording(
@@ -266,11 +277,9 @@ class _Meter:
     """Adds up an epoch's losses, one window behind the device."""
 
     def __init__(self, epoch: int, phase: str, kept: _Recording) -> None:
-        self.loss, self.samples, self.batches = 0.0, 0, 0
-        self.correct: int | None = 0
+        self.totals = Totals()
         self._where = f"{phase} epoch {epoch}"
         self._losses = kept.losses
-        self._last: float | None = None
         self._sizes: list[int] = []
         self._pending: tuple[torch.Tensor, Any, list[int]] | None = None
 
@@ -289,7 +298,7 @@ class _Meter:
     def _look(self) -> None:
         on_gpu = self._losses.device.type == "cuda"
         steps = len(self._sizes)
-        rows = torch.empty(steps, 2, dtype=torch.float64, pin_memory=on_gpu)
+        rows = torch.empty(steps, 4, dtype=torch.float64, pin_memory=on_gpu)
         rows.copy_(self._losses[-steps:], non_blocking=True)
         event = None
         if on_gpu:
@@ -305,18 +314,29 @@ class _Meter:
         (rows, event, sizes), self._pending = self._pending, None
         if event is not None:
             event.synchronize()
-        for (loss, correct), samples in zip(rows.tolist(), sizes, strict=True):
-            if not math.isfinite(loss):
-                last = "none" if self._last is None else f"{self._last:.4f}"
-                value = "NaN" if math.isnan(loss) else loss
-                raise NonFiniteLossError(
-                    f"loss is {value} in {self._where}, batch {self.batches}; the last finite loss was {last}"
-                )
-            self._last = loss / max(samples, 1)
-            self.loss += loss
-            self.correct = None if correct < 0 or self.correct is None else self.correct + int(correct)
-            self.samples += samples
-            self.batches += 1
+        for row, samples in zip(rows, sizes, strict=True):
+            self._add(*counts(row), samples)
+
+    def _add(self, loss: float, weight: float, correct: int | None, counted: int, samples: int) -> None:
+        so_far = self.totals
+        if weight == 0 and counted > 0:
+            loss = math.nan
+        if not math.isfinite(loss):
+            last = "none" if so_far.last is None else f"{so_far.last:.4f}"
+            value = "NaN" if math.isnan(loss) else loss
+            raise NonFiniteLossError(
+                f"loss is {value} in {self._where}, batch {so_far.batches}; the last finite loss was {last}"
+            )
+        both = correct is not None and so_far.correct is not None
+        self.totals = Totals(
+            so_far.loss + loss,
+            so_far.weight + weight,
+            so_far.correct + correct if both else None,  # type: ignore[operator]
+            so_far.counted + counted,
+            so_far.samples + samples,
+            so_far.batches + 1,
+            loss / weight if weight else math.nan,
+        )
 
 
 def _form(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[Any, ...]:

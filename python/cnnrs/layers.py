@@ -23,10 +23,32 @@ _SCHEMES: dict[str, Callable[..., Any]] = {
 }
 
 
-def freeze(module: Module) -> Module:
+class _StaysInEval:
+    """In place of a layer's own ``train``: it has no effect.
+
+    An attribute of the layer, so that whoever calls ``model.train()`` meets it, and copies and pickles have it.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        return self._layer
+
+
+def freeze(module: Module, statistics: bool = False) -> Module:
     """Stop training every parameter of ``module`` (``requires_grad = False``).
 
-    BatchNorm statistics are buffers, not parameters, and still move in training mode: ``module.eval()`` stops them.
+    Running statistics (batch norm) are buffers, not parameters, and still move in training mode. ``module.eval()``
+    stops them only until somebody calls ``model.train()``, as :func:`cnnrs.fit` does when a training epoch begins.
+
+    Args:
+        module: Any module.
+        statistics: Keep the running statistics too: layers that have some go into eval mode and stay in it, whoever
+            calls ``train()``, in copies and pickles too. Dropout still follows ``train()``. :func:`unfreeze` undoes it.
+
+    Returns:
+        The same module.
 
     Example:
         >>> from cnnrs.models import MnistNet
@@ -36,12 +58,27 @@ def freeze(module: Module) -> Module:
         ['conv1.0.weight', 'conv1.0.bias']
     """
     module.requires_grad_(False)
+    if statistics:
+        for layer in filter(_has_statistics, module.modules()):
+            layer.eval()
+            layer.train = _StaysInEval(layer)  # type: ignore[method-assign]
     return module
 
 
+def _has_statistics(layer: nn.Module) -> bool:
+    return any(name.startswith("running_") and buffer is not None for name, buffer in layer._buffers.items())
+
+
 def unfreeze(module: Module) -> Module:
-    """Train every parameter of ``module`` again (``requires_grad = True``)."""
+    """Train every parameter of ``module`` again (``requires_grad = True``), and let its statistics move.
+
+    Layers whose statistics were frozen take over the mode (train or eval) of ``module``.
+    """
     module.requires_grad_(True)
+    for layer in module.modules():
+        if isinstance(vars(layer).get("train"), _StaysInEval):
+            del layer.train
+            layer.train(module.training)
     return module
 
 

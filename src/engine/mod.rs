@@ -28,18 +28,29 @@ impl Phase {
 /// What one batch contributed to the epoch's metrics.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
-    /// Sum of the samples' losses.
+    /// Sum of the losses of what counts, each times its class's weight.
     pub loss: f64,
-    /// Samples whose largest output is the target; `None` when targets are not class indices.
+    /// What the mean divides that sum by: the weights of what counts.
+    pub weight: f64,
+    /// Samples that count and whose largest output is the target; `None` when targets are not class indices.
     pub correct: Option<u64>,
+    /// Samples that count for that: those whose target is not the loss's `ignore_index`.
+    pub counted: u64,
     pub samples: u64,
+}
+
+impl Step {
+    /// The batch's loss as the loss function returns it: NaN where nothing counts.
+    pub fn mean(&self) -> f64 {
+        self.loss / self.weight
+    }
 }
 
 pub trait Engine {
     /// Inputs and targets of one batch, in the form this engine reads.
     type Batch;
 
-    /// Outputs and loss of one batch; in training also what [`Engine::step`] needs.
+    /// Outputs and loss of one batch; in training also what [`Engine::backward`] needs.
     ///
     /// # Errors
     /// Whatever stops the computation: shapes that do not fit, targets out of range, no memory.
@@ -58,4 +69,10 @@ pub trait Engine {
     /// # Errors
     /// As for [`Engine::forward`].
     fn update(&mut self) -> Result<()>;
+
+    /// Back to the state after the last [`Engine::update`]: what forward passes since then have changed is put back.
+    ///
+    /// # Errors
+    /// As for [`Engine::forward`].
+    fn undo(&mut self) -> Result<()>;
 }

@@ -5,33 +5,44 @@ use crate::error::{Error, Result};
 
 #[derive(Debug, Clone)]
 pub struct Metrics {
-    /// Sum of the samples' losses.
+    /// As in [`Step`], summed over the batches.
     pub loss: f64,
+    /// The epoch's loss is `loss / weight`.
+    pub weight: f64,
     /// `None` as soon as one batch had targets that are no class indices.
     pub correct: Option<u64>,
+    pub counted: u64,
     pub samples: u64,
     pub batches: usize,
-    epoch: i64,
-    phase: Phase,
-    last: Option<f64>,
+    /// The last batch's mean loss.
+    pub last: Option<f64>,
+    /// Batches since the optimizer's last step.
+    pub gathered: usize,
+    pub epoch: i64,
+    pub phase: Phase,
 }
 
 impl Metrics {
     pub fn new(epoch: i64, phase: Phase) -> Self {
-        Self { loss: 0.0, correct: Some(0), samples: 0, batches: 0, epoch, phase, last: None }
+        let (loss, weight, correct, counted, samples) = (0.0, 0.0, Some(0), 0, 0);
+        Self { loss, weight, correct, counted, samples, batches: 0, last: None, gathered: 0, epoch, phase }
     }
 
     /// # Errors
     /// `NotFinite` when the batch's loss is NaN or infinite.
     pub fn add(&mut self, step: Step) -> Result<()> {
-        if !step.loss.is_finite() {
+        // Samples that count with weight 0 have a mean of 0 / 0, and gradients of that; where all are ignored there are none.
+        let loss = if step.weight == 0.0 && step.counted > 0 { f64::NAN } else { step.loss };
+        if !loss.is_finite() {
             let last = self.last.map_or_else(|| "none".to_owned(), |loss| format!("{loss:.4}"));
             let (phase, epoch, batch) = (self.phase.name(), self.epoch, self.batches);
-            return Err(Error::NotFinite { loss: step.loss, last, phase, epoch, batch });
+            return Err(Error::NotFinite { loss, last, phase, epoch, batch });
         }
-        self.last = Some(step.loss / step.samples.max(1) as f64);
+        self.last = Some(step.mean());
         self.loss += step.loss;
+        self.weight += step.weight;
         self.correct = self.correct.zip(step.correct).map(|(a, b)| a + b);
+        self.counted += step.counted;
         self.samples += step.samples;
         self.batches += 1;
         Ok(())
@@ -43,7 +54,7 @@ mod tests {
     use super::*;
 
     fn step(loss: f64) -> Step {
-        Step { loss, correct: Some(1), samples: 2 }
+        Step { loss, weight: 2.0, correct: Some(1), counted: 2, samples: 2 }
     }
 
     #[test]
@@ -53,5 +64,12 @@ mod tests {
         let error = metrics.add(step(f64::NAN)).unwrap_err().to_string();
         assert_eq!(error, "loss is NaN in training epoch 3, batch 1; the last finite loss was 0.7500");
         assert_eq!((metrics.loss, metrics.correct, metrics.samples), (1.5, Some(1), 2));
+    }
+
+    #[test]
+    fn only_weights_of_zero_make_a_mean_that_is_no_number() {
+        let mut metrics = Metrics::new(0, Phase::Training);
+        assert!(metrics.add(Step { weight: 0.0, ..step(0.0) }).is_err());
+        assert!(metrics.add(Step { weight: 0.0, counted: 0, ..step(0.0) }).is_ok(), "all are ignored");
     }
 }

@@ -13,22 +13,22 @@ use super::error::{convert, stash};
 use super::graph::Graph;
 use crate::engine::optimizer::{Adam, Sgd};
 use crate::engine::torch::{
-    Gathered, Hook, Loss, Native, Optimizer, Parameter, Rule, TorchEngine, TorchLoss, correct, forward, gradients,
+    Gathered, Hook, Loss, Native, Optimizer, Parameter, Rule, TorchEngine, TorchLoss, forward, gradients,
 };
 use crate::engine::{Engine, Phase, Step};
 use crate::error::{Error, Result};
 use crate::fit::{Metrics, epoch};
 use crate::threads;
 
-/// (sum of losses, correct predictions or None, samples)
-pub(super) type Totals = (f64, Option<u64>, u64);
+/// [`Metrics`]: (loss, weight, correct or None, counted, samples, batches, last or None, gathered)
+pub(super) type Totals = (f64, f64, Option<u64>, u64, u64, usize, Option<f64>, usize);
 
 /// One epoch of a lowered model through libtorch.
 ///
-/// `loss`: ("nll", weight, ignore_index), ("cross_entropy", weight, ignore_index, label_smoothing) or a callable;
-/// `optimizer`: a NativeOptimizer, or (parameters, callable that takes their gradients and steps), or None;
-/// `batches`: iterator of (inputs, targets), already on the model's device; `accumulate`: batches per step; `after`: as
-/// for [`Callback`].
+/// `loss`: ("nll", weight, ignore_index), ("cross_entropy", weight, ignore_index, label_smoothing) or a callable as for
+/// [`PythonLoss`]; `optimizer`: a NativeOptimizer, or (parameters, callable that takes their gradients and whether to
+/// step), or None; `batches`: iterator of (inputs, targets), already on the model's device, or None where this engine must
+/// stop; `accumulate`: batches per step; `after`: as for [`Callback`].
 #[pyfunction]
 #[pyo3(signature = (number, phase, graph, tensors, loss, optimizer, batches, accumulate, after))]
 #[allow(clippy::too_many_arguments)] // one doorway per engine; Python has given every argument its name already
@@ -50,17 +50,16 @@ pub fn fit_torch(
     }
     let tensors: Vec<Tensor> = tensors.into_iter().map(|t| t.0).collect();
     let (graph, loss, optimizer) =
-        (graph.inner.clone(), parse_loss(loss)?, optimizer.map(parse_optimizer).transpose()?);
+        (graph.inner.clone(), parse_loss(loss)?, optimizer.map(|o| parse_optimizer(o, accumulate)).transpose()?);
     let metrics = enter(py, move || {
         let kernel_threads = usize::try_from(tch::get_num_threads()).unwrap_or(1);
         threads::set_compute_threads(kernel_threads)?;
         let mut engine = TorchEngine::new(graph, tensors, loss, optimizer, accumulate);
         let after = Callback(after);
         epoch(
-            number,
-            phase,
+            Metrics::new(number, phase),
             &mut engine,
-            Batches { iterator: batches, read: |batch: Bound<'_, PyAny>| batch.extract().map(tensor_pair) },
+            Batches { iterator: batches, read: unless_none(|batch| batch.extract().map(tensor_pair)) },
             accumulate,
             |engine, batch, loss| after.call(batch, loss, |rows| engine.set_options(rows)),
         )
@@ -73,7 +72,7 @@ pub fn fit_torch(
 pub fn forward_torch(py: Python<'_>, graph: &Graph, tensors: Vec<PyTensor>, inputs: PyTensor) -> PyResult<PyTensor> {
     let tensors: Vec<Tensor> = tensors.into_iter().map(|t| t.0).collect();
     let (graph, inputs) = (&graph.inner, inputs.0);
-    enter(py, move || forward(graph, &tensors, inputs)).map(PyTensor)
+    enter(py, move || forward(graph, &tensors, inputs).map_err(Error::refused)).map(PyTensor)
 }
 
 /// What the user wants called after every batch: `after(batch, mean loss)` returns None, or new options for each of the
@@ -92,10 +91,11 @@ impl Callback {
     }
 }
 
-/// One epoch of any module: `forward(inputs, targets, training)` returns (sum of losses, correct or None, samples),
-/// `backward()` adds the gradients of that loss, `update()` steps the optimizer.
+/// One epoch of any module: `forward(inputs, targets, training)` returns (loss, weight, correct or None, counted, samples),
+/// `backward()` adds the gradients of that loss, `update()` steps the optimizer. `before`: what another engine has done of
+/// this epoch.
 #[pyfunction]
-#[pyo3(signature = (number, phase, forward, backward, update, batches, accumulate, after))]
+#[pyo3(signature = (number, phase, forward, backward, update, batches, accumulate, after, before))]
 #[allow(clippy::too_many_arguments)] // one doorway per engine; Python has given every argument its name already
 pub fn fit_python(
     py: Python<'_>,
@@ -107,16 +107,19 @@ pub fn fit_python(
     batches: Py<PyAny>,
     accumulate: usize,
     after: Option<Py<PyAny>>,
+    before: Option<Totals>,
 ) -> PyResult<Totals> {
-    let phase = parse_phase(phase)?;
+    let mut metrics = Metrics::new(number, parse_phase(phase)?);
+    if let Some((loss, weight, correct, counted, samples, batches, last, gathered)) = before {
+        metrics = Metrics { loss, weight, correct, counted, samples, batches, last, gathered, ..metrics };
+    }
     let metrics = enter(py, move || {
         let mut engine = PythonEngine { forward, backward, update };
         let after = Callback(after);
         epoch(
-            number,
-            phase,
+            metrics,
             &mut engine,
-            Batches { iterator: batches, read: |batch: Bound<'_, PyAny>| batch.extract() },
+            Batches { iterator: batches, read: unless_none(|batch| batch.extract()) },
             accumulate,
             |_, batch, loss| after.call(batch, loss, |_| ()),
         )
@@ -124,8 +127,16 @@ pub fn fit_python(
     Ok(totals(&metrics))
 }
 
-fn totals(metrics: &Metrics) -> Totals {
-    (metrics.loss, metrics.correct, metrics.samples)
+pub(super) fn totals(metrics: &Metrics) -> Totals {
+    let &Metrics { loss, weight, correct, counted, samples, batches, last, gathered, .. } = metrics;
+    (loss, weight, correct, counted, samples, batches, last, gathered)
+}
+
+/// Reads a batch; None says that the rest is another engine's.
+pub(super) fn unless_none<T>(
+    read: impl Fn(Bound<'_, PyAny>) -> PyResult<T>,
+) -> impl Fn(Bound<'_, PyAny>) -> PyResult<Option<T>> {
+    move |batch| if batch.is_none() { Ok(None) } else { read(batch).map(Some) }
 }
 
 pub(super) fn parse_phase(phase: &str) -> PyResult<Phase> {
@@ -148,13 +159,13 @@ fn parse_loss(loss: &Bound<'_, PyAny>) -> PyResult<Box<dyn Loss>> {
     Ok(Box::new(TorchLoss::Nll { weight: weight(w), ignore_index }))
 }
 
-fn parse_optimizer(optimizer: &Bound<'_, PyAny>) -> PyResult<Box<dyn Optimizer>> {
+fn parse_optimizer(optimizer: &Bound<'_, PyAny>, accumulate: usize) -> PyResult<Box<dyn Optimizer>> {
     if let Ok(native) = optimizer.downcast::<NativeOptimizer>() {
         return Ok(Box::new(Shared(Arc::clone(&native.get().inner))));
     }
     let (parameters, step) = optimizer.extract::<(Vec<PyTensor>, Py<PyAny>)>()?;
     let parameters = parameters.into_iter().map(|p| p.0).collect();
-    Ok(Box::new(PythonOptimizer { parameters, gathered: Gathered::default(), step }))
+    Ok(Box::new(PythonOptimizer { parameters, gathered: Gathered::default(), step, shows: accumulate > 1 }))
 }
 
 fn tensor_pair((inputs, targets): (PyTensor, PyTensor)) -> (Tensor, Tensor) {
@@ -174,8 +185,8 @@ impl Engine for PythonEngine {
     fn forward(&mut self, (inputs, targets): Self::Batch, phase: Phase) -> Result<Step> {
         Python::with_gil(|py| {
             let result = self.forward.call1(py, (inputs, targets, phase == Phase::Training));
-            let (loss, correct, samples) = result.and_then(|r| r.extract(py)).map_err(stash)?;
-            Ok(Step { loss, correct, samples })
+            let (loss, weight, correct, counted, samples) = result.and_then(|r| r.extract(py)).map_err(stash)?;
+            Ok(Step { loss, weight, correct, counted, samples })
         })
     }
 
@@ -187,51 +198,58 @@ impl Engine for PythonEngine {
     fn update(&mut self) -> Result<()> {
         Python::with_gil(|py| self.update.call0(py).map(drop)).map_err(stash)
     }
+
+    fn undo(&mut self) -> Result<()> {
+        Ok(()) // Python's own business: it knows the module's buffers.
+    }
 }
 
-/// A loss function of the user's; its value is taken to be the mean over the batch.
+/// A loss that is called: `function(output, targets, samples)` returns the scalar to differentiate and (loss, weight,
+/// correct or None, counted).
 struct PythonLoss(Py<PyAny>);
 
 impl Loss for PythonLoss {
-    fn evaluate(&self, output: &Tensor, targets: &Tensor) -> Result<(Tensor, Step)> {
-        let arguments = (PyTensor(output.shallow_clone()), PyTensor(targets.shallow_clone()));
-        let loss = Python::with_gil(|py| self.0.call1(py, arguments).and_then(|loss| loss.extract::<PyTensor>(py)));
-        let loss = loss.map_err(stash)?.0;
-        if loss.numel() != 1 {
-            return Err(Error::Torch(format!(
-                "grad can be implicitly created only for scalar outputs: loss_fn returned shape {:?}",
-                loss.size()
-            )));
-        }
-        let samples = output.size().first().map_or(1, |&n| n.unsigned_abs());
-        let step =
-            Step { loss: loss.f_double_value(&[])? * samples as f64, correct: correct(output, targets)?, samples };
-        Ok((loss, step))
+    fn evaluate(&self, output: &Tensor, targets: &Tensor, samples: u64) -> Result<(Tensor, Step)> {
+        let arguments = (PyTensor(output.shallow_clone()), PyTensor(targets.shallow_clone()), samples);
+        let found = Python::with_gil(|py| self.0.call1(py, arguments)?.extract::<(PyTensor, Counts)>(py));
+        let (value, (loss, weight, correct, counted)) = found.map_err(stash)?;
+        Ok((value.0, Step { loss, weight, correct, counted, samples }))
     }
 }
+
+type Counts = (f64, f64, Option<u64>, u64);
 
 /// An optimizer of the user's: gets the gradients, steps in Python.
 struct PythonOptimizer {
     parameters: Vec<Tensor>,
     gathered: Gathered,
     step: Py<PyAny>,
+    /// Whether gradients are shown before they are applied.
+    shows: bool,
 }
 
 impl Optimizer for PythonOptimizer {
     fn gather(&mut self, loss: &Tensor) -> Result<()> {
         let parameters: Vec<&Tensor> = self.parameters.iter().collect();
-        self.gathered.add(gradients(loss, &parameters)?)
+        self.gathered.add(gradients(loss, &parameters)?)?;
+        if self.shows { self.call(&self.gathered.gradients, false) } else { Ok(()) }
     }
 
     fn update(&mut self) -> Result<()> {
         let grads = std::mem::take(&mut self.gathered.gradients);
-        call_with(&self.step, &grads)
+        self.call(&grads, true)
     }
 }
 
-fn call_with(function: &Py<PyAny>, grads: &[Option<Tensor>]) -> Result<()> {
-    let grads: Vec<Option<PyTensor>> = grads.iter().map(|g| g.as_ref().map(|g| PyTensor(g.shallow_clone()))).collect();
-    Python::with_gil(|py| function.call1(py, (grads,)).map(drop)).map_err(stash)
+impl PythonOptimizer {
+    fn call(&self, grads: &[Option<Tensor>], step: bool) -> Result<()> {
+        Python::with_gil(|py| self.step.call1(py, (shared(grads), step)).map(drop)).map_err(stash)
+    }
+}
+
+/// Handles for Python.
+fn shared(grads: &[Option<Tensor>]) -> Vec<Option<PyTensor>> {
+    grads.iter().map(|g| g.as_ref().map(|g| PyTensor(g.shallow_clone()))).collect()
 }
 
 /// SGD, Adam or AdamW over float32 CPU tensors that stay the user's.
@@ -268,7 +286,7 @@ impl NativeOptimizer {
         for (value, buffer, used, (lr, momentum, dampening, weight_decay), nesterov, maximize) in sgd {
             let options = Sgd { lr, momentum, dampening, weight_decay, nesterov, maximize };
             let rule = Rule::Sgd { options, momentum: buffer.map(|b| (b.0, used)) };
-            parameters.push(Parameter { value: value.0, rule });
+            parameters.push(Parameter { value: value.0, rule, updated: false });
         }
         for (value, state, (lr, beta1, beta2, eps, weight_decay), maximize, decoupled) in adam {
             let options = Adam { lr, betas: (beta1, beta2), eps, weight_decay, maximize, decoupled };
@@ -277,17 +295,25 @@ impl NativeOptimizer {
                 return Err(PyTypeError::new_err("Adam's state needs step, exp_avg and exp_avg_sq"));
             };
             let rule = Rule::Adam { options, step, exp_avg, exp_avg_sq, max_exp_avg_sq: state.next() };
-            parameters.push(Parameter { value: value.0, rule });
+            parameters.push(Parameter { value: value.0, rule, updated: false });
         }
-        let hook = clip.map(|clip| Box::new(move |grads: &[Option<Tensor>]| call_with(&clip, grads)) as Hook);
+        let hook = clip.map(|clip| {
+            Box::new(move |grads: &[Option<Tensor>]| {
+                Python::with_gil(|py| clip.call1(py, (shared(grads),)).map(drop)).map_err(stash)
+            }) as Hook
+        });
         let inner = Native::new(parameters, hook).map_err(|error| convert(py, error))?;
         Ok(Self { inner: Arc::new(Mutex::new(inner)) })
     }
 
-    /// The last step's gradients, one per parameter in the order given; empty before the first step. Forgets them.
-    fn take_gradients(&self) -> Vec<Option<PyTensor>> {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.take_gradients().into_iter().map(|grad| grad.map(PyTensor)).collect()
+    /// The gradients since the last step, or of it, one per parameter in the order given; empty before the first batch.
+    fn gradients(&self) -> Vec<Option<PyTensor>> {
+        shared(self.inner.lock().unwrap_or_else(PoisonError::into_inner).gradients())
+    }
+
+    /// For every parameter, whether it has been updated.
+    fn updated(&self) -> Vec<bool> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).updated()
     }
 }
 

@@ -1,5 +1,6 @@
 //! One epoch of `cnnrs.fit` on the cpu engine: hands over the memory of the user's tensors.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -11,12 +12,12 @@ use super::batches::Batches;
 use super::enter::enter;
 use super::error::convert;
 use super::feature_rows::{FeatureRows, Gathered};
-use super::fit::{AdamRow, Callback, SgdRow, Totals, parse_phase};
+use super::fit::{AdamRow, Callback, SgdRow, Totals, parse_phase, totals, unless_none};
 use super::graph::Graph;
 use crate::engine::cpu::{self, ClassLoss, Clip, CpuEngine, Floats, HostBatch, Loss, Plans, Rule, Targets, Tensor};
 use crate::engine::optimizer::{Adam, Sgd};
 use crate::error::{Error, Result};
-use crate::fit::epoch;
+use crate::fit::{Metrics, epoch};
 use crate::model::Op;
 
 /// Compiled plans and the threads that run them, kept from epoch to epoch.
@@ -69,7 +70,7 @@ pub fn cpu_slow(graph: &Graph) -> Vec<usize> {
 ///
 /// `loss`: ("nll", weight, ignore_index), ("cross_entropy", weight, ignore_index, label_smoothing), ("mse",) or
 /// ("bce_with_logits",); `sgd`, `adam`: rows as for NativeOptimizer, each after the index of its tensor; `clip`: ("norm"
-/// or "value", most); `seed`: key of this epoch's dropout; `batches`: iterator of (inputs, targets), or (features, labels,
+/// or "value", most); `seed`: key of this epoch's dropout; `batches`: iterator as for `fit_torch`, or (features, labels,
 /// order of the rows, ends of the batches in it); `accumulate`, `after`: as for `fit_torch`.
 #[pyfunction]
 #[pyo3(signature = (number, phase, graph, tensors, loss, sgd, adam, clip, plans, seed, batches, accumulate, after))]
@@ -107,39 +108,64 @@ pub fn fit_cpu(
     let tensors: Vec<tch::Tensor> = tensors.into_iter().map(|t| t.0).collect();
     let memory = tensors.iter().map(memory).collect::<Result<Vec<_>>>().map_err(|error| convert(py, error))?;
     let counters: Vec<usize> = graph.nodes.iter().filter_map(|node| counter(&node.op)).collect();
-    let batches = batches_of(batches.bind(py)).map_err(|error| convert(py, error))?;
+    let batches = batches_of(batches.bind(py), taken(&tensors, &owners)).map_err(|error| convert(py, error))?;
     let metrics = enter(py, move || {
         let workers = usize::try_from(tch::get_num_threads()).unwrap_or(1);
         // Taken out, not locked: what the user calls after a batch may validate this very model.
         let mut kept = std::mem::take(&mut *plans.inner.lock().unwrap_or_else(PoisonError::into_inner));
         let mut engine = CpuEngine::new(graph, &mut kept.plans, memory, loss, rules, clip, accumulate, seed, workers)?;
         let after = Callback(after);
-        let result = epoch(number, phase, &mut engine, batches, accumulate, |engine, batch, loss| {
+        let mut counters =
+            Counters { tensors: counters.iter().map(|&t| tensors[t].shallow_clone()).collect(), shown: 0 };
+        let result = epoch(Metrics::new(number, phase), &mut engine, batches, accumulate, |engine, batch, loss| {
+            if after.0.is_some() {
+                counters.show(engine.forwards)?;
+            }
             after.call(batch, loss, |rows| {
                 let rows: Vec<_> = order.iter().copied().zip(rows.iter().cloned()).collect();
                 engine.set_options(&rows);
             })
         });
         kept.steps = engine.steps;
-        let forwards = i64::try_from(engine.forwards).unwrap_or(i64::MAX);
+        let forwards = engine.forwards;
         drop(engine);
         *plans.inner.lock().unwrap_or_else(PoisonError::into_inner) = kept;
-        for counter in counters {
-            let _ = tch::no_grad(|| tensors[counter].shallow_clone().f_add_scalar_(forwards))?;
-        }
+        counters.show(forwards)?;
         drop(owners);
         result
     })?;
-    Ok((metrics.loss, metrics.correct, metrics.samples))
+    Ok(totals(&metrics))
+}
+
+/// The `num_batches_tracked` of the batch norms in training, which the engine does not write.
+struct Counters {
+    tensors: Vec<tch::Tensor>,
+    /// Batches that they have been told of.
+    shown: u64,
+}
+
+impl Counters {
+    fn show(&mut self, forwards: u64) -> Result<()> {
+        let more = forwards as i64 - self.shown as i64;
+        self.shown = forwards;
+        let _guard = tch::no_grad_guard();
+        for counter in &mut self.tensors {
+            let _ = counter.f_add_scalar_(more)?;
+        }
+        Ok(())
+    }
 }
 
 /// The caller's iterator of pairs, or rows of features.
-fn batches_of(batches: &Bound<'_, PyAny>) -> Result<Box<dyn Iterator<Item = Result<Batch>> + Send>> {
+fn batches_of(
+    batches: &Bound<'_, PyAny>,
+    taken: Vec<Range<usize>>,
+) -> Result<Box<dyn Iterator<Item = Result<Option<Batch>>> + Send>> {
     if let Ok((features, labels, order, ends)) = batches.extract::<(PyTensor, PyTensor, Vec<i64>, Vec<usize>)>() {
         let rows = FeatureRows::new(features, labels, order, ends)?;
-        return Ok(Box::new(rows.map(|batch| batch.map(Batch::Rows))));
+        return Ok(Box::new(rows.map(|batch| batch.map(Batch::Rows).map(Some))));
     }
-    let read = |batch: Bound<'_, PyAny>| batch.extract().and_then(read).map(Batch::Tensors);
+    let read = unless_none(move |batch| batch.extract().and_then(|pair| read(pair, &taken)).map(Batch::Tensors));
     Ok(Box::new(Batches { iterator: batches.clone().unbind(), read }))
 }
 
@@ -250,7 +276,28 @@ struct TorchBatch {
     shape: Vec<usize>,
 }
 
-fn read((inputs, targets): (PyTensor, PyTensor)) -> PyResult<TorchBatch> {
+/// Addresses of the memory that a step may write.
+fn taken(tensors: &[tch::Tensor], state: &[tch::Tensor]) -> Vec<Range<usize>> {
+    tensors.iter().chain(state).map(addresses).collect()
+}
+
+/// The storage of a tensor from its first element on.
+fn addresses(tensor: &tch::Tensor) -> Range<usize> {
+    let start = tensor.data_ptr() as usize;
+    start..start + tensor.numel() * tensor.kind().elt_size_in_bytes()
+}
+
+/// Contiguous, and apart from what the step writes.
+fn apart(tensor: &tch::Tensor, taken: &[Range<usize>]) -> tch::Tensor {
+    let tensor = tensor.contiguous();
+    let own = addresses(&tensor);
+    match taken.iter().any(|other| own.start < other.end && other.start < own.end) {
+        true => tensor.copy(),
+        false => tensor,
+    }
+}
+
+fn read((inputs, targets): (PyTensor, PyTensor), taken: &[Range<usize>]) -> PyResult<TorchBatch> {
     let (inputs, targets) = (inputs.0, targets.0);
     let wrong = |what: &str, kind: Kind| {
         PyTypeError::new_err(format!(
@@ -266,7 +313,7 @@ fn read((inputs, targets): (PyTensor, PyTensor)) -> PyResult<TorchBatch> {
         return Err(wrong("targets that are int64 class indices (N,) or float32 values (N, K)", targets.kind()));
     }
     let shape = inputs.size().iter().map(|&d| d.unsigned_abs() as usize).collect();
-    Ok(TorchBatch { inputs: inputs.contiguous(), targets: targets.contiguous(), shape })
+    Ok(TorchBatch { inputs: apart(&inputs, taken), targets: apart(&targets, taken), shape })
 }
 
 impl HostBatch for TorchBatch {

@@ -30,8 +30,7 @@ def run(model: nn.Module, loss: Any, optimizer: Any, batches: list[Any], phase: 
     assert cpu_engine.supports(lowered, optimizer, loss, torch.device("cpu"), input_shape=shape) == []
     losses = []
     for batch in batches:
-        total, _, samples = cpu_engine.run(0, phase, model, lowered, loss, optimizer, iter([batch]))
-        losses.append(total / samples)
+        losses.append(cpu_engine.run(0, phase, model, lowered, loss, optimizer, iter([batch])).mean)
     return losses
 
 
@@ -381,7 +380,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights() -> None:
 @pytest.mark.parametrize(
     ("x", "y", "error", "match"),
     [
-        (torch.zeros(2, 1, 28, 28), torch.tensor([0, 10]), IndexError, "target 10"),
+        (torch.zeros(2, 1, 28, 28), torch.tensor([0, 10]), IndexError, "Target 10"),
         (torch.zeros(2, 1, 28, 28, dtype=torch.float64), torch.tensor([0, 1]), TypeError, "float32"),
         (torch.zeros(2, 1, 28, 28), torch.zeros(2, 10), ValueError, "one target per sample, a class index, got 20"),
         (torch.zeros(2, 1, 28, 28), torch.zeros(2, 1, 10), TypeError, "class indices"),

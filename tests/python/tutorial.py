@@ -38,6 +38,19 @@ def fit(
     return running_loss / samples, 100.0 * running_correct / samples
 
 
+def mean(loss_fn: Any, means: list[float], data: Loader) -> float:
+    """The batches' means as one: each counts by what torch divides its sum by, which ignored targets are no part of."""
+    parts = []
+    for _, targets in data:
+        counts = targets != getattr(loss_fn, "ignore_index", -100)
+        weight = getattr(loss_fn, "weight", None)
+        whole = targets.is_floating_point()
+        parts.append(
+            float(len(targets) if whole else counts.sum() if weight is None else weight[targets[counts]].sum())
+        )
+    return sum(mean * part for mean, part in zip(means, parts, strict=True)) / sum(parts)
+
+
 def twins(model: nn.Module, make: Callable[..., Any]) -> tuple[nn.Module, Any, nn.Module, Any]:
     """Two copies of a model with an optimizer each."""
     a, b = copy.deepcopy(model), copy.deepcopy(model)

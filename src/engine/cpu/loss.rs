@@ -76,11 +76,11 @@ impl Loss {
         }
     }
 
-    /// What the epoch adds up: the samples' losses, or with class weights the mean once per sample.
-    pub fn reported(&self, sum: f64, divisor: f64, samples: usize) -> f64 {
+    /// What the epoch adds up, and what it divides by: of classes what their mean is made of, else the mean per sample.
+    pub fn reported(&self, sum: f64, divisor: f64, samples: usize) -> (f64, f64) {
         match self {
-            Self::Classes(ClassLoss { weight: None, .. }) => sum,
-            _ => sum / divisor * samples as f64,
+            Self::Classes(_) => (sum, divisor),
+            _ => (sum / divisor * samples as f64, samples as f64),
         }
     }
 }
@@ -100,7 +100,7 @@ fn elementwise(
             grad[i] = (slope / divisor) as f32;
         }
     }
-    Part { loss: total, correct: 0 }
+    Part { loss: total, ..Part::default() }
 }
 
 /// `nll_loss` and `cross_entropy`.
@@ -119,6 +119,16 @@ pub struct Part {
     /// Weighted, not divided.
     pub loss: f64,
     pub correct: u64,
+    /// Samples that are not ignored.
+    pub counted: u64,
+}
+
+impl std::ops::AddAssign for Part {
+    fn add_assign(&mut self, other: Self) {
+        self.loss += other.loss;
+        self.correct += other.correct;
+        self.counted += other.counted;
+    }
 }
 
 impl ClassLoss {
@@ -131,6 +141,10 @@ impl ClassLoss {
     }
 
     fn divisor(&self, targets: &[i64], classes: usize) -> Result<f64> {
+        if let Some(weight) = self.weight.as_ref().filter(|weight| weight.len() != classes) {
+            let found = weight.len();
+            return Err(Error::Argument(format!("the loss has weights for {found} classes and the model {classes}")));
+        }
         let mut sum = 0.0;
         for &target in targets {
             if target == self.ignore_index {
@@ -145,20 +159,20 @@ impl ClassLoss {
     }
 
     fn sample(&self, output: &[f32], target: i64, divisor: f64, grad: Option<&mut [f32]>) -> Part {
-        let correct = u64::from(argmax(output) as i64 == target);
         let Some(class) = self.class(target) else {
             if let Some(grad) = grad {
                 grad.fill(0.0);
             }
-            return Part { loss: 0.0, correct };
+            return Part::default();
         };
+        let (correct, counted) = (u64::from(argmax(output) == class), 1);
         let weight = self.weight(class);
         if !self.cross_entropy {
             if let Some(grad) = grad {
                 grad.fill(0.0);
                 grad[class] = (-weight / divisor) as f32;
             }
-            return Part { loss: -weight * f64::from(output[class]), correct };
+            return Part { loss: -weight * f64::from(output[class]), correct, counted };
         }
         let top = f64::from(output.iter().copied().fold(f32::NEG_INFINITY, f32::max));
         let sum: f64 = output.iter().map(|&x| (f64::from(x) - top).exp()).sum();
@@ -180,7 +194,7 @@ impl ClassLoss {
                 *grad = ((mass * log_probability(c).exp() - pulled) / divisor) as f32;
             }
         }
-        Part { loss, correct }
+        Part { loss, correct, counted }
     }
 }
 

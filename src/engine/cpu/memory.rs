@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::update::Rule;
 use crate::error::{Error, Result};
 
 /// Where a value lives.
@@ -86,6 +87,41 @@ pub enum Tensor {
     Floats(Floats),
     /// `num_batches_tracked` before the epoch; its owner adds the epoch's batches.
     Count(u64),
+}
+
+/// Memory that a step writes must have one owner, and optimizer state the size of its parameter.
+///
+/// # Errors
+/// `Argument` where it is not so.
+pub fn check(tensors: &[Tensor], rules: &[Option<Rule>]) -> Result<()> {
+    let mut all: Vec<(usize, usize)> = Vec::new();
+    let mut own = |floats: &Floats| all.push((floats.ptr as usize, floats.ptr as usize + 4 * floats.len));
+    for (tensor, rule) in tensors.iter().zip(rules) {
+        let Tensor::Floats(floats) = tensor else { continue };
+        own(floats);
+        let state: &[&Floats] = match rule {
+            None | Some(Rule::Sgd { momentum: None, .. }) => &[],
+            Some(Rule::Sgd { momentum: Some((buffer, _)), .. }) => &[buffer],
+            Some(Rule::Adam { step, exp_avg, exp_avg_sq, max_exp_avg_sq, .. }) => {
+                own(step);
+                if max_exp_avg_sq.is_empty() { &[exp_avg, exp_avg_sq] } else { &[exp_avg, exp_avg_sq, max_exp_avg_sq] }
+            }
+        };
+        for state in state {
+            if state.len != floats.len {
+                let (found, expected) = (state.len, floats.len);
+                return Err(Error::Argument(format!("{found} numbers of optimizer state for {expected} of a weight")));
+            }
+            own(state);
+        }
+    }
+    all.retain(|(start, end)| start < end);
+    all.sort_unstable();
+    let trained = rules.iter().any(Option::is_some);
+    match trained && all.windows(2).any(|pair| pair[1].0 < pair[0].1) {
+        true => Err(Error::Argument("two tensors share memory: use engine='torch'".to_owned())),
+        false => Ok(()),
+    }
 }
 
 /// Floats per cache line; arenas start at one, so that no vector of an aligned slot straddles two.

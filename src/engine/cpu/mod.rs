@@ -18,6 +18,7 @@ mod loss;
 mod memory;
 mod plan;
 mod random;
+mod statistics;
 mod structure;
 mod update;
 mod workers;
@@ -26,6 +27,7 @@ use geometry::{broadcast_map, mean_targets, spans, window_of};
 pub use loss::{ClassLoss, Loss, Targets};
 pub use memory::{Floats, Tensor};
 use plan::Plan;
+use statistics::Statistics;
 pub use update::{Clip, Rule};
 use update::{Gathered, Updates};
 use workers::Team;
@@ -126,6 +128,7 @@ pub struct CpuEngine<'a, B> {
     number: u64,
     /// Training batches that went forward: what `num_batches_tracked` has grown by.
     pub forwards: u64,
+    statistics: Statistics,
     /// Steps taken.
     pub steps: u64,
 }
@@ -135,7 +138,7 @@ impl<'a, B: HostBatch> CpuEngine<'a, B> {
     /// this epoch's dropout; `accumulate`: batches per step of the optimizer.
     ///
     /// # Errors
-    /// `Argument` for memory of the wrong size, or when the threads cannot be started.
+    /// `Argument` for memory of the wrong size or shared by two tensors, or when the threads cannot be started.
     #[allow(clippy::too_many_arguments)] // every one of them is another thing
     pub fn new(
         graph: Graph,
@@ -160,6 +163,7 @@ impl<'a, B: HostBatch> CpuEngine<'a, B> {
             let (got, rules, expected) = (tensors.len(), rules.len(), graph.tensors.len());
             return Err(Error::Argument(format!("{got} tensors and {rules} rules for {expected} of the graph")));
         }
+        memory::check(&tensors, &rules)?;
         let team = plans.team(workers)?;
         let nowhere = memory::Slot { place: memory::Place::Worker, offset: 0, len: 0 };
         let gathered = if accumulate > 1 || matches!(clip, Some(Clip::Norm(_))) {
@@ -170,6 +174,7 @@ impl<'a, B: HostBatch> CpuEngine<'a, B> {
         } else {
             None
         };
+        let statistics = Statistics::of(&graph);
         let updates = Updates { rules, roots: nowhere, clip, gathered };
         Ok(Self {
             graph,
@@ -184,6 +189,7 @@ impl<'a, B: HostBatch> CpuEngine<'a, B> {
             pending: None,
             number: 0,
             forwards: 0,
+            statistics,
             steps: 0,
         })
     }
@@ -214,6 +220,7 @@ impl<'a, B: HostBatch> CpuEngine<'a, B> {
     }
 
     fn stepped(&mut self) {
+        self.statistics.kept = None;
         self.updates.finish();
         self.steps += 1;
     }
@@ -259,12 +266,15 @@ impl<B: HostBatch> Engine for CpuEngine<'_, B> {
         }
         self.select(batch.shape(), training)?;
         self.number = self.forwards;
-        let (loss, correct) = self.run(Some(&batch), |plan, team, step| plan.forward(team, step))?;
+        self.statistics.keep(&self.tensors, self.forwards);
+        let (loss, weight, correct, counted) = self.run(Some(&batch), |plan, team, step| plan.forward(team, step))?;
         if training {
             self.forwards += 1;
             self.pending = Some(batch);
+        } else if loss.is_finite() {
+            self.statistics.kept = None;
         }
-        Ok(Step { loss, correct, samples: samples as u64 })
+        Ok(Step { loss, weight, correct, counted, samples: samples as u64 })
     }
 
     fn backward(&mut self, update: bool) -> Result<()> {
@@ -287,6 +297,14 @@ impl<B: HostBatch> Engine for CpuEngine<'_, B> {
             gathered.adds = false;
         }
         self.stepped();
+        Ok(())
+    }
+
+    fn undo(&mut self) -> Result<()> {
+        self.pending = None;
+        if let Some(forwards) = self.statistics.put_back(&self.tensors) {
+            self.forwards = forwards;
+        }
         Ok(())
     }
 }

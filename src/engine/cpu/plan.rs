@@ -83,11 +83,12 @@ impl Plan {
         &mut self.store
     }
 
-    /// Outputs and loss; in training also the gradients of everything after the last meeting point.
+    /// Outputs, and of the loss: sum, what divides it, correct and counted predictions; in training also the gradients of
+    /// everything after the last meeting point.
     ///
     /// # Errors
     /// `Target` for a class the output does not have, `Panic` for a bug of ours.
-    pub fn forward(&mut self, team: &mut Team, step: &Step<'_>) -> Result<(f64, Option<u64>)> {
+    pub fn forward(&mut self, team: &mut Team, step: &Step<'_>) -> Result<(f64, f64, Option<u64>, u64)> {
         let classes = self.output.value.len;
         let divisor = step.loss.divisor(step.targets, self.batch, classes)?;
         let scaled = divisor * step.accumulate.max(1) as f64;
@@ -103,8 +104,7 @@ impl Plan {
                 for sample in cx.samples.clone() {
                     let grad = plan.output.grad.map(|g| cx.one_mut(g, sample));
                     let output = cx.one(plan.output.value, sample);
-                    let part = step.loss.sample(output, step.targets, sample, scaled, grad);
-                    total = Part { loss: total.loss + part.loss, correct: total.correct + part.correct };
+                    total += step.loss.sample(output, step.targets, sample, scaled, grad);
                 }
                 if plan.training {
                     plan.run_backward(&plan.segments[plan.tail..], &cx);
@@ -116,11 +116,11 @@ impl Plan {
         result?;
         let mut total = Part::default();
         for part in &self.parts {
-            let part = part.lock().unwrap_or_else(PoisonError::into_inner);
-            total = Part { loss: total.loss + part.loss, correct: total.correct + part.correct };
+            total += *part.lock().unwrap_or_else(PoisonError::into_inner);
         }
         let correct = matches!(step.targets, Targets::Classes(_)).then_some(total.correct);
-        Ok((step.loss.reported(total.loss, divisor, self.batch), correct))
+        let (loss, weight) = step.loss.reported(total.loss, divisor, self.batch);
+        Ok((loss, weight, correct, total.counted))
     }
 
     /// The rest of the gradients, and new weights unless gradients are gathered first.

@@ -147,7 +147,7 @@ impl Updates {
             match self.rules.get_mut(*tensor) {
                 Some(Some(Rule::Sgd { options, .. })) => options.set(row),
                 Some(Some(Rule::Adam { options, .. })) => options.set(row),
-                _ => {}
+                Some(None) | None => {}
             }
         }
     }

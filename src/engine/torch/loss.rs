@@ -6,11 +6,11 @@ use crate::engine::Step;
 use crate::error::{Error, Result};
 
 pub trait Loss: Send {
-    /// The scalar to differentiate, and what to report of this batch.
+    /// The scalar to differentiate, and what to report of this batch of `samples`.
     ///
     /// # Errors
     /// Targets that are no classes of this output, or libtorch's own.
-    fn evaluate(&self, output: &Tensor, targets: &Tensor) -> Result<(Tensor, Step)>;
+    fn evaluate(&self, output: &Tensor, targets: &Tensor, samples: u64) -> Result<(Tensor, Step)>;
 }
 
 /// `torch.nn.functional.nll_loss` and `cross_entropy`, reduced by the mean.
@@ -31,45 +31,56 @@ impl TorchLoss {
         })
     }
 
-    fn parts(&self) -> (bool, i64) {
+    fn parts(&self) -> (Option<&Tensor>, i64) {
         match self {
             Self::Nll { weight, ignore_index } | Self::CrossEntropy { weight, ignore_index, .. } => {
-                (weight.is_some(), *ignore_index)
+                (weight.as_ref(), *ignore_index)
             }
         }
     }
 }
 
 impl Loss for TorchLoss {
-    fn evaluate(&self, output: &Tensor, targets: &Tensor) -> Result<(Tensor, Step)> {
-        let (weighted, ignore_index) = self.parts();
+    fn evaluate(&self, output: &Tensor, targets: &Tensor, samples: u64) -> Result<(Tensor, Step)> {
+        let (weight, ignore_index) = self.parts();
         check_targets(output, targets, ignore_index)?;
         let mean = self.value(output, targets, Reduction::Mean)?;
-        let samples = output.size().first().map_or(1, |&n| n as u64);
-        // With class weights the mean is not the sum over the count: report the mean, once per sample.
-        let loss = if weighted {
-            mean.f_double_value(&[])? * samples as f64
-        } else {
-            let _guard = tch::no_grad_guard();
-            self.value(&output.f_detach()?, targets, Reduction::Sum)?.f_double_value(&[])?
+        let _guard = tch::no_grad_guard();
+        let loss = self.value(&output.f_detach()?, targets, Reduction::Sum)?.f_double_value(&[])?;
+        if targets.is_floating_point() {
+            // Probabilities of the classes: every row of them counts once, whatever the classes' weights.
+            let classes = output.size().get(usize::from(output.dim() > 1)).copied().unwrap_or(1);
+            let weight = targets.numel() as f64 / classes as f64;
+            return Ok((mean, Step { loss, weight, correct: None, counted: 0, samples }));
+        }
+        // Bytes are classes too.
+        let targets = &targets.f_to_kind(Kind::Int64)?;
+        let counts = targets.f_ne(ignore_index)?;
+        let weight = match weight {
+            None => counts.f_sum(Kind::Double)?,
+            Some(weight) => {
+                let classes = targets.f_mul(&counts)?.f_flatten(0, -1)?;
+                let weights = weight.f_to_kind(Kind::Double)?.f_index_select(0, &classes)?;
+                weights.f_mul(&counts.f_flatten(0, -1)?)?.f_sum(Kind::Double)?
+            }
         };
-        Ok((mean, Step { loss, correct: correct(output, targets)?, samples }))
+        let weight = weight.f_double_value(&[])?;
+        let (correct, counted) = correct(output, targets, &counts)?.unzip();
+        Ok((mean, Step { loss, weight, correct, counted: counted.unwrap_or(0), samples }))
     }
 }
 
-/// Samples whose largest output is the target; `None` unless targets are class indices of a (N, C) output.
-///
-/// # Errors
-/// libtorch's own.
-pub fn correct(output: &Tensor, targets: &Tensor) -> Result<Option<u64>> {
-    if output.dim() != 2 || targets.dim() != 1 || targets.kind() != Kind::Int64 {
+/// Samples that count and whose largest output is the target, and how many count; `None` unless targets are class
+/// indices of a (N, C) output.
+fn correct(output: &Tensor, targets: &Tensor, counts: &Tensor) -> Result<Option<(u64, u64)>> {
+    if output.dim() != 2 || targets.dim() != 1 {
         return Ok(None);
     }
-    let _guard = tch::no_grad_guard();
     // `max`, not `argmax`: the tutorial's call, and the same rule for ties.
     let (_, predictions) = output.f_max_dim(1, false)?;
-    let hits = predictions.f_eq_tensor(targets)?.f_sum(Kind::Int64)?.f_int64_value(&[])?;
-    Ok(Some(hits.unsigned_abs()))
+    let hits = predictions.f_eq_tensor(targets)?.f_logical_and(counts)?;
+    let number = |mask: &Tensor| -> Result<u64> { Ok(mask.f_sum(Kind::Int64)?.f_int64_value(&[])?.unsigned_abs()) };
+    Ok(Some((number(&hits)?, number(counts)?)))
 }
 
 fn check_targets(output: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<()> {

@@ -4,14 +4,16 @@ mod features;
 mod forward;
 mod loss;
 mod optimizer;
+mod statistics;
 
 pub use features::{HostRows, TorchExtractor};
 pub use forward::forward;
-pub use loss::{Loss, TorchLoss, correct};
+pub use loss::{Loss, TorchLoss};
 pub use optimizer::{Gathered, Hook, Native, Optimizer, Parameter, Rule, gradients};
 
 use tch::Tensor;
 
+use self::statistics::Statistics;
 use super::{Engine, Phase, Step};
 use crate::error::{Error, Result};
 use crate::model::Graph;
@@ -26,6 +28,7 @@ pub struct TorchEngine {
     accumulate: usize,
     /// The loss to differentiate, between `forward` and `step`.
     pending: Option<Tensor>,
+    statistics: Statistics,
 }
 
 impl TorchEngine {
@@ -36,7 +39,8 @@ impl TorchEngine {
         optimizer: Option<Box<dyn Optimizer>>,
         accumulate: usize,
     ) -> Self {
-        Self { graph, tensors, loss, optimizer, accumulate, pending: None }
+        let statistics = Statistics::of(&graph, &tensors);
+        Self { graph, tensors, loss, optimizer, accumulate, pending: None, statistics }
     }
 
     /// As [`Optimizer::set_options`].
@@ -55,25 +59,37 @@ impl Engine for TorchEngine {
     type Batch = (Tensor, Tensor);
 
     fn forward(&mut self, (inputs, targets): Self::Batch, phase: Phase) -> Result<Step> {
+        let samples = inputs.size().first().map_or(1, |&n| n.unsigned_abs());
+        self.statistics.keep()?;
         if phase == Phase::Validation {
             let _guard = tch::no_grad_guard();
             let output = forward(&self.graph, &self.tensors, inputs)?;
-            return Ok(self.loss.evaluate(&output, &targets)?.1);
+            let step = self.loss.evaluate(&output, &targets, samples)?.1;
+            if step.loss.is_finite() {
+                self.statistics.accept();
+            }
+            return Ok(step);
         }
         let output = forward(&self.graph, &self.tensors, inputs)?;
-        let (loss, step) = self.loss.evaluate(&output, &targets)?;
+        let (loss, step) = self.loss.evaluate(&output, &targets, samples)?;
         self.pending = Some(if self.accumulate > 1 { loss.f_div_scalar(self.accumulate as i64)? } else { loss });
         Ok(step)
     }
 
     fn backward(&mut self, update: bool) -> Result<()> {
         let loss = self.pending.take().ok_or_else(|| Error::Argument("backward() before forward()".to_owned()))?;
-        let optimizer = self.optimizer()?;
-        optimizer.gather(&loss)?;
-        if update { optimizer.update() } else { Ok(()) }
+        self.optimizer()?.gather(&loss)?;
+        if update { self.update() } else { Ok(()) }
     }
 
     fn update(&mut self) -> Result<()> {
-        self.optimizer()?.update()
+        self.optimizer()?.update()?;
+        self.statistics.accept();
+        Ok(())
+    }
+
+    fn undo(&mut self) -> Result<()> {
+        self.pending = None;
+        self.statistics.put_back()
     }
 }

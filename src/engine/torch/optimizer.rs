@@ -80,6 +80,8 @@ pub fn gradients(loss: &Tensor, parameters: &[&Tensor]) -> Result<Vec<Option<Ten
 pub struct Parameter {
     pub value: Tensor,
     pub rule: Rule,
+    /// Whether it has been updated.
+    pub updated: bool,
 }
 
 pub enum Rule {
@@ -122,9 +124,14 @@ impl Native {
         Ok(Self { parameters, gathered: Gathered::default(), hook })
     }
 
-    /// The gradients of the last step, one per parameter; empty before the first.
-    pub fn take_gradients(&mut self) -> Vec<Option<Tensor>> {
-        std::mem::take(&mut self.gathered.gradients)
+    /// The gradients since the last step, or of it, one per parameter; empty before the first batch.
+    pub fn gradients(&self) -> &[Option<Tensor>] {
+        &self.gathered.gradients
+    }
+
+    /// For every parameter, whether it has been updated.
+    pub fn updated(&self) -> Vec<bool> {
+        self.parameters.iter().map(|parameter| parameter.updated).collect()
     }
 }
 
@@ -140,6 +147,7 @@ impl Optimizer for Native {
         }
         for (parameter, grad) in self.parameters.iter_mut().zip(&self.gathered.gradients) {
             if let Some(grad) = grad {
+                parameter.updated = true;
                 update(parameter, &grad.f_contiguous()?)?;
             }
         }
