@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
 from cnnrs.features import Features
+from cnnrs.plan import Plan
 from cnnrs.run import Run
 from cnnrs.store import Store
-from cnnrs.update import File, Plan, Update
+from cnnrs.update import File, Update
 
 
 def is_shared(loader: Any) -> bool:
@@ -86,15 +87,15 @@ class _Ranks:
     def _share_out(self, update: Update, file: File) -> None:
         """Rank 0's part of one computation."""
         plan = update.plan
-        self._tell(("compute", (plan.faults(), update.missing, plan.digest())))
-        failures = self._collect(self._try(plan, update.missing, plan.digest()))
+        self._tell(("compute", (plan.faults(), update.missing, plan.digest(anywhere=True))))
+        failures = self._collect(self._try(plan, update.missing, plan.digest(anywhere=True)))
         self.store.absorb()
         if failures:
             raise RuntimeError("; ".join(failures))
 
     def _try(self, plan: Plan, missing: list[list[int]], digest: str) -> str | None:
         """Compute this process's share; what went wrong, in words."""
-        if plan.digest() != digest:
+        if plan.digest(anywhere=True) != digest:
             return f"rank {self.rank} sees other images, another model or other options than rank 0"
         update = Update(self.store, plan, lambda *_: None, lambda _: None)
         update.missing, update.share = missing, (self.rank, self.size)
@@ -114,10 +115,13 @@ class _Ranks:
     def _collect(self, failure: str | None) -> list[str]:
         """What went wrong anywhere; also passes on which files could not be read."""
         loader: Any = self.run.data.data
-        mine = failure, list(getattr(loader, "errors", []))
+        faults = self.run.data.faults
+        mine = failure, list(getattr(loader, "errors", [])), set() if faults is None else faults.passing
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, mine, group=self.group)
         if hasattr(loader, "errors"):
             known = {path for path, _ in loader.errors}
-            loader.errors.extend(one for _, errors in everyone for one in errors if one[0] not in known)
-        return [failure for failure, _ in everyone if failure is not None]
+            loader.errors.extend(one for _, errors, _ in everyone for one in errors if one[0] not in known)
+        if faults is not None:
+            faults.passing.update(*(passing for _, _, passing in everyone))
+        return [failure for failure, _, _ in everyone if failure is not None]

@@ -22,10 +22,11 @@ from cnnrs.backbones import Backbone, resolve
 from cnnrs.engines import Engine, frozen
 from cnnrs.extract import Extractor, Precision, type_name
 from cnnrs.features import Features
-from cnnrs.rows import Data
+from cnnrs.plan import Plan
+from cnnrs.rows import Data, elsewhere
 from cnnrs.run import Run, source_of
 from cnnrs.store import Store
-from cnnrs.update import File, Item, Plan, Update, runs_of
+from cnnrs.update import File, Item, Update, placed, runs_of
 
 # Model batches in one task: while one is computed the next are decoded, and a task is worth its overhead.
 _BATCHES = 8
@@ -107,9 +108,13 @@ class Extract:
         else:
             raise KeyError(f'a batch needs the column "path", got {", ".join(batch)}')
         cut = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
-        items: Iterator[Item] = ((one.inputs, [], "") for one in data.batches(cut, self.seed, number))
-        features = self.extractor(items, None, len(samples))
+        features = self.extractor(placed(data.batches(cut, self.seed, number)), None, len(samples))
         assert features is not None
+        if len(features) != len(samples):
+            raise ValueError(
+                f"{len(samples) - len(features)} of {len(samples)} files failed, and on Ray none can be left out: use "
+                'on_error="raise"; cnnrs.check lists files that cannot be read'
+            )
         bits = features.view(torch.uint16) if features.dtype == torch.bfloat16 else features
         found = {**batch, "features": bits.numpy()}
         if "sample" in batch and self.data is not None:
@@ -120,7 +125,7 @@ class Extract:
     def _identities(data: Data, samples: list[int], batch: dict[str, np.ndarray]) -> list[str]:
         """Of images that are what the driver saw; "" for those that have changed since."""
         identities = [data.identity(i) for i in samples]
-        now = [data.stat(i) for i in samples]
+        now = [None if (stat := data.stat(i)) is None else elsewhere(stat) for i in samples]
         stats = zip(batch["bytes"].tolist(), batch["changed"].tolist(), strict=True)
         return [one if stat in (None, then) else "" for one, stat, then in zip(identities, now, stats, strict=True)]
 
@@ -269,7 +274,7 @@ def _tables(plan: Plan, missing: list[list[int]], named: bool) -> Iterator[Any]:
     for number, samples in enumerate(missing):
         for start in range(0, len(samples), size):
             some = samples[start : start + size]
-            stats = [plan.stats[i] if plan.stats is not None else (-1, -1) for i in some]
+            stats = [elsewhere(plan.stats[i]) if plan.stats is not None else (-1, -1) for i in some]
             columns: dict[str, Any] = {
                 "sample": some,
                 "pass": [number] * len(some),

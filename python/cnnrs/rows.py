@@ -25,16 +25,20 @@ from torch.utils.data import (
 
 import cnnrs
 from cnnrs.cache import kept_ops
+from cnnrs.faults import Faults
 from cnnrs.fingerprint import Unidentifiable, fingerprint
 from cnnrs.folder import ImageList
+from cnnrs.limits import pixel_limit
+from cnnrs.npy import opened
 from cnnrs.sources import Rows, find_source
 from cnnrs.transforms import lower
 
 # Bytes of a hash of an image's contents: 2**48 images before two are likely to share one.
 _ID_BYTES = 12
+_BLOCK_BYTES = 1 << 20
 
-# (bytes, time of the last change in nanoseconds) of a file.
-Stat = tuple[int, int]
+# (bytes, time that its contents changed, time that anything about it changed, number) of a file, times in nanoseconds.
+Stat = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -166,25 +170,36 @@ class Data:
         ops = lowered.first.ops
         return bool(lowered.python or lowered.rest) or kept_ops(ops) < len(ops)
 
+    @property
+    def runs_python(self) -> bool:
+        """Whether threads of the loader may run Python code while the model computes."""
+        if not isinstance(self.data, cnnrs.DataLoader):
+            return False
+        if not self._is_listed():
+            return True
+        lowered = lower(self.transform, 3) if self.transform is not None else None
+        return lowered is not None and bool(lowered.python or lowered.rest)
+
     def __len__(self) -> int:
         return len(self.data.dataset)  # type: ignore[attr-defined]
 
     def stats(self) -> list[Stat] | None:
-        """Size and time of every file, now; None for images in memory."""
+        """The state of every file, now; None for images in memory."""
         if not self._is_files or self.files is None:
             return None
         return [_stat_or_none(path) for path in self.files]
 
     def stat(self, sample: int) -> Stat | None:
-        """Size and time of one file, now; None for images in memory."""
+        """The state of one file, now; None for images in memory."""
         return _stat(self.files[sample]) if self._is_files and self.files is not None else None
 
     def identity(self, sample: int) -> str:
         """A hash of the contents of one image."""
         digest = hashlib.blake2b(digest_size=_ID_BYTES)
         if self._is_files and self.files is not None:
-            with open(self.files[sample], "rb") as file:
-                digest.update(file.read())
+            with opened(self.files[sample]) as file:
+                while block := file.read(_BLOCK_BYTES):
+                    digest.update(block)
         else:
             images = self._images
             assert images is not None
@@ -207,6 +222,38 @@ class Data:
             raise TypeError(f"targets must be numbers or tensors, got {type(targets[0]).__name__}")
         return collated.detach().cpu()
 
+    # -- files that are left out -----------------------------------------------------------------------------
+
+    @property
+    def faults(self) -> Faults | None:
+        """What the loader leaves out; None when it leaves nothing out."""
+        loader = self.data
+        return loader._faults if isinstance(loader, cnnrs.DataLoader) and loader.on_error == "skip" else None
+
+    @property
+    def limits(self) -> list[int | None]:
+        """Above how many pixels and bytes the loader takes no image."""
+        loader = self.data
+        if not isinstance(loader, cnnrs.DataLoader):
+            return [None, None]
+        return [pixel_limit(loader.max_pixels), loader.max_bytes]
+
+    def forget_faults(self) -> None:
+        """Have the loader try again what it has left out so far."""
+        if self.faults is not None:
+            self.faults.errors.clear()
+
+    def leave_out(self, faults: dict[str, str], passing: set[str]) -> None:
+        """Have the loader leave out files, and list them, as if it had met them; those of `passing` for now."""
+        if self.faults is not None:
+            known = {path for path, _ in self.faults.errors}
+            self.faults.errors.extend((path, reason) for path, reason in faults.items() if path not in known)
+            self.faults.passing |= passing
+
+    def may_pass(self, path: str) -> bool:
+        """Whether the reason why a file is left out may be gone another time although the file is the same."""
+        return self.faults is not None and path in self.faults.passing
+
     # -- batches ---------------------------------------------------------------------------------------------
 
     def stream(self) -> Iterator[Batch]:
@@ -224,17 +271,32 @@ class Data:
             batch = _batch(pair, None)
             yield _batch(pair, follow.next(len(batch.inputs)))
 
-    def batches(self, samples: Sequence[Sequence[int]], seed: int = 0, epoch: int = 0) -> Iterator[Batch]:
-        """These batches of samples; augmentation is keyed by seed, epoch and sample, whichever others are asked for."""
+    def batches(
+        self, samples: Sequence[Sequence[int]], seed: int = 0, epoch: int = 0, others: int = 0
+    ) -> Iterator[Batch]:
+        """These batches of samples; augmentation is keyed by seed, epoch and sample, whichever others are asked for.
+
+        Args:
+            samples: of each batch.
+            seed: of the augmentation.
+            epoch: the number of the pass.
+            others: rows that come from elsewhere: with some, it is no error that all of these files fail.
+        """
         loader = _clone(self.data, samples)
         loader.generator = torch.Generator().manual_seed(seed)
         if isinstance(loader, cnnrs.DataLoader):
-            loader.epoch = epoch
-            loader.keyed_by_index = True
+            loader._epoch = epoch
+            loader._keyed_by_index = True
+            loader._faults.others = others
         follow = _Follower(self, loader, [i for batch in samples for i in batch])
-        for pair in loader:
-            batch = _batch(pair, None)
-            yield _batch(pair, follow.next(len(batch.inputs)))
+        try:
+            for pair in loader:
+                batch = _batch(pair, None)
+                yield _batch(pair, follow.next(len(batch.inputs)))
+        finally:
+            # The user's loader has the same list of faults.
+            if isinstance(loader, cnnrs.DataLoader):
+                loader._faults.others = 0
 
 
 class _Recorder(BatchSampler):
@@ -300,7 +362,12 @@ def _batch(pair: Any, samples: list[int] | None) -> Batch:
 
 def _stat(path: str) -> Stat:
     status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def elsewhere(stat: Stat) -> tuple[int, int]:
+    """The part of a file's state that a copy on another machine has too."""
+    return stat[:2]
 
 
 def _stat_or_none(path: str) -> Stat:
@@ -308,7 +375,7 @@ def _stat_or_none(path: str) -> Stat:
     try:
         return _stat(path)
     except OSError:
-        return -1, -1
+        return -1, -1, -1, -1
 
 
 def unchanged(path: str, before: Stat) -> bool:

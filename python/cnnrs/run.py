@@ -6,6 +6,8 @@ import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,14 +17,16 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 import cnnrs
 from cnnrs._notes import note
 from cnnrs._progress import progress
+from cnnrs._text import shown
 from cnnrs.backbones import Backbone, check_transform, transforms_of, with_transform
 from cnnrs.extract import Extractor
 from cnnrs.features import Features
 from cnnrs.features import stored as stored_features
 from cnnrs.fingerprint import Unidentifiable, fingerprint
-from cnnrs.rows import Data
+from cnnrs.plan import Plan
+from cnnrs.rows import Batch, Data
 from cnnrs.store import FORMAT, Store
-from cnnrs.update import Compute, File, Item, Plan, Update
+from cnnrs.update import Compute, File, Item, Update, placed
 
 
 def source_of(
@@ -75,6 +79,7 @@ class Run:
         self.model = model
         self.extractor = extractor
         self.verbose = verbose
+        extractor.quiet = not data.runs_python
         # Replaced where several processes share the work.
         self.computes: Compute = self.compute
 
@@ -86,29 +91,22 @@ class Run:
         labels: list[torch.Tensor] = []
         samples: list[int] = []
 
-        def items() -> Iterator[Item]:
-            for number in range(passes):
-                for batch in self.data.batches(_cut(plan.samples, plan.batch_size), seed, number):
-                    labels.append(batch.targets)
-                    samples.extend(batch.samples or [])
-                    yield batch.inputs, [], ""
-
-        features = self.extractor(self._bar(items(), plan.rows), None, plan.rows)
+        cut = _cut(plan.samples, plan.batch_size)
+        batches = (batch for number in range(passes) for batch in self.data.batches(cut, seed, number))
+        items = placed(_recorded(batches, labels, samples))
+        features = self.extractor(self._bar(items, plan.rows), None, plan.rows)
         assert features is not None
+        self._note_draws()
         return self._made(features, labels, samples)
 
     def _stream(self, path: os.PathLike[str] | None) -> Features:
         labels: list[torch.Tensor] = []
         samples: list[int] = []
 
-        def items() -> Iterator[Item]:
-            for batch in self.data.stream():
-                labels.append(batch.targets)
-                samples.extend(batch.samples or [])
-                yield batch.inputs, [], ""
-
+        items = placed(_recorded(self.data.stream(), labels, samples))
         file: File | None = None if path is None else (os.fspath(path), None, None, False)
-        features = self.extractor(self._bar(items(), self.data.expected), file, self.data.expected)
+        features = self.extractor(self._bar(items, self.data.expected), file, self.data.expected)
+        self._note_draws()
         if features is None:
             # On disk; the caller opens it.
             features = torch.empty(0)
@@ -118,8 +116,6 @@ class Run:
         files = self.data.files
         paths = None if files is None or not samples else [files[i] for i in samples]
         made = torch.cat(labels)
-        if len(features) not in (0, len(made)):
-            raise ValueError(f"the model made {len(features)} rows of {len(made)} images")
         images = samples if files is None and len(set(samples)) < len(samples) else None
         return Features(features, made, paths, self.data.classes, body=self.model, images=images)
 
@@ -135,6 +131,8 @@ class Run:
                 self.plan(passes, seed)
             return self._everything(store)
         plan = self.plan(passes, seed)
+        # What this process could not read before is tried again, unless the store says that there is no use.
+        self.data.forget_faults()
         if (stored := self._right(store, plan)) is not None:
             return stored
         with store.locked(self.verbose):
@@ -166,18 +164,34 @@ class Run:
                 Update(store, plan, self.computes, lambda text: self._say(f"{store.folder}: {text}")).run(usable)
             meta = store.meta()
             made = None if meta is None else self._opened(store, meta, plan.labels())
+            if meta is not None:
+                self._say_what_is_special(store, meta)
         if made is None:
             raise OSError(f"{store.folder} changed although it is locked: is something else writing there?")
         return made
 
     def compute(self, update: Update, file: File) -> None:
         """Compute what is missing and write it."""
-        self.extractor(self._bar(update.items(), update.count), file)
+        items = self._bar(update.items(), update.count)
+        first = next(items, None)
+        if first is None:
+            # All of the files that are missing failed and are skipped.
+            return
+        self.extractor(chain([first], items), file)
+        self._note_draws()
+        update.plan.random = update.plan.random or self.extractor.draws
+
+    def _note_draws(self) -> None:
+        if self.extractor.draws:
+            note(
+                f"the features of this model are drawn at random, although it is in eval mode: {self.extractor.draws}. "
+                "In a folder they stay as they were drawn first"
+            )
 
     @property
     def unidentified(self) -> str:
         """Why it cannot be told whether stored features are these; "" when it can."""
-        return self.data.unidentified or ("the model cannot be compared" if self._model_key is None else "")
+        return self.data.unidentified or (self._model_handle and f"the model holds {self._model_handle}")
 
     def plan(self, passes: int, seed: int) -> Plan:
         """The rows there shall be.
@@ -196,7 +210,7 @@ class Run:
             note(f"passes={passes}, but the transform draws nothing at random: all passes are the same")
         key = {
             "transform": self.data.recipe,
-            "model": self._model_key or "",
+            "model": self._model_key,
             # The other two have the same bits.
             "engine": "torch" if self.extractor.engine in ("torch", "python") else "",
             "precision": self.extractor.precision or "",
@@ -204,13 +218,24 @@ class Run:
             "seed": str(seed) if self.data.is_random else "",
             "versions": _versions(self.model),
         }
-        return Plan(self.data, key, passes, seed, loader.batch_size or 1)
+        return Plan(self.data, key, passes, seed, loader.batch_size or 1, random=self.extractor.draws)
+
+    @cached_property
+    def _identity(self) -> tuple[str, str]:
+        """The hash of what the model computes, whoever runs it; what in it cannot be compared. One of them is ""."""
+        try:
+            # Not by tracing, which would call forward for nothing.
+            return fingerprint(self.model), ""
+        except Unidentifiable as what:
+            return "", str(what)
 
     @property
-    def _model_key(self) -> str | None:
-        if not hasattr(self, "_key"):
-            self._key: str | None = _model_hash(self.model)
-        return self._key
+    def _model_key(self) -> str:
+        return self._identity[0]
+
+    @property
+    def _model_handle(self) -> str:
+        return self._identity[1]
 
     def _changes(self, meta: dict[str, Any] | None, plan: Plan) -> list[str]:
         """What makes all stored features unusable, in words."""
@@ -243,14 +268,26 @@ class Run:
         found = self._opened(store, meta, labels)
         if found is not None:
             self._say(f"{store.folder}: {len(labels)} features are up to date, nothing to compute")
+            self._say_what_is_special(store, meta)
         return found
+
+    def _say_what_is_special(self, store: Store, meta: dict[str, Any]) -> None:
+        """In what a store is not what its images and its model alone would make of it."""
+        if why := meta.get("random"):
+            self._say(f"{store.folder}: these features were drawn at random and are kept as they are: {why}")
+        if skipped := meta["skipped"]:
+            count = "1 photo is" if len(skipped) == 1 else f"{len(skipped)} photos are"
+            self._say(
+                f"{store.folder}: {count} left out{' (the first)' if len(skipped) > 1 else ''}: {shown(skipped[0][1])}"
+            )
 
     def opened(self, store: Store, plan: Plan) -> Features | None:
         """The features of the store, when they are the plan's."""
         meta = store.meta()
         if meta is None or meta["key"] != plan.key:
             return None
-        plan.skip_again(meta)
+        # What the store leaves out, not what could be read by now.
+        plan.skip({path: reason for path, reason, _ in meta["skipped"]})
         if meta["shape"][0] != plan.rows:
             return None
         return self._opened(store, meta, plan.labels())
@@ -263,15 +300,16 @@ class Run:
 
     @staticmethod
     def _same_rows(store: Store, plan: Plan, meta: dict[str, Any]) -> bool:
-        return plan.is_of(meta) and not store.damaged(meta)
+        return plan.is_of(meta) and store.is_whole(meta)
 
     def _everything(self, store: Store) -> Features:
         """Data that cannot be told apart: computed anew each time."""
         with store.locked(self.verbose):
             if store.meta() is not None:
+                what = "these are the same images" if self.data.unidentified else "the model is the same"
                 self._say(
-                    f"{store.folder}: recomputing the features, because cnnrs cannot tell whether these are the same "
-                    f"images ({self.unidentified})"
+                    f"{store.folder}: recomputing the features, because cnnrs cannot tell whether {what} "
+                    f"({self.unidentified})"
                 )
             store.discard()
             made = self._stream(store.path("features.npy.partial"))
@@ -279,7 +317,7 @@ class Run:
             assert layout is not None
             meta = {
                 "paths": made.paths, "classes": made.classes, "passes": 1, "key": None, "stats": None, "ids": None,
-                "skipped": [],
+                "skipped": [], **({"random": self.extractor.draws} if self.extractor.draws else {}),
             }  # fmt: skip
             store.commit(layout, made.labels, meta)
             opened = self._opened(store, store.meta() or {}, made.labels)
@@ -289,6 +327,14 @@ class Run:
     def _say(self, text: str) -> None:
         if self.verbose:
             print(text)
+
+
+def _recorded(batches: Iterable[Batch], labels: list[torch.Tensor], samples: list[int]) -> Iterator[Batch]:
+    """The batches, while their labels and samples are written down."""
+    for batch in batches:
+        labels.append(batch.targets)
+        samples.extend(batch.samples or [])
+        yield batch
 
 
 def _cut(samples: list[int], size: int) -> list[list[int]]:
@@ -322,12 +368,3 @@ def _versions(model: nn.Module) -> str:
     if any(type(module).__module__.startswith("timm.") for module in model.modules()):
         found["timm"] = sys.modules["timm"]
     return ", ".join(f"{name} {package.__version__}" for name, package in found.items())
-
-
-def _model_hash(model: nn.Module) -> str | None:
-    """Of what the model computes, whoever runs it; None when it holds something that cannot be compared."""
-    try:
-        # Not by tracing, which would call forward for nothing.
-        return fingerprint(model)
-    except Unidentifiable:
-        return None

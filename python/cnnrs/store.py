@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -25,11 +26,11 @@ import torch
 
 from cnnrs import _cnnrs
 from cnnrs._notes import note
+from cnnrs.npy import Layout, layout_of, read
 
 #: Version of the folder's layout; another number is not read.
 FORMAT = 2
 
-_BLOCK_BYTES = 4 << 20
 _NAMES = ("features.npy", "labels.npy", "meta.json")
 _WORKING = (
     "features.npy.partial",
@@ -47,25 +48,6 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVA
 def is_ours(name: str) -> bool:
     """Whether a file of this name belongs to a folder of features."""
     return name in (*_NAMES, *_WORKING) or _SHARED.fullmatch(name) is not None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Rows as a `.npy` file has them: `shape` is (N, ...), `dtype` torch's name."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        size = int(np.prod(self.shape[1:], dtype=np.int64))
-        return size * getattr(torch, self.dtype).itemsize  # type: ignore[no-any-return]
-
-    def blocks(self) -> list[tuple[int, int]]:
-        """(first row, rows) of the parts that have a checksum each."""
-        rows = max(1, _BLOCK_BYTES // max(self.row_bytes, 1))
-        return [(start, min(rows, self.shape[0] - start)) for start in range(0, self.shape[0], rows)]
 
 
 @dataclass(frozen=True)
@@ -96,33 +78,33 @@ class Store:
     def meta(self) -> dict[str, Any] | None:
         """What `meta.json` says; None when there is none, or it is damaged."""
         try:
-            meta = json.loads(self.path("meta.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+            return _parsed(read(self.path("meta.json")))
+        except FileNotFoundError:
             return None
-        if not isinstance(meta, dict):
-            return None
-        if meta.get("format") == FORMAT and meta.get("checksum") != _meta_checksum(meta):
-            return None
-        return meta
 
     def layout(self, meta: dict[str, Any]) -> Layout:
         """The layout that `meta` states."""
         return Layout(tuple(meta["shape"]), meta["dtype"])
 
+    def is_whole(self, meta: dict[str, Any]) -> bool:
+        """Whether all of `features.npy` is what was written."""
+        return layout_of(self.path("features.npy")) == self.layout(meta) and not self.damaged(meta)
+
     def damaged(self, meta: dict[str, Any]) -> list[tuple[int, int]]:
-        """(first row, rows) of the blocks of `features.npy` that are not what was written."""
+        """(first row, rows) of the blocks of `features.npy` that are not what was written, whatever its header says."""
         layout = self.layout(meta)
         blocks = layout.blocks()
+        path = self.path("features.npy")
         try:
-            status = self.path("features.npy").stat()
+            if not path.is_file():
+                return blocks
+            status = path.stat()
             # One reading per call is enough: a store may be large.
             state = meta["checksum"], status.st_ino, status.st_size, status.st_mtime_ns
             if self._verified[0] == state:
                 return self._verified[1]
-            if _layout_of(self.path("features.npy")) != layout:
-                return blocks
-            found = _cnnrs.row_checksums(self.path("features.npy"), layout.row_bytes, blocks)
-        except (FileNotFoundError, ValueError):
+            found = _cnnrs.row_checksums(path, layout.row_bytes, blocks)
+        except FileNotFoundError:
             return blocks
         expected = meta["checksums"]["features"]
         if len(expected) != len(blocks):
@@ -138,42 +120,55 @@ class Store:
             ValueError: the file is not what was written.
         """
         path = self.path("labels.npy")
-        if not path.is_file() or zlib.crc32(path.read_bytes()) != meta["checksums"]["labels"]:
-            raise ValueError(f"{path} is damaged: its checksum is not the one in meta.json")
-        return torch.from_numpy(np.load(path))
+        try:
+            data = read(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing: call preconv again") from None
+        if zlib.crc32(data) != meta["checksums"]["labels"]:
+            raise ValueError(f"{path} is damaged: its checksum is not the one in meta.json; call preconv again")
+        return torch.from_numpy(np.load(io.BytesIO(data)))
 
     def features(self, meta: dict[str, Any]) -> torch.Tensor | None:
-        """The stored features, memory-mapped: a row is read when it is used. None if `meta` is out of date."""
-        # Mode "c": writable for torch, yet nothing ever reaches the file.
-        mapped = torch.from_numpy(np.load(self.path("features.npy"), mmap_mode="c"))
+        """The stored features, memory-mapped: a row is read when it is used. None if `meta` is out of date.
+
+        Raises:
+            ValueError: the header or the size of the file are not those of these rows.
+        """
+        path, layout = self.path("features.npy"), self.layout(meta)
+        right = layout_of(path) == layout and path.stat().st_size >= layout.file_bytes
+        mapped = layout.mapped(path) if right else None
         # A commit takes meta.json away before it replaces the rows: these are its rows if it is still there.
         if (self.meta() or {}).get("checksum") != meta["checksum"]:
             return None
-        return mapped.view(torch.bfloat16) if meta["dtype"] == "bfloat16" else mapped
+        if mapped is None:
+            state = "damaged: its header or its size is not what meta.json says" if path.exists() else "missing"
+            raise ValueError(f"{path} is {state}; call preconv again")
+        return mapped
 
     def partial_layout(self, name: str = "features.npy.partial") -> Layout | None:
         """The layout of a file in the making, None when there is none that can be read."""
-        try:
-            return _layout_of(self.path(name))
-        except (OSError, ValueError):
-            return None
+        return layout_of(self.path(name))
 
     def journal(self, name: str = "features.journal") -> Journal | None:
         """What is safe of a file in the making, None when nothing is. A torn last record is cut off."""
         try:
-            data = self.path(name).read_bytes()
+            data = read(self.path(name))
         except FileNotFoundError:
             return None
-        lines, good = [], 0
+        lines: list[dict[str, Any]] = []
+        good = 0
         for line in data.splitlines(keepends=True):
             crc, _, text = line.partition(b" ")
             if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text[:-1]):
                 break
-            lines.append(json.loads(text))
+            record = json.loads(text)
+            if lines and "rows" not in record:
+                break
+            lines.append(record)
             good += len(line)
         if good < len(data):
             os.truncate(self.path(name), good)
-        if not lines:
+        if not lines or lines[0].get("format") != FORMAT:
             return None
         runs = []
         for record in lines[1:]:
@@ -198,8 +193,8 @@ class Store:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError) as error:
                 raise type(error)(error.errno, "out= names a folder, but here is a file", str(self.folder)) from None
-        self._refuse_others()
-        handle = os.open(self.folder, os.O_RDONLY)
+            self._refuse_others()
+            handle = os.open(self.folder, os.O_RDONLY)
         try:
             self._wait(handle, verbose)
             with _explained(self.folder):
@@ -226,18 +221,25 @@ class Store:
             time.sleep(0.05)
 
     def _refuse_others(self) -> None:
-        others = sorted(entry.name for entry in os.scandir(self.folder) if not is_ours(entry.name))
+        entries = sorted(os.scandir(self.folder), key=lambda entry: entry.name)
+        others = [entry.name for entry in entries if not is_ours(entry.name)]
         if others:
             raise FileExistsError(f"{self.folder} holds {others[0]!r}, not a feature file: give a folder of its own")
+        for entry in entries:
+            if not entry.is_file():
+                raise FileExistsError(f"{entry.path} is no file, but features are kept under this name: remove it")
 
     def start(self, header: dict[str, Any]) -> None:
         """Begin new features; those in the making, if any, become `previous`."""
-        rows, journal = self.path("features.npy.partial"), self.path("features.journal")
-        if rows.exists() and journal.exists():
-            os.replace(rows, self.path("features.npy.previous"))
-            os.replace(journal, self.path("features.journal.previous"))
-        self._unlink("features.npy.partial")
+        if self.partial_layout() is not None and self.journal() is not None:
+            os.replace(self.path("features.npy.partial"), self.path("features.npy.previous"))
+            os.replace(self.path("features.journal"), self.path("features.journal.previous"))
+        self.drop_rows()
         self._write_header("features.journal", {"format": FORMAT, **header})
+
+    def drop_rows(self) -> None:
+        """Forget the rows in the making, not what the journal plans."""
+        self._unlink("features.npy.partial")
 
     def _write_header(self, name: str, header: dict[str, Any]) -> None:
         text = json.dumps(header).encode()
@@ -275,11 +277,11 @@ class Store:
         rows = self.path("features.npy.partial")
         rows = rows if rows.exists() else self.path("features.npy")
         crcs = _cnnrs.row_checksums(rows, layout.row_bytes, layout.blocks())
-        with open(self.path("labels.npy.partial"), "wb") as file:
-            np.save(file, labels.numpy())
-            file.flush()
-            os.fsync(file.fileno())
-        checksums = {"features": crcs, "labels": zlib.crc32(self.path("labels.npy.partial").read_bytes())}
+        # Not straight into the file: NumPy's error for a full disk does not say that it is full.
+        file = io.BytesIO()
+        np.save(file, labels.numpy())
+        self._write("labels.npy.partial", file.getvalue())
+        checksums = {"features": crcs, "labels": zlib.crc32(file.getvalue())}
         meta = {"format": FORMAT, "shape": list(layout.shape), "dtype": layout.dtype, **meta, "checksums": checksums}
         meta["checksum"] = _meta_checksum(meta)
         self._write("meta.json.partial", json.dumps(meta, separators=(",", ":")).encode())
@@ -291,6 +293,10 @@ class Store:
         """Finish a commit that was interrupted."""
         if not self.path("meta.json.pending").exists():
             return
+        if (_parsed(read(self.path("meta.json.pending"))) or {}).get("format") != FORMAT:
+            # Damaged: nobody knows which rows it spoke of. Those in the making have their journal.
+            self._unlink("meta.json.pending")
+            return
         self._unlink("meta.json")
         for name in ("features.npy", "labels.npy"):
             with suppress(FileNotFoundError):
@@ -301,10 +307,15 @@ class Store:
         self._sync()
 
     def _write(self, name: str, data: bytes) -> None:
-        with open(self.path(name), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        path = self.path(name)
+        try:
+            with open(path, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            # Writing, unlike opening, does not say to which file.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         self._sync()
 
     def _unlink(self, *names: str) -> None:
@@ -338,11 +349,15 @@ def _explained(folder: Path) -> Iterator[None]:
         raise PermissionError(error.errno, text, error.filename) from error
 
 
-def _layout_of(path: Path) -> Layout:
-    array = np.load(path, mmap_mode="r")
-    kind = str(array.dtype)
-    # NumPy has no bfloat16: its bits are stored as uint16, which features never are.
-    return Layout(array.shape, "bfloat16" if kind == "uint16" else kind)
+def _parsed(data: bytes) -> dict[str, Any] | None:
+    """What a `meta.json` says, None when it is damaged."""
+    try:
+        meta = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(meta, dict):
+        return None
+    return None if meta.get("format") == FORMAT and meta.get("checksum") != _meta_checksum(meta) else meta
 
 
 def _meta_checksum(meta: dict[str, Any]) -> int:

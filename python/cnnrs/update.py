@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from typing import Any
 import torch
 
 from cnnrs import _cnnrs
-from cnnrs.rows import Batch, Data, Stat, unchanged
-from cnnrs.store import Layout, Store, good_rows
+from cnnrs.npy import Layout
+from cnnrs.plan import UNKNOWN, Plan
+from cnnrs.rows import Batch
+from cnnrs.store import Store, good_rows
 
 #: (inputs, runs of rows, what the commit record says): what an extractor reads.
 Item = tuple[torch.Tensor, list[tuple[int, int]], str]
@@ -25,140 +26,9 @@ Item = tuple[torch.Tensor, list[tuple[int, int]], str]
 File = tuple[str, str | None, int | None, bool]
 Compute = Callable[["Update", File], object]
 
-# Of an image that cannot be read, or changed while its features were computed: equal to nothing.
-_UNKNOWN = ""
 # Rows that are copied at a time.
 _COPY_BYTES = 8 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-@dataclass
-class Plan:
-    """The rows a store shall have: every sample once per pass, pass by pass.
-
-    Attributes:
-        data: where the images come from.
-        key: everything besides the images that shapes the numbers.
-        passes: how many times every image is augmented and computed.
-        seed: of the augmentation.
-        batch_size: images at a time.
-    """
-
-    data: Data
-    key: dict[str, str]
-    passes: int
-    seed: int
-    batch_size: int
-    samples: list[int] = field(init=False)
-    stats: list[Stat] | None = field(init=False)
-    skipped: dict[int, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.samples = list(range(len(self.data)))
-        self.stats = self.data.stats()
-        self._identities: dict[int, str] = {}
-
-    @property
-    def rows(self) -> int:
-        """Rows of the finished store."""
-        return len(self.samples) * self.passes
-
-    def skip(self, faults: dict[str, str]) -> int:
-        """Leave out files that cannot be read; returns how many samples that are."""
-        files = self.data.files or []
-        gone = {i: faults[files[i]] for i in self.samples if files and files[i] in faults}
-        self.skipped.update(gone)
-        self.samples = [i for i in self.samples if i not in gone]
-        return len(gone)
-
-    def faults(self) -> dict[str, str]:
-        """The files that are left out, and why."""
-        files = self.data.files or []
-        return {files[i]: reason for i, reason in self.skipped.items()}
-
-    def skip_again(self, meta: dict[str, Any]) -> None:
-        """Leave out files that could not be read before and have not changed since."""
-        now = dict(zip(self.data.files or [], self.stats or [], strict=False))
-        self.skip({path: reason for path, reason, stat in meta["skipped"] if now.get(path) == tuple(stat)})
-
-    def digest(self) -> str:
-        """Of everything that decides which numbers belong in which row."""
-        files = self.data.files
-        what: list[Any] = [self.key, self.passes]
-        if files is not None and self.stats is not None:
-            what.append([(files[i], *self.stats[i]) for i in self.samples])
-        else:
-            what.append([self.identity(i) for i in self.samples])
-        return blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
-
-    def know(self, meta: dict[str, Any]) -> None:
-        """Take over the identities of files that have neither another size nor another time."""
-        if self.stats is None or self.data.files is None or not meta.get("stats"):
-            return
-        known = {
-            path: (tuple(stat), one)
-            for path, stat, one in zip(meta["paths"], meta["stats"], meta["ids"], strict=False)
-            if one != _UNKNOWN
-        }
-        for i in self.samples:
-            stat, one = known.get(self.data.files[i], ((), _UNKNOWN))
-            if stat == self.stats[i]:
-                self._identities[i] = one
-
-    def identity(self, sample: int) -> str:
-        """The hash of an image's contents; "" when it cannot be read."""
-        if sample not in self._identities:
-            try:
-                self._identities[sample] = self.data.identity(sample)
-            except OSError:
-                return _UNKNOWN
-        return self._identities[sample]
-
-    def places(self) -> dict[int, int]:
-        """Sample -> its row within a pass."""
-        return {sample: at for at, sample in enumerate(self.samples)}
-
-    def identify(self, samples: list[int]) -> list[str]:
-        """The identities of images that were just read; unknown for those that have changed since the plan was made."""
-        found = []
-        for i in samples:
-            one = self.identity(i)
-            files, stats = self.data.files, self.stats
-            if files is not None and stats is not None and not unchanged(files[i], stats[i]):
-                one = _UNKNOWN
-            found.append(one)
-        return found
-
-    def is_of(self, meta: dict[str, Any]) -> bool:
-        """Whether a store has exactly the rows of this plan."""
-        ids = meta["ids"]
-        return (
-            len(ids) == self.rows and meta["passes"] == self.passes and _UNKNOWN not in ids and ids == self.identities()
-        )
-
-    def identities(self) -> list[str]:
-        """Of every row, in order."""
-        return [self.identity(i) for i in self.samples] * self.passes
-
-    def meta(self, ids: Sequence[str]) -> dict[str, Any]:
-        """What `meta.json` says about the rows."""
-        files, stats = self.data.files, self.stats
-        return {
-            "paths": None if files is None else [files[i] for i in self.samples] * self.passes,
-            "classes": self.data.classes,
-            "passes": self.passes,
-            "key": self.key,
-            "stats": None if stats is None else [stats[i] for i in self.samples],
-            "ids": list(ids),
-            "skipped": [[files[i], reason, stats[i]] for i, reason in sorted(self.skipped.items())]
-            if files and stats
-            else [],
-        }
-
-    def labels(self) -> torch.Tensor:
-        """Of every row, in order."""
-        once = self.data.labels(self.samples)
-        return once.repeat(self.passes, *[1] * (once.dim() - 1))
 
 
 @dataclass
@@ -210,7 +80,8 @@ class Update:
             self._compute_missing(done)
             # Files that cannot be read left holes: with a plan without them all other rows are copied.
             if self.plan.skip(self._faults()):
-                self.run(meta)
+                if not self.keep(meta):
+                    self.run(meta)
                 return
             layout = self.store.partial_layout()
             assert layout is not None
@@ -219,6 +90,14 @@ class Update:
             if error.errno in _FULL:
                 raise self._full(error) from error
             raise
+
+    def keep(self, meta: dict[str, Any] | None) -> bool:
+        """Leave the rows of a complete store as they are, if they are the plan's: what else it says may change."""
+        if meta is None or not self.plan.is_of(meta) or not self.store.is_whole(meta):
+            return False
+        self.store.discard()
+        self.store.commit(self.store.layout(meta), self.plan.labels(), self.plan.meta(meta["ids"]))
+        return True
 
     # -- what is there ---------------------------------------------------------------------------------------
 
@@ -231,6 +110,8 @@ class Update:
             if layout is not None and layout.shape[0] == self.plan.rows:
                 return good_rows(self.store.path("features.npy.partial"), layout, journal.runs)
             if layout is None and not journal.runs:
+                # What is there of the file cannot be gone on with.
+                self.store.drop_rows()
                 return {}
         self.store.start({"key": self.plan.key, "plan": digest, "passes": self.plan.passes})
         return {}
@@ -240,10 +121,12 @@ class Update:
         sources = [self._complete(meta)] if meta is not None else []
         name = "features.npy.previous"
         layout, journal = self.store.partial_layout(name), self.store.journal("features.journal.previous")
-        if layout is not None and journal is not None and journal.header.get("key") == self.plan.key:
+        # Of another size it may have lost rows, or its header says another number of them than there are.
+        whole = layout is not None and self.store.path(name).stat().st_size == layout.file_bytes
+        if layout is not None and whole and journal is not None and journal.header.get("key") == self.plan.key:
             each = layout.shape[0] // journal.header["passes"]
             good = good_rows(self.store.path(name), layout, journal.runs)
-            rows = {(one, row // each): row for row, one in good.items() if one != _UNKNOWN}
+            rows = {(one, row // each): row for row, one in good.items() if one != UNKNOWN}
             sources.append(_Source(self.store.path(name), layout, rows))
         return [source for source in sources if source.rows]
 
@@ -251,7 +134,7 @@ class Update:
         layout = self.store.layout(meta)
         bad = {row for start, count in self.store.damaged(meta) for row in range(start, start + count)}
         each = layout.shape[0] // meta["passes"]
-        rows = {(one, row // each): row for row, one in enumerate(meta["ids"]) if row not in bad and one != _UNKNOWN}
+        rows = {(one, row // each): row for row, one in enumerate(meta["ids"]) if row not in bad and one != UNKNOWN}
         return _Source(self.store.path("features.npy"), layout, rows)
 
     def _copy(self, sources: list[_Source], done: dict[int, str]) -> None:
@@ -285,11 +168,15 @@ class Update:
 
     def _ids(self) -> list[str]:
         journal = self.store.journal()
-        assert journal is not None
-        ids = [_UNKNOWN] * self.plan.rows
-        for start, count, _, names in journal.runs:
+        ids: list[str | None] = [None] * self.plan.rows
+        for start, count, _, names in journal.runs if journal is not None else ():
             ids[start : start + count] = names
-        return ids
+        if holes := ids.count(None):
+            raise OSError(
+                f"{self.store.folder}: {holes} of {self.plan.rows} rows were not computed, although nothing failed: "
+                "is something else writing there?"
+            )
+        return [one or UNKNOWN for one in ids]
 
     # -- what is missing -------------------------------------------------------------------------------------
 
@@ -322,7 +209,7 @@ class Update:
         with ThreadPoolExecutor(1, thread_name_prefix="cnnrs-identity") as pool:
             for number, batches in self.shares():
                 waiting: tuple[Batch, Future[list[str]]] | None = None
-                for batch in self.plan.data.batches(batches, self.plan.seed, number):
+                for batch in self.plan.data.batches(batches, self.plan.seed, number, self.plan.rows - self.count):
                     now = batch, pool.submit(self.plan.identify, batch.samples or [])
                     if waiting is not None:
                         yield self._item(*waiting, number, place)
@@ -364,6 +251,14 @@ def _difference(meta: dict[str, Any] | None, plan: Plan) -> str:
         f"{count} {'image is' if count == 1 else 'images are'} {what}" for count, what in parts if count
     )
     return f"{words}: " if words else ""
+
+
+def placed(batches: Iterable[Batch]) -> Iterator[Item]:
+    """Batches whose rows go behind those of the batch before: one row per image, or it is an error."""
+    at = 0
+    for batch in batches:
+        yield batch.inputs, [(at, len(batch.inputs))], ""
+        at += len(batch.inputs)
 
 
 def runs_of(rows: list[int]) -> list[tuple[int, int]]:

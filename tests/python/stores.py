@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ TRANSFORM = transforms.Compose([transforms.Resize((24, 24)), transforms.ToTensor
 ROUNDING = 27 * 2**-24
 
 
-# How many images each call of a model has seen.
+# How many images each call of a model has seen. Models come to it by `sys.modules`: a global that `forward` reads is
+# part of what identifies a model.
 SEEN: list[int] = []
 
 
@@ -31,7 +33,7 @@ class Counting(nn.Module):
         self.scale = scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        SEEN.append(len(x))
+        sys.modules["stores"].SEEN.append(len(x))
         return self.layers(x) * self.scale
 
 

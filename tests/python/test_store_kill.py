@@ -28,7 +28,8 @@ def test_fifty_random_kills(folder: Path, tmp_path: Path, engine: str) -> None:
     assert set(report["rows"]) == {52, 26}
     for rows, computed, kills in zip(report["rows"], report["computed"], report["lost"], strict=True):
         assert rows <= computed
-        # Engine `cpu` counts what is read, which runs ahead of what is computed.
-        assert engine == "cpu" or computed <= rows + kills * UNSAFE * BATCH
+        # Engine `cpu` counts what is read, ahead of what is computed. Every run may call the model once more,
+        # where somebody drew random numbers meanwhile.
+        assert engine == "cpu" or computed <= rows + kills * UNSAFE * BATCH + (kills + 1) * BATCH
     # The kills hit what they were meant to hit: files in the making.
     assert sum(count for state, count in report["states"].items() if "partial" in state) >= KILLS // 4
