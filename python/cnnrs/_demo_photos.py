@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import cnnrs
-from cnnrs.cli.options import ONE_PER_CLASS, find_halves, need_folder
+from cnnrs.cli.options import ONE_PER_CLASS, need_folder
 from cnnrs.demo import fit_all, heading, predict, save_curves, verdict
 from cnnrs.heads import Parts, cut
+from cnnrs.layout import find_halves
 from cnnrs.weights import Found, find
 
 
@@ -73,9 +74,9 @@ def find_photos(data: Path) -> tuple[cnnrs.ImageFolder, cnnrs.ImageFolder]:
         ValueError: the two halves have different classes.
     """
     halves = find_halves(data)
-    if halves is None:
-        return cnnrs.ImageFolder(data).split(0.2, seed=0)
-    train, valid = halves
+    if halves is None or halves.valid is None:
+        return cnnrs.ImageFolder(data if halves is None else halves.train).split(0.2, seed=0)
+    train, valid = halves.train, halves.valid
     datasets = cnnrs.ImageFolder(train), cnnrs.ImageFolder(valid)
     if datasets[0].classes != datasets[1].classes:
         raise ValueError(f"{train} has the classes {datasets[0].classes}, {valid} has {datasets[1].classes}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import Any, TextIO
 
 # Control characters, halves of surrogate pairs (bytes of a name that are no UTF-8), line and paragraph separators.
 _UNSEEN = frozenset({"Cc", "Cs", "Zl", "Zp"})
@@ -15,6 +16,36 @@ def shown(name: str) -> str:
     'holiday\\n1.jpg'
     """
     return "".join(_spelled(c) if unicodedata.category(c) in _UNSEEN else c for c in name)
+
+
+def message(text: str) -> str:
+    r"""A message of one line or more, whose names may be anything: as `shown`, but for our own line breaks.
+
+    Ours are those before an indented line; a name that has one can only add such a line.
+
+    >>> message("no\x1b[2J such\nfolder\n  wanted: another")
+    'no\\x1b[2J such\\nfolder\n  wanted: another'
+    """
+    return "\n  ".join(map(shown, text.rstrip("\n").split("\n  ")))
+
+
+class Plain:
+    """A stream for text that only ever gets printable characters and line breaks, whatever is written.
+
+    Attributes:
+        stream: where it goes; for output that must have names as they are.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, with control characters spelled out."""
+        self.stream.write("\n".join(map(shown, text.split("\n"))))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _spelled(character: str) -> str:

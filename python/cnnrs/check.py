@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
+import io
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from cnnrs import _cnnrs
 from cnnrs._text import shown
-from cnnrs.errors import DecodeError
+from cnnrs.faults import is_the_process
 from cnnrs.folder import IMG_EXTENSIONS
+from cnnrs.limits import pixel_limit
 
 # What each extension promises, as Pillow calls it.
 FORMATS = {
@@ -28,6 +32,12 @@ FORMATS = {
     ".webp": "WEBP",
     ".gif": "GIF",
 }
+# The faults of bytes that were read to the end.
+_BROKEN = ("broken", "truncated")
+_OUT_OF = (
+    "the process is out of file handles or memory, so nothing can be said about the files; "
+    "raise `ulimit -n`, or use fewer threads"
+)
 # How many entries of a list `repr` shows.
 SHOWN = 3
 
@@ -40,9 +50,10 @@ class Report:
         root: The folder.
         files: How many image files there are.
         classes: Class folder -> number of images; {} in a flat folder.
-        corrupt: (path, reason) of files that are no image or are damaged.
+        corrupt: (path, reason) of files that are no image, are damaged, or are over the limits.
         truncated: (path, reason) of files that end too early; `truncated="accept"` reads them.
-        unreadable: (path, reason) of files that vanished or may not be read.
+        unreadable: (path, reason) of files and folders that vanished, may not be read, or that the disk does not give,
+            and of pipes, sockets and devices.
         wrong_extension: (path, format) of files whose name promises another format; they load all the same.
         modes: Pillow's mode -> number of images.
         unusual_modes: (path, mode) of images that are neither RGB nor gray (L); they are converted to RGB.
@@ -87,7 +98,9 @@ class Report:
     def text(self, most: int = SHOWN) -> str:
         """The report as `print` shows it, with at most `most` findings of each kind."""
         bad = len(self.corrupt) + len(self.truncated) + len(self.unreadable)
-        lines = [f"{self.root}: {self.files:,} images, {f'{bad:,} cannot be loaded' if bad else 'all can be loaded'}"]
+        lines = [
+            f"{shown(self.root)}: {self.files:,} images, {f'{bad:,} cannot be loaded' if bad else 'all can be loaded'}"
+        ]
         if self.classes:
             counts = ", ".join(f"{shown(name)} {count:,}" for name, count in list(self.classes.items())[:8])
             more = f" and {len(self.classes) - 8} more" if len(self.classes) > 8 else ""
@@ -138,6 +151,7 @@ def check(
 
     Raises:
         FileNotFoundError: When there is no such folder.
+        OSError: When the process is out of file handles or memory, which says nothing about the files.
 
     Example:
         >>> report = check("cat_and_dog/train")  # doctest: +SKIP
@@ -153,33 +167,38 @@ def check(
     samples, counts, _ = _cnnrs.scan_folders(places, range(len(places)), extensions)
     paths = [path for path, _ in samples]
     report.files = len(paths)
+    report.unreadable = _closed_folders(places)
+    closed = {place for place, _ in report.unreadable}
     if folders:
         report.classes = {name: count or 0 for name, count in zip(folders, counts, strict=True)}
         empty = [name for name, count in report.classes.items() if not count]
-        closed = [name for name in empty if not os.access(os.path.join(root, name), os.R_OK | os.X_OK)]
-        shut = [os.path.join(root, name) for name in closed]
-        report.unreadable = [(place, f"{place}: this folder may not be opened") for place in shut]
-        report.empty_classes = [name for name in empty if name not in closed]
+        report.empty_classes = [name for name in empty if os.path.join(root, name) not in closed]
     hidden = {_hidden(path, root) for path in [*paths, *places]} - {None}
     report.hidden = sorted(path for path in hidden if path is not None)
 
     threads = _cnnrs.available_threads() if num_workers is None else num_workers
     with _bar(len(paths), verbose) as bar:
         found = _cnnrs.check_files(
-            paths, lambda done: bar.update(done - bar.n) if bar is not None else None, threads, (max_pixels, max_bytes)
+            paths,
+            lambda done: bar.update(done - bar.n) if bar is not None else None,
+            threads,
+            (pixel_limit(max_pixels), max_bytes),
         )
     modes: Counter[str] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
     same: dict[tuple[int, int], list[str]] = {}
-    for path, (kind, width, height, size, digest, error) in zip(paths, found, strict=True):
-        header = _header(path)
-        if isinstance(error, DecodeError) and header is not None and _pillow_decodes(path, header, max_pixels):
+    for path, (kind, width, height, size, digest, error, fault) in zip(paths, found, strict=True):
+        _raise_if_ours(error, path)
+        # Only what was read as a regular file is opened again: a pipe would wait for somebody to write.
+        header = _header(path) if size or fault in (*_BROKEN, "limit") else None
+        if fault in _BROKEN and header is not None and _pillow_decodes(path, header, max_pixels):
             report.slow.append(path)
             error, kind, (width, height) = None, header[0], header[2]
         if size:
             same.setdefault((size, digest), []).append(path)
         if error is not None:
-            _file_fault(report, path, error)
+            listed = {"truncated": report.truncated, "broken": report.corrupt, "limit": report.corrupt}
+            listed.get(fault or "", report.unreadable).append((path, str(error)))
             continue
         sizes[width, height] += 1
         if FORMATS.get(os.path.splitext(path)[1].lower()) != kind:
@@ -197,14 +216,44 @@ def check(
     return report
 
 
-def _file_fault(report: Report, path: str, error: Exception) -> None:
-    reason = str(error)
-    if not isinstance(error, DecodeError) and isinstance(error, OSError):
-        report.unreadable.append((path, reason))
-    elif "truncated" in reason or "ends early" in reason:
-        report.truncated.append((path, reason))
-    else:
-        report.corrupt.append((path, reason))
+def still_broken(paths: Sequence[str]) -> list[str]:
+    """Those of `paths` whose bytes were read to the end now and are no whole image to anybody: what may be put away.
+
+    Files over the limits are not among them.
+
+    Raises:
+        OSError: When one of the others cannot be read.
+    """
+    found = _cnnrs.check_files(paths, lambda done: None, 1, (pixel_limit(None), None))
+    broken = []
+    for path, (_, _, _, _, _, error, fault) in zip(paths, found, strict=True):
+        if fault in _BROKEN:
+            if _pillows_verdict(io.BytesIO(_contents(path)), path) == "broken":
+                broken.append(path)
+        elif error is not None and fault != "limit":
+            raise error
+    return broken
+
+
+def _contents(path: str) -> bytes:
+    with open(path, "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path} is no regular file")
+        return file.read()
+
+
+def _closed_folders(places: Sequence[str]) -> list[tuple[str, str]]:
+    """(path, reason) of the folders below that cannot be listed: the scan takes them for empty."""
+    closed: list[tuple[str, str]] = []
+
+    def note(error: OSError) -> None:
+        _raise_if_ours(error, error.filename)
+        closed.append((error.filename, f"{error.filename}: {error.strerror}"))
+
+    for place in places:
+        for _ in os.walk(place, onerror=note):
+            pass
+    return closed
 
 
 def _hidden(path: str, root: str) -> str | None:
@@ -214,7 +263,10 @@ def _hidden(path: str, root: str) -> str | None:
     return None if first is None else os.path.join(root, *parts[: first + 1])
 
 
-def _header(path: str) -> tuple[str, str, tuple[int, int], int] | None:
+_Header = tuple[str, str, tuple[int, int], int]
+
+
+def _header(path: str) -> _Header | None:
     """(format, mode, (width, height), EXIF orientation) from the file's header, if Pillow understands it."""
     from PIL import Image
 
@@ -223,23 +275,44 @@ def _header(path: str) -> tuple[str, str, tuple[int, int], int] | None:
             orientation = image.getexif().get(0x0112, 1)
             known = isinstance(orientation, int) and 1 <= orientation <= 8
             return image.format or "unknown", image.mode, image.size, orientation if known else 1
-    except Exception:
-        # Whatever a plug-in raises about a damaged file.
+    except Exception as error:
+        _raise_if_ours(error, path)
         return None
 
 
-def _pillow_decodes(path: str, header: tuple[str, str, tuple[int, int], int], max_pixels: int | None) -> bool:
+def _pillow_decodes(path: str, header: _Header, max_pixels: int | None) -> bool:
+    width, height = header[2]
+    return (max_pixels is None or width * height <= max_pixels) and _pillows_verdict(path, path) == "image"
+
+
+def _pillows_verdict(file: str | IO[bytes], path: str) -> Literal["image", "limit", "broken"]:
+    """What Pillow, which has more formats, makes of a file.
+
+    Raises:
+        OSError: the process is out of something, and Pillow would not say the truth.
+    """
     from PIL import Image
 
-    _, _, (width, height), _ = header
-    if max_pixels is not None and width * height > max_pixels:
-        return False
     try:
-        with Image.open(path) as image:
+        # All plug-ins: without file handles it would go on with those it has.
+        Image.init()
+        with Image.open(file) as image:
             image.convert("RGB")
-    except Exception:
-        return False
-    return True
+    except Image.DecompressionBombError:
+        return "limit"
+    except Exception as error:
+        _raise_if_ours(error, path)
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(file, str):
+            # The bytes are here: this is about something else.
+            raise
+        return "broken"
+    return "image"
+
+
+def _raise_if_ours(error: Exception | None, path: str) -> None:
+    """Whatever a plug-in raises about a damaged file is the file's; not what the process lacks."""
+    if isinstance(error, ImportError) or is_the_process(error):
+        raise OSError(getattr(error, "errno", errno.ENOMEM), _OUT_OF, path) from error
 
 
 def _equal(paths: Sequence[str]) -> Iterable[list[str]]:

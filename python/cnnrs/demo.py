@@ -4,6 +4,7 @@ Without arguments: 5,000 handwritten digits. With ``--data``: the transfer road 
 """
 
 import argparse
+import contextlib
 import itertools
 import sys
 import time
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 import cnnrs
+from cnnrs._text import Plain, message
 from cnnrs.models import MnistNet
 
 SCRATCH_THRESHOLD = 97.0
@@ -47,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return digits(args.out)
         from cnnrs._demo_photos import photos
 
-        return photos(args.data, args.backbone, args.weights, args.epochs, args.out)
+        with contextlib.redirect_stdout(Plain(sys.stdout)):
+            return photos(args.data, args.backbone, args.weights, args.epochs, args.out)
     except (ImportError, OSError, ValueError) as error:
-        print(f"\ndemo: {error}", file=sys.stderr)
+        print(f"\ndemo: {message(str(error))}", file=sys.stderr)
         return 2
 
 

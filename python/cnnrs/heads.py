@@ -95,6 +95,7 @@ def cut(found: Found, head: str, num_classes: int, dropout: float = 0.0) -> Part
     import torchvision
 
     model = found.model
+    _drop_aux(found)
     if found.last is None:
         raise ValueError(f"{found.name} has no linear layer to put a new head in; try vgg16 or resnet18")
     path, in_features = found.last
@@ -119,6 +120,19 @@ def cut(found: Found, head: str, num_classes: int, dropout: float = 0.0) -> Part
         return model
 
     return Parts(model, last, join, early=False)
+
+
+def _drop_aux(found: Found) -> None:
+    """Auxiliary heads serve training from scratch only, and tell the classes of the weights apart."""
+    import torchvision
+
+    if not isinstance(found.model, torchvision.models.GoogLeNet | torchvision.models.Inception3):
+        return
+    found.model.aux_logits = False
+    for name in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(found.model, name):
+            setattr(found.model, name, None)
+    found.options = {**found.options, "aux_logits": False, "init_weights": False}
 
 
 def _side(size: Any) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cnnrs.cli.options import find_halves
 from cnnrs.folder import ImageFolder, ImageList
+from cnnrs.layout import find_halves
 
 Transform = Callable[..., Any] | None
 
@@ -50,9 +50,9 @@ def _own(folder: Path) -> tuple[ImageList, ImageList]:
     if not folder.is_dir():
         raise FileNotFoundError(f"PHOTOS = {str(folder)!r}: there is no such folder; one folder per class is wanted")
     halves = find_halves(folder)
-    if halves is None:
-        return ImageFolder(folder).split(0.2, seed=0)
-    return ImageFolder(halves[0]), ImageFolder(halves[1])
+    if halves is None or halves.valid is None:
+        return ImageFolder(folder if halves is None else halves.train).split(0.2, seed=0)
+    return ImageFolder(halves.train), ImageFolder(halves.valid)
 
 
 def _oxford(root: Path) -> tuple[ImageList, ImageList]:

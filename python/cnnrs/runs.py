@@ -6,16 +6,18 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 import cnnrs
+from cnnrs._json import dumps
 from cnnrs.folder import ImageList
-from cnnrs.heads import Preprocessing, cut
+from cnnrs.heads import HEADS, Preprocessing, cut
 from cnnrs.history import History
 from cnnrs.weights import find
 
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 FORMAT = 1
 _CARD_KEYS = ("format", "backbone", "head", "dropout", "classes", "transform")
 MODEL, CARD, HISTORY, REPORT = "model.safetensors", "model.json", "history.csv", "report.html"
+PARTIAL = ".partial"
+
+
+def is_run_file(name: str) -> bool:
+    """Whether a file of this name belongs to a run."""
+    return name.removesuffix(PARTIAL) in (MODEL, CARD, HISTORY, REPORT)
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Run:
         head: "linear", "mlp" or "classifier".
         dropout: probability inside the head.
         facts: what else ``model.json`` says: where data and weights came from, accuracy, versions.
+        options: what torchvision's builder needs beside the network's name.
     """
 
     model: nn.Module
@@ -74,6 +83,7 @@ class Run:
     head: str = "linear"
     dropout: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def transform(self) -> transforms.Compose:
@@ -82,7 +92,7 @@ class Run:
 
     def predict(
         self,
-        paths: Sequence[str | os.PathLike[str]],
+        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
         *,
         top_k: int = 1,
         batch_size: int = 32,
@@ -92,7 +102,7 @@ class Run:
         """Classify photos.
 
         Args:
-            paths: image files.
+            paths: image files, or one.
             top_k: how many classes are kept per file.
             batch_size: photos at a time.
             num_workers: threads that read photos; None: all cores.
@@ -100,8 +110,11 @@ class Run:
 
         Returns:
             Predictions in the order of ``paths``, and (path, reason) of files that could not be read.
+
+        Raises:
+            TypeError: a path is something else, an image for example.
         """
-        files = [os.fspath(path) for path in paths]
+        files = _files(paths)
         if not files:
             return [], []
         loader = cnnrs.DataLoader(
@@ -126,46 +139,81 @@ class Run:
         """Python that opens the classifier, with cnnrs and without."""
         import torchvision
 
-        ours = 'run = cnnrs.load_run("RUN")\npredictions, unreadable = run.predict(["photo.jpg"])'
+        ours = (
+            'import cnnrs\n\nrun = cnnrs.load_run("RUN")\npredictions, unreadable = run.predict("photo.jpg")\n'
+            "print(predictions[0].label, predictions[0].probability)"
+        )
         if self.backbone not in torchvision.models.list_models(module=torchvision.models) or self.head == "mlp":
             return ours
-        plain = (
-            f"model = torchvision.models.{self.backbone}(num_classes={len(self.classes)})\n"
-            'model.load_state_dict(safetensors.torch.load_file("RUN/model.safetensors"))'
-        )
-        return f"{ours}\n\n# without cnnrs\n{plain}"
+        return f"{ours}\n\n# without cnnrs\n{self._plain_recipe()}"
+
+    def _plain_recipe(self) -> str:
+        options = {"num_classes": len(self.classes), **self.options}
+        shape = self.preprocessing
+        return f"""\
+import json
+
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision import transforms
+
+model = torchvision.models.{self.backbone}({", ".join(f"{name}={value!r}" for name, value in options.items())}).eval()
+model.load_state_dict(load_file("RUN/{MODEL}"))
+transform = transforms.Compose([
+    transforms.Resize({shape.resize}, transforms.InterpolationMode({shape.interpolation!r})),
+    transforms.CenterCrop({shape.crop}),
+    transforms.ToTensor(),
+    transforms.Normalize({list(shape.mean)}, {list(shape.std)}),
+])
+with torch.no_grad():
+    probabilities = model(transform(Image.open("photo.jpg").convert("RGB"))[None]).softmax(dim=1)[0]
+classes = json.load(open("RUN/{CARD}", encoding="utf-8"))["classes"]
+print(classes[probabilities.argmax()], probabilities.max().item())"""
 
     def save(self, folder: str | os.PathLike[str], history: History | None = None) -> None:
         """Write ``model.safetensors``, ``model.json`` and ``history.csv``; a run that is there is replaced.
 
         The weights have the network's own key names: they load into torchvision's model with as many classes.
         """
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        card = {
+            "format": FORMAT, "backbone": self.backbone, "head": self.head, "dropout": self.dropout,
+            "classes": self.classes, "transform": asdict(self.preprocessing),
+            **({"options": self.options} if self.options else {}), **self.facts,
+        }  # fmt: skip
+        names = [MODEL, CARD] if history is None else [MODEL, HISTORY, CARD]
+        partial = {name: place / f"{name}{PARTIAL}" for name in names}
+        try:
+            self._write_weights(partial[MODEL], place / MODEL)
+            if history is not None:
+                _write_history(history, partial[HISTORY])
+            partial[CARD].write_bytes(f"{dumps(card)}\n".encode())
+            # safetensors makes files that only their owner can read.
+            shutil.copymode(partial[CARD], partial[MODEL])
+            for path in partial.values():
+                _flush(path)
+        except BaseException:
+            for path in partial.values():
+                path.unlink(missing_ok=True)
+            raise
+        # The card goes first and comes back last: a folder is a run only while all of it belongs together.
+        for name in (CARD, REPORT, HISTORY):
+            (place / name).unlink(missing_ok=True)
+        for name in names:
+            os.replace(partial[name], place / name)
+
+    def _write_weights(self, path: Path, shown: Path) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        card = {
-            "format": FORMAT, "backbone": self.backbone, "head": self.head, "dropout": self.dropout,
-            "classes": self.classes, "transform": asdict(self.preprocessing), **self.facts,
-        }  # fmt: skip
-        partial = place / f"{MODEL}.partial"
         try:
-            save_file(state, partial, metadata={"format": "pt"})
+            save_file(state, path, metadata={"format": "pt"})
         except SafetensorError as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(f"{place / MODEL} cannot be written: {error}") from error
-        # The card goes first and comes back last: a folder is a run only while both belong together.
-        (place / CARD).unlink(missing_ok=True)
-        os.replace(partial, place / MODEL)
-        if history is not None:
-            _write_history(history, place / HISTORY)
-        partial = place / f"{CARD}.partial"
-        partial.write_bytes(_json(card))
-        os.replace(partial, place / CARD)
-        # safetensors makes files that only their owner can read.
-        shutil.copymode(place / CARD, place / MODEL)
+            raise OSError(f"{shown} cannot be written: {error}") from error
 
 
 def load_run(folder: str | os.PathLike[str]) -> Run:
@@ -189,21 +237,28 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     card = read_card(place)
     if not (place / MODEL).is_file():
         raise FileNotFoundError(f"{place / MODEL} is gone, only {CARD} is there; train again")
-    model = cut(find(card["backbone"], None), card["head"], len(card["classes"]), card["dropout"]).join()
+    try:
+        found = find(card["backbone"], None, card.get("options"))
+        model = cut(found, card["head"], len(card["classes"]), card["dropout"]).join()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{place / CARD}: {error}") from error
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         model.load_state_dict(load_file(place / MODEL))
     except (RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise ValueError(
             f"{place / MODEL} does not hold the {card['backbone']} of {CARD}: {reason}; train again"
         ) from error
     shaped: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card["transform"].items()}
     preprocessing = Preprocessing(**shaped)
-    facts = {name: value for name, value in card.items() if name not in _CARD_KEYS}
-    return Run(model.eval(), card["classes"], preprocessing, card["backbone"], card["head"], card["dropout"], facts)
+    facts = {name: value for name, value in card.items() if name not in (*_CARD_KEYS, "options")}
+    return Run(
+        model.eval(), card["classes"], preprocessing, card["backbone"], card["head"], card["dropout"], facts,
+        dict(found.options),
+    )  # fmt: skip
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -222,9 +277,9 @@ def read_card(folder: Path) -> dict[str, Any]:
         runs = sorted(str(path.parent) for path in folder.glob(f"*/{CARD}"))
         hint = f"there is one in {', '.join(runs[:3])}" if runs else f"cnnrs train --out {folder} makes one"
         raise FileNotFoundError(f"{folder} holds no trained model (no {CARD}): {hint}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CARD} is damaged ({error}); train again") from error
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
+    if not isinstance(card, dict) or type(card.get("format")) is not int or card["format"] != FORMAT:
         found = card.get("format") if isinstance(card, dict) else None
         raise ValueError(
             f"{folder / CARD} is in format {found}, this cnnrs {cnnrs.__version__} reads format {FORMAT}: "
@@ -232,16 +287,64 @@ def read_card(folder: Path) -> dict[str, Any]:
         )
     if missing := [name for name in _CARD_KEYS if name not in card]:
         raise ValueError(f"{folder / CARD} is damaged: it lacks {', '.join(missing)}; train again")
+    for name, (is_right, wanted) in _CHECKS.items():
+        if name in card and not is_right(card[name]):
+            raise ValueError(
+                f"{folder / CARD} is damaged: {name} is {repr(card[name])[:80]}, not {wanted}; train again"
+            )
     return card
 
 
-def _json(card: dict[str, Any]) -> bytes:
+def _is_number(value: Any) -> bool:
+    return (type(value) is int and abs(value) < 2**53) or (isinstance(value, float) and isfinite(value))
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) == len({n for n in value if isinstance(n, str)})
+
+
+def _is_transform(value: Any) -> bool:
+    from torchvision.transforms import InterpolationMode
+
+    if not isinstance(value, dict) or set(value) != {one.name for one in fields(Preprocessing)}:
+        return False
+    sides = all(type(value[name]) is int and value[name] > 0 for name in ("resize", "crop"))
+    channels = all(
+        isinstance(value[name], list) and len(value[name]) == 3 and all(map(_is_number, value[name]))
+        for name in ("mean", "std")
+    )
+    known = value["interpolation"] in [one.value for one in InterpolationMode]
+    return sides and channels and all(value["std"]) and known
+
+
+# What `json` makes of a card that nobody has touched.
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "backbone": (lambda value: isinstance(value, str), "the name of a network"),
+    "head": (lambda value: value in HEADS, f"one of {', '.join(HEADS)}"),
+    "dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
+    "classes": (_are_names, "a list of different names"),
+    "transform": (_is_transform, "the numbers of a preprocessing"),
+    "options": (lambda value: isinstance(value, dict), "the options of a network"),
+}
+
+
+def _files(paths: Any) -> list[str]:
+    given = [paths] if isinstance(paths, (str, bytes, os.PathLike)) or not isinstance(paths, Iterable) else list(paths)
+    for path in given:
+        if not isinstance(path, (str, bytes, os.PathLike)):
+            raise TypeError(
+                f"paths of image files are wanted, got a {type(path).__name__}; for an image in memory: "
+                "run.model(run.transform(image)[None]).softmax(dim=1)"
+            )
+    return [os.fsdecode(path) for path in given]
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        text = json.dumps(card, indent=1, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        # A folder's name may be no UTF-8; escaped, it comes back as it was.
-        text = json.dumps(card, indent=1).encode("ascii")
-    return text + b"\n"
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _write_history(history: History, path: Path) -> None:

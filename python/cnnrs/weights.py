@@ -10,7 +10,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,14 @@ class Found:
         transform: what its weights want, None when nobody knows.
         last: path of the last linear layer, in whose place there is an identity now, and its ``in_features``; None for
             a model without one.
+        options: what torchvision's builder got beside the name.
     """
 
     name: str
     model: nn.Module
     transform: Callable[[Any], Any] | None
     last: tuple[str, int] | None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def before_pooling(self, pool: str | None) -> str | None:
         """The layer whose output ``pool`` is for; None for the whole model.
@@ -59,8 +61,17 @@ class Found:
         return layer
 
 
-def find(name: str, weights: Any) -> Found:
+class NotFetched(FileNotFoundError):
+    """Weights that are not here and cannot be downloaded."""
+
+
+def find(name: str, weights: Any, options: Mapping[str, Any] | None = None) -> Found:
     """A model of torchvision, timm or the Lite packages, with its weights.
+
+    Args:
+        name: of the model.
+        weights: a name, a file, or None for random ones.
+        options: for torchvision's builder, of a model with random weights.
 
     Raises:
         ValueError: nobody has such a model, or the weights do not fit.
@@ -79,7 +90,7 @@ def find(name: str, weights: Any) -> Found:
         return _lite0(weights)
     known = torchvision.models.list_models(module=torchvision.models)
     if name in known:
-        return _torchvision(name, weights)
+        return _torchvision(name, weights, dict(options or {}))
     timm = _optional("timm")
     if timm is not None and timm.is_model(name):
         return _timm(name, weights)
@@ -88,17 +99,19 @@ def find(name: str, weights: Any) -> Found:
     raise ValueError(f"no model is called {name!r}; close to it: {', '.join(close) or 'nothing'}{hint}")
 
 
-def _torchvision(name: str, weights: Any) -> Found:
+def _torchvision(name: str, weights: Any, options: dict[str, Any]) -> Found:
     import torchvision
 
     choices = torchvision.models.get_model_weights(name)
     if weights is None:
-        return _found(f"{name} (random)", torchvision.models.get_model(name, weights=None), None, "", None)
+        model = torchvision.models.get_model(name, weights=None, **options)
+        return _found(f"{name} (random)", model, None, "", None, options)
     if _is_file(weights):
         file = Path(weights).name
         named = next((one for one in choices if file == Path(urlparse(one.url).path).name), choices.DEFAULT)
         state = read(weights)
-        return _found(f"{name} ({weights})", _built(name, named, state), state, str(weights), named.transforms())
+        model, options = _built(name, named, state)
+        return _found(f"{name} ({weights})", model, state, str(weights), named.transforms(), options)
     try:
         chosen = weights if isinstance(weights, choices) else choices[str(weights).rpartition(".")[2]]
     except KeyError:
@@ -107,11 +120,12 @@ def _torchvision(name: str, weights: Any) -> Found:
             f"{name} has the weights {names}, or give a .pth or .safetensors file; got {weights!r}"
         ) from None
     state = _fetched(name, chosen)
-    return _found(f"{name} ({chosen.name})", _built(name, chosen, state), state, chosen.url, chosen.transforms())
+    model, options = _built(name, chosen, state)
+    return _found(f"{name} ({chosen.name})", model, state, chosen.url, chosen.transforms(), options)
 
 
-def _built(name: str, chosen: Any, state: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The model as torchvision's builder makes it for these weights, before they are loaded."""
+def _built(name: str, chosen: Any, state: Mapping[str, torch.Tensor]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model as torchvision's builder makes it for these weights, before they are loaded, and what it was told."""
     import torchvision
 
     options: dict[str, Any] = {}
@@ -121,8 +135,7 @@ def _built(name: str, chosen: Any, state: Mapping[str, torch.Tensor]) -> nn.Modu
         options = {"transform_input": True, "init_weights": False, "aux_logits": has_aux}
     elif name.startswith("vit_"):
         options = {"image_size": chosen.meta["min_size"][0]}
-    model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
-    return model
+    return torchvision.models.get_model(name, weights=None, **options), options
 
 
 def _fetched(name: str, chosen: Any) -> Mapping[str, torch.Tensor]:
@@ -135,7 +148,7 @@ def _fetched(name: str, chosen: Any) -> Mapping[str, torch.Tensor]:
     try:
         state: Mapping[str, torch.Tensor] = chosen.get_state_dict(progress=True, check_hash=True)
     except (OSError, HTTPException) as error:
-        raise FileNotFoundError(
+        raise NotFetched(
             f"the weights of {name} are not here and cannot be downloaded ({error})\n"
             f"  wanted:  {file}, from {chosen.url}\n"
             f"  looked:  {cached.parent}\n"
@@ -184,7 +197,7 @@ def _timm(name: str, weights: Any) -> Found:
         if not pretrained:
             raise
         source = model_source(timm, name)
-        raise FileNotFoundError(
+        raise NotFetched(
             f"the weights of timm's {name} are not here and cannot be downloaded ({type(error).__name__})\n"
             f"  wanted:  {source}\n"
             "  Fetch the file on a machine with network and say where it is: weights=<path>"
@@ -304,17 +317,20 @@ def _renamed(state: Mapping[str, torch.Tensor], change: Callable[[str], str]) ->
     return renamed  # type: ignore[no-any-return]
 
 
-def _found(name: str, model: nn.Module, state: Mapping[str, torch.Tensor] | None, source: str, transform: Any) -> Found:
+def _found(
+    name: str, model: nn.Module, state: Mapping[str, torch.Tensor] | None, source: str, transform: Any,
+    options: dict[str, Any] | None = None,
+) -> Found:  # fmt: skip
     """The model with its weights and without its last linear layer, whose number of classes then does not matter."""
     last = _last(model)
     if last is None:
         if state is not None:
             _fill(model, state, source, {})
-        return Found(name, model, transform, None)
+        return Found(name, model, transform, None, options or {})
     model.set_submodule(last[0], nn.Identity())
     if state is not None:
         _fill(model, state, source, {f"{last[0]}.weight", f"{last[0]}.bias"})
-    return Found(name, model, transform, last)
+    return Found(name, model, transform, last, options or {})
 
 
 def _last(model: nn.Module) -> tuple[str, int] | None:

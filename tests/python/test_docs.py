@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +18,18 @@ PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 # Its blocks need a cluster; they have a test of their own.
 ELSEWHERE = {"preconv.md"}
 # Blocks that show a step inside a script of the reader's; these are the names such a script has.
+ACCELERATOR = SimpleNamespace(
+    device=torch.device("cpu"), process_index=0, num_processes=1, prepare=lambda *given: given
+)
 GIVEN = {
     "loader.md": lambda: {
         "model": torch.nn.Linear(2, 2),
+        "optimizer": None,
+        "cnnrs": cnnrs,
+        "train": torch.utils.data.TensorDataset(torch.rand(8, 2), torch.arange(8)),
+        "epochs": 1,
+        # accelerate is not installed for the tests.
+        "accelerate": SimpleNamespace(Accelerator=lambda: ACCELERATOR),
         "loader": cnnrs.DataLoader(torch.utils.data.TensorDataset(torch.rand(8, 2), torch.arange(8)), batch_size=4),
     }
 }

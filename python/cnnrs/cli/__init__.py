@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
@@ -10,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import cnnrs
-from cnnrs._text import shown
+from cnnrs._text import Plain
 from cnnrs.cli import bench, check, features, info, predict, summary, train
-from cnnrs.cli.options import Help
+from cnnrs.cli.options import Help, Parser, complain
 
 _COMMANDS = (check, train, predict, summary, features, bench, info)
 
@@ -32,7 +33,7 @@ exit codes: 0 all is well, 1 something was found (bad files), 2 it could not be 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(prog="cnnrs", description=__doc__, epilog=_EPILOG, formatter_class=Help)
+    top = Parser(prog="cnnrs", description=__doc__, epilog=_EPILOG, formatter_class=Help)
     top.add_argument("--version", action="version", version=f"cnnrs {cnnrs.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for module in _COMMANDS:
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     if arguments is None:
+        _open_closed_streams()
         _use_utf8()
     _print_any_name()
     top = parser()
@@ -67,33 +69,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command is None:
             top.print_help()
             return 2
-        command = f" {options.command}"
+        command = options.command
         run: Callable[[argparse.Namespace], int] = options.run
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(Plain(sys.stdout)):
             _tame(options.command)
             code = run(options)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as stop:
         # The line of the terminal's ^C ends first.
-        print(f"\ncnnrs{command}: stopped{''.join(f'; {hint}' for hint in stop.args)}", file=sys.stderr)
+        print(file=sys.stderr)
+        complain(command, f"stopped{''.join(f'; {hint}' for hint in stop.args)}")
         return 130
     except BrokenPipeError:
-        # `cnnrs ... | head` has seen enough; what is still buffered must not complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # `cnnrs ... | head` has seen enough.
+        _write_no_more()
         return 141
     except _EXPECTED as error:
         if os.environ.get("CNNRS_TRACEBACK"):
             raise
-        print(f"cnnrs{command}: {_words(error)}", file=sys.stderr)
+        complain(command, _words(error))
+        try:
+            sys.stdout.flush()
+        except OSError:
+            # A full disk, for example.
+            _write_no_more()
         return 2
 
 
 def _words(error: Exception) -> str:
     """The message; the system's own with the file in front, as other commands have it."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{shown(os.fsdecode(error.filename))}: {error.strerror}"
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error)
+
+
+def _write_no_more() -> None:
+    """What is still buffered must not complain again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_closed_streams() -> None:
+    """`cnnrs ... >&-`: the number of a closed stream would go to the next file, and that get what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            place = os.open(os.devnull, os.O_RDWR)
+            if place != number:
+                os.dup2(place, number)
+            stream = os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
 
 
 def _use_utf8() -> None:
@@ -120,6 +144,6 @@ def _tame(command: str) -> None:
     warnings.filterwarnings("ignore", r"dropout2d: Received a 2-D input")
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        print(f"cnnrs {command}: note: {message}", file=sys.stderr)
+        complain(command, f"note: {message}")
 
     warnings.showwarning = show

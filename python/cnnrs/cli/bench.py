@@ -24,7 +24,7 @@ from torchvision import datasets, transforms
 
 import cnnrs
 from cnnrs._progress import progress
-from cnnrs.cli.options import ONE_PER_CLASS, add_json, add_threads, chatter, need_folder, print_json, whole
+from cnnrs.cli.options import ONE_PER_CLASS, add_json, add_threads, chatter, named, need_folder, print_json, whole
 
 EPILOG = """\
 examples:
@@ -36,7 +36,7 @@ _MOST_PHOTOS = 300
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``cnnrs bench``."""
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="one folder per class")
+    parser.add_argument("folder", type=named, nargs="?", metavar="DIR", help="one folder per class")
     parser.add_argument("--rounds", type=whole(1), default=3, metavar="N", help="measurements of each (default: 3)")
     add_threads(parser)
     add_json(parser)

@@ -6,14 +6,15 @@ DIR is a folder that preconv or cnnrs train wrote, or one that holds several of 
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import cnnrs
-from cnnrs.cli.options import add_json, need_folder, print_json, size
+from cnnrs._text import message, shown
+from cnnrs.cli.options import add_json, complain, need_folder, place, print_json, size
 from cnnrs.store import is_ours
 
 EPILOG = """\
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "action", choices=["info", "verify", "clear"], metavar="ACTION",
         help="info: what is stored; verify: read all of it; clear: delete it, and nothing else",
     )  # fmt: skip
-    parser.add_argument("folder", type=Path, metavar="DIR", help="features, or a folder above them")
+    parser.add_argument("folder", type=place, metavar="DIR", help="features, or a folder above them")
     add_json(parser)
 
 
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         print_json(found)
     else:
         for entry in found:
-            print(entry["text"])
+            print(message(entry["text"]))
     return 0 if all(entry["ok"] for entry in found) else 1
 
 
@@ -57,17 +58,26 @@ def _info(folder: Path) -> dict[str, Any]:
     entry: dict[str, Any] = {"folder": str(folder), "bytes": count}
     try:
         features = cnnrs.load_features(folder, verify=False)
-    except (ValueError, OSError, KeyError) as error:
-        return {**entry, "ok": False, "text": f"{folder}: {size(count)}, not usable: {error}", "error": str(error)}
+        per_class = _per_class(features)
+    except Exception as error:
+        # Files that somebody else has changed raise whatever their bytes happen to mean.
+        reason = str(error) or type(error).__name__
+        return {**entry, "ok": False, "text": f"{folder}: {size(count)}, not usable: {reason}", "error": reason}
     shape, dtype = tuple(features.features.shape), str(features.features.dtype).removeprefix("torch.")
-    per_class = ""
-    if features.classes and features.labels.dtype == torch.int64 and features.labels.dim() == 1:
-        counts = torch.bincount(features.labels, minlength=len(features.classes)).tolist()
-        entry["per_class"] = dict(zip(features.classes, counts, strict=True))
-        listed = [f"{name} {number:,}" for name, number in entry["per_class"].items()]
-        per_class = f"\n  classes: {', '.join(listed[:8])}{f' and {len(listed) - 8} more' if len(listed) > 8 else ''}"
-    text = f"{folder}: {shape[0]:,} rows of {' x '.join(map(str, shape[1:]))} {dtype}, {size(count)}{per_class}"
+    lines = ""
+    if per_class is not None:
+        entry["per_class"] = per_class
+        listed = [f"{shown(name)} {number:,}" for name, number in per_class.items()]
+        lines = f"\n  classes: {', '.join(listed[:8])}{f' and {len(listed) - 8} more' if len(listed) > 8 else ''}"
+    text = f"{folder}: {shape[0]:,} rows of {' x '.join(map(str, shape[1:]))} {dtype}, {size(count)}{lines}"
     return {**entry, "ok": True, "rows": shape[0], "shape": shape, "dtype": dtype, "text": text}
+
+
+def _per_class(features: cnnrs.Features) -> dict[str, int] | None:
+    if not features.classes or features.labels.dtype != torch.int64 or features.labels.dim() != 1:
+        return None
+    counts = torch.bincount(features.labels, minlength=len(features.classes)).tolist()
+    return dict(zip(features.classes, counts, strict=True))
 
 
 def _verify(folder: Path) -> dict[str, Any]:
@@ -76,12 +86,16 @@ def _verify(folder: Path) -> dict[str, Any]:
         return entry
     try:
         features = cnnrs.load_features(folder)
-    except (ValueError, OSError) as error:
-        return {**entry, "ok": False, "error": str(error), "text": str(error)}
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        return {**entry, "ok": False, "error": reason, "text": f"{folder}: {reason}"}
     return {**entry, "text": f"{folder}: all {len(features):,} rows have their checksums"}
 
 
 def _clear(folder: Path) -> dict[str, Any]:
+    if not _is_a_store(folder):
+        text = f"{folder} stays: nothing in it says that cnnrs has written its features.npy; delete it yourself"
+        return {"folder": str(folder), "ok": False, "bytes": 0, "text": text, "error": text}
     count = 0
     for path in list(folder.iterdir()):
         if is_ours(path.name):
@@ -91,5 +105,19 @@ def _clear(folder: Path) -> dict[str, Any]:
         folder.rmdir()
     except OSError:
         left = sorted(path.name for path in folder.iterdir())
-        print(f"{folder} stays: it holds {', '.join(left[:3])}", file=sys.stderr)
+        complain("features", f"{folder} stays: it holds {', '.join(left[:3])}")
     return {"folder": str(folder), "ok": True, "bytes": count, "text": f"{folder}: {size(count)} freed"}
+
+
+def _is_a_store(folder: Path) -> bool:
+    """Whether `features.npy` is ours to delete: others call their arrays so too."""
+    if any((folder / name).exists() for name in ("features.npy.partial", "features.journal", "meta.json.pending")):
+        return True
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+    except FileNotFoundError:
+        return False
+    except (ValueError, RecursionError):
+        # Damaged, and nobody else has all three.
+        return (folder / "labels.npy").exists()
+    return isinstance(meta, dict) and "format" in meta and "checksums" in meta

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json as jsonlib
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-TRAIN_NAMES = ("train", "training")
+from cnnrs import _text
+from cnnrs._json import dumps
+from cnnrs._text import Plain
+
 ONE_PER_CLASS = "a folder with one folder per class (pets/cat/1.jpg, pets/dog/2.jpg)"
-VALID_NAMES = ("valid", "validation", "val", "test")
+
+
+class Parser(argparse.ArgumentParser):
+    """Repeats arguments only in printable characters."""
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse, exit code 2."""
+        super().error(_text.message(message))
+
+
+def complain(command: str, text: str) -> None:
+    """A line of a command on stderr, and its indented ones."""
+    print(f"cnnrs{' ' * bool(command)}{command}: {_text.message(text)}", file=sys.stderr)
 
 
 class Help(argparse.HelpFormatter):
@@ -34,6 +48,29 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=whole(0), metavar="N", help="threads that read photos (default: one per core)"
     )
+
+
+def named(text: str) -> str:
+    """The name of a file or folder, for ``type=``; an empty one would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file or folder is wanted, got an empty one")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("no file or folder has a NUL byte in its name")
+    return text
+
+
+def place(text: str) -> Path:
+    """A folder's name as a path, for ``type=``."""
+    return Path(named(text))
+
+
+def share_or_folder(text: str) -> float | Path:
+    """A number from 0 to below 1, or else the name of a folder, for ``type=``."""
+    try:
+        float(text)
+    except ValueError:
+        return place(text)
+    return between(0, 1)(text)
 
 
 def whole(least: int) -> type[int]:
@@ -75,19 +112,15 @@ def between(low: float, high: float) -> type[float]:
 
 
 def print_json(value: Any) -> None:
-    """One document on stdout, in plain characters where stdout, or UTF-8 itself, cannot carry a file's name."""
-    text = jsonlib.dumps(value, indent=1, ensure_ascii=False)
-    try:
-        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:
-        text = jsonlib.dumps(value, indent=1)
-    print(text)
+    """One document on stdout, escaped where stdout, or UTF-8 itself, cannot carry a file's name."""
+    print(dumps(value, getattr(sys.stdout, "encoding", None) or "utf-8"))
 
 
 @contextlib.contextmanager
 def chatter(json: bool) -> Iterator[None]:
     """While it lasts, what is printed goes to stderr when stdout belongs to a JSON document."""
-    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+    # Progress bars write to stderr itself: they need control characters.
+    with contextlib.redirect_stdout(Plain(sys.stderr)) if json else contextlib.nullcontext():
         yield
 
 
@@ -103,13 +136,6 @@ def need_folder(path: Path, wanted: str) -> None:
     if path.exists():
         raise NotADirectoryError(f"{path}: is a file; {wanted} is wanted")
     raise FileNotFoundError(f"{path}: there is no such folder; {wanted} is wanted")
-
-
-def find_halves(root: Path) -> tuple[Path, Path] | None:
-    """The folders with training and validation photos inside ``root``; None where it has not both."""
-    train = next((root / name for name in TRAIN_NAMES if (root / name).is_dir()), None)
-    valid = next((root / name for name in VALID_NAMES if (root / name).is_dir()), None)
-    return None if train is None or valid is None else (train, valid)
 
 
 def size(count: float) -> str:

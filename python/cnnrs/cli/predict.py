@@ -9,12 +9,12 @@ import argparse
 import csv
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
-from cnnrs._text import left, shown, width
-from cnnrs.cli.options import add_json, add_threads, print_json, whole
-from cnnrs.folder import IMG_EXTENSIONS
+from cnnrs import _cnnrs
+from cnnrs._text import Plain, left, shown, width
+from cnnrs.cli.options import add_json, add_threads, complain, named, print_json, whole
+from cnnrs.layout import PHOTOS
 from cnnrs.runs import Prediction, load_run
 
 EPILOG = """\
@@ -29,8 +29,8 @@ exit codes: 0 every file has a prediction, 1 some could not be read, 2 it could 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``cnnrs predict``."""
-    parser.add_argument("model", metavar="RUN", help="a folder that cnnrs train wrote")
-    parser.add_argument("paths", nargs="+", metavar="FILE|DIR", help="photos, or folders of photos")
+    parser.add_argument("model", type=named, metavar="RUN", help="a folder that cnnrs train wrote")
+    parser.add_argument("paths", type=named, nargs="+", metavar="FILE|DIR", help="photos, or folders of photos")
     parser.add_argument(
         "--top-k", type=whole(1), default=1, metavar="K", help="the K most probable classes (default: 1)"
     )
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         files, top_k=options.top_k, batch_size=options.batch_size, num_workers=options.threads
     )
     for path, reason in failed:
-        print(f"cnnrs predict: {shown(reason if path in reason else f'{path}: {reason}')}", file=sys.stderr)
+        complain("predict", shown(reason if path in reason else f"{path}: {reason}"))
     if options.json:
         print_json([_plain(one, options.top_k) for one in predictions])
     elif options.csv:
@@ -70,18 +70,27 @@ def _files(paths: list[str]) -> list[str]:
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            inside = sorted(
-                str(file) for file in Path(path).rglob("*")
-                if file.suffix.lower() in (*IMG_EXTENSIONS, ".gif") and file.is_file()
-            )  # fmt: skip
-            if not inside:
-                raise FileNotFoundError(f"{path}: no photos in this folder ({', '.join(IMG_EXTENSIONS)}, .gif)")
-            found += inside
-        elif os.path.exists(path):
+            found += _inside(path)
+        elif os.path.lexists(path):
             found.append(path)
         else:
             raise FileNotFoundError(f"{path}: there is no such file or folder")
     return list(dict.fromkeys(found))
+
+
+def _inside(folder: str) -> list[str]:
+    # Whether it may be opened at all: the scan takes other folders for empty.
+    os.scandir(folder).close()
+    every, seen = (_cnnrs.scan_folders([folder], [0], PHOTOS, hidden)[0] for hidden in (False, True))
+    hidden = len(every) - len(seen)
+    if hidden:
+        visible = {path for path, _ in seen}
+        first = next(path for path, _ in every if path not in visible)
+        more = f"{hidden:,} hidden files are" if hidden > 1 else "1 hidden file is"
+        complain("predict", f"note: {more} left out, as in training: {first}")
+    if not seen:
+        raise FileNotFoundError(f"{folder}: no photos in this folder ({', '.join(PHOTOS)})")
+    return [path for path, _ in seen]
 
 
 def _plain(one: Prediction, top_k: int) -> dict[str, Any]:
@@ -94,7 +103,9 @@ def _plain(one: Prediction, top_k: int) -> dict[str, Any]:
 
 
 def _write_csv(predictions: list[Prediction], top_k: int) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    # Names as they are, whatever they hold.
+    stream = sys.stdout.stream if isinstance(sys.stdout, Plain) else sys.stdout
+    writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["path", "class", "probability"] if top_k == 1 else ["path", "rank", "class", "probability"])
     for one in predictions:
         for rank, (name, p) in enumerate(zip(one.classes, one.probabilities, strict=True), 1):

@@ -13,7 +13,7 @@ import os
 from torch import nn
 
 import cnnrs
-from cnnrs.cli.options import add_json, print_json, whole
+from cnnrs.cli.options import add_json, named, print_json, whole
 from cnnrs.heads import cut
 from cnnrs.weights import find
 
@@ -28,7 +28,7 @@ _TUTORIAL = {"SimpleCNN": (3, 32), "MnistNet": (1, 28), "CatDogNet": (3, 224)}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``cnnrs summary``."""
-    parser.add_argument("name", metavar="NAME|RUN", help="a network, or a folder that cnnrs train wrote")
+    parser.add_argument("name", type=named, metavar="NAME|RUN", help="a network, or a folder that cnnrs train wrote")
     parser.add_argument("--size", type=whole(1), metavar="N", help="height and width of the input (default: the usual)")
     parser.add_argument("--batch", type=whole(1), default=1, metavar="N", help="images (default: 1)")
     add_json(parser)

