@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 pub type Result<T> = std::result::Result<T, Error>;
 
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum Error {
     // -- the file system's -----------------------------------------------------------------------------------------------
     /// Reading or writing failed; becomes the `OSError` subclass of its errno.
@@ -92,17 +91,5 @@ impl Error {
     /// As [`Error::decode`], of a file that ends too early.
     pub fn truncated(reason: impl ToString) -> Self {
         Self::Decode { path: PathBuf::new(), reason: reason.to_string(), truncated: true }
-    }
-}
-
-#[cfg(feature = "torch")]
-impl From<tch::TchError> for Error {
-    fn from(error: tch::TchError) -> Self {
-        // libtorch appends its C++ stack after the first line; nobody can act on it.
-        let text = match error {
-            tch::TchError::Torch(text) => text,
-            other => other.to_string(),
-        };
-        Self::Torch(text.split("\nException raised from").next().unwrap_or_default().to_owned())
     }
 }

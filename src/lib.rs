@@ -2,17 +2,22 @@
 //!
 //! ```text
 //! file -> image -> data ------------> engine(model) -> preconv   features, once
-//!         one      many, batched      cpu | torch   \-> fit      one epoch
+//!         one      many, batched      cpu           \-> fit      one epoch
 //! ```
 //! Layers point one way; `py` is the only place that knows Python.
 
 pub mod error;
+#[cfg(feature = "native")]
+mod os;
 pub mod threads;
 
+#[cfg(feature = "native")]
 pub mod image;
+#[cfg(feature = "native")]
 pub mod data;
 pub mod model;
 pub mod engine;
+#[cfg(feature = "native")]
 pub mod preconv;
 pub mod fit;
 

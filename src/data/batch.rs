@@ -89,6 +89,16 @@ impl Batch {
         self.buffer.memory.as_mut_ptr().cast()
     }
 
+    /// The elements of a batch of floats, empty for another dtype.
+    pub fn f32_mut(&mut self) -> &mut [f32] {
+        if self.dtype != DType::Float32 {
+            return &mut [];
+        }
+        let len = self.shape.iter().product::<usize>();
+        // SAFETY: as in `bytes`; a buffer begins at a cache line, so it is aligned, and every bit pattern is a float.
+        unsafe { std::slice::from_raw_parts_mut(self.buffer.memory.as_mut_ptr().cast(), len) }
+    }
+
     pub fn bytes(&self) -> &[u8] {
         let len = self.shape.iter().product::<usize>() * self.dtype.bytes();
         // SAFETY: `Slots::new` allocated at least this many initialised bytes for this shape and dtype.

@@ -6,18 +6,14 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::fs::{self, Metadata};
-use std::io;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Atomic};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
-use rustix::io::Errno;
-
 use crate::error::{Error, Result};
+use crate::os;
 use crate::threads;
 
 /// Which files count.
@@ -40,7 +36,7 @@ impl Names {
     fn push(&mut self, name: &OsStr) {
         // No name is longer than 2^32 bytes.
         self.spans.push((self.bytes.len(), name.len() as u32));
-        self.bytes.extend_from_slice(name.as_bytes());
+        self.bytes.extend_from_slice(name.as_encoded_bytes());
     }
 
     fn get(&self, (start, length): (usize, u32)) -> &[u8] {
@@ -53,9 +49,7 @@ impl Names {
             // The bytes of UTF-8 are in the order of the code points.
             spans.sort_unstable_by(|&a, &b| self.get(a).cmp(self.get(b)));
         } else {
-            spans.sort_unstable_by(|&a, &b| {
-                python_order(OsStr::from_bytes(self.get(a)), OsStr::from_bytes(self.get(b)))
-            });
+            spans.sort_unstable_by(|&a, &b| python_order(self.get(a), self.get(b)));
         }
         self.spans = spans;
     }
@@ -149,14 +143,14 @@ fn files_below(root: &Path, rules: Rules<'_>, stop: &AtomicBool) -> Result<Tree>
         }
         let entries = match fs::read_dir(&folder) {
             Ok(entries) => entries,
-            Err(source) if is_ours(&source) => return Err(Error::Io { path: folder, source }),
+            Err(source) if os::is_exhausted(&source) => return Err(Error::Io { path: folder, source }),
             Err(_) => continue,
         };
         let mut names = Names::default();
         for entry in entries.flatten() {
             let Ok(kind) = entry.file_type() else { continue };
             let name = entry.file_name();
-            if rules.skip_hidden && name.as_bytes().starts_with(b".") {
+            if rules.skip_hidden && name.as_encoded_bytes().starts_with(b".") {
                 continue;
             }
             if kind.is_dir() {
@@ -164,11 +158,11 @@ fn files_below(root: &Path, rules: Rules<'_>, stop: &AtomicBool) -> Result<Tree>
                 continue;
             }
             if kind.is_symlink()
-                && let Ok(target) = fs::metadata(entry.path())
+                && let target = entry.path()
                 && target.is_dir()
             {
                 let place = if lies_in(&folder, root, &target) { &mut tree.loops } else { &mut todo };
-                place.push(entry.path());
+                place.push(target);
                 continue;
             }
             // A link that cannot be followed is a file, as for `os.walk`.
@@ -179,21 +173,17 @@ fn files_below(root: &Path, rules: Rules<'_>, stop: &AtomicBool) -> Result<Tree>
         names.sort();
         tree.folders.push((folder, names));
     }
-    tree.folders.sort_unstable_by(|(a, _), (b, _)| python_order(a.as_os_str(), b.as_os_str()));
+    tree.folders.sort_unstable_by(|(a, _), (b, _)| {
+        python_order(a.as_os_str().as_encoded_bytes(), b.as_os_str().as_encoded_bytes())
+    });
     Ok(tree)
 }
 
-/// Whether an error says nothing about the folder: it would be taken for empty.
-fn is_ours(error: &io::Error) -> bool {
-    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
-}
-
 /// Whether `target` is `folder` or one of the folders that led to it from `root`.
-fn lies_in(folder: &Path, root: &Path, target: &Metadata) -> bool {
+fn lies_in(folder: &Path, root: &Path, target: &Path) -> bool {
+    let Ok(target) = os::identity(target) else { return false };
     let deeper = folder.components().count() - root.components().count();
-    let same = |above: &Path| {
-        fs::metadata(above).is_ok_and(|above| (above.dev(), above.ino()) == (target.dev(), target.ino()))
-    };
+    let same = |above: &Path| os::identity(above).is_ok_and(|above| above == target);
     folder.ancestors().take(deeper + 1).any(same)
 }
 
@@ -213,9 +203,12 @@ fn ends_with_one_of(name: &OsStr, extensions: &[String]) -> bool {
     extensions.iter().any(|extension| lower.ends_with(extension.as_str()))
 }
 
-/// The order of two names as Python strings.
-pub fn python_order(a: &OsStr, b: &OsStr) -> Ordering {
-    let (a, b) = (a.as_encoded_bytes(), b.as_encoded_bytes());
+/// The order of two names, given as encoded bytes, as Python strings.
+fn python_order(a: &[u8], b: &[u8]) -> Ordering {
+    if cfg!(windows) {
+        // The encoding there extends UTF-8 to surrogates: its bytes are always in the order of the code points.
+        return a.cmp(b);
+    }
     let same = a.iter().zip(b).take_while(|(a, b)| a == b).count();
     if let (Some(x), Some(y)) = (a.get(same), b.get(same))
         && x.is_ascii()
@@ -238,29 +231,26 @@ mod tests {
     use super::*;
     use crate::error::Error;
     use proptest::prelude::*;
-    use std::os::unix::ffi::OsStrExt;
 
-    fn name(bytes: &[u8]) -> &OsStr {
-        OsStr::from_bytes(bytes)
-    }
-
+    #[cfg(not(windows))]
     #[test]
     fn an_escaped_byte_sorts_below_the_private_use_area() {
         // U+DCFF < U+E000, although the byte 0xFF is larger than every byte of UTF-8.
-        assert_eq!(python_order(name(b"\xff"), name("\u{e000}".as_bytes())), Ordering::Less);
-        assert_eq!(python_order(name(b"\xff"), name("é".as_bytes())), Ordering::Greater);
-        assert_eq!(python_order(name(b"a"), name(b"ab")), Ordering::Less);
+        assert_eq!(python_order(b"\xff", "\u{e000}".as_bytes()), Ordering::Less);
+        assert_eq!(python_order(b"\xff", "é".as_bytes()), Ordering::Greater);
+        assert_eq!(python_order(b"a", b"ab"), Ordering::Less);
         // A sequence that one name cuts short is a character in the other.
-        assert_eq!(python_order(name(b"\xf0\x9f\x90"), name("🐱".as_bytes())), Ordering::Less);
-        assert_eq!(python_order(name(b"\xc3"), name(b"\xc3\xa9")), Ordering::Greater);
+        assert_eq!(python_order(b"\xf0\x9f\x90", "🐱".as_bytes()), Ordering::Less);
+        assert_eq!(python_order(b"\xc3", b"\xc3\xa9"), Ordering::Greater);
     }
 
+    #[cfg(not(windows))]
     proptest! {
         #[test]
         fn the_order_is_that_of_the_code_points(a in prop::collection::vec(any::<u8>(), 0..6),
                                                 b in prop::collection::vec(any::<u8>(), 0..6)) {
             let whole: Ordering = code_points(&a).collect::<Vec<_>>().cmp(&code_points(&b).collect::<Vec<_>>());
-            prop_assert_eq!(python_order(name(&a), name(&b)), whole);
+            prop_assert_eq!(python_order(&a, &b), whole);
         }
     }
 
@@ -272,7 +262,7 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, b"").unwrap();
         }
-        std::os::unix::fs::symlink(root.path().join("sub"), root.path().join("link")).unwrap();
+        os::link_folder(root.path().join("sub"), root.path().join("link")).unwrap();
         let extensions = [".jpg", ".jpeg", ".png"].map(String::from);
         let folders = [root.path().to_path_buf(), root.path().join("missing")];
         let rules = Rules { extensions: Some(&extensions), skip_hidden: false };
@@ -318,7 +308,7 @@ mod tests {
     }
 
     fn files(tree: &Tree, root: &Path) -> Vec<PathBuf> {
-        let all = tree.folders.iter().flat_map(|(folder, names)| names.iter().map(|file| folder.join(name(file))));
+        let all = tree.folders.iter().flat_map(|(folder, names)| names.iter().map(|file| folder.join(os::name(file))));
         all.map(|path| path.strip_prefix(root).unwrap().to_path_buf()).collect()
     }
 
@@ -330,7 +320,7 @@ mod tests {
         fs::write(class.join("deep").join("x.jpg"), b"").unwrap();
         // Two to the folder itself, one to a folder above, one beside: not a loop.
         for (link, target) in [("a", "class"), ("deep/b", "class"), ("deep/c", "."), ("d", "class/deep")] {
-            std::os::unix::fs::symlink(root.path().join(target), class.join(link)).unwrap();
+            os::link_folder(root.path().join(target), class.join(link)).unwrap();
         }
         let found = trees(std::slice::from_ref(&class), Rules::default());
         let tree = found[0].as_ref().unwrap();
@@ -365,7 +355,7 @@ mod tests {
         for folder in &folders {
             fs::create_dir(folder).unwrap();
             for (i, other) in folders.iter().enumerate().filter(|(_, other)| *other != folder) {
-                std::os::unix::fs::symlink(other, folder.join(format!("to-{i}"))).unwrap();
+                os::link_folder(other, folder.join(format!("to-{i}"))).unwrap();
             }
         }
         let outcome = scan(&folders[..1], Rules::default(), |_| Ok(()), || Err(Error::Interrupted));

@@ -1,17 +1,11 @@
 //! Files that somebody put into a folder of images: only regular ones are read.
 
-use std::fs::{File, FileType, OpenOptions};
+use std::fs::{File, FileType};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::OFlags;
-use rustix::io::Errno;
-
 use crate::error::{Error, Result};
-
-// What was opened is looked at afterwards: with these no kind of file makes the opening itself wait.
-const FLAGS: OFlags = OFlags::NONBLOCK.union(OFlags::NOCTTY);
+use crate::os;
 
 /// Opens a regular file, links followed, and tells its size.
 ///
@@ -19,8 +13,7 @@ const FLAGS: OFlags = OFlags::NONBLOCK.union(OFlags::NOCTTY);
 /// For anything else: a named pipe would wait for a writer for ever, a device may do so or never end.
 pub fn regular(path: &Path) -> Result<(File, u64)> {
     let io = |source| Error::Io { path: path.into(), source };
-    let file = OpenOptions::new().read(true).custom_flags(FLAGS.bits().cast_signed()).open(path);
-    let file = file.map_err(|source| match std::fs::metadata(path) {
+    let file = os::open_at_once(path).map_err(|source| match std::fs::metadata(path) {
         // Sockets cannot be opened at all.
         Ok(found) if !found.is_file() && !found.is_dir() => io(other_kind(found.file_type())),
         _ => io(source),
@@ -29,24 +22,14 @@ pub fn regular(path: &Path) -> Result<(File, u64)> {
     if found.is_file() {
         return Ok((file, found.len()));
     }
-    let is_folder = io::Error::from(Errno::ISDIR);
-    Err(io(if found.is_dir() { is_folder } else { other_kind(found.file_type()) }))
+    Err(io(if found.is_dir() { os::is_a_folder() } else { other_kind(found.file_type()) }))
 }
 
 fn other_kind(kind: FileType) -> io::Error {
-    let name = if kind.is_fifo() {
-        "a named pipe"
-    } else if kind.is_socket() {
-        "a socket"
-    } else if kind.is_char_device() || kind.is_block_device() {
-        "a device"
-    } else {
-        "something"
-    };
-    io::Error::other(format!("this is {name}, not a regular file: remove it from the data"))
+    io::Error::other(format!("this is {}, not a regular file: remove it from the data", os::kind(kind)))
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
     use super::*;
 
@@ -60,11 +43,12 @@ mod tests {
         assert!(std::process::Command::new("mkfifo").arg(place("pipe")).status().unwrap().success());
         assert_eq!(regular(&place("file")).unwrap().1, 3);
         assert_eq!(regular(&place("link")).unwrap().1, 3);
+        let named = |name| if cfg!(cnnrs_portable) { "this is something" } else { name };
         for (path, reason) in [
-            (place("pipe"), "a named pipe"),
-            (place("socket"), "a socket"),
-            ("/dev/null".into(), "a device"),
-            (folder.path().into(), "Is a directory"),
+            (place("pipe"), named("a named pipe")),
+            (place("socket"), named("a socket")),
+            ("/dev/null".into(), named("a device")),
+            (folder.path().into(), "s a directory"),
             (place("gone"), "No such file"),
         ] {
             let text = regular(&path).unwrap_err().to_string();

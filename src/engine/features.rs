@@ -1,6 +1,4 @@
-//! What an engine computes for `preconv`.
-
-use crate::error::Result;
+//! What engines compute for `preconv`.
 
 /// Element types of features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,14 +36,4 @@ pub trait Rows {
     fn shape(&self) -> Vec<usize>;
     fn dtype(&self) -> Dtype;
     fn bytes(&self) -> &[u8];
-}
-
-/// Who computes the features of a batch.
-pub trait Extract {
-    type Inputs;
-    type Rows: Rows + Send + 'static;
-
-    /// # Errors
-    /// Whatever stops the computation.
-    fn features(&mut self, inputs: Self::Inputs) -> Result<Self::Rows>;
 }

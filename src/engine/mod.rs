@@ -1,12 +1,11 @@
 //! Who computes it. `fit` and `preconv` know this trait, not its implementors.
 
+#[cfg(feature = "native")]
 pub mod cpu;
 mod features;
 pub mod optimizer;
-#[cfg(feature = "torch")]
-pub mod torch;
 
-pub use features::{Dtype, Extract, Rows};
+pub use features::{Dtype, Rows};
 
 use crate::error::Result;
 

@@ -255,6 +255,7 @@ impl ResizePath {
 
     /// Those that this processor has, slowest first.
     pub fn all() -> Vec<Self> {
+        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
         let mut all = vec![Self::Scalar];
         #[cfg(target_arch = "x86_64")]
         {

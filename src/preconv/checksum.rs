@@ -1,12 +1,12 @@
 //! CRC-32 of stored rows, read with plain reads: mapped pages would count as this process's memory.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
+use crate::os::FileExt;
 use crate::threads;
 
 const CHUNK: usize = 1 << 20;

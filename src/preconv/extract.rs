@@ -1,6 +1,6 @@
-//! Batches in, rows of features out.
+//! Batches of features to where they are kept.
 
-use crate::engine::{Dtype, Extract, Rows};
+use crate::engine::{Dtype, Rows};
 use crate::error::{Error, Result};
 
 /// Where the rows of a batch belong.
@@ -12,10 +12,9 @@ pub struct Place {
     pub tag: String,
 }
 
-/// What the model reads, and where its rows go.
-#[derive(Debug)]
-pub struct Batch<I> {
-    pub inputs: I,
+/// What the model made, and where it goes.
+pub struct Batch {
+    pub rows: Box<dyn Rows + Send>,
     pub place: Place,
 }
 
@@ -32,20 +31,15 @@ pub trait Sink {
     fn append(&mut self, rows: Box<dyn Rows + Send>, place: Place) -> Result<()>;
 }
 
-/// Runs every batch through the model and hands the rows on.
+/// Hands the rows of every batch on; returns their number.
 ///
 /// # Errors
-/// Those of the batches, the model and the sink; rows of another shape or type than the first batch's.
-pub fn extract<E: Extract>(
-    model: &mut E,
-    batches: impl IntoIterator<Item = Result<Batch<E::Inputs>>>,
-    sink: &mut impl Sink,
-) -> Result<usize> {
+/// Those of the batches and the sink; rows of another shape or type than the first batch's.
+pub fn extract(batches: impl IntoIterator<Item = Result<Batch>>, sink: &mut impl Sink) -> Result<usize> {
     let mut first: Option<(Vec<usize>, Dtype)> = None;
     let mut count = 0;
     for batch in batches {
-        let Batch { inputs, place } = batch?;
-        let rows = model.features(inputs)?;
+        let Batch { rows, place } = batch?;
         let shape = rows.shape();
         let Some((&samples, row)) = shape.split_first() else {
             return Err(Error::Argument("features must have a batch dimension, got a scalar".to_owned()));
@@ -68,7 +62,7 @@ pub fn extract<E: Extract>(
             }
             Some(_) => {}
         }
-        sink.append(Box::new(rows), place)?;
+        sink.append(rows, place)?;
         count += samples;
     }
     Ok(count)

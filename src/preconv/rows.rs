@@ -5,13 +5,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::Place;
 use super::npy::{HEADER, header};
 use crate::engine::Dtype;
 use crate::error::{Error, Result};
+use crate::os::{self, FileExt};
 
 /// Which file, and how it is written.
 #[derive(Debug, Clone)]
@@ -78,7 +78,7 @@ impl RowFile {
             file.write_all_at(&head, 0).map_err(io)?;
         }
         if let Some(total) = target.total {
-            reserve(&file, HEADER + total * row_bytes).map_err(io)?;
+            os::reserve(&file, HEADER + total * row_bytes).map_err(io)?;
         }
         let journal = target.journal.as_ref().map(|path| {
             let opened = OpenOptions::new().append(true).open(path);
@@ -173,15 +173,6 @@ impl RowFile {
 
     fn at<T>(&self, result: io::Result<T>) -> Result<T> {
         result.map_err(|source| Error::Io { path: self.target.path.clone(), source })
-    }
-}
-
-/// Disk space for the whole file, so that a full disk is an error now and not in the middle of the night.
-fn reserve(file: &File, bytes: u64) -> io::Result<()> {
-    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, bytes) {
-        // File systems that cannot reserve: the file gets its size, and its space as rows come.
-        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS | rustix::io::Errno::INVAL) => file.set_len(bytes),
-        other => Ok(other?),
     }
 }
 

@@ -1,9 +1,11 @@
-//! Arrays in and out without a copy, through the DLPack capsule protocol (v0, which every torch reads).
+//! The DLPack capsule protocol (v0, which every torch reads and writes): arrays in and out without a copy.
 //!
 //! Out: a [`Batch`] becomes a capsule that `torch.from_dlpack` turns into a tensor; when the tensor dies, on whatever
-//! thread, the deleter drops the batch and its buffer is back in the pool. In: a tensor's capsule becomes a [`View`].
+//! thread, the deleter drops the batch and its buffer is back in the pool. In: a tensor's capsule becomes an [`Array`].
 
 use std::ffi::{CStr, c_void};
+use std::fmt;
+use std::ptr::NonNull;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -94,19 +96,63 @@ pub fn export(py: Python<'_>, batch: Batch) -> PyResult<Bound<'_, PyAny>> {
     }
 }
 
-/// The bytes of a contiguous uint8 tensor in CPU memory, kept alive.
-pub struct View {
-    managed: *mut DLManagedTensor,
-    pub shape: Vec<usize>,
+/// Element types that cross.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Uint8,
+    Int64,
+    BFloat16,
+    Float16,
+    Float32,
+    Float64,
+    /// DLPack's code of the type and its bits.
+    Other(u8, u8),
 }
 
-// SAFETY: the memory is only read, and the deleter of a DLPack capsule may run on any thread.
-unsafe impl Send for View {}
-// SAFETY: as above.
-unsafe impl Sync for View {}
+impl Kind {
+    /// Bytes of one element, where known.
+    pub fn bytes(self) -> Option<usize> {
+        match self {
+            Self::Uint8 => Some(1),
+            Self::BFloat16 | Self::Float16 => Some(2),
+            Self::Float32 => Some(4),
+            Self::Int64 | Self::Float64 => Some(8),
+            Self::Other(..) => None,
+        }
+    }
+}
 
-impl View {
-    /// Consumes a capsule of `torch.utils.dlpack.to_dlpack`.
+/// torch's name, where there is one.
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Uint8 => f.write_str("uint8"),
+            Self::Int64 => f.write_str("int64"),
+            Self::BFloat16 => f.write_str("bfloat16"),
+            Self::Float16 => f.write_str("float16"),
+            Self::Float32 => f.write_str("float32"),
+            Self::Float64 => f.write_str("float64"),
+            Self::Other(0, bits) => write!(f, "int{bits}"),
+            Self::Other(1, bits) => write!(f, "uint{bits}"),
+            Self::Other(5, bits) => write!(f, "complex{bits}"),
+            Self::Other(6, _) => f.write_str("bool"),
+            Self::Other(code, bits) => write!(f, "a type of {bits} bits (DLPack's code {code})"),
+        }
+    }
+}
+
+/// Somebody else's array, kept alive.
+pub struct Array {
+    managed: NonNull<DLManagedTensor>,
+}
+
+// SAFETY: an array is memory and numbers; the deleter of a DLPack capsule may run on any thread.
+unsafe impl Send for Array {}
+// SAFETY: as above; nothing here changes it.
+unsafe impl Sync for Array {}
+
+impl Array {
+    /// Consumes a capsule, as `torch.utils.dlpack.to_dlpack` makes it.
     pub fn new(capsule: &Bound<'_, PyCapsule>) -> PyResult<Self> {
         let raw = capsule.as_ptr();
         // SAFETY: the name says what the pointer is; renaming takes the ownership, as the protocol asks.
@@ -117,51 +163,70 @@ impl View {
             }
             managed
         };
-        let mut view = Self { managed, shape: Vec::new() };
+        NonNull::new(managed).map(|managed| Self { managed }).ok_or_else(|| PyValueError::new_err("an empty capsule"))
+    }
+
+    fn tensor(&self) -> &DLTensor {
         // SAFETY: valid until the deleter is called, which `Drop` does.
-        let tensor = unsafe { &(*managed).tensor };
+        unsafe { &self.managed.as_ref().tensor }
+    }
+
+    pub fn on_cpu(&self) -> bool {
+        self.tensor().device_type == CPU
+    }
+
+    pub fn kind(&self) -> Kind {
+        let tensor = self.tensor();
+        match (tensor.code, tensor.bits, tensor.lanes) {
+            (1, 8, 1) => Kind::Uint8,
+            (0, 64, 1) => Kind::Int64,
+            (4, 16, 1) => Kind::BFloat16,
+            (2, 16, 1) => Kind::Float16,
+            (2, 32, 1) => Kind::Float32,
+            (2, 64, 1) => Kind::Float64,
+            (code, bits, _) => Kind::Other(code, bits),
+        }
+    }
+
+    pub fn shape(&self) -> Vec<usize> {
+        let tensor = self.tensor();
         let ndim = usize::try_from(tensor.ndim).unwrap_or_default();
-        // SAFETY: `shape` has `ndim` entries, as have `strides` unless they are null (contiguous).
-        let (shape, strides) = unsafe {
-            let strides = (!tensor.strides.is_null()).then(|| std::slice::from_raw_parts(tensor.strides, ndim));
-            (std::slice::from_raw_parts(tensor.shape, ndim), strides)
-        };
-        let mut contiguous = 1;
-        for (i, &size) in shape.iter().enumerate().rev() {
-            if size != 1 && strides.is_some_and(|strides| strides.get(i) != Some(&contiguous)) {
-                return Err(PyValueError::new_err("the tensor is not contiguous: call .contiguous() first"));
+        // SAFETY: `shape` has `ndim` entries; it may be null where there are none.
+        let shape = if ndim == 0 { &[][..] } else { unsafe { std::slice::from_raw_parts(tensor.shape, ndim) } };
+        shape.iter().map(|&size| usize::try_from(size).unwrap_or_default()).collect()
+    }
+
+    /// Whether the elements of `shape` lie behind each other.
+    pub fn is_contiguous(&self, shape: &[usize]) -> bool {
+        let tensor = self.tensor();
+        if tensor.strides.is_null() || shape.contains(&0) {
+            return true;
+        }
+        // SAFETY: as many entries as dimensions, unless they are null.
+        let strides = unsafe { std::slice::from_raw_parts(tensor.strides, shape.len()) };
+        let mut expected = 1;
+        for (&size, &stride) in shape.iter().zip(strides).rev() {
+            if size != 1 && stride != expected {
+                return false;
             }
-            contiguous *= size;
+            expected *= size as i64;
         }
-        if (tensor.device_type, tensor.code, tensor.bits, tensor.lanes) != (CPU, 1, 8, 1) {
-            return Err(PyValueError::new_err("a uint8 tensor in CPU memory is expected"));
-        }
-        view.shape = shape.iter().map(|&n| usize::try_from(n).unwrap_or_default()).collect();
-        Ok(view)
+        true
+    }
+
+    /// Where the first element is.
+    pub fn start(&self) -> *mut u8 {
+        let tensor = self.tensor();
+        tensor.data.cast::<u8>().wrapping_add(usize::try_from(tensor.byte_offset).unwrap_or_default())
     }
 }
 
-impl AsRef<[u8]> for View {
-    fn as_ref(&self) -> &[u8] {
-        let len = self.shape.iter().product::<usize>();
-        // SAFETY: `new` checked that `len` contiguous bytes of CPU memory are there; the capsule keeps them alive.
-        unsafe {
-            let tensor = &(*self.managed).tensor;
-            if len == 0 {
-                return &[];
-            }
-            let offset = usize::try_from(tensor.byte_offset).unwrap_or_default();
-            std::slice::from_raw_parts(tensor.data.cast::<u8>().add(offset), len)
-        }
-    }
-}
-
-impl Drop for View {
+impl Drop for Array {
     fn drop(&mut self) {
-        // SAFETY: we took the ownership in `new`, so the deleter is ours to call, once.
+        // SAFETY: `new` took the ownership, so the deleter is ours to call, once.
         unsafe {
-            if let Some(deleter) = (*self.managed).deleter {
-                deleter(self.managed);
+            if let Some(deleter) = self.managed.as_ref().deleter {
+                deleter(self.managed.as_ptr());
             }
         }
     }

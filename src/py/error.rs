@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::io::ErrorKind;
 
-use pyo3::exceptions::{PyIndexError, PyMemoryError, PyOSError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyIsADirectoryError, PyMemoryError, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::Error;
@@ -19,12 +19,6 @@ pub fn stash(error: PyErr) -> Error {
     Error::Interrupted
 }
 
-impl From<Error> for PyErr {
-    fn from(error: Error) -> Self {
-        Python::with_gil(|py| convert(py, error))
-    }
-}
-
 pub fn convert(py: Python<'_>, error: Error) -> PyErr {
     let text = error.to_string();
     match error {
@@ -32,8 +26,13 @@ pub fn convert(py: Python<'_>, error: Error) -> PyErr {
         Error::Io { source, .. } if source.kind() == ErrorKind::OutOfMemory => PyMemoryError::new_err(text),
         Error::Io { path, source } => match source.raw_os_error() {
             // OSError(errno, text, filename) picks FileNotFoundError, PermissionError, ... by itself.
-            // A str, as the file functions of Python give it, not a Path.
-            Some(errno) => PyOSError::new_err((errno, describe(&source), path.into_os_string())),
+            // A str, as the file functions of Python give it, not a Path. On Windows the number is not errno's: OSError
+            // takes it as its fourth argument and finds errno itself.
+            Some(number) => {
+                let system = cfg!(windows).then_some(number);
+                PyOSError::new_err((number, describe(&source), path.into_os_string(), system))
+            }
+            None if source.kind() == ErrorKind::IsADirectory => PyIsADirectoryError::new_err(text),
             None => PyOSError::new_err(text),
         },
         Error::Decode { .. } | Error::TooLarge { .. } => ours(py, "DecodeError", text),

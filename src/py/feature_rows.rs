@@ -3,10 +3,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
-use tch::{Device, Kind, Tensor};
 
 use super::error::stash;
+use super::tensor::Tensor;
 use crate::engine::cpu::{HostBatch, Targets};
 use crate::error::{Error, Result};
 
@@ -24,20 +23,24 @@ pub struct FeatureRows {
 impl FeatureRows {
     /// # Errors
     /// `Argument` for tensors that are not contiguous in CPU memory, or an index outside of them.
-    pub fn new(features: PyTensor, labels: PyTensor, order: Vec<i64>, ends: Vec<usize>) -> Result<Self> {
-        let (features, labels) = (features.0, labels.0);
-        let plain =
-            |t: &Tensor, kinds: &[Kind]| t.device() == Device::Cpu && t.is_contiguous() && kinds.contains(&t.kind());
-        let rows = features.size().first().copied().unwrap_or(0);
-        if !plain(&features, &[Kind::Float]) || !plain(&labels, &[Kind::Int64, Kind::Float]) {
-            return Err(Error::Argument(
-                "features and labels must be contiguous, float32 and int64 or float32".to_owned(),
-            ));
+    pub fn new(features: Tensor, labels: Tensor, order: Vec<i64>, ends: Vec<usize>) -> Result<Self> {
+        let rows = features.shape().first().copied().unwrap_or(0);
+        let known = match labels.shape().len() {
+            1 => labels.elements::<i64>().is_some(),
+            2 => labels.elements::<f32>().is_some(),
+            _ => false,
+        };
+        if features.elements::<f32>().is_none() || !known {
+            return Err(Error::Argument(format!(
+                "features must be contiguous float32 and labels int64 (N,) or float32 (N, K), on cpu; got {} and {}",
+                features.describe(),
+                labels.describe()
+            )));
         }
-        if labels.size().first() != Some(&rows) {
-            return Err(Error::Argument(format!("{rows} features and labels of shape {:?}", labels.size())));
+        if labels.shape().first() != Some(&rows) {
+            return Err(Error::Argument(format!("{rows} features and labels of shape {:?}", labels.shape())));
         }
-        if let Some(wrong) = order.iter().find(|&&i| i < 0 || i >= rows) {
+        if let Some(wrong) = order.iter().find(|&&i| usize::try_from(i).map_or(true, |i| i >= rows)) {
             return Err(Error::Argument(format!("index {wrong} is out of range for {rows} features")));
         }
         if ends.iter().any(|&end| end > order.len()) || !ends.is_sorted() {
@@ -47,41 +50,26 @@ impl FeatureRows {
     }
 
     fn gather(&self, rows: &[i64]) -> Gathered {
-        let width: usize = self.features.size().iter().skip(1).map(|&d| d.unsigned_abs() as usize).product();
-        // SAFETY: `new` made sure of contiguous float32 in CPU memory; the tensor lives as long as `self`.
-        let features: &[f32] = unsafe { elements(&self.features) };
         let mut inputs = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
         inputs.clear();
-        for &row in rows {
-            inputs.extend_from_slice(&features[row as usize * width..][..width]);
+        for row in picked(&self.features, rows) {
+            inputs.extend_from_slice(row);
         }
-        let mut shape: Vec<usize> = self.features.size().iter().map(|&d| d.unsigned_abs() as usize).collect();
+        let mut shape = self.features.shape().to_vec();
         shape[0] = rows.len();
-        let labels = match self.labels.kind() {
-            Kind::Float => {
-                let width = self.labels.numel() / self.labels.size()[0].max(1).unsigned_abs() as usize;
-                // SAFETY: as above.
-                let values: &[f32] = unsafe { elements(&self.labels) };
-                Labels::Values(rows.iter().flat_map(|&r| &values[r as usize * width..][..width]).copied().collect())
-            }
-            _ => {
-                // SAFETY: as above, int64.
-                let classes: &[i64] = unsafe { elements(&self.labels) };
-                Labels::Classes(rows.iter().map(|&r| classes[r as usize]).collect())
-            }
+        let labels = match self.labels.elements::<i64>() {
+            Some(classes) => Labels::Classes(rows.iter().map(|&r| classes[r as usize]).collect()),
+            None => Labels::Values(picked(&self.labels, rows).flatten().copied().collect()),
         };
         Gathered { shape, inputs, labels, spare: Arc::clone(&self.spare) }
     }
 }
 
-/// # Safety
-/// The tensor must be contiguous, in CPU memory and of elements `T`.
-unsafe fn elements<T>(tensor: &Tensor) -> &[T] {
-    match tensor.numel() {
-        0 => &[],
-        // SAFETY: the caller's promise.
-        len => unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), len) },
-    }
+/// These rows of a float32 tensor; `new` has checked the numbers.
+fn picked<'a>(tensor: &'a Tensor, rows: &'a [i64]) -> impl Iterator<Item = &'a [f32]> {
+    let width: usize = tensor.shape().iter().skip(1).product();
+    let elements = tensor.elements::<f32>().unwrap_or_default();
+    rows.iter().map(move |&row| &elements[row as usize * width..][..width])
 }
 
 impl Iterator for FeatureRows {

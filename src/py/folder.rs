@@ -1,14 +1,14 @@
 //! `scan_folders`: the files of class folders.
 
 use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{self, PathBuf};
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString, PyTuple};
 
 use crate::data::folder::{self, Names, Rules, Tree};
+use crate::os;
 use crate::py::enter::enter;
 use crate::py::error::stash;
 
@@ -67,9 +67,9 @@ fn append(
     number: &Bound<'_, PyAny>,
     samples: &Bound<'_, PyList>,
 ) -> PyResult<()> {
-    let mut path = folder.as_bytes().to_vec();
-    if path.last().is_some_and(|&last| last != b'/') {
-        path.push(b'/');
+    let mut path = folder.as_encoded_bytes().to_vec();
+    if path.last().is_some_and(|&last| !path::is_separator(last.into())) {
+        path.extend_from_slice(path::MAIN_SEPARATOR_STR.as_bytes());
     }
     let start = path.len();
     for name in names.iter() {
@@ -78,7 +78,7 @@ fn append(
         let text = match std::str::from_utf8(&path) {
             Ok(text) => PyString::new(py, text),
             // Bytes that are not UTF-8 become lone surrogates.
-            Err(_) => OsStr::from_bytes(&path).into_pyobject(py)?,
+            Err(_) => os::name(&path).into_pyobject(py)?,
         };
         samples.append(PyTuple::new(py, [text.as_any(), number])?)?;
     }

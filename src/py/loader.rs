@@ -8,13 +8,14 @@ use std::time::Duration;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
-use pyo3::types::{PyBytes, PyCapsule, PyList, PyTuple};
+use pyo3::types::{PyBytes, PyList, PyTuple};
 
 use crate::data::{self, Input, Plan, Raw, Ready, Rows, Sample};
 use crate::image::{Limits, Truncated};
 use crate::py::cache::Cache;
-use crate::py::dlpack::{self, View};
+use crate::py::dlpack::{self, Kind};
 use crate::py::enter::enter;
+use crate::py::tensor::Tensor;
 use crate::py::transform;
 use crate::threads;
 
@@ -49,7 +50,7 @@ impl Memory {
 
 /// Loads batches of samples in order, ahead of the consumer.
 ///
-/// `ops` and `finish` are the tuples of `cnnrs.transforms`; `finish=None` returns pixels. `rows` is a DLPack capsule of
+/// `ops` and `finish` are the tuples of `cnnrs.transforms`; `finish=None` returns pixels. `rows` is a tensor of
 /// (N, H, W) uint8 gray images, for `submit_rows`.
 #[pyclass(frozen, module = "cnnrs._cnnrs")]
 pub struct Loader {
@@ -69,7 +70,7 @@ impl Loader {
         seed: u64,
         threads: usize,
         memory: &Memory,
-        rows: Option<Bound<'_, PyCapsule>>,
+        rows: Option<Tensor>,
         limits: Option<(Option<u64>, Option<u64>)>,
         cache: Option<&Cache>,
         cached_ops: usize,
@@ -78,13 +79,7 @@ impl Loader {
         scaled: bool,
     ) -> PyResult<Self> {
         let (transform, output) = transform::transform(&ops, finish.as_ref(), pillow13)?;
-        let rows = match rows.as_ref().map(View::new).transpose()? {
-            Some(view) => match *view.shape.as_slice() {
-                [_, height, width] => Some(Rows { data: Box::new(view), height, width }),
-                ref other => return Err(PyValueError::new_err(format!("(N, H, W) images expected, got {other:?}"))),
-            },
-            None => None,
-        };
+        let rows = rows.map(gray_images).transpose()?;
         let (pixels, bytes) = limits.unwrap_or_default();
         let default = Limits::default();
         let limits = Limits { pixels: pixels.unwrap_or(default.pixels), bytes: bytes.unwrap_or(default.bytes) };
@@ -217,4 +212,25 @@ type Pixels = (usize, usize, usize, PyBackedBytes);
 
 fn raw((height, width, channels, data): Pixels) -> PyResult<Raw> {
     Ok(Raw { height, width, channels, data: data::copied(&data)? })
+}
+
+/// Gray images that lie in a tensor.
+struct GrayImages(Tensor);
+
+impl AsRef<[u8]> for GrayImages {
+    fn as_ref(&self) -> &[u8] {
+        self.0.bytes().unwrap_or_default()
+    }
+}
+
+fn gray_images(images: Tensor) -> PyResult<Rows> {
+    match *images.shape() {
+        [_, height, width] if images.is_plain(Kind::Uint8) => {
+            Ok(Rows { data: Box::new(GrayImages(images)), height, width })
+        }
+        _ => Err(PyValueError::new_err(format!(
+            "contiguous uint8 images (N, H, W) on cpu expected, got {}",
+            images.describe()
+        ))),
+    }
 }

@@ -5,6 +5,7 @@ mod cache;
 mod check;
 mod dlpack;
 mod enter;
+mod epoch;
 mod error;
 mod feature_rows;
 mod fit;
@@ -16,9 +17,18 @@ mod loader;
 mod mnist;
 mod preconv;
 mod preconv_cpu;
+mod tensor;
 mod transform;
 
 use pyo3::prelude::*;
+
+use crate::error::Error;
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        Python::with_gil(|py| error::convert(py, error))
+    }
+}
 
 /// The whole Python surface of the extension.
 #[pymodule]
@@ -28,7 +38,7 @@ mod _cnnrs {
     #[pymodule_export]
     use super::check::check_files;
     #[pymodule_export]
-    use super::fit::{NativeOptimizer, fit_python, fit_torch, forward_torch};
+    use super::fit::fit_python;
     #[pymodule_export]
     use super::fit_cpu::{CpuPlans, cpu_obstacle, cpu_slow, fit_cpu};
     #[pymodule_export]
@@ -42,7 +52,7 @@ mod _cnnrs {
     #[pymodule_export]
     use super::mnist::read_idx;
     #[pymodule_export]
-    use super::preconv::{copy_rows, extract_rows, extract_torch, row_checksums};
+    use super::preconv::{copy_rows, extract_rows, row_checksums};
     #[pymodule_export]
     use super::preconv_cpu::CpuNetwork;
 
@@ -50,8 +60,6 @@ mod _cnnrs {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
-        // libtorch_python fills its type pointers when Python imports torch; before that every tensor call crashes.
-        module.py().import("torch")?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

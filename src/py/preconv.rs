@@ -5,14 +5,12 @@ use std::path::PathBuf;
 use numpy::PyArray1;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
 
 use super::batches::Batches;
+use super::dlpack::Kind;
 use super::enter::enter;
-use super::graph::Graph;
-use crate::engine::torch::{HostRows, TorchExtractor};
-use crate::engine::{Dtype, Extract};
-use crate::error::Result;
+use super::tensor::Tensor;
+use crate::engine::{Dtype, Rows};
 use crate::preconv::{self, Batch, Memory, Move, Place, RowFile, Target, Writer, extract};
 
 /// (bytes in memory or None when written to a file, shape, type)
@@ -20,59 +18,22 @@ type Features = (Option<Py<PyArray1<u8>>>, Vec<usize>, &'static str);
 /// (path, journal, rows in all where known, whether to go on with what is there)
 type File = (PathBuf, Option<PathBuf>, Option<u64>, bool);
 
-/// Features of a lowered model; `batches` yields (inputs, runs, tag) with inputs on the model's device.
+/// Keeps the features of all batches: `batches` yields (features, runs, tag), with features plain in CPU memory.
 #[pyfunction]
-#[pyo3(signature = (graph, tensors, batches, file, expected, dtype))]
-pub fn extract_torch(
-    py: Python<'_>,
-    graph: &Graph,
-    tensors: Vec<PyTensor>,
-    batches: Py<PyAny>,
-    file: Option<File>,
-    expected: usize,
-    dtype: Option<&str>,
-) -> PyResult<Features> {
-    if tensors.len() != graph.inner.tensors.len() {
-        return Err(PyValueError::new_err(format!("{} tensors for {}", tensors.len(), graph.inner.tensors.len())));
-    }
-    let tensors = tensors.into_iter().map(|t| t.0).collect();
-    let model = TorchExtractor { graph: graph.inner.clone(), tensors, dtype: parse(dtype)? };
-    run(py, model, batches, file, expected)
-}
-
-/// Features that somebody else computes: `batches` yields (features, runs, tag).
-#[pyfunction]
-#[pyo3(signature = (batches, file, expected, dtype))]
-pub fn extract_rows(
-    py: Python<'_>,
-    batches: Py<PyAny>,
-    file: Option<File>,
-    expected: usize,
-    dtype: Option<&str>,
-) -> PyResult<Features> {
-    run(py, Computed(parse(dtype)?), batches, file, expected)
-}
-
-/// The one loop behind every engine.
-fn run<E: Extract<Inputs = tch::Tensor> + Send>(
-    py: Python<'_>,
-    mut model: E,
-    batches: Py<PyAny>,
-    file: Option<File>,
-    expected: usize,
-) -> PyResult<Features> {
+#[pyo3(signature = (batches, file, expected))]
+pub fn extract_rows(py: Python<'_>, batches: Py<PyAny>, file: Option<File>, expected: usize) -> PyResult<Features> {
     let batches = Batches { iterator: batches, read };
     if let Some((path, journal, total, resume)) = file {
         let shape = enter(py, move || {
             let mut writer = Writer::new(Target { path, journal, total, resume });
-            extract(&mut model, batches, &mut writer)?;
+            extract(batches, &mut writer)?;
             writer.finish()
         })?;
         return Ok((None, shape, ""));
     }
     let (memory, rows) = enter(py, move || {
         let mut memory = Memory { expected, ..Memory::default() };
-        let rows = extract(&mut model, batches, &mut memory)?;
+        let rows = extract(batches, &mut memory)?;
         Ok((memory, rows))
     })?;
     let dtype = memory.dtype.ok_or_else(|| PyValueError::new_err("no samples: there are no features to compute"))?;
@@ -80,19 +41,43 @@ fn run<E: Extract<Inputs = tch::Tensor> + Send>(
     Ok((Some(PyArray1::from_vec(py, memory.bytes).unbind()), shape, name(dtype)))
 }
 
-fn read(item: Bound<'_, PyAny>) -> PyResult<Batch<tch::Tensor>> {
-    let (inputs, runs, tag): (PyTensor, Vec<(u64, u64)>, String) = item.extract()?;
-    Ok(Batch { inputs: inputs.0, place: Place { runs, tag } })
+fn read(item: Bound<'_, PyAny>) -> PyResult<Batch> {
+    let (features, runs, tag): (Tensor, Vec<(u64, u64)>, String) = item.extract()?;
+    let dtype = match features.kind() {
+        Kind::BFloat16 => Some(Dtype::BFloat16),
+        Kind::Float16 => Some(Dtype::Float16),
+        Kind::Float32 => Some(Dtype::Float32),
+        Kind::Float64 => Some(Dtype::Float64),
+        Kind::Uint8 | Kind::Int64 | Kind::Other(..) => None,
+    };
+    match dtype {
+        Some(dtype) if features.bytes().is_some() => {
+            Ok(Batch { rows: Box::new(FeatureTensor { features, dtype }), place: Place { runs, tag } })
+        }
+        _ => Err(PyValueError::new_err(format!(
+            "features must be contiguous float16, bfloat16, float32 or float64 on cpu, got {}",
+            features.describe()
+        ))),
+    }
 }
 
-struct Computed(Option<Dtype>);
+/// The features of one batch in the tensor they came in.
+struct FeatureTensor {
+    features: Tensor,
+    dtype: Dtype,
+}
 
-impl Extract for Computed {
-    type Inputs = tch::Tensor;
-    type Rows = HostRows;
+impl Rows for FeatureTensor {
+    fn shape(&self) -> Vec<usize> {
+        self.features.shape().to_vec()
+    }
 
-    fn features(&mut self, features: tch::Tensor) -> Result<HostRows> {
-        HostRows::new(&features, self.0)
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.features.bytes().unwrap_or_default()
     }
 }
 
@@ -107,7 +92,7 @@ pub fn copy_rows(
     dtype: &str,
     moves: Vec<(u64, u64, u64, String)>,
 ) -> PyResult<()> {
-    let dtype = parse(Some(dtype))?.unwrap_or(Dtype::Float32);
+    let dtype = parse(dtype)?;
     let (path, journal, total, resume) = file;
     enter(py, move || {
         let moves: Vec<_> = moves.into_iter().map(|(from, to, count, tag)| Move { from, to, count, tag }).collect();
@@ -141,8 +126,7 @@ fn name(dtype: Dtype) -> &'static str {
     }
 }
 
-fn parse(dtype: Option<&str>) -> PyResult<Option<Dtype>> {
-    let Some(text) = dtype else { return Ok(None) };
+fn parse(text: &str) -> PyResult<Dtype> {
     let found = TYPES.into_iter().find(|dtype| name(*dtype) == text);
-    found.map(Some).ok_or_else(|| PyValueError::new_err(format!("no type of features: {text}")))
+    found.ok_or_else(|| PyValueError::new_err(format!("no type of features: {text}")))
 }

@@ -1,110 +1,100 @@
 //! `cnnrs._cnnrs.CpuNetwork`: a frozen network on the cpu engine, which borrows the memory of the user's tensors.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
-use tch::{Device, Kind, Tensor};
 
 use super::enter::enter;
 use super::error::convert;
 use super::graph::Graph;
+use super::tensor::{self, Tensor};
+use crate::data::DType;
+use crate::data::batch::{self, Buffers};
 use crate::engine::cpu::infer::{self, Frozen, Isa, Options, Parameters};
-use crate::error::{Error, Result};
+use crate::error::Error;
+use crate::model;
 
-/// Contiguous float32 on the CPU.
-struct Floats(Tensor);
+/// `None` for tensors that are not plain float32: only counters of batch norm may be.
+struct Weights(Vec<Tensor>);
 
-impl Floats {
-    /// # Errors
-    /// `Argument` for tensors of another type or in another place.
-    fn new(tensor: &Tensor, what: &str) -> Result<Self> {
-        let _guard = tch::no_grad_guard();
-        let (kind, device) = (tensor.kind(), tensor.device());
-        if device != Device::Cpu || kind != Kind::Float || tensor.is_sparse() || tensor.is_mkldnn() {
-            return Err(Error::Argument(format!(
-                "engine 'cpu' computes with dense float32 tensors on the CPU, but {what} is {kind:?} on {device:?}: use \
-                 engine='torch'"
-            )));
-        }
-        // A model in channels_last is copied here; all others are read where they are.
-        Ok(Self(tensor.f_detach()?.f_contiguous()?))
-    }
-
-    fn shape(&self) -> Vec<usize> {
-        self.0.size().into_iter().map(|d| usize::try_from(d).unwrap_or_default()).collect()
-    }
-
-    fn get(&self) -> &[f32] {
-        match self.0.numel() {
-            0 => &[],
-            // SAFETY: `new` made a contiguous float32 tensor on the CPU; it lives as long as the slice.
-            len => unsafe { std::slice::from_raw_parts(self.0.data_ptr().cast::<f32>(), len) },
-        }
-    }
-}
-
-/// `None` for tensors that are no dense float32 on the CPU: only counters of batch norm may be.
-struct Weights(Vec<Option<Floats>>);
-
-impl Parameters for Weights {
+impl Parameters for Arc<Weights> {
     fn floats(&self, index: usize) -> Option<&[f32]> {
-        self.0.get(index)?.as_ref().map(Floats::get)
+        self.0.get(index)?.elements()
     }
 }
 
-fn weights(graph: &Graph, tensors: Vec<PyTensor>) -> PyResult<Weights> {
+fn weights(graph: &Graph, tensors: Vec<Tensor>) -> PyResult<Arc<Weights>> {
     if tensors.len() != graph.inner.tensors.len() {
         return Err(PyValueError::new_err(format!("{} tensors for {}", tensors.len(), graph.inner.tensors.len())));
     }
-    Ok(Weights(tensors.into_iter().map(|t| Floats::new(&t.0, "a parameter").ok()).collect()))
+    Ok(Arc::new(Weights(tensors)))
+}
+
+impl Weights {
+    /// The same, as they are now; None where nothing has moved.
+    fn moved(&self, py: Python<'_>) -> PyResult<Option<Self>> {
+        for tensor in &self.0 {
+            if tensor.has_moved(py)? {
+                return Ok(Some(Self(self.0.iter().map(|tensor| tensor.again(py)).collect::<PyResult<_>>()?)));
+            }
+        }
+        Ok(None)
+    }
 }
 
 /// Compiled for the shape of the first batch, and again when it changes; the weights are read then.
 #[pyclass(frozen, module = "cnnrs._cnnrs")]
 pub struct CpuNetwork {
-    inner: Mutex<Frozen<Weights>>,
+    inner: Mutex<Frozen<Arc<Weights>>>,
+    weights: Mutex<Arc<Weights>>,
+    graph: model::Graph,
+    options: Options,
+    /// Memory of features that nobody looks at any more.
+    buffers: Arc<Buffers>,
 }
+
+/// One batch is computed while up to four wait for the disk.
+const BUFFERS: usize = 5;
 
 /// (name, kind, method, floating-point operations per image, seconds so far)
 type Row = (String, &'static str, &'static str, u64, f64);
 
 #[pymethods]
 impl CpuNetwork {
-    /// `exact`: no Winograd convolution.
+    /// `tensors`: contiguous; `workers`: number of threads; `exact`: no Winograd convolution.
     #[new]
-    fn new(py: Python<'_>, graph: &Graph, tensors: Vec<PyTensor>, exact: bool) -> PyResult<Self> {
-        let workers = usize::try_from(tch::get_num_threads()).unwrap_or(1);
+    fn new(py: Python<'_>, graph: &Graph, tensors: Vec<Tensor>, workers: usize, exact: bool) -> PyResult<Self> {
         let options = Options { workers, exact, isa: Isa::best() };
-        let inner = Frozen::new(graph.inner.clone(), weights(graph, tensors)?, options);
-        Ok(Self { inner: Mutex::new(inner.map_err(|error| convert(py, error))?) })
+        let (weights, graph) = (weights(graph, tensors)?, graph.inner.clone());
+        let inner = Frozen::new(graph.clone(), Arc::clone(&weights), options).map_err(|error| convert(py, error))?;
+        let (inner, weights) = (Mutex::new(inner), Mutex::new(weights));
+        Ok(Self { inner, weights, graph, options, buffers: Buffers::new(BUFFERS) })
     }
 
     /// Why a graph cannot be computed on inputs of this shape; None where it can.
     #[staticmethod]
-    fn obstacle(graph: &Graph, tensors: Vec<PyTensor>, input: Vec<usize>) -> PyResult<Option<String>> {
+    fn obstacle(graph: &Graph, tensors: Vec<Tensor>, input: Vec<usize>) -> PyResult<Option<String>> {
         Ok(infer::obstacle(&graph.inner, &weights(graph, tensors)?, &input))
     }
 
-    /// Features of one batch.
-    fn __call__(&self, py: Python<'_>, images: PyTensor) -> PyResult<PyTensor> {
-        let images = Floats::new(&images.0, "the batch").map_err(|error| convert(py, error))?;
-        let inner = &self.inner;
-        enter(py, move || {
+    /// Features of one batch, contiguous float32 (N, ...).
+    fn __call__<'py>(&self, py: Python<'py>, images: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let images = tensor::contiguous(images)?;
+        self.follow(py)?;
+        let (inner, buffers) = (&self.inner, &self.buffers);
+        let features = enter(py, move || {
+            let floats = images.elements::<f32>().ok_or_else(|| {
+                let found = images.describe();
+                Error::Argument(format!("engine 'cpu' reads contiguous float32 images on cpu, got {found}"))
+            })?;
             let mut network = inner.lock().unwrap_or_else(PoisonError::into_inner);
-            let shape = network.output(&images.shape())?;
-            let sizes: Vec<i64> = shape.iter().map(|&d| d as i64).collect();
-            let features = Tensor::f_empty(sizes, (Kind::Float, Device::Cpu))?;
-            let output = match features.numel() {
-                0 => &mut [][..],
-                // SAFETY: a new contiguous float32 tensor that nobody else knows; every float is written before it is
-                // read.
-                len => unsafe { std::slice::from_raw_parts_mut(features.data_ptr().cast::<f32>(), len) },
-            };
-            network.run(&images.shape(), images.get(), output)?;
-            Ok(PyTensor(features))
-        })
+            let shape = network.output(images.shape())?;
+            let mut features = batch::single(buffers, shape, DType::Float32, |_| ())?;
+            network.run(images.shape(), floats, features.f32_mut())?;
+            Ok(features)
+        })?;
+        tensor::new(py, features)
     }
 
     /// Per step: name, kind, method, floating-point operations per image, seconds since the first batch.
@@ -117,5 +107,22 @@ impl CpuNetwork {
     /// Bytes of activations, weights and the workers' memory, 0 before the first batch.
     fn bytes(&self) -> (usize, usize, usize) {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner).bytes().into()
+    }
+}
+
+impl CpuNetwork {
+    /// Weights that have been given other memory are read from there.
+    fn follow(&self, py: Python<'_>) -> PyResult<()> {
+        let mut weights = self.weights.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(moved) = weights.moved(py)? else { return Ok(()) };
+        let moved = Arc::new(moved);
+        let compiled = Frozen::new(self.graph.clone(), Arc::clone(&moved), self.options);
+        let compiled = compiled.map_err(|error| convert(py, error))?;
+        *weights = moved;
+        let old = py.allow_threads(|| {
+            std::mem::replace(&mut *self.inner.lock().unwrap_or_else(PoisonError::into_inner), compiled)
+        });
+        drop(old);
+        Ok(())
     }
 }

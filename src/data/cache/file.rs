@@ -8,11 +8,8 @@
 //! in between leaves bytes that the next one overwrites. A later record of a path replaces an earlier one.
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
@@ -24,6 +21,7 @@ use super::map::map;
 use super::{Outcome, Shape, Stamp, pack};
 use crate::error::{Error, Result};
 use crate::image::Image;
+use crate::os::{self, FileExt};
 
 const MAGIC: &[u8; 16] = b"cnnrs cache v1\n\0";
 /// The committed end follows the magic, the length of the key follows that.
@@ -249,7 +247,7 @@ fn number(file: &File, offset: u64) -> Option<u64> {
 }
 
 fn write_record(path: &Path, stamp: Stamp, shape: Shape, image: &Image, record: &mut Vec<u8>) -> Result<()> {
-    let name = path.as_os_str().as_bytes();
+    let name = path.as_os_str().as_encoded_bytes();
     record.clear();
     for word in [TAG, u32::try_from(name.len()).unwrap_or(u32::MAX), shape.width, shape.height, shape.channels, 0] {
         record.extend_from_slice(&word.to_le_bytes());
@@ -275,7 +273,7 @@ fn read_head(bytes: &[u8]) -> Option<(PathBuf, Entry)> {
     let path_length = word(4)? as usize;
     let shape = Shape { width: word(8)?, height: word(12)?, channels: word(16)? };
     let stamp = Stamp { size: double(24)?, modified: double(32)?.cast_signed() };
-    let path = PathBuf::from(OsStr::from_bytes(bytes.get(HEAD..HEAD.checked_add(path_length)?)?));
+    let path = PathBuf::from(&os::name(bytes.get(HEAD..HEAD.checked_add(path_length)?)?));
     let length = HEAD.checked_add(path_length)?.checked_add(shape.bytes()?)?;
     let checked = Arc::new(AtomicBool::new(false));
     (length <= bytes.len()).then_some((path, Entry { offset: 0, path_length, shape, stamp, checked }))

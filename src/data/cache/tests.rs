@@ -1,6 +1,5 @@
-use std::os::unix::fs::FileExt;
-
 use super::*;
+use crate::os::FileExt;
 
 fn stamp(size: u64) -> Stamp {
     Stamp { size, modified: 5 }

@@ -9,6 +9,7 @@ use memmap2::MmapMut;
 use super::kernels::lanes::LANES;
 use crate::error::{Error, Result};
 use crate::model::Pair;
+use crate::os;
 
 /// How one image of a value lies in memory: `[blocks][height + border][width + border][pixel]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,10 +94,8 @@ impl Arena {
             Error::Argument(format!("no memory for {gib:.2} GiB of weights and activations: {error}"))
         };
         let mut map = MmapMut::map_anon(len.max(1) * 4).map_err(none)?;
-        // Transformed tiles are written to dozens of distant planes: with 4 KiB pages each is a miss of the TLB. The
-        // system may refuse; then it is only slower.
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
+        // Transformed tiles are written to dozens of distant planes: with 4 KiB pages each is a miss of the TLB.
+        os::ask_for_large_pages(&map);
         Ok(Self { start: map.as_mut_ptr().cast(), len, _map: map })
     }
 

@@ -20,6 +20,7 @@ pub enum Isa {
 impl Isa {
     /// What this processor has, widest last.
     pub fn available() -> Vec<Self> {
+        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
         let mut all = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
         {
