@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Derives locks/torch-<version>.lock from Cargo.lock: the same crates, with tch, pyo3-tch and torch-sys of that torch.
-# With --check nothing is written: it fails where a lock differs from Cargo.lock in anything but that trio.
+# Derives libtorch/locks/torch-<version>.lock from libtorch/Cargo.lock: the same crates, with tch, pyo3-tch and torch-sys of
+# that torch. With --check nothing is written: it fails where a lock differs in anything but that trio.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,26 +12,17 @@ others() {
     awk '/^\[\[package\]\]/ { skip = 0 } /^name = "(tch|pyo3-tch|torch-sys)"$/ { skip = 1 } !(skip && /^(version|checksum) =/)' "$1"
 }
 
-if [[ ${1:-} == --check ]]; then
-    for torch in "${!tch[@]}"; do
-        if ! diff <(others Cargo.lock) <(others "locks/torch-$torch.lock"); then
-            echo "locks/torch-$torch.lock is behind Cargo.lock: run make locks" >&2
-            exit 1
-        fi
-    done
-    exit 0
-fi
-
-mkdir -p build
-tree=$(mktemp -d build/locks.XXXX)
-trap 'rm -rf "$tree"' EXIT
-mkdir "$tree/src"
-touch "$tree/src/lib.rs"
 for torch in "${!tch[@]}"; do
-    cp Cargo.toml Cargo.lock "$tree"
+    lock=libtorch/locks/torch-$torch.lock
+    if [[ ${1:-} == --check ]]; then
+        diff <(others libtorch/Cargo.lock) <(others "$lock") || { echo "$lock is behind libtorch/Cargo.lock: run make locks" >&2; exit 1; }
+        continue
+    fi
+    cp libtorch/Cargo.lock "$lock"
+    tree=$(scripts/companion-tree.sh "$torch")
     for crate in pyo3-tch tch torch-sys; do
         cargo update --quiet --manifest-path "$tree/Cargo.toml" --package "$crate" --precise "${tch[$torch]}"
     done
-    cp "$tree/Cargo.lock" "locks/torch-$torch.lock"
-    echo "locks/torch-$torch.lock: tch ${tch[$torch]}"
+    cp "$tree/Cargo.lock" "$lock"
+    echo "$lock: tch ${tch[$torch]}"
 done
