@@ -15,7 +15,6 @@ __all__ = [
     "Graph",
     "Loader",
     "Memory",
-    "NativeOptimizer",
     "__version__",
     "apply_op",
     "available_threads",
@@ -25,11 +24,8 @@ __all__ = [
     "cpu_slow",
     "decode_image",
     "extract_rows",
-    "extract_torch",
     "fit_cpu",
     "fit_python",
-    "fit_torch",
-    "forward_torch",
     "image_orientation",
     "read_idx",
     "row_checksums",
@@ -63,35 +59,6 @@ class Graph:
     def parameters(self) -> list[list[int]]:
         """Indices of the parameters that each node reads."""
 
-@final
-class NativeOptimizer:
-    """SGD, Adam or AdamW over float32 CPU tensors that stay the user's."""
-
-    def __new__(
-        cls, sgd: Sequence[Any], adam: Sequence[Any], clip: Callable[[list[torch.Tensor | None]], None] | None
-    ) -> NativeOptimizer: ...
-    def gradients(self) -> list[torch.Tensor | None]:
-        """The gradients since the last step, or that step's, one per parameter; empty before the first."""
-
-    def updated(self) -> list[bool]:
-        """For every parameter, whether it has been updated."""
-
-def fit_torch(
-    number: int,
-    phase: str,
-    graph: Graph,
-    tensors: Sequence[torch.Tensor],
-    loss: tuple[Any, ...] | Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, _Counts]],
-    optimizer: NativeOptimizer | tuple[list[torch.Tensor], Callable[[list[torch.Tensor | None], bool], None]] | None,
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor] | None],
-    accumulate: int,
-    after: Callable[[int, float], Any] | None,
-) -> _Totals:
-    """One epoch of a lowered model through libtorch."""
-
-def forward_torch(graph: Graph, tensors: Sequence[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    """The output of a lowered model for one batch, with autograd behind it where it is on."""
-
 def fit_python(
     number: int,
     phase: str,
@@ -105,27 +72,16 @@ def fit_python(
 ) -> _Totals:
     """One epoch of any module, or what is left of it after ``before``."""
 
-def extract_torch(
-    graph: Graph,
-    tensors: Sequence[torch.Tensor],
-    batches: Iterator[tuple[torch.Tensor, list[tuple[int, int]], str]],
-    file: tuple[str, str | None, int | None, bool] | None,
-    expected: int,
-    dtype: str | None,
-) -> tuple[NDArray[np.uint8] | None, list[int], str]:
-    """Features of a lowered model: (bytes, or None when they are in a file; shape; torch's name of the type).
-
-    Batches are (inputs, runs (first row, rows) where their features go, JSON of the commit record); a file is (path,
-    journal, rows in all where known, whether to go on with what is there).
-    """
-
 def extract_rows(
     batches: Iterator[tuple[torch.Tensor, list[tuple[int, int]], str]],
     file: tuple[str, str | None, int | None, bool] | None,
     expected: int,
-    dtype: str | None,
 ) -> tuple[NDArray[np.uint8] | None, list[int], str]:
-    """Features that somebody else computes: as `extract_torch`, with features for inputs."""
+    """Keeps features: (bytes, or None when they are in a file; shape; torch's name of the type).
+
+    Batches are (contiguous features on the CPU, runs (first row, rows) where they go, JSON of the commit record); a
+    file is (path, journal, rows in all where known, whether to go on with what is there).
+    """
 
 def copy_rows(
     source: str | os.PathLike[str],
@@ -187,7 +143,7 @@ class Loader:
         seed: int,
         threads: int,
         memory: Memory,
-        rows: Any = None,
+        rows: torch.Tensor | None = None,
         limits: tuple[int | None, int | None] | None = None,
         cache: Cache | None = None,
         cached_ops: int = 0,
@@ -274,7 +230,7 @@ def cpu_obstacle(graph: Graph, input: Sequence[int], targets: Sequence[int] | No
     """Why the cpu engine cannot run a graph on inputs (and targets that are values) of this shape; None if it can."""
 
 def cpu_slow(graph: Graph) -> list[int]:
-    """Nodes that libtorch trains at least as fast as the cpu engine, where they are most of the work; else none."""
+    """Nodes that PyTorch trains at least as fast as the cpu engine, where they are most of the work; else none."""
 
 def fit_cpu(
     number: int,
@@ -286,6 +242,7 @@ def fit_cpu(
     adam: Sequence[Any],
     clip: tuple[str, float] | None,
     plans: CpuPlans,
+    workers: int,
     seed: int,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor] | None]
     | tuple[torch.Tensor, torch.Tensor, list[int], list[int]],
@@ -298,9 +255,9 @@ def fit_cpu(
 class CpuNetwork:
     """A frozen network on engine cpu, compiled for the shape of the first batch and again when it changes."""
 
-    def __new__(cls, graph: Graph, tensors: Sequence[torch.Tensor], exact: bool) -> CpuNetwork: ...
+    def __new__(cls, graph: Graph, tensors: Sequence[torch.Tensor], workers: int, exact: bool) -> CpuNetwork: ...
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Features of one batch."""
+        """Features of one batch, contiguous float32 (N, ...), of float32 images on the CPU."""
 
     def timings(self) -> list[tuple[str, str, str, int, float]]:
         """Per step: name, kind, method, floating-point operations per image, seconds since the first batch."""

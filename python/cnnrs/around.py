@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -12,6 +14,20 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What an enclosing ``torch.autocast`` computes in on this device, None without one."""
     on = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else None
+
+
+def global_hooks() -> bool:
+    """Whether hooks of all modules are registered."""
+    of: Any = torch.nn.modules.module
+    # torch has a function for it since 2.5.
+    return any(
+        (
+            of._global_forward_pre_hooks,
+            of._global_forward_hooks,
+            of._global_backward_pre_hooks,
+            of._global_backward_hooks,
+        )
+    )
 
 
 def unseen_by_libtorch() -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cnnrs import plain
 from cnnrs._progress import progress as bar
 from cnnrs.engines import to_device
 from cnnrs.graph import Lowered
@@ -116,9 +117,8 @@ def samples_of(*parts: Any) -> int:
 def is_plain(inputs: Any, targets: Any, training: bool) -> bool:
     """Whether the batch is two ordinary tensors, which is what the compiled engines read."""
     return all(
-        type(part) in (torch.Tensor, nn.Parameter)
-        and part.layout is torch.strided
-        and not part.is_nested
+        isinstance(part, torch.Tensor)
+        and plain.is_plain(part)
         # Nobody but autograd on the user's own module would reach what they were computed from.
         and not (training and part.requires_grad)
         for part in (inputs, targets)
@@ -129,6 +129,8 @@ def describe(batch: Any) -> str:
     """Words for an error message."""
     if isinstance(batch, torch.Tensor) and batch.requires_grad:
         return f"a {type(batch).__name__} that requires gradients"
+    if isinstance(batch, torch.Tensor) and not plain.is_plain(batch):
+        return plain.said(batch)
     size = f" of length {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
     return f"a {type(batch).__name__}{size}"
 

@@ -130,6 +130,8 @@ def available_memory() -> int:
             lines = dict(line.split(":", 1) for line in file)
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
+        if not hasattr(os, "sysconf"):
+            raise OSError("this system does not say how much memory is free: give cache_bytes") from None
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     for limit, used in (
         ("memory.max", "memory.current"),

@@ -20,6 +20,7 @@ from cnnrs.iterators import RowsIter, columns
 from cnnrs.loader import DataLoader
 from cnnrs.losses import Totals
 from cnnrs.optimizers import Step, overlap, reached, state_of
+from cnnrs.plain import is_plain
 
 #: Compiled plans and their threads live as long as the model.
 _PLANS: WeakKeyDictionary[nn.Module, _cnnrs.CpuPlans] = WeakKeyDictionary()
@@ -144,10 +145,13 @@ def run(
             lambda: plans.steps * accumulate,
         )
         return totals
-    arguments = (epoch, phase, lowered.graph, [t.detach() for t in lowered.tensors], loss)
+    # The weights of the classes as numbers, in whatever order of memory they are.
+    numbers = tuple(part.tolist() if isinstance(part, torch.Tensor) else part for part in loss)
+    arguments = (epoch, phase, lowered.graph, lowered.tensors, numbers)
+    workers = torch.get_num_threads()
     if phase == "validation" or optimizer is None:
         bound = None if after is None else lambda batch, mean: after(batch, mean, None)
-        return Totals(*_cnnrs.fit_cpu(*arguments, [], [], None, plans, 0, batches, 1, bound))
+        return Totals(*_cnnrs.fit_cpu(*arguments, [], [], None, plans, workers, 0, batches, 1, bound))
     optimizer.zero_grad()
     if isinstance(batches, Iterator):
         # The loader draws its order before dropout draws, as in a plain loop.
@@ -158,7 +162,7 @@ def run(
     sgd, adam = step.handle
     bound = None if after is None else lambda batch, mean: after(batch, mean, step)
     try:
-        return Totals(*_cnnrs.fit_cpu(*arguments, sgd, adam, clip, plans, seed, batches, accumulate, bound))
+        return Totals(*_cnnrs.fit_cpu(*arguments, sgd, adam, clip, plans, workers, seed, batches, accumulate, bound))
     finally:
         step.finish_after(plans.steps)
 
@@ -234,12 +238,12 @@ def _shared(column: Any) -> torch.Tensor | None:
     """A column as a contiguous tensor over the same memory, where there is one."""
     if isinstance(column, list):
         column = np.asarray(column) if all(type(value) is int for value in column) else None
-    if isinstance(column, np.ndarray) and column.dtype.isnative and column.flags.c_contiguous:
+    if isinstance(column, np.ndarray) and column.dtype.isnative and column.flags.c_contiguous and column.flags.aligned:
         with warnings.catch_warnings():
             # That a mapped file is read-only does not matter: nobody writes to it.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             column = torch.from_numpy(np.asarray(column)) if column.dtype in (np.float32, np.int64) else None
-    if isinstance(column, torch.Tensor) and column.device.type == "cpu" and column.is_contiguous():
+    if isinstance(column, torch.Tensor) and column.device.type == "cpu" and is_plain(column) and column.is_contiguous():
         return column.detach()
     return None
 

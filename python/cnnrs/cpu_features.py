@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cnnrs import _cnnrs
+from cnnrs import _cnnrs, plain
 from cnnrs.errors import UnsupportedModelError
 from cnnrs.graph import Lowered
 
@@ -20,18 +20,25 @@ def obstacle(lowered: Lowered, images: torch.Tensor) -> str | None:
         ("the batch", images),
         *((f"a parameter of shape {list(t.shape)}", t) for t in lowered.tensors),
     ]:
+        if not plain.is_plain(tensor):
+            return f"it reads ordinary tensors, but {name} is {plain.said(tensor)}"
         # Counters of batch norm are integers, and nobody reads them here.
         if tensor.device.type != "cpu" or (tensor.dtype != torch.float32 and tensor.is_floating_point()):
             return f"it computes in float32 on the CPU, but {name} is {tensor.dtype} on {tensor.device}"
     if images.dtype != torch.float32 or images.ndim not in (2, 4) or images.numel() == 0:
         return f"it reads float32 images (N, C, H, W) or vectors (N, F), not {images.dtype} {list(images.shape)}"
-    return _cnnrs.CpuNetwork.obstacle(lowered.graph, lowered.tensors, list(images.shape))
+    return _cnnrs.CpuNetwork.obstacle(lowered.graph, _in_order(lowered), list(images.shape))
+
+
+def _in_order(lowered: Lowered) -> list[torch.Tensor]:
+    """The model's tensors; those of a model in channels_last are copied, all others are read where they are."""
+    return [tensor.contiguous() for tensor in lowered.tensors]
 
 
 def network(
     lowered: Lowered, images: torch.Tensor, *, required: bool = False, exact: bool = False
 ) -> _cnnrs.CpuNetwork | None:
-    """The engine that computes features of batches like ``images``, or None where libtorch is to do it.
+    """The engine that computes features of batches like ``images``, or None where PyTorch is to do it.
 
     It is taken wherever it can run: its rounding is libtorch's, its convolutions are faster. What it can run depends on
     the images' type and size.
@@ -51,4 +58,6 @@ def network(
     reason = obstacle(lowered, images)
     if reason is not None and required:
         raise UnsupportedModelError(f"engine 'cpu' cannot run this model: {reason}")
-    return None if reason is not None else _cnnrs.CpuNetwork(lowered.graph, lowered.tensors, exact)
+    if reason is not None:
+        return None
+    return _cnnrs.CpuNetwork(lowered.graph, _in_order(lowered), torch.get_num_threads(), exact)

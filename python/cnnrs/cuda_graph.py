@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from cnnrs import _cnnrs
 from cnnrs._notes import note
 from cnnrs.errors import NonFiniteLossError
 from cnnrs.graph import Lowered
 from cnnrs.losses import Loss, Totals, counts, known_loss, measured
 from cnnrs.optimizers import FusedStep
+from cnnrs.player import play
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -162,7 +162,7 @@ def run(
 
     def work(inputs: torch.Tensor, targets: torch.Tensor) -> None:
         with torch.set_grad_enabled(step is not None), autocast():
-            outputs = _cnnrs.forward_torch(lowered.graph, lowered.tensors, inputs)
+            outputs = play(lowered, lowered.tensors, inputs)
             loss = loss_fn(outputs, targets)
         with torch.no_grad(), autocast():
             row = measured(loss_fn, loss, outputs, targets, len(inputs))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cnnrs import _cnnrs, cpu_engine, cpu_features
+from cnnrs.companion import libtorch
 from cnnrs.errors import UnsupportedModelError
 from cnnrs.graph import Lowered, lower
 from cnnrs.operations import Unsupported
@@ -24,11 +25,12 @@ def choose(model: nn.Module, engine: Engine, gradients: bool = True) -> Lowered 
 
     Args:
         model: the module, in the mode it will run in.
-        engine: "auto" takes ``torch`` where the model can be lowered.
+        engine: as for :func:`cnnrs.fit`; "auto" never takes "torch".
         gradients: whether its results will be differentiated.
 
     Raises:
         UnsupportedModelError: engine is "torch" or "cpu" and the model cannot be lowered; the message says why.
+        ImportError: engine is "torch", and its package is not installed.
         ValueError: engine is not one of the four.
         TypeError: model is no ``nn.Module``.
     """
@@ -38,6 +40,8 @@ def choose(model: nn.Module, engine: Engine, gradients: bool = True) -> Lowered 
         raise ValueError(f"engine must be one of {', '.join(map(repr, get_args(Engine)))}, got {engine!r}")
     if engine == "python":
         return None
+    if engine == "torch":
+        libtorch()
     try:
         return lower(model, gradients)
     except Unsupported as reasons:
@@ -47,14 +51,14 @@ def choose(model: nn.Module, engine: Engine, gradients: bool = True) -> Lowered 
 
 
 def slow_on_cpu(lowered: Lowered) -> list[str]:
-    """Operations that libtorch trains at least as fast as engine ``cpu``, where they are most of a model's work.
+    """Operations that PyTorch trains at least as fast as engine ``cpu``, where they are most of a model's work.
 
     Convolutions with a max-pool behind them, and linear layers, have kernels of their own in engine ``cpu``: several
-    times as fast. All others become matrix products, in which libtorch is as good. Where these hold more than half of
-    the convolutions' weights, "auto" takes ``torch``.
+    times as fast. All others become matrix products, in which PyTorch is as good. Where these hold more than half of
+    the convolutions' weights, "auto" takes ``python``.
     """
     return [
-        f"{lowered.names[node]} (Conv2d): no faster kernel than libtorch's (not 3x3 or 5x5, stride 1, then a max-pool)"
+        f"{lowered.names[node]} (Conv2d): no faster kernel than PyTorch's (not 3x3 or 5x5, stride 1, then a max-pool)"
         for node in _cnnrs.cpu_slow(lowered.graph)
     ]
 
@@ -64,7 +68,7 @@ _FEATURES_ONLY = frozenset({"LayerNorm", "Permute", "Scale", "ZeroPad2d"})
 
 
 def _fit_obstacles(lowered: Lowered, shape: Sequence[int] | None) -> list[str]:
-    """Why "auto" takes ``torch`` for :func:`cnnrs.fit`; ``shape`` is that of the inputs, where known."""
+    """Why "auto" does not take ``cpu`` for :func:`cnnrs.fit`; ``shape`` is that of the inputs, where known."""
     reasons = cpu_engine.tensor_obstacles(lowered) or slow_on_cpu(lowered)
     if reasons:
         return reasons
@@ -83,11 +87,11 @@ class Explanation:
     """Why a model takes the engines it takes; prints as text.
 
     Attributes:
-        engine: what ``engine="auto"`` picks for :func:`cnnrs.fit`: "cpu", "torch" or "python".
-        operations: number of operations of the lowered graph, 0 for engine "python".
-        reasons: what keeps the model from a faster engine, with the names of the layers; empty for engine "cpu".
-        preconv: what it picks for :func:`cnnrs.preconv` of float32 images: "cpu", "torch", "python", or "open" where
-            that depends on the images' size, which was not given.
+        engine: what ``engine="auto"`` picks for :func:`cnnrs.fit`: "cpu" or "python".
+        operations: number of operations of the lowered graph, 0 for a model that cannot be taken apart.
+        reasons: what keeps the model from engine "cpu", with the names of the layers; empty where that is taken.
+        preconv: what it picks for :func:`cnnrs.preconv` of float32 images: "cpu", "python", or "open" where that
+            depends on the images' size, which was not given.
         preconv_reasons: what keeps the frozen model from engine "cpu"; empty where that is taken, or open.
     """
 
@@ -102,7 +106,7 @@ class Explanation:
 
     def _preconv(self) -> str:
         if self.preconv == "open":
-            return "preconv: engine 'cpu' or 'torch', which depends on the inputs' size: give explain() an input_shape"
+            return "preconv: engine 'cpu' or 'python', which depends on the inputs' size: give explain() an input_shape"
         if self.preconv == "cpu":
             return "preconv: engine 'cpu', native code, equal to the model up to float rounding"
         if self.preconv_reasons == self.reasons:
@@ -110,19 +114,13 @@ class Explanation:
         return "\n".join([f"preconv: engine {self.preconv!r}, because", *listed(self.preconv_reasons)])
 
     def _fit(self) -> str:
-        if self.engine == "python":
-            first = "engine 'python': the model is called as it is, once per batch, because"
-        elif self.engine == "torch":
-            first = (
-                f"engine 'torch': all {self.operations} operations run in libtorch without Python, with the bits of "
-                "the plain loop on the CPU; not engine 'cpu', because"
-            )
-        else:
+        if self.engine == "cpu":
             return (
                 f"engine 'cpu': all {self.operations} operations are compiled to native code; equal to the plain loop "
                 "up to float rounding, without .grad. A loss or optimizer that it does not know, batches that are not "
-                "float32, and amp take engine 'torch', which has the plain loop's bits"
+                "float32, and amp take engine 'python', which has the plain loop's bits"
             )
+        first = "engine 'python': the model is called as it is, once per batch, because"
         return "\n".join([first, *listed(self.reasons)])
 
     __repr__ = __str__
@@ -167,7 +165,9 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
     if reason := known_difference(model, lowered):
         return Explanation("python", 0, (reason,), preconv, preconv_reasons)
     slow = _fit_obstacles(lowered, _shape(lowered, input_shape))
-    return Explanation("torch" if slow else "cpu", len(lowered.graph) - 1, tuple(slow), preconv, preconv_reasons)
+    if any(tensor.device.type == "cuda" for tensor in lowered.tensors):
+        slow.append("where loss, optimizer and options allow it, whole steps are recorded there once, and replayed")
+    return Explanation("python" if slow else "cpu", len(lowered.graph) - 1, tuple(slow), preconv, preconv_reasons)
 
 
 def _for_features(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[str, tuple[str, ...]]:
@@ -186,7 +186,7 @@ def _for_features(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[
     if shape is None:
         return "open", ()
     obstacle = cpu_features.obstacle(lowered, torch.empty(1).expand(tuple(shape)))
-    return ("cpu", ()) if obstacle is None else ("torch", (obstacle,))
+    return ("cpu", ()) if obstacle is None else ("python", (obstacle,))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cnnrs import _cnnrs, cpu_engine, cuda_graph, python_engine, verify
+from cnnrs import companion, cpu_engine, cuda_graph, python_engine, verify
 from cnnrs._notes import note
 from cnnrs.arguments import needs_closure
 from cnnrs.around import unseen_by_cpu, unseen_by_libtorch
@@ -78,15 +78,28 @@ def _run(job: Job, engine: Engine, batches: Iterator[Any], rows: cpu_engine.Feat
         raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this:", *reasons]))
     # What decides the rest is the shape of a batch.
     native = engine == "cpu" or (engine == "auto" and not slow_on_cpu(lowered) and not _obstacles(job, lowered, first))
-    if reason := _called_for(job, lowered, "cpu" if native else "torch", first[0]):
+    recorded = not native and _is_recorded(job, lowered)
+    if engine == "auto" and not native and not recorded:
+        return python_engine.run(job, batches)
+    computes = "cpu" if native else "recorded" if recorded else "torch"
+    if reason := _called_for(job, lowered, computes, first[0]):
         if engine != "auto":
             raise UnsupportedModelError(f"engine {engine!r} cannot run this model:\n{reason}")
         note(f"fit calls {type(job.model).__name__} itself, as engine='python' does: {reason}")
         return python_engine.run(job, batches)
     if native:
         return _run_cpu(job, lowered, Stream(batches, takes.natively(), lowered, job.loop.accumulate, True), rows)
+    if job.channels_last:
+        to_channels_last(job.model)
     stream = Stream(_outside(job, batches), takes, lowered, job.loop.accumulate, False)
-    return _and_the_rest(job, stream, _run_lowered(job, lowered, stream))
+    run = _run_recorded if recorded else _run_lowered
+    return _and_the_rest(job, stream, run(job, lowered, stream))
+
+
+def _is_recorded(job: Job, lowered: Lowered) -> bool:
+    """Whether the steps are recorded once and replayed."""
+    at_once = job.loop.on_batch_end is not None or job.loop.accumulate > 1
+    return not at_once and cuda_graph.takes(lowered, job.loss_fn, job.optimizer, job.device)
 
 
 def _outside(job: Job, batches: Iterator[Any]) -> Iterator[Any]:
@@ -230,25 +243,21 @@ def _run_recorded(job: Job, lowered: Lowered, batches: Iterator[Any]) -> Totals:
 
 
 def _run_lowered(job: Job, lowered: Lowered, stream: Stream) -> Totals:
-    if job.channels_last:
-        to_channels_last(job.model)
     loop, optimizer = job.loop, job.optimizer
-    at_once = loop.on_batch_end is not None or loop.accumulate > 1
-    if not at_once and cuda_graph.takes(lowered, job.loss_fn, optimizer, job.device):
-        return _run_recorded(job, lowered, stream)
     loss: Any = known_loss(job.loss_fn)
     if loss is None or loss[0] not in ("nll", "cross_entropy"):
         loss = called(job.loss_fn)
-    arguments = (job.epoch, job.phase, lowered.graph, lowered.tensors, loss)
+    arguments = (job.epoch, job.phase, companion.graph(lowered), lowered.tensors, loss)
+    fit = companion.libtorch().fit
     step = None if optimizer is None else Step(optimizer, reached(lowered), loop.clipper(), job.outside)
     watch = None if loop.on_batch_end is None else Watch(job, stream)
     after = None if watch is None else lambda batch, mean: watch(batch, mean, step)
     # The weights change from batch to batch: none of their copies in low precision may be kept.
     with job.autocast(keep=False):
         if optimizer is None or step is None:
-            return Totals(*_cnnrs.fit_torch(*arguments, None, stream, 1, after))
+            return Totals(*fit(*arguments, None, stream, 1, after))
         optimizer.zero_grad()
         try:
-            return Totals(*_cnnrs.fit_torch(*arguments, step.handle, stream, loop.accumulate, after))
+            return Totals(*fit(*arguments, step.handle, stream, loop.accumulate, after))
         finally:
             step.finish()

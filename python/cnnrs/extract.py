@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal, get_args
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cnnrs import _cnnrs, cpu_features, draws, verify
+from cnnrs import _cnnrs, companion, cpu_features, draws, verify
 from cnnrs._notes import note
 from cnnrs._random import Generators
 from cnnrs.engines import Engine, choose, device_of, to_device
@@ -21,6 +21,8 @@ from cnnrs.graph import Lowered
 from cnnrs.update import File, Item
 
 Precision = Literal["exact", "tf32", "bf16", "fp16"]
+#: Computes the features of a batch, on the device of the model.
+Network = Callable[[torch.Tensor], torch.Tensor]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TYPES = ("float16", "bfloat16", "float32", "float64")
@@ -77,43 +79,79 @@ class Extractor:
         items = items if first is None else chain([first], items)
         network = None
         if first is not None and self.lowered is not None and not self._calls_module:
-            network = self._native(self.lowered, first[0])
-            self._calls_module = self._differs(self.lowered, network, first[0])
-        if self.lowered is not None and not self._calls_module:
-            if network is not None:
-                rows = ((network(to_device(inputs, self.device)), runs, tag) for inputs, runs, tag in items)
-                result = _cnnrs.extract_rows(rows, file, expected, self.dtype)
-            else:
-                moved = ((to_device(inputs, self.device), runs, tag) for inputs, runs, tag in items)
-                graph, tensors = self.lowered.graph, self.lowered.tensors
-                result = _cnnrs.extract_torch(graph, tensors, moved, file, expected, self.dtype)
-        else:
+            network = self._network(self.lowered, first[0])
+            self._calls_module = network is None or self._differs(self.lowered, network, first[0])
+        pipeline = None
+        computed: Generator[Item, None, None]
+        if network is None or self._calls_module:
             pipeline = Pipeline(self.model, self.device, self.precision, self.dtype, self.verbose, self.quiet)
-            result = _cnnrs.extract_rows(pipeline.run(items), file, expected, self.dtype)
+            computed = pipeline.run(items)
+        else:
+            computed = ((network(to_device(inputs, self.device)), runs, tag) for inputs, runs, tag in items)
+        rows = ((kept(features, self.dtype), runs, tag) for features, runs, tag in computed)
+        try:
+            data, shape, made = _cnnrs.extract_rows(rows, file, expected)
+        finally:
+            # What it has changed of the module and of torch is put back now, not when an exception is forgotten.
+            computed.close()
+        if pipeline is not None:
             self.draws = self.draws or pipeline.draws or ""
-        data, shape, made = result
         return None if data is None else torch.from_numpy(data).view(getattr(torch, made)).reshape(shape)
 
-    def _native(self, lowered: Lowered, images: torch.Tensor) -> _cnnrs.CpuNetwork | None:
-        """Engine ``cpu``, where it is wanted and can run; it needs a batch to tell."""
+    def _network(self, lowered: Lowered, images: torch.Tensor) -> Network | None:
+        """What computes features instead of the module, where that is wanted and can run; it needs a batch to tell."""
         if self.engine == "torch":
-            return None
+            return _without_gradients(lowered)
         exact, required = self.precision == "exact", self.engine == "cpu"
-        return cpu_features.network(lowered, images, required=required, exact=exact)
+        network = cpu_features.network(lowered, images, required=required, exact=exact)
+        return None if network is None else lambda batch: network(_in_order(batch))
 
-    def _differs(self, lowered: Lowered, network: _cnnrs.CpuNetwork | None, images: torch.Tensor) -> bool:
+    def _differs(self, lowered: Lowered, network: Network, images: torch.Tensor) -> bool:
         """Whether the module must be called after all; a few images show it."""
         if not self.check:
             return False
-        run = None if network is None else lambda _lowered, _tensors, inputs: network(inputs)
-        name = "torch" if network is None else "cpu"
-        reason = verify.differs(self.model, lowered, to_device(images, self.device), engine=name, run=run, most=2)
+        name = "torch" if self.engine == "torch" else "cpu"
+        images = to_device(images, self.device)
+        reason = verify.differs(
+            self.model, lowered, images, engine=name, run=lambda _lowered, _tensors, inputs: network(inputs), most=2
+        )
         if reason is None:
             return False
         if self.engine != "auto":
             raise UnsupportedModelError(f"engine {self.engine!r} cannot run this model:\n{reason}")
         note(f"preconv calls {type(self.model).__name__} itself, as engine='python' does: {reason}")
         return True
+
+
+def _in_order(images: torch.Tensor) -> torch.Tensor:
+    """The same numbers, lying behind each other."""
+    return images.detach().resolve_conj().resolve_neg().contiguous()
+
+
+def _without_gradients(lowered: Lowered) -> Network:
+    """Engine ``torch``."""
+    forward = companion.network(lowered)
+
+    def network(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return forward(lowered.tensors, images)
+
+    return network
+
+
+def kept(features: torch.Tensor, dtype: str | None) -> torch.Tensor:
+    """Features as they are stored: contiguous, on the CPU, of the type ``dtype`` or their own.
+
+    Raises:
+        ValueError: for types that features cannot have, and values that ``dtype`` cannot hold.
+    """
+    found = str(features.dtype).removeprefix("torch.")
+    if found not in _TYPES:
+        raise ValueError(f"features must be {', '.join(_TYPES[:-1])} or {_TYPES[-1]}, got {found}")
+    converted = features.detach().to(getattr(torch, dtype or found))
+    if dtype == "float16" and found != dtype and bool(converted.isinf().any()):
+        raise ValueError('a feature is larger than float16 can hold (65504): use dtype="bfloat16" or "float32"')
+    return converted.to("cpu").contiguous()
 
 
 def type_name(dtype: str | torch.dtype | np.dtype[Any] | type | None) -> str | None:
@@ -156,7 +194,7 @@ class Pipeline:
         # Images at a time, once the memory has run out.
         self.limit: int | None = None
 
-    def run(self, batches: Iterable[Item]) -> Iterator[Item]:
+    def run(self, batches: Iterable[Item]) -> Generator[Item, None, None]:
         """(features on the CPU, runs, tag) of every (inputs, runs, tag)."""
         flying: deque[tuple[torch.Tensor, Any, Item]] = deque()
         with _tuned(self.model, self.device, self.precision):

@@ -158,7 +158,7 @@ class Features:
     def attach(self, head: nn.Module, body: nn.Module | None = None) -> nn.Module:
         """The whole network: its output on images is that of ``head`` on their features.
 
-        Bit for bit where the features came from engine "torch" or "python" on the same device in batches of the same
+        Bit for bit where the features came from engine "python" or "torch" on the same device in batches of the same
         size, up to float rounding otherwise. The parts are shared, not copied: train the head before or after. The body
         stays in eval mode, also after ``.train()``, because the features were computed in it.
 
@@ -171,7 +171,7 @@ class Features:
 
         >>> import torch, cnnrs
         >>> images = torch.rand(4, 3, 8, 8)
-        >>> features = cnnrs.preconv([(images, torch.arange(4))], torch.nn.Conv2d(3, 5, 3), engine="torch")
+        >>> features = cnnrs.preconv([(images, torch.arange(4))], torch.nn.Conv2d(3, 5, 3), engine="python")
         >>> head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(180, 2))
         >>> torch.equal(features.attach(head)(images), head(features.features))
         True

@@ -42,7 +42,7 @@ def fit(
 
     The module and the optimizer stay yours: weights, running statistics and optimizer state are updated in place. How
     close the numbers are to the plain PyTorch loop under the same seed depends on the engine (``explain(model)`` says
-    which one "auto" takes): on the CPU "torch" and "python" have its bits, dropout included; "cpu" equals it up to
+    which one "auto" takes): on the CPU "python" and "torch" have its bits, dropout included; "cpu" equals it up to
     float rounding, draws dropout from a generator of its own (seeded by torch's) and leaves no ``.grad``.
 
     Args:
@@ -52,14 +52,14 @@ def fit(
             other pair that model and loss take, such as tuples or dictionaries of tensors; or dictionaries of one input
             and its "labels". Tensors are moved to the device that the model is on.
         phase: "training" steps the optimizer after every batch; "validation" changes nothing.
-        optimizer: needed for training. SGD, Adam and AdamW on CPU float32 weights run compiled, any other is called,
-            with a closure if it needs one (LBFGS).
+        optimizer: needed for training. Engines "cpu" and "torch" run SGD, Adam and AdamW on CPU float32 weights
+            compiled; any other is called, with a closure if it needs one (LBFGS).
         loss_fn: ``F.nll_loss``, ``F.cross_entropy`` or their modules run compiled, anything else is called as
             ``loss_fn(outputs, targets)`` and must return the mean over the batch (or the sum, if it is a module of
             reduction "sum"). Engine "cpu" also knows ``F.mse_loss`` and ``F.binary_cross_entropy_with_logits``.
-        engine: "cpu" is a training step compiled to native code, for float32 on the CPU; "torch" runs the model's
-            layers through libtorch without Python, on CUDA as one graph per step where it can; "python" calls the
-            module. "auto" takes the fastest that can run it.
+        engine: "cpu" is a training step compiled to native code, for float32 on the CPU; "python" calls the module.
+            "auto" takes the first that can run it; on CUDA it runs one recorded graph per step where it can. "torch"
+            runs the layers through libtorch without Python, and needs the package ``cnnrs-libtorch``.
         progress: show a bar on terminals and in notebooks; None: as ``verbose``.
         amp: "bf16" or "fp16" runs the layers in ``torch.autocast``; "fp16" scales the gradients. None: an enclosing
             ``torch.autocast`` holds.
@@ -84,6 +84,7 @@ def fit(
         class weights the mean is the weighted one, over the whole epoch.
 
     Raises:
+        ImportError: engine="torch" without its package.
         ValueError: unknown phase, engine, amp or memory format; empty loader; an optimizer that holds none of the
             model's parameters; both kinds of clipping; a limit or ``accumulate`` that is not positive.
         TypeError: training without an optimizer, or with something else in its place; a loader that does not yield

@@ -15,7 +15,8 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from cnnrs import _cnnrs
+from cnnrs import _cnnrs, plain
+from cnnrs.around import global_hooks
 from cnnrs.operations import BINARY, FUNCTIONS, INPLACE, LAYERS, METHODS, WEIGHTED, Attributes, Unsupported
 from cnnrs.tracing import Memory, Recorder, Size, Standin, values
 
@@ -65,7 +66,6 @@ def lower(model: nn.Module, gradients: bool = True) -> Lowered:
 # -- what makes a model more than its layers -----------------------------------------------------------------
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PLAIN_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 def _obstacles(model: nn.Module) -> list[str]:
@@ -73,7 +73,7 @@ def _obstacles(model: nn.Module) -> list[str]:
     reasons = []
     if type(model).__module__.startswith(("torch.nn.parallel", "torch._dynamo", "torch.distributed")):
         reasons.append(f"{type(model).__name__} wraps the model and does more than its forward")
-    if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+    if global_hooks():
         reasons.append("a global module hook is registered")
     modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     if any(not isinstance(mode, DeviceContext) for mode in modes) or torch._C._len_torch_dispatch_stack():
@@ -91,8 +91,8 @@ def _obstacles(model: nn.Module) -> list[str]:
         if torch.nn.utils.parametrize.is_parametrized(module):
             reasons.append(f"{where} has parametrized tensors")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if type(tensor) not in _PLAIN_TENSORS or tensor.layout is not torch.strided:
-            reasons.append(f"{name} is a {type(tensor).__name__} with layout {tensor.layout}")
+        if not plain.is_plain(tensor):
+            reasons.append(f"{name} is {plain.said(tensor)}")
         if getattr(tensor, "_backward_hooks", None) or getattr(tensor, "_post_accumulate_grad_hooks", None):
             reasons.append(f"parameter {name} has gradient hooks")
     return reasons

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from cnnrs.layers import set_dropout
+from cnnrs.layers import put, set_dropout
 from cnnrs.weights import Found
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def cut(found: Found, head: str, num_classes: int, dropout: float = 0.0) -> Part
                 "head 'classifier' trains all linear layers of VGG or AlexNet; "
                 f"{type(model).__name__} takes 'linear' or 'mlp'"
             )
-        model.set_submodule(path, last)
+        put(model, path, last)
         set_dropout(model.classifier, dropout)
         body = nn.Sequential(model.features, model.avgpool, nn.Flatten())
         return Parts(body, model.classifier, lambda: model, early=True)
@@ -116,7 +116,7 @@ def cut(found: Found, head: str, num_classes: int, dropout: float = 0.0) -> Part
         )
 
     def join() -> nn.Module:
-        model.set_submodule(path, last)
+        put(model, path, last)
         return model
 
     return Parts(model, last, join, early=False)

@@ -86,7 +86,7 @@ class ImagesIter(Iter):
         self._first: _cnnrs.Loader | None = self._loader(first, 0, source.rows(), keeps=True)
         self._rests: dict[int, tuple[Native, _cnnrs.Loader] | None] = {}
 
-    def _loader(self, native: Native, mix: int, rows: Any = None, keeps: bool = False) -> _cnnrs.Loader:
+    def _loader(self, native: Native, mix: int, rows: torch.Tensor | None = None, keeps: bool = False) -> _cnnrs.Loader:
         ops = list(native.ops)
         cache, kept = None, 0
         if keeps and self._cache is not None:

@@ -127,6 +127,12 @@ def last_linear(model: nn.Module) -> tuple[nn.Module, str, nn.Linear]:
     return parent, name, cast(nn.Linear, getattr(parent, name))
 
 
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """``model.set_submodule(path, module)``, which torch has since 2.5."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
 def set_dropout(module: Module, p: float) -> Module:
     """Set the probability of every dropout layer inside ``module`` to ``p``.
 

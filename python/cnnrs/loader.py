@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# Torch's class has it since 2.6; it speaks of worker processes only.
+_IN_ORDER = "in_order" in signature(TorchDataLoader).parameters
 _T_co = TypeVar("_T_co", covariant=True)
 
 
@@ -170,7 +173,7 @@ class DataLoader(TorchDataLoader[_T_co]):
             prefetch_factor=prefetch_factor,
             persistent_workers=persistent_workers,
             pin_memory_device=pin_memory_device,
-            in_order=in_order,
+            **({"in_order": in_order} if _IN_ORDER else {}),
         )
         self._memory: _cnnrs.Memory | None = None
         _note_ignored(

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cnnrs.around import global_hooks
+from cnnrs.plain import is_plain
+
 Loss = Callable[..., torch.Tensor]
 
 
@@ -79,14 +82,15 @@ def _class_loss(loss_fn: Loss) -> ClassLoss | None:
 def _is_plain(module: nn.Module) -> bool:
     """Whether calling it is its class's forward and nothing else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in vars(module) and not torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return not any(hooks) and "forward" not in vars(module) and not global_hooks()
 
 
 def known_loss(loss_fn: Loss) -> tuple[Any, ...] | None:
     """The loss as the engines know it, None for any that they must call."""
     classes = _class_loss(loss_fn)
     if classes is not None:
-        if classes.reduction != "mean":
+        weighed = classes.weight is None or is_plain(classes.weight)
+        if classes.reduction != "mean" or not weighed:
             return None
         name, weight, ignore_index, smoothing, _ = classes
         return (name, weight, ignore_index) if name == "nll" else (name, weight, ignore_index, smoothing)

@@ -34,7 +34,7 @@ class SimpleCNN(nn.Module):
         x = self.conv1(x)
         x = self.conv2(x)
         x = self.conv3(x)
-        x = x.view(x.size(0), -1)
+        x = x.reshape(x.size(0), -1)
         scores: Tensor = self.fc(x)
         return scores
 
@@ -61,7 +61,7 @@ class MnistNet(nn.Module):
         """Images to log-probabilities."""
         x = self.conv1(x)
         x = self.conv2(x)
-        x = x.view(-1, 320)
+        x = x.reshape(-1, 320)
         x = self.fc1(x)
         log_probabilities: Tensor = self.fc2(x)
         return log_probabilities
@@ -90,7 +90,7 @@ class CatDogNet(nn.Module):
         """Photos to log-probabilities."""
         x = self.conv1(x)
         x = self.conv2(x)
-        x = x.view(x.size(0), -1)
+        x = x.reshape(x.size(0), -1)
         x = self.fc1(x)
         x = self.fc2(x)
         log_probabilities: Tensor = self.fc3(x)

@@ -12,10 +12,12 @@ import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as _module
 from torch.optim.adam import adam
+from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from cnnrs import _cnnrs
+from cnnrs.companion import libtorch
 from cnnrs.graph import Lowered
+from cnnrs.plain import is_plain
 
 #: What the native rules do not do; any of these options leaves the step to the optimizer itself.
 _LEFT_TO_TORCH = ("foreach", "fused", "capturable", "differentiable")
@@ -79,11 +81,12 @@ class Step:
         with self._outside():
             self._optimizer.step()
 
-    def _native_handle(self) -> _cnnrs.NativeOptimizer:
+    def _native_handle(self) -> Any:
         clip = self._clip_grads if self._clip is not None else None
+        native = libtorch().NativeOptimizer
         if type(self._optimizer) is SGD:
-            return _cnnrs.NativeOptimizer([self._sgd_row(*row) for row in self._rows], [], clip)
-        return _cnnrs.NativeOptimizer([], [self._adam_row(*row) for row in self._rows], clip)
+            return native([self._sgd_row(*row) for row in self._rows], [], clip)
+        return native([], [self._adam_row(*row) for row in self._rows], clip)
 
     def _sgd_row(self, group: dict[str, Any], p: torch.Tensor) -> Any:
         buffer = self._optimizer.state.get(p, {}).get("momentum_buffer")
@@ -240,12 +243,12 @@ class FusedStep:
                 if name not in self._state[p]:
                     self._state[p][name] = torch.zeros_like(p)
         exp_avgs, exp_avg_sqs, *tops = ([self._state[p][name] for p in parameters] for name in names)
-        adam(
+        decoupled = group.get("decoupled_weight_decay", type(self._optimizer) is AdamW)
+        (adamw if decoupled else adam)(
             parameters, _gradients(parameters), exp_avgs, exp_avg_sqs, tops[0] if tops else [],
             [self._steps[p] for p in parameters], foreach=False, fused=True, found_inf=stopped,
             amsgrad=group["amsgrad"], beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
-            decoupled_weight_decay=group.get("decoupled_weight_decay", type(self._optimizer) is AdamW),
         )  # fmt: skip
 
     def finish(self) -> None:
@@ -278,11 +281,11 @@ def reached(lowered: Lowered) -> list[torch.Tensor]:
 
 
 def overlap(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether two of these dense tensors share memory; a tensor that is given twice does."""
+    """Whether two of these tensors share memory; a tensor that is given twice does, one without memory does not."""
     spans = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
         for tensor in tensors
-        if tensor.numel()
+        if tensor.numel() and is_plain(tensor) and tensor.device.type != "meta"
     )
     return any(later < end for (_, end), (later, _) in pairwise(spans))
 
@@ -323,8 +326,8 @@ def _is_native(optimizer: Optimizer, rows: list[tuple[dict[str, Any], torch.Tens
     if None in state:
         return False
     tensors = [p for _, p in rows] + [tensor for found in state for tensor in found or []]
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
-    return plain and not overlap(tensors)
+    plain = (is_plain(t) and t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    return all(plain) and not overlap(tensors)
 
 
 def state_of(optimizer: Optimizer, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:

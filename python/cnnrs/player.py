@@ -21,7 +21,7 @@ def play(
     """The output of a lowered model for one batch, with autograd behind it where Python has it on.
 
     Batch norm in training mode updates its statistics in ``tensors``, and in-place operations their operands, as the
-    layers do.
+    layers do. A value lives until its last reader, as a local of ``forward`` would.
 
     Args:
         lowered: the model.
@@ -29,7 +29,8 @@ def play(
         inputs: (N, ...).
         visit: sees every value before a later operation may overwrite it.
     """
-    values: list[torch.Tensor] = []
+    values: dict[int, torch.Tensor] = {}
+    done = _last_read(lowered)
     for number, (_, kind, sources, attributes) in enumerate(lowered.operations):
         if kind == "Input":
             value = inputs
@@ -37,10 +38,26 @@ def play(
             value = values[sources[0]].reshape(_sizes(attributes["dims"], values))
         else:
             value = OPERATIONS[kind](_Operation([values[source] for source in sources], attributes, tensors))
-        values.append(value)
+        values[number] = value
         if visit is not None:
             visit(number, value)
+        del value
+        for node in done[number]:
+            del values[node]
     return values[lowered.output]
+
+
+def _last_read(lowered: Lowered) -> list[list[int]]:
+    """For every node, the nodes that nobody reads behind it."""
+    readers = {number: number for number in range(len(lowered.operations))}
+    for number, (_, _, sources, attributes) in enumerate(lowered.operations):
+        sizes = [dim[0] for dim in attributes.get("dims", ()) if isinstance(dim, tuple)]
+        readers.update(dict.fromkeys([*sources, *sizes], number))
+    done: list[list[int]] = [[] for _ in readers]
+    for node, number in readers.items():
+        if node != lowered.output:
+            done[number].append(node)
+    return done
 
 
 class _Operation:
@@ -123,7 +140,7 @@ def _add(o: _Operation) -> torch.Tensor:
     return o.x.add_(o.values[1]) if o["inplace"] else o.x + o.values[1]
 
 
-def _sizes(dims: list[Any], values: list[torch.Tensor]) -> list[int]:
+def _sizes(dims: list[Any], values: dict[int, torch.Tensor]) -> list[int]:
     return [dim if isinstance(dim, int) else values[dim[0]].shape[dim[1]] for dim in dims]
 
 

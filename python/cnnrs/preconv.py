@@ -60,8 +60,9 @@ def preconv(
         weights: of a model given by name; see :func:`cnnrs.backbone`.
         batch_size: images at a time when ``data`` is a dataset.
         num_workers: threads that read images when ``data`` is a dataset; None: all cores.
-        engine: "cpu" computes float32 images on the CPU in native code, equal to PyTorch up to float rounding; "torch"
-            runs the layers through libtorch, "python" calls the module. "auto" takes the first that can.
+        engine: "cpu" computes float32 images on the CPU in native code, equal to PyTorch up to float rounding;
+            "python" calls the module. "auto" takes the first that can. "torch" runs the layers through libtorch, and
+            needs the package ``cnnrs-libtorch``.
         precision: "exact" (no TF32 on a GPU; no Winograd convolution on a CPU, whose rounding is a little coarser),
             "tf32", or "bf16" and "fp16" by autocast; None: as torch is set.
         dtype: type to keep features in, "float32", "float16" or "bfloat16"; None: what the model returns. A value that

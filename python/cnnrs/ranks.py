@@ -53,7 +53,7 @@ class _Ranks:
         self.store = store
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # Not the user's group: NCCL's cannot carry objects without a GPU of its own.
-        self.group = dist.new_group(backend="gloo")
+        self.group: Any = dist.new_group(backend="gloo")
 
     def lead(self, passes: int, seed: int) -> Features:
         self.run.computes = self._share_out

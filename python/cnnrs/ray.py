@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 import cnnrs
 from cnnrs.backbones import Backbone, resolve
 from cnnrs.engines import Engine, frozen
-from cnnrs.extract import Extractor, Precision, type_name
+from cnnrs.extract import Extractor, Precision, kept, type_name
 from cnnrs.features import Features
 from cnnrs.plan import Plan
 from cnnrs.rows import Data, elsewhere
@@ -226,7 +226,8 @@ class _Run(Run):
 
         dataset = self._mapped(update.plan, update.missing)
         received = self._bar(self._received(dataset, update.plan), update.count)
-        _cnnrs.extract_rows(received, file, 0, self.extractor.dtype)
+        rows = ((kept(features, self.extractor.dtype), runs, tag) for features, runs, tag in received)
+        _cnnrs.extract_rows(rows, file, 0)
 
     def to_parquet(self, out: str, plan: Plan) -> None:
         """Have the workers compute everything and write it themselves."""

@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 from cnnrs import _cnnrs
 from cnnrs.folder import ImageList
 from cnnrs.mnist import MNIST
+from cnnrs.plain import is_plain
 
 # A whole batch, or one value per sample.
 Values = Any
@@ -63,8 +64,8 @@ class Source:
             found = _numbers([subset[i] for i in found])
         return found
 
-    def rows(self) -> Any:
-        """A capsule of images that are in memory."""
+    def rows(self) -> torch.Tensor | None:
+        """(N, H, W) uint8 images that are in memory."""
         return None
 
     def submit(
@@ -124,9 +125,9 @@ class Rows(Source):
 
     channels = 1
 
-    def rows(self) -> Any:
-        """A capsule of `data`."""
-        return torch.utils.dlpack.to_dlpack(self.dataset.data)  # type: ignore[attr-defined]
+    def rows(self) -> torch.Tensor | None:
+        images: torch.Tensor = self.dataset.data.contiguous()
+        return images
 
     def submit(
         self, loader: _cnnrs.Loader, indices: list[int], positions: Sequence[int], *, tensors: bool
@@ -194,8 +195,8 @@ def find_source(dataset: Any) -> Source | str:
         data = found.data
         if type(data) is not torch.Tensor or data.dtype != torch.uint8 or data.dim() != 3 or data.device.type != "cpu":
             return "its data is not an (N, H, W) uint8 tensor in CPU memory"
-        if not data.is_contiguous():
-            return "its data is not contiguous"
+        if not is_plain(data) or not data.is_contiguous():
+            return "its data is not contiguous, or no ordinary tensor"
         return Rows(dataset, subsets)
     return "it is not a known kind"
 

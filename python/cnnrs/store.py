@@ -8,11 +8,11 @@ renaming.
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import json
 import os
 import re
+import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -27,6 +27,9 @@ import torch
 from cnnrs import _cnnrs
 from cnnrs._notes import note
 from cnnrs.npy import Layout, layout_of, read
+
+if sys.platform != "win32":
+    import fcntl
 
 #: Version of the folder's layout; another number is not read.
 FORMAT = 2
@@ -194,20 +197,21 @@ class Store:
             except (FileExistsError, NotADirectoryError) as error:
                 raise type(error)(error.errno, "out= names a folder, but here is a file", str(self.folder)) from None
             self._refuse_others()
-            handle = os.open(self.folder, os.O_RDONLY)
+            handle = _opened(self.folder)
         try:
             self._wait(handle, verbose)
             with _explained(self.folder):
                 self._recover()
                 yield
         finally:
-            os.close(handle)
+            if handle is not None:
+                os.close(handle)
 
-    def _wait(self, handle: int, verbose: bool) -> None:
+    def _wait(self, handle: int | None, verbose: bool) -> None:
         told = False
         while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(handle)
                 return
             except OSError as error:
                 if error.errno in _NO_LOCKS:
@@ -323,7 +327,9 @@ class Store:
             self.path(name).unlink(missing_ok=True)
 
     def _sync(self) -> None:
-        handle = os.open(self.folder, os.O_RDONLY)
+        handle = _opened(self.folder)
+        if handle is None:
+            return
         try:
             os.fsync(handle)
         except OSError as error:
@@ -332,6 +338,18 @@ class Store:
                 raise
         finally:
             os.close(handle)
+
+
+def _opened(folder: Path) -> int | None:
+    """The folder itself, to lock it and to flush its names. None on Windows, which opens no folders."""
+    return None if sys.platform == "win32" else os.open(folder, os.O_RDONLY)
+
+
+def _lock(handle: int | None) -> None:
+    if sys.platform == "win32":
+        raise OSError(errno.ENOLCK, "this system does not lock folders")
+    elif handle is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager

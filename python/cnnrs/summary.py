@@ -42,7 +42,7 @@ class Summary:
 
     Attributes:
         layers: in the order ``forward`` calls them.
-        engine: the engine that runs the model, "torch" or "python".
+        engine: the engine that trains the model, "cpu" or "python".
         reasons: why the compiled engine is not taken; empty when it is.
     """
 

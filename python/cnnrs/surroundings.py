@@ -29,8 +29,19 @@ from cnnrs.contents import State
 
 
 def _saved_tensors_hooks() -> Any:
-    enabled = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) if enabled else "disabled"
+    hooks: Any = torch._C._autograd
+    if not hooks._saved_tensors_hooks_is_enabled():
+        return "disabled"
+    if hasattr(hooks, "_top_saved_tensors_default_hooks"):
+        return hooks._top_saved_tensors_default_hooks(True)
+    # Before torch 2.6 nothing says which they are; to disable them is refused where there are any.
+    try:
+        hooks._saved_tensors_hooks_disable("")
+    except RuntimeError:
+        return "there are some"
+    finally:
+        hooks._saved_tensors_hooks_enable()
+    return None
 
 
 def _stream() -> Any:

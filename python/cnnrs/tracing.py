@@ -212,8 +212,8 @@ class Recorder(TorchFunctionMode):
             stack.enter_context(self._layers())
             if self.gradients:
                 stack.enter_context(self._backward_of_its_own())
-            if "torch._dynamo" in sys.modules:
-                # A compiled function inside would be compiled for the stand-in.
+            if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+                # A compiled function inside would be compiled for the stand-in. (Before torch 2.6 it is.)
                 stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
             argument = self.value(0, Memory("Input"))
             self.surroundings = Surroundings(self.model, self.stop)
@@ -335,11 +335,11 @@ class Recorder(TorchFunctionMode):
                 raise self.stop(f"{cls.__name__} is an autograd.Function, whose backward has no counterpart")
             return before.__get__(None, cls)(*args, **kwargs)
 
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+        torch.autograd.Function.apply = classmethod(apply)
         try:
             yield
         finally:
-            torch.autograd.Function.apply = before  # type: ignore[method-assign]
+            torch.autograd.Function.apply = before
 
 
 class _Anything:

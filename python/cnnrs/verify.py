@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from cnnrs import _cnnrs
+from cnnrs import _cnnrs, companion
 from cnnrs._random import Drawing, Generators
 from cnnrs.graph import Lowered
 from cnnrs.operations import LAYERS
@@ -83,7 +83,7 @@ def differs(
 
 
 def _libtorch(lowered: Lowered, tensors: list[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    return _cnnrs.forward_torch(lowered.graph, tensors, inputs)
+    return companion.network(lowered)(tensors, inputs)
 
 
 def known_difference(model: nn.Module, lowered: Lowered) -> str | None:
@@ -168,7 +168,7 @@ class _Case:
             gradients = self._gradients(output, dict(twin.named_parameters()))
         except RuntimeError as error:
             if self.run is not play:
-                raise  # As libtorch will.
+                raise  # As the engine will.
             raise _Unlike(f"its backward raises {_described(error)}") from None
         return _Outcome(output.detach(), x, dict(twin.named_buffers()), gradients)
 

@@ -19,7 +19,7 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from cnnrs.layers import last_linear
+from cnnrs.layers import last_linear, put
 
 # Where the picture before the pooling comes from, in the families that have no `features`.
 # `permute`: Swin's features have their channels last until then.
@@ -327,7 +327,7 @@ def _found(
         if state is not None:
             _fill(model, state, source, {})
         return Found(name, model, transform, None, options or {})
-    model.set_submodule(last[0], nn.Identity())
+    put(model, last[0], nn.Identity())
     if state is not None:
         _fill(model, state, source, {f"{last[0]}.weight", f"{last[0]}.bias"})
     return Found(name, model, transform, last, options or {})

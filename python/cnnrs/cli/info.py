@@ -92,6 +92,8 @@ def _engines() -> dict[str, str]:
                 0, model, batches, optimizer=optimizer, loss_fn=nn.CrossEntropyLoss(), engine=engine, verbose=False
             )
             found[engine] = f"usable; picks {cnnrs.explain(model).engine}" if engine == "auto" else "usable"
+        except ImportError as error:
+            found[engine] = f"not here: {error}"
         except (RuntimeError, ValueError) as error:
             found[engine] = f"not usable: {error}"
     return found
