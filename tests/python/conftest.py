@@ -6,7 +6,7 @@ import gzip
 import os
 import signal
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,39 @@ import pytest
 import torch
 from PIL import Image
 
+from cnnrs import companion
+
 # A shell lets what it starts in the background ignore Ctrl-C, and the children of that ignore it too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Beside another worker of pytest-xdist two threads wait for each other's core; what is about threads takes two_threads.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PHOTOS = Path(os.environ.get("CNNRS_PHOTOS", REPOSITORY.parent / "shared" / "data" / "cats_dogs"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what engine ``torch`` runs with ``libtorch``, and skips it where its package is not installed."""
+    problem = companion.problem()
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if parameters.get("engine") == "torch":
+            item.add_marker(pytest.mark.libtorch)
+        if problem is not None and item.get_closest_marker("libtorch") is not None:
+            item.add_marker(pytest.mark.skip(reason=problem))
+
+
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """Kernels share the work between two threads, however many the machine or the worker has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

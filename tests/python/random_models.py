@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cnnrs
+from cnnrs import companion
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 CLASSES = 3
@@ -374,7 +375,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engines", nargs="+", default=["auto", "torch", "cpu", "python"])
+    parser.add_argument(
+        "--engines", nargs="+", default=["auto", "cpu", "python", *["torch"] * (companion.problem() is None)]
+    )
     given = parser.parse_args()
     failed = 0
     REFUSED.clear()

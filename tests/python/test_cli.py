@@ -1,5 +1,6 @@
 """The program `cnnrs`: help, pipes, Ctrl-C, names and locales of all kinds, and real photos."""
 
+import functools
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import forked
 from fruit import command, fruit
 from safetensors.torch import load_file
 
@@ -99,22 +101,23 @@ def test_strange_names(workplace: Path, strange: Path) -> None:
     files = sorted(str(path) for path in strange.rglob("*.jpg"))
     run = tmp = str(strange.with_name("run"))
     fixed = ["--backbone", "resnet18", "--weights", str(workplace / "weights.pth"), "--epochs", "1", "--valid", "0.5"]
-    done = command("train", str(strange), *fixed, "--out", tmp)
+    done = forked("train", str(strange), *fixed, "--out", tmp)
     assert done.returncode == 0, done.stderr
     assert cnnrs.load_run(run).classes == sorted(path.name for path in strange.iterdir())
     report = Path(run, "report.html").read_text(encoding="utf-8")
     assert "<b>&" not in report and "&lt;b&gt;&amp;&quot;it&#x27;s&#x27;" in report
 
     for locale in ({}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "latin-1"}):
-        environment = {**os.environ, **locale}
-        lines = command("predict", run, str(strange), env=environment, encoding="latin-1").stdout.split("\n")
+        # The locale and the variables of Python count where an interpreter starts.
+        start = functools.partial(command, env={**os.environ, **locale}) if locale else forked
+        lines = start("predict", run, str(strange), encoding="latin-1").stdout.split("\n")
         assert len(lines) == 13 and not any("\x1b" in line for line in lines)
-        done = command("predict", run, str(strange), "--json", env=environment)
+        done = start("predict", run, str(strange), "--json")
         assert (done.returncode, done.stderr) == (0, "")
         # Under the C locale Python itself has bytes where there are letters.
         paths = {os.fsencode(entry["path"]) for entry in json.loads(done.stdout)}
         assert paths == {os.fsencode(path) for path in files}
-        assert command("check", str(strange), "--all", env=environment, encoding="latin-1").returncode == 0
+        assert start("check", str(strange), "--all", encoding="latin-1").returncode == 0
 
 
 def test_ctrl_c(tmp_path: Path, workplace: Path) -> None:
@@ -161,7 +164,7 @@ def test_cats_and_dogs(photos: Path, tmp_path: Path) -> None:
     # Processor time, because others may use the machine: two minutes on two cores.
     assert after.children_user + after.children_system - before.children_user - before.children_system < 240
 
-    again = command("predict", str(out), str(photos / "valid"), "--json")
+    again = forked("predict", str(out), str(photos / "valid"), "--json")
     found = json.loads(again.stdout)
     right = sum(entry["class"] == Path(entry["path"]).parent.name for entry in found)
     assert 100 * right / len(found) == result["accuracy"]

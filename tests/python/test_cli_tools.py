@@ -12,6 +12,7 @@ from fruit import fruit
 from torchvision.models import ResNet18_Weights
 
 import cnnrs
+from cnnrs import companion
 from cnnrs.cli import main
 
 
@@ -61,7 +62,9 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["torch build"] == torch.__version__
-    assert facts["engines"]["torch"] == facts["engines"]["python"] == "usable"
+    engines = facts["engines"]
+    assert engines["python"] == engines["cpu"] == "usable" and engines["auto"].startswith("usable; picks ")
+    assert engines["torch"] == ("usable" if companion.problem() is None else f"not here: {companion.problem()}")
     assert main(["info"]) == 0
     assert f"cnnrs        {cnnrs.__version__}" in capsys.readouterr().out
 

@@ -17,6 +17,7 @@ import cnnrs
 from cnnrs import cpu_engine
 from cnnrs.graph import lower
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 ENGINES = ["auto", "cpu", "torch", "python"]
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
@@ -86,15 +87,17 @@ def share_with_state(model: Two) -> None:
     model.b.bias.data = model.a.weight.data[0]
 
 
+@pytest.mark.parametrize("engine", ["auto", "torch", "python"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("tie", [share_all, share_part, share_with_state])
-def test_parameters_over_one_memory(tie: Callable[[Two], None], optimizer: str) -> None:
+def test_parameters_over_one_memory(tie: Callable[[Two], None], optimizer: str, engine: Any) -> None:
     runs = []
-    for engine in [None, *["auto"] * 20, "torch", "python"]:
+    # Threads that wrote the same memory would not do so in the same order every time.
+    for run in range(21 if engine == "auto" else 2):
         model = make()
         tie(model)
         step = OPTIMIZERS[optimizer](model.parameters())
-        if engine is None:
+        if run == 0:
             plain(model, step, data())
         else:
             fit(model, step, data(), engine)

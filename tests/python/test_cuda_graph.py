@@ -22,9 +22,11 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 import cnnrs
-from cnnrs import cuda_graph
+from cnnrs import cuda_graph, epochs
 
 Data = list[tuple[torch.Tensor, torch.Tensor]]
+#: Under "torch" steps are recorded too, but it needs its package even so.
+both = pytest.mark.parametrize("engine", ["auto", "torch"])
 FULL = 8
 #: Two epochs' batches: several windows of losses, a shorter batch at the end.
 SIZES = (FULL,) * 19 + (3,)
@@ -106,6 +108,8 @@ def recorder(device: str, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder() if device == "cpu" else Counting()
     monkeypatch.setitem(cuda_graph.RECORDERS, device, made)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    # As on CUDA, where there is no engine "cpu" that "auto" would take first.
+    monkeypatch.setattr(epochs, "slow_on_cpu", lambda lowered: ["made so"])
     return made
 
 
@@ -130,7 +134,7 @@ def twins(
 
 
 def fit(model: nn.Module, optimizer: Any, data: Any, phase: Any = "training", **options: Any) -> tuple[float, float]:
-    options = {"loss_fn": F.nll_loss, "engine": "torch", "verbose": False} | options
+    options = {"loss_fn": F.nll_loss, "engine": "auto", "verbose": False} | options
     return cnnrs.fit(options.pop("epoch", 0), model, data, phase, optimizer=optimizer, **options)
 
 
@@ -163,9 +167,12 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
+@both
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_recorded_epochs_have_the_plain_loops_bits(name: str, fused: Any, device: str, recorder: Recorder) -> None:
+def test_recorded_epochs_have_the_plain_loops_bits(
+    engine: str, name: str, fused: Any, device: str, recorder: Recorder
+) -> None:
     make, options = OPTIMIZERS[name]
     theirs, their_optimizer, ours, our_optimizer = twins(
         device, recorder, lambda p: make(p, fused=True, **options), lambda p: make(p, fused=fused, **options)
@@ -175,7 +182,7 @@ def test_recorded_epochs_have_the_plain_loops_bits(name: str, fused: Any, device
         results = []
         for run in (
             lambda phase: tutorial.fit(theirs, data, phase, their_optimizer, F.nll_loss),
-            lambda phase, epoch=epoch: fit(ours, our_optimizer, data, phase, epoch=epoch),
+            lambda phase, epoch=epoch: fit(ours, our_optimizer, data, phase, epoch=epoch, engine=engine),
         ):
             torch.manual_seed(epoch)
             results.append(([run(phase) for phase in ("training", "validation")], random_state(device)))
@@ -233,7 +240,8 @@ def test_clipping_and_a_loss_that_is_a_module(device: str, recorder: Recorder) -
     assert_same(ours, our_sgd, theirs, their_sgd)
 
 
-def test_frozen_layers_and_parameters_of_nobody(device: str, recorder: Recorder) -> None:
+@both
+def test_frozen_layers_and_parameters_of_nobody(engine: str, device: str, recorder: Recorder) -> None:
     torch.manual_seed(2)
     theirs = Net().to(device)
     theirs.conv1.requires_grad_(False)
@@ -248,17 +256,20 @@ def test_frozen_layers_and_parameters_of_nobody(device: str, recorder: Recorder)
     torch.manual_seed(0)
     tutorial.fit(theirs, data, "training", their_sgd, F.nll_loss)
     torch.manual_seed(0)
-    fit(ours, our_sgd, data)
+    fit(ours, our_sgd, data, engine=engine)
     assert recorder.replayed > 0
     assert tutorial.same(ours.state_dict(), theirs.state_dict())
     assert tutorial.same(our_sgd.state_dict(), their_sgd.state_dict())
-    # As engine "torch": what nobody optimizes gets no gradient.
+    # What nobody optimizes gets no gradient.
     assert ours.conv1.weight.grad is None and ours.fc1.weight.grad is None
 
 
+@both
 @pytest.mark.parametrize("bad", [0, 2, 7, 12, len(SIZES) - 1])
 @pytest.mark.parametrize("make", [sgd, adam])
-def test_a_loss_that_is_not_finite_changes_nothing(make: Any, bad: int, device: str, recorder: Recorder) -> None:
+def test_a_loss_that_is_not_finite_changes_nothing(
+    engine: str, make: Any, bad: int, device: str, recorder: Recorder
+) -> None:
     theirs, their_optimizer, ours, our_optimizer = twins(device, recorder, make)
     data = batches(device)
     broken = [(x.clone(), y) for x, y in data]
@@ -269,7 +280,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(make: Any, bad: int, device: 
     last = "none" if bad == 0 else r"\d\.\d{4}"
     expected = rf"^loss is NaN in training epoch 4, batch {bad}; the last finite loss was {last}$"
     with pytest.raises(cnnrs.NonFiniteLossError, match=expected):
-        fit(ours, our_optimizer, broken, epoch=4)
+        fit(ours, our_optimizer, broken, epoch=4, engine=engine)
     assert tutorial.same(ours.state_dict(), theirs.state_dict())
     assert tutorial.same(our_optimizer.state_dict(), their_optimizer.state_dict())
     # And it goes on from there.
@@ -277,7 +288,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(make: Any, bad: int, device: 
         torch.manual_seed(seed)
         wanted = tutorial.fit(theirs, data, "training", their_optimizer, F.nll_loss)
         torch.manual_seed(seed)
-        assert fit(ours, our_optimizer, data) == wanted
+        assert fit(ours, our_optimizer, data, engine=engine) == wanted
     assert_same(ours, our_optimizer, theirs, their_optimizer)
 
 
@@ -449,12 +460,13 @@ CANNOT: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
+@both
 @pytest.mark.parametrize("name", CANNOT)
-def test_what_is_not_recorded_trains_all_the_same(name: str, device: str, recorder: Recorder) -> None:
+def test_what_is_not_recorded_trains_all_the_same(engine: str, name: str, device: str, recorder: Recorder) -> None:
     make, options = CANNOT[name]
     _, _, model, optimizer = twins(device, recorder, make)
     before = copy.deepcopy(model.state_dict())
-    fit(model, optimizer, batches(device), **options)
+    fit(model, optimizer, batches(device), **({"engine": engine} | options))
     assert recorder.recorded == 0
     assert not torch.equal(model.state_dict()["fc2.weight"], before["fc2.weight"])
 
@@ -470,14 +482,15 @@ def test_a_cumulative_batch_norm_and_a_hooked_optimizer_are_not_recorded(device:
     assert recorder.recorded == 0 and len(steps) == len(SIZES)
 
 
-def test_low_precision_is_recorded(device: str, recorder: Recorder) -> None:
+@both
+def test_low_precision_is_recorded(engine: str, device: str, recorder: Recorder) -> None:
     theirs, their_sgd, ours, our_sgd = twins(device, recorder, sgd)
     data = batches(device)
     torch.manual_seed(0)
     expected = fit(theirs, their_sgd, data, amp="bf16", engine="python")
     assert recorder.recorded == 0
     torch.manual_seed(0)
-    assert fit(ours, our_sgd, data, amp="bf16") == expected
+    assert fit(ours, our_sgd, data, amp="bf16", engine=engine) == expected
     assert recorder.replayed > 0
     assert_same(ours, our_sgd, theirs, their_sgd)
 

@@ -168,44 +168,46 @@ def test_a_loss_with_weights_that_another_optimizer_steps() -> None:
             other.zero_grad()
 
         if fit:
-            with pytest.warns(UserWarning, match="loss_fn has parameters of its own, which get gradients too"):
-                cnnrs.fit(0, model, batches(), optimizer=sgd, loss_fn=loss, on_batch_end=step, verbose=False)
+            cnnrs.fit(0, model, batches(), optimizer=sgd, loss_fn=loss, on_batch_end=step, verbose=False)
         else:
             for batch in batches():
                 plain_loop(model, [batch], sgd, loss)
                 step()
         found.append([p.detach() for p in [*model.parameters(), *loss.parameters()]])
+    with pytest.raises(cnnrs.UnsupportedModelError):
+        cnnrs.fit(0, model, batches(), optimizer=sgd, loss_fn=loss, on_batch_end=step, engine="cpu", verbose=False)
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
 
 
-def test_batches_that_begin_to_require_gradients() -> None:
+@pytest.mark.parametrize("engine", ["cpu", "torch"])
+def test_batches_that_begin_to_require_gradients(engine: Any) -> None:
     model, data = network(), batches()
     data[2][0].requires_grad_()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(cnnrs.UnsupportedModelError, match="got a Tensor that requires gradients"):
-        cnnrs.fit(0, model, data, optimizer=sgd, loss_fn=F.cross_entropy, engine="torch", verbose=False)
-    cnnrs.fit(0, model, data, "validation", loss_fn=F.cross_entropy, engine="torch", verbose=False)
+        cnnrs.fit(0, model, data, optimizer=sgd, loss_fn=F.cross_entropy, engine=engine, verbose=False)
+    cnnrs.fit(0, model, data, "validation", loss_fn=F.cross_entropy, engine=engine, verbose=False)
 
 
+@pytest.mark.parametrize("engine", ["auto", "torch"])
 @pytest.mark.parametrize("loss_fn", [
     F.cross_entropy, nn.CrossEntropyLoss(), lambda o, y: F.cross_entropy(o, y) * 2,
     functools.partial(F.cross_entropy, label_smoothing=0.1), nn.MultiMarginLoss(),
 ])  # fmt: skip
-def test_what_trains_nothing_else_stays_compiled(loss_fn: Any) -> None:
+def test_what_trains_nothing_else_stays_compiled(loss_fn: Any, engine: Any) -> None:
     model = network()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cnnrs.fit(0, model, batches(), optimizer=sgd, loss_fn=loss_fn, engine="torch", verbose=False)
+        cnnrs.fit(0, model, batches(), optimizer=sgd, loss_fn=loss_fn, engine=engine, verbose=False)
 
 
-def test_an_unused_parameter_and_a_known_loss_stay_compiled() -> None:
+@pytest.mark.parametrize("engine", ["cpu", "torch"])
+def test_an_unused_parameter_and_a_known_loss_stay_compiled(engine: Any) -> None:
     model = network()
     model.register_parameter("unused", nn.Parameter(torch.ones(2)))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    engines: list[Any] = ["cpu", "torch"]
-    for engine in engines:
-        cnnrs.fit(0, model, batches(), optimizer=sgd, loss_fn=F.cross_entropy, engine=engine, verbose=False)
+    cnnrs.fit(0, model, batches(), optimizer=sgd, loss_fn=F.cross_entropy, engine=engine, verbose=False)
     assert torch.equal(model.unused, torch.ones(2))
 
 

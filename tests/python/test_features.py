@@ -94,7 +94,7 @@ def test_attach_is_the_head_on_the_features(folder: Path, tmp_path: Path, engine
     assert network[-1] is top and top.training and not network[0].training
     expected = {**{f"0.{k}": v for k, v in body.state_dict().items()}}
     assert all(torch.equal(network.state_dict()[key], value) for key, value in expected.items())
-    assert cnnrs.explain(network.eval()).engine == ("torch" if dtype is None else "python")
+    assert (cnnrs.explain(network.eval()).operations > 0) == (dtype is None)
 
 
 def test_attach_trains_the_head_only(folder: Path) -> None:
@@ -114,7 +114,7 @@ def test_attach_trains_the_head_only(folder: Path) -> None:
 
 def test_attach_needs_a_body(folder: Path, tmp_path: Path) -> None:
     body, top = backbone(), head()
-    cnnrs.preconv(cnnrs.ImageFolder(folder, TRANSFORM), body, out=tmp_path / "f", batch_size=26, engine="torch")
+    cnnrs.preconv(cnnrs.ImageFolder(folder, TRANSFORM), body, out=tmp_path / "f", batch_size=26, engine="python")
     opened = cnnrs.load_features(tmp_path / "f")
     with pytest.raises(ValueError, match=r"pass it, features\.attach\(head, vgg\.features\)"):
         opened.attach(top)

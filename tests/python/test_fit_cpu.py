@@ -14,6 +14,7 @@ from torch import nn
 from cnnrs import cpu_engine, errors, models
 from cnnrs.graph import lower
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 CROSS_ENTROPY = ("cross_entropy", None, -100, 0.0)
 NLL = ("nll", None, -100)
 WEIGHT = torch.tensor([1.0, 2.0, 0.5])
@@ -219,7 +220,7 @@ def test_optimizers_follow_torch_for_small_and_large_matrices(name: str) -> None
     model = nn.Sequential(nn.Linear(20, 600), nn.ReLU(), nn.Linear(600, 500), nn.ReLU(), nn.Linear(500, 3))
     batches = [(torch.randn(9, 20), torch.randint(0, 3, (9,))) for _ in range(6)]
     results = []
-    for engine in ("torch", "cpu"):
+    for engine in ("plain", "cpu"):
         net = copy.deepcopy(model)
         optimizer = OPTIMIZERS[name](net.parameters())
         if engine == "cpu":

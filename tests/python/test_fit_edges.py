@@ -71,8 +71,7 @@ def test_what_only_a_called_loss_reads_is_trained() -> None:
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(outputs, targets) + 0.5 * sum(p.pow(2).sum() for p in model.parameters())
 
-    with pytest.warns(UserWarning, match="loss_fn"):
-        cnnrs.fit(0, model, [(X, Y)] * 3, optimizer=sgd(model), loss_fn=loss, verbose=False)
+    cnnrs.fit(0, model, [(X, Y)] * 3, optimizer=sgd(model), loss_fn=loss, verbose=False)
     assert not torch.equal(model.spare.weight, before)
 
 

@@ -168,19 +168,21 @@ def test_targets_of_any_form_are_given_to_the_loss_as_they_are(form: str) -> Non
     assert math.isnan(accuracy)
 
 
-def test_dictionaries_of_inputs_and_labels() -> None:
+@pytest.mark.parametrize("engine", ["torch", "python"])
+def test_dictionaries_of_inputs_and_labels(engine: Any) -> None:
     pairs = batches()
     for first, second in (("pixel_values", "labels"), ("image", "label"), ("x", "y")):
         data = [{second: y, first: x} for x, y in pairs]
-        follows(Heads(lambda a, _: a), data, F.cross_entropy, pairs=pairs, engine="torch")
+        follows(Heads(lambda a, _: a), data, F.cross_entropy, pairs=pairs, engine=engine)
 
 
-def test_arrays_and_lists_of_numbers_are_tensors() -> None:
+@pytest.mark.parametrize("engine", ["torch", "python"])
+def test_arrays_and_lists_of_numbers_are_tensors(engine: Any) -> None:
     pairs = batches()
     data = [(x.numpy(), y.tolist()) for x, y in pairs]
-    follows(Heads(lambda a, _: a), data, F.cross_entropy, pairs=pairs, engine="torch")
+    follows(Heads(lambda a, _: a), data, F.cross_entropy, pairs=pairs, engine=engine)
     data = [(x, np.asarray(y)) for x, y in pairs]
-    follows(Heads(lambda a, _: a), data, F.cross_entropy, pairs=pairs, engine="torch")
+    follows(Heads(lambda a, _: a), data, F.cross_entropy, pairs=pairs, engine=engine)
 
 
 class TwoArguments(nn.Module):
@@ -211,9 +213,13 @@ def test_batches_that_nobody_can_tell_apart_are_named() -> None:
         fit(((x, x), y), TwoArguments())
     with pytest.raises(TypeError, match="must be Tensor, not tuple"):
         fit((x, y), Heads(lambda a, b: (a, b)))
-    for engine in ("torch", "cpu"):
-        with pytest.raises(cnnrs.UnsupportedModelError, match=r"two ordinary tensors, .* got a dict of length 1"):
-            fit(({"x": x}, y), nn.Linear(6, 3), engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["torch", "cpu"])
+def test_engines_that_were_asked_for_take_tensors(engine: Any) -> None:
+    (x, y), model = batches(1)[0], nn.Linear(6, 3)
+    with pytest.raises(cnnrs.UnsupportedModelError, match=r"two ordinary tensors, .* got a dict of length 1"):
+        cnnrs.fit(0, model, [({"x": x}, y)], optimizer=sgd(model.parameters()), loss_fn=F.cross_entropy, engine=engine)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -411,13 +417,12 @@ def test_training_with_weights_and_ignored_samples_follows_the_loop(engine: Any)
     torch.testing.assert_close(ours.weight, theirs.weight)
 
 
-def test_where_nothing_counts_there_is_no_loss_and_no_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_where_nothing_counts_there_is_no_loss_and_no_accuracy(engine: Any, capsys: pytest.CaptureFixture[str]) -> None:
     data = [(torch.randn(4, 6), torch.ones(4, dtype=torch.int64))]
-    for engine in ENGINES:
-        got = cnnrs.fit(0, nn.Linear(6, 3), data, "validation", loss_fn=nn.CrossEntropyLoss(ignore_index=1),
-                        engine=engine)  # fmt: skip
-        assert all(map(math.isnan, got))
-        assert "0/0" in capsys.readouterr().out
+    got = cnnrs.fit(0, nn.Linear(6, 3), data, "validation", loss_fn=nn.CrossEntropyLoss(ignore_index=1), engine=engine)
+    assert all(map(math.isnan, got))
+    assert "0/0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("engine", ["auto", "torch", "python"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tutorial
+import which_engine
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import Subset
@@ -20,6 +21,7 @@ from torch.utils.data import Subset
 import cnnrs
 from cnnrs import iterators
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 ENGINES = ["cpu", "torch", "python"]
 
 #: What the engines promise: float rounding of some 100 steps of 1e-7 each, or the loop's bits.
@@ -273,7 +275,7 @@ def test_bf16_follows_pytorchs_autocast(engine: Any) -> None:
     assert seen == pytest.approx(expected, rel=2**-8)
     full: list[float] = []
     cnnrs.fit(
-        0, copy.deepcopy(theirs), data[:1], "validation", loss_fn=F.cross_entropy, engine="torch", verbose=False,
+        0, copy.deepcopy(theirs), data[:1], "validation", loss_fn=F.cross_entropy, engine=engine, verbose=False,
         on_batch_end=lambda _, loss: full.append(loss),
     )  # fmt: skip
     cnnrs.fit(
@@ -366,49 +368,38 @@ def test_an_interrupted_epoch_of_features_goes_on_where_it_stopped() -> None:
 # -- which engine ------------------------------------------------------------------------------------------------------
 
 
-def ran(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **options: Any) -> str:
+def ran(*arguments: Any, **options: Any) -> str:
     """The engine that `fit` ends up in."""
-    from cnnrs import _cnnrs
-
-    calls: list[str] = []
-    for name in ("fit_cpu", "fit_torch", "fit_python"):
-        original = getattr(_cnnrs, name)
-
-        def spy(*args: Any, name: str = name, original: Any = original) -> Any:
-            calls.append(name.removeprefix("fit_"))
-            return original(*args)
-
-        monkeypatch.setattr(_cnnrs, name, spy)
-    cnnrs.fit(*arguments, verbose=False, **options)
-    monkeypatch.undo()
+    with which_engine.watched() as calls:
+        cnnrs.fit(*arguments, verbose=False, **options)
     (engine,) = calls
     return engine
 
 
-def test_auto_takes_the_fastest_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_fastest_that_can() -> None:
     from torchvision.models import resnet18
 
     def engine(model: nn.Module, x: torch.Tensor, y: torch.Tensor, **options: Any) -> str:
         model.train()
         options = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.01), "loss_fn": F.cross_entropy} | options
-        return ran(monkeypatch, 0, model, [(x, y)], **options)
+        return ran(0, model, [(x, y)], **options)
 
     digits, classes = torch.randn(2, 1, 28, 28), torch.tensor([1, 2])
     assert engine(cnnrs.models.MnistNet(), digits, classes) == "cpu"
     assert cnnrs.explain(cnnrs.models.MnistNet()).engine == "cpu"
-    assert engine(resnet18(num_classes=3), torch.randn(2, 3, 32, 32), classes) == "torch"
-    assert cnnrs.explain(resnet18()).engine == "torch"
+    assert engine(resnet18(num_classes=3), torch.randn(2, 3, 32, 32), classes) == "python"
+    assert cnnrs.explain(resnet18()).engine == "python"
     assert "layer1.0.conv1 (Conv2d)" in str(cnnrs.explain(resnet18()))
-    assert engine(cnnrs.models.MnistNet().double(), digits.double(), classes) == "torch"
+    assert engine(cnnrs.models.MnistNet().double(), digits.double(), classes) == "python"
     assert "float64" in str(cnnrs.explain(cnnrs.models.MnistNet().double()))
-    assert engine(cnnrs.models.MnistNet(), digits, classes, amp="bf16") == "torch"
-    assert engine(cnnrs.models.MnistNet(), digits, classes, loss_fn=lambda o, t: F.cross_entropy(o, t)) == "torch"
+    assert engine(cnnrs.models.MnistNet(), digits, classes, amp="bf16") == "python"
+    assert engine(cnnrs.models.MnistNet(), digits, classes, loss_fn=lambda o, t: F.cross_entropy(o, t)) == "python"
     model = cnnrs.models.MnistNet()
-    assert engine(model, digits, classes, optimizer=torch.optim.RMSprop(model.parameters())) == "torch"
+    assert engine(model, digits, classes, optimizer=torch.optim.RMSprop(model.parameters())) == "python"
     values = nn.Linear(3, 1)
     assert engine(values, torch.randn(4, 3), torch.randn(4, 1), loss_fn=F.mse_loss) == "cpu"
     with pytest.warns(UserWarning, match="broadcasting"):
-        assert engine(values, torch.randn(4, 3), torch.randn(4), loss_fn=F.mse_loss) == "torch"
+        assert engine(values, torch.randn(4, 3), torch.randn(4), loss_fn=F.mse_loss) == "python"
     hooked = cnnrs.models.MnistNet()
     hooked.fc2.register_forward_hook(lambda *_: None)
     assert engine(hooked, digits, classes) == "python"

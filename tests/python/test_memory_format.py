@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tutorial
+import which_engine
 from torch import nn
 
 import cnnrs
 
 LAST: Any = torch.channels_last
-pytestmark = pytest.mark.filterwarnings("ignore:dropout2d:UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:dropout2d:UserWarning"), pytest.mark.usefixtures("two_threads")]
 
 
 def network() -> nn.Module:
@@ -84,14 +85,27 @@ def test_other_formats_are_refused() -> None:
         )  # fmt: skip
 
 
-def test_the_tutorials_view_works_on_engine_torch() -> None:
-    model = cnnrs.models.SimpleCNN()
+class Viewing(cnnrs.models.SimpleCNN):
+    """With the tutorial's `view`, which asks for the usual order of memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv3(self.conv2(self.conv1(x)))
+        return self.fc(x.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("engine", ["played", "torch"])
+def test_the_tutorials_view_works_where_operations_are_run(engine: Any) -> None:
+    model = Viewing()
     data = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))]
     sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-    loss, _ = cnnrs.fit(0, model, data, optimizer=sgd, loss_fn=F.cross_entropy, memory_format=LAST, verbose=False)
+    options: Any = {"optimizer": sgd, "loss_fn": F.cross_entropy, "memory_format": LAST, "verbose": False}
+    if engine == "torch":
+        loss, _ = cnnrs.fit(0, model, data, engine="torch", **options)
+    else:
+        with which_engine.played():
+            loss, _ = cnnrs.fit(0, model, data, **options)
     # Ten classes, weights as they were initialised.
     assert loss == pytest.approx(2.3, abs=0.3)
-    with pytest.raises(RuntimeError, match=r"Use \.reshape"):
-        cnnrs.fit(
-            0, model, data, optimizer=sgd, loss_fn=F.cross_entropy, memory_format=LAST, engine="python", verbose=False
-        )
+    for called in ("auto", "python"):
+        with pytest.raises(RuntimeError, match=r"Use \.reshape"):
+            cnnrs.fit(0, model, data, engine=called, **options)

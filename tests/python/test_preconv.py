@@ -125,7 +125,7 @@ def test_a_second_call_loads_and_numpy_opens_the_files(
     assert said(capsys) == ""
     expected, labels = cnnrs.preconv(data, model)
     assert torch.equal(first.features, expected)
-    monkeypatch.setattr("cnnrs._cnnrs.extract_torch", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("cnnrs._cnnrs.extract_rows", lambda *_: pytest.fail("computed again"))
     second = cnnrs.preconv(cnnrs.DataLoader(data, batch_size=3, shuffle=True), model, out=out)
     assert said(capsys) == f"{out}: 26 features are up to date, nothing to compute"
     assert torch.equal(second.features, expected) and torch.equal(second.labels, labels)
@@ -222,7 +222,8 @@ def test_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
         cnnrs.preconv(cnnrs.ImageFolder(folder, TRANSFORM), backbone(), out=tmp_path / "file")
 
 
-def test_a_head_trains_on_features_as_on_the_images(folder: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_head_trains_on_features_as_on_the_images(folder: Path, engine: Any) -> None:
     """The whole point: freezing the front and training the head gives the same head, bit for bit."""
     model = nn.Sequential(backbone().eval(), nn.Flatten(), nn.Linear(6 * 11 * 11, 3))
     cnnrs.freeze(model[0])
@@ -230,7 +231,7 @@ def test_a_head_trains_on_features_as_on_the_images(folder: Path) -> None:
     data = cnnrs.ImageFolder(folder, TRANSFORM)
     slow = torch.optim.SGD(model[2].parameters(), lr=0.01)
     fast = torch.optim.SGD(head.parameters(), lr=0.01)
-    features = cnnrs.preconv(data, model[0], engine="torch")
+    features = cnnrs.preconv(data, model[0], engine=engine)
     for epoch in range(2):
         model.train()
         model[0].eval()
@@ -240,7 +241,7 @@ def test_a_head_trains_on_features_as_on_the_images(folder: Path) -> None:
             slow.step()
         loader = cnnrs.DataLoader(cnnrs.FeatureDataset(*features), batch_size=8)
         cnnrs.fit(
-            epoch, head, loader, optimizer=fast, loss_fn=nn.functional.cross_entropy, verbose=False, engine="torch"
+            epoch, head, loader, optimizer=fast, loss_fn=nn.functional.cross_entropy, verbose=False, engine=engine
         )
     assert tutorial.same(head[1].state_dict(), model[2].state_dict())
 

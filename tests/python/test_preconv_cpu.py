@@ -18,12 +18,13 @@ import cnnrs
 from cnnrs import _cnnrs, cpu_features
 from cnnrs.graph import lower
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 PHOTOS = Path(os.environ.get("CNNRS_PHOTOS", Path(__file__).parents[2] / "../shared/data/cats_dogs"))
 
 
 def compiled(model: nn.Module, exact: bool = False) -> _cnnrs.CpuNetwork:
     lowered = lower(model.eval())
-    return _cnnrs.CpuNetwork(lowered.graph, lowered.tensors, exact)
+    return _cnnrs.CpuNetwork(lowered.graph, lowered.tensors, torch.get_num_threads(), exact)
 
 
 def error(got: torch.Tensor, exact: torch.Tensor) -> float:
@@ -179,15 +180,20 @@ def test_results_do_not_depend_on_threads_or_batch() -> None:
 def test_inputs_in_any_memory_and_the_callers_are_untouched() -> None:
     model = nn.Sequential(nn.Conv2d(3, 40, 3, padding=1), nn.ReLU(), nn.Conv2d(40, 33, 3)).eval()
     images = torch.randn(4, 3, 20, 20)
-    network = compiled(model)
-    expected = network(images)
+
+    def features(given: torch.Tensor) -> torch.Tensor:
+        return cnnrs.preconv([(given, torch.arange(len(given)))], model, engine="cpu", verbose=False).features
+
+    expected = features(images)
     for view in (images.to(memory_format=torch.channels_last), images.repeat(2, 1, 1, 1)[::2][:2]):
         copy = view.clone()
         with torch.no_grad():
             reference = model(view)
-        torch.testing.assert_close(network(view), reference)
+        torch.testing.assert_close(features(view), reference)
         assert torch.equal(view, copy)
-    assert torch.equal(compiled(model.to(memory_format=torch.channels_last))(images), expected)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.testing.assert_close(features(images), expected)
+    assert cpu_features.obstacle(lower(model, gradients=False), images) is None
 
 
 def test_nan_and_infinity_stay_where_they_are_seen() -> None:
@@ -228,7 +234,7 @@ def test_preconv_takes_the_engine_and_says_why_not() -> None:
     assert torch.equal(chosen[:2], compiled(model)(batches[0][0]))
     exact = cnnrs.preconv(batches, model, precision="exact").features
     assert torch.equal(exact[:2], compiled(model, exact=True)(batches[0][0]))
-    torch.testing.assert_close(chosen, cnnrs.preconv(batches, model, engine="torch").features)
+    torch.testing.assert_close(chosen, cnnrs.preconv(batches, model, engine="python").features)
     double = [(inputs.double(), targets) for inputs, targets in batches]
     with pytest.raises(cnnrs.UnsupportedModelError, match=r"float32 on the CPU, but the batch is torch.float64"):
         cnnrs.preconv(double, model.double(), engine="cpu")
@@ -244,13 +250,13 @@ def test_what_the_engine_cannot_do_is_named_and_left_to_torch() -> None:
     )
     with pytest.raises(cnnrs.UnsupportedModelError, match=r"1 \(Softmax\)"):
         cnnrs.preconv(batches, model, engine="cpu")
-    expected = cnnrs.preconv(batches, model, engine="torch").features
+    expected = cnnrs.preconv(batches, model, engine="python").features
     assert torch.equal(cnnrs.preconv(batches, model).features, expected)
 
 
 def test_wrong_input_is_an_error_in_words() -> None:
     network = compiled(nn.Sequential(nn.Conv2d(3, 8, 3)))
-    with pytest.raises(ValueError, match=r"float32 tensors on the CPU, but the batch is Double"):
+    with pytest.raises(ValueError, match=r"contiguous float32 images on cpu, got Float64"):
         network(torch.rand(1, 3, 8, 8, dtype=torch.float64))
     with pytest.raises(RuntimeError, match=r"expects 3 input channels, got 4"):
         network(torch.rand(1, 4, 8, 8))

@@ -86,8 +86,12 @@ def test_precision_that_makes_no_sense(folder: Path) -> None:
     data = cnnrs.ImageFolder(folder, TRANSFORM)
     with pytest.raises(ValueError, match="precision must be one of 'exact', 'tf32', 'bf16', 'fp16', got 'int8'"):
         cnnrs.preconv(data, layers(), precision="int8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ["torch", "cpu"])
+def test_autocast_is_of_the_module_itself(folder: Path, engine: Any) -> None:
     with pytest.raises(ValueError, match="precision='bf16' is autocast of the module itself"):
-        cnnrs.preconv(data, layers(), precision="bf16", engine="torch")
+        cnnrs.preconv(cnnrs.ImageFolder(folder, TRANSFORM), layers(), precision="bf16", engine=engine)
 
 
 def test_the_store_knows_the_precision(folder: Path, tmp_path: Path, capsys: Any) -> None:

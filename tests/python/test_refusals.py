@@ -185,7 +185,9 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer, data: Any, loss_fn
         optimizer.step()
 
 
-def check(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss_fn: Callable[..., Any], before: int = 0) -> None:
+def check(
+    engine: Any, model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss_fn: Callable[..., Any], before: int = 0
+) -> None:
     """``before``: good batches before the one that is refused."""
     good = [(torch.randn(4, 3, 8, 8), GOOD)] * before
 
@@ -195,52 +197,54 @@ def check(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss_fn: Callable[
     theirs = copy.deepcopy(model)
     with pytest.raises(Exception) as expected:
         plain(theirs, optimizer(theirs), [(x, y)], loss_fn)
-    for engine in ENGINES:
-        ours, whole = copy.deepcopy(model), copy.deepcopy(model)
-        our_sgd, whole_sgd = optimizer(ours), optimizer(whole)
-        if good:
-            cnnrs.fit(0, whole, good, optimizer=whole_sgd, loss_fn=loss_fn, engine=engine, verbose=False)
-        state = torch.get_rng_state()
-        with pytest.raises(type(expected.value)) as found:
-            cnnrs.fit(0, ours, [*good, (x, y)], optimizer=our_sgd, loss_fn=loss_fn, engine=engine, verbose=False)
-        assert type(found.value) is type(expected.value), engine
-        assert str(found.value)[:24] == str(expected.value)[:24], engine
-        assert tutorial.same(ours.state_dict(), whole.state_dict()), engine
-        assert tutorial.same(our_sgd.state_dict(), whole_sgd.state_dict()), engine
-        assert torch.equal(torch.get_rng_state(), state), engine
+    ours, whole = copy.deepcopy(model), copy.deepcopy(model)
+    our_sgd, whole_sgd = optimizer(ours), optimizer(whole)
+    if good:
+        cnnrs.fit(0, whole, good, optimizer=whole_sgd, loss_fn=loss_fn, engine=engine, verbose=False)
+    state = torch.get_rng_state()
+    with pytest.raises(type(expected.value)) as found:
+        cnnrs.fit(0, ours, [*good, (x, y)], optimizer=our_sgd, loss_fn=loss_fn, engine=engine, verbose=False)
+    assert type(found.value) is type(expected.value)
+    assert str(found.value)[:24] == str(expected.value)[:24]
+    assert tutorial.same(ours.state_dict(), whole.state_dict())
+    assert tutorial.same(our_sgd.state_dict(), whole_sgd.state_dict())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", MODELS)
-def test_arguments_of_every_operation(name: str) -> None:
+def test_arguments_of_every_operation(name: str, engine: str) -> None:
     torch.manual_seed(0)
-    check(MODELS[name](), torch.randn(4, 3, 8, 8), GOOD, F.cross_entropy)
+    check(engine, MODELS[name](), torch.randn(4, 3, 8, 8), GOOD, F.cross_entropy)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_and_targets(name: str) -> None:
+def test_losses_and_targets(name: str, engine: str) -> None:
     torch.manual_seed(0)
-    check(between(), torch.randn(4, 3, 8, 8), *LOSSES[name])
+    check(engine, between(), torch.randn(4, 3, 8, 8), *LOSSES[name])
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("name", INPUTS)
-def test_inputs_of_the_first_and_of_the_last_batch(name: str, before: int) -> None:
+def test_inputs_of_the_first_and_of_the_last_batch(name: str, before: int, engine: str) -> None:
     torch.manual_seed(0)
     x = INPUTS[name]
-    check(between(), x, GOOD[: len(x)], F.cross_entropy, before)
+    check(engine, between(), x, GOOD[: len(x)], F.cross_entropy, before)
 
 
-def test_one_photo_left_over_for_a_resnet() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_photo_left_over_for_a_resnet(engine: Any) -> None:
     """32 x 32 pixels are one behind the last stride: the last batch of one has one value per channel."""
     torchvision = pytest.importorskip("torchvision")
-    for engine in ENGINES:
-        torch.manual_seed(0)
-        model = torchvision.models.resnet18(num_classes=5)
-        data = [(torch.randn(n, 3, 32, 32), GOOD[:n]) for n in (2, 1)]
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        with pytest.raises(ValueError, match=r"Expected more than 1 value per channel when training, got input size"):
-            cnnrs.fit(0, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, engine=engine, verbose=False)
-        assert model.bn1.num_batches_tracked == 1 and bool(model.layer4[0].bn1.running_var.isfinite().all())
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=5)
+    data = [(torch.randn(n, 3, 32, 32), GOOD[:n]) for n in (2, 1)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pytest.raises(ValueError, match=r"Expected more than 1 value per channel when training, got input size"):
+        cnnrs.fit(0, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, engine=engine, verbose=False)
+    assert model.bn1.num_batches_tracked == 1 and bool(model.layer4[0].bn1.running_var.isfinite().all())
 
 
 def bad_step(**options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -255,20 +259,20 @@ def bad_step(**options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
     return make
 
 
+@pytest.mark.parametrize("engine", ["auto", "torch", "python"])
 @pytest.mark.parametrize("options", [
     {"lr": "0.1"}, {"lr": None}, {"momentum": "0.9"}, {"weight_decay": "0.1"}, {"betas": (0.9, "0.999")},
     {"betas": 0.9},
 ], ids=str)  # fmt: skip
-def test_options_of_optimizers_that_are_no_numbers(options: dict[str, Any]) -> None:
+def test_options_of_optimizers_that_are_no_numbers(options: dict[str, Any], engine: Any) -> None:
     torch.manual_seed(0)
     data = [(torch.randn(4, 3, 8, 8), GOOD)] * 2
     theirs = between()
     with pytest.raises(Exception) as expected:
         plain(theirs, bad_step(**options)(theirs), data, F.cross_entropy)
-    for engine in ("auto", "torch", "python"):
-        ours = between()
-        with pytest.raises(type(expected.value)):
-            cnnrs.fit(0, ours, data, optimizer=bad_step(**options)(ours), loss_fn=F.cross_entropy, engine=engine)
+    ours = between()
+    with pytest.raises(type(expected.value)):
+        cnnrs.fit(0, ours, data, optimizer=bad_step(**options)(ours), loss_fn=F.cross_entropy, engine=engine)
 
 
 def test_what_pytorch_takes_is_taken() -> None:

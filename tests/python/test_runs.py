@@ -19,6 +19,7 @@ import cnnrs
 from cnnrs.cli import main
 from cnnrs.cli.places import check
 from cnnrs.heads import Preprocessing, cut
+from cnnrs.layers import put
 from cnnrs.runs import Run, load_run
 from cnnrs.weights import find
 
@@ -208,7 +209,7 @@ def test_recipe(name: str, options: dict[str, Any], tmp_path: Path) -> None:
         body = find(name, None, run.options)
         whole = cut(body, "linear", 2).join().eval()
         whole.load_state_dict(run.model.state_dict())
-        whole.set_submodule(body.last[0], torch.nn.Identity())  # type: ignore[index]
+        put(whole, body.last[0], torch.nn.Identity())  # type: ignore[index]
         images = torch.stack([run.transform(Image.open(path).convert("RGB")) for path in features.paths[:2]])
         # Another order of additions in every layer; values are around 1.
         torch.testing.assert_close(whole(images), features.features[:2], rtol=1e-3, atol=1e-4)

@@ -36,7 +36,7 @@ def model(seed: int = 0) -> nn.Module:
 
 def computed(out: Path | None, seed: int = 0, labels: torch.Tensor = LABELS) -> cnnrs.Features:
     loader = cnnrs.DataLoader(TensorDataset(PICTURES, labels), batch_size=2)
-    return cnnrs.preconv(loader, model(seed), out=out, engine="torch", verbose=False)
+    return cnnrs.preconv(loader, model(seed), out=out, engine="python", verbose=False)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_a_header_alone_is_mended_without_the_model(tmp_path: Path, right: torch
     loader = cnnrs.DataLoader(TensorDataset(PICTURES, LABELS), batch_size=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cnnrs.run.Run.compute", lambda *_: pytest.fail("nothing is missing"))
-        found = cnnrs.preconv(loader, model(), out=out, engine="torch", verbose=False)
+        found = cnnrs.preconv(loader, model(), out=out, engine="python", verbose=False)
     assert torch.equal(found.features, right) and (out / "features.npy").read_bytes() == whole
 
 

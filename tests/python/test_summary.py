@@ -129,7 +129,7 @@ def test_the_table_and_a_model_that_cannot_be_lowered() -> None:
 def test_a_wrong_input_shape_names_the_layer() -> None:
     with pytest.raises(RuntimeError, match=r"conv1\.0 \(Conv2d\): expects 1 input channels, got 3"):
         cnnrs.summary(cnnrs.models.MnistNet(), (1, 3, 28, 28))
-    with pytest.raises(RuntimeError, match=r"view \(View\): shape .* is invalid for input of shape"):
+    with pytest.raises(RuntimeError, match=r"reshape \(View\): shape .* is invalid for input of shape"):
         cnnrs.summary(cnnrs.models.MnistNet(), (1, 1, 40, 40))
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
         cnnrs.summary("vgg16", (1, 3, 224, 224))  # type: ignore[arg-type]

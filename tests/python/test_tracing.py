@@ -10,12 +10,14 @@ import os
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import which_engine
 from torch import nn
 
 import cnnrs
@@ -316,14 +318,18 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(4, 2, 3, 3), torch.randint(3, (4,))) for _ in range(6)]
 
 
+@pytest.mark.parametrize("engine", ["played", "torch"])
 @pytest.mark.parametrize("function", [*CONTEXTS, *PRECISION, *OUTSIDE, *STATE, *QUESTIONS], ids=lambda f: f.__name__)
-def test_the_model_trains_as_in_the_plain_loop(function: Any) -> None:
+def test_the_model_trains_as_in_the_plain_loop(function: Any, engine: str) -> None:
     ours, loop = net(function), net(function)
-    sgds = [torch.optim.Adam(model.parameters(), lr=0.01) for model in (ours, loop)]
+    # What is played steps as PyTorch's fused optimizers do.
+    fused = None if engine == "torch" else True
+    sgds = [torch.optim.Adam(model.parameters(), lr=0.01, fused=fused) for model in (ours, loop)]
+    taken: Any = "torch" if engine == "torch" and cnnrs.explain(ours).operations else "auto"
     seed()
-    engine: Any = "torch" if cnnrs.explain(ours).engine != "python" else "auto"
-    for epoch in range(2):
-        cnnrs.fit(epoch, ours, batches(), optimizer=sgds[0], loss_fn=F.cross_entropy, engine=engine, verbose=False)
+    with nullcontext() if engine == "torch" else which_engine.played():
+        for epoch in range(2):
+            cnnrs.fit(epoch, ours, batches(), optimizer=sgds[0], loss_fn=F.cross_entropy, engine=taken, verbose=False)
     drawn = random_states()
     seed()
     for _ in range(2):

@@ -301,12 +301,13 @@ def test_the_check_leaves_no_trace_and_runs_once(engine: str, copies: list[nn.Mo
     assert not optimizer.state
 
 
-def test_what_was_checked_is_not_checked_again(copies: list[nn.Module]) -> None:
+@pytest.mark.parametrize("engine", ["cpu", "torch"])
+def test_what_was_checked_is_not_checked_again(engine: Any, copies: list[nn.Module]) -> None:
     model = Whole()
     fit: Any = cnnrs.compile(
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=F.cross_entropy, engine="torch", verbose=False
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=F.cross_entropy, engine=engine, verbose=False
     )
-    cnnrs.fit(0, model, [photos()], "validation", loss_fn=F.cross_entropy, engine="torch", check=False, verbose=False)
+    cnnrs.fit(0, model, [photos()], "validation", loss_fn=F.cross_entropy, engine=engine, check=False, verbose=False)
     assert not copies
     counts = []
     for phase in ("training", "validation", "training", "validation"):
@@ -321,6 +322,7 @@ def test_what_was_checked_is_not_checked_again(copies: list[nn.Module]) -> None:
     assert len(copies) == 3
 
 
+@pytest.mark.libtorch
 def test_the_bits_and_the_random_numbers_stay_the_loops() -> None:
     theirs, their_adam, ours, our_adam = tutorial.twins(Whole(), adam)
     torch.manual_seed(3)
@@ -365,11 +367,12 @@ DOING: dict[str, tuple[Callable[[Any], object], str]] = {
 }
 
 
+@pytest.mark.parametrize("engine", ["cpu", "torch"])
 @pytest.mark.parametrize("name", DOING)
-def test_a_forward_that_does_more_is_called(name: str, believed: Any) -> None:
+def test_a_forward_that_does_more_is_called(name: str, engine: str, believed: Any) -> None:
     does, words = DOING[name]
     model = Doing(does)
-    reason = differs(model, crafted(two(model)), batches()[0][0], engine="torch", optimizer=adam(model.parameters()))
+    reason = differs(model, crafted(two(model)), batches()[0][0], engine=engine, optimizer=adam(model.parameters()))
     assert re.search(words, reason) if words else reason is None
     assert model.seen == {"calls": 0} and model.log == [] and not hasattr(model, "last")
 
@@ -379,29 +382,30 @@ def test_a_module_that_cannot_be_copied_is_called() -> None:
     model.lock = threading.Lock()  # type: ignore[assignment]
     model.forward = Branching.forward.__get__(model)  # type: ignore[method-assign]
     lowered = crafted(two(model))
-    reason = differs(model, lowered, batches()[0][0], engine="torch")
+    reason = differs(model, lowered, batches()[0][0], engine="cpu")
     assert reason is not None and "it cannot be copied" in reason and "TypeError (cannot pickle" in reason
 
 
 # -- errors --------------------------------------------------------------------------------------------------
 
 
-def test_errors_are_those_of_the_run() -> None:
+@pytest.mark.parametrize("engine", ["auto", "torch", "cpu"])
+def test_errors_are_those_of_the_run(engine: Any) -> None:
     model = cnnrs.models.MnistNet()
     wrong = [(torch.randn(4, 1, 20, 20), torch.zeros(4, dtype=torch.int64))]
-    engines: list[Any] = ["auto", "torch", "cpu"]
-    for engine in engines:
-        said = []
-        for check in (True, False):
-            with pytest.raises((RuntimeError, ValueError)) as error:
-                cnnrs.fit(0, model, wrong, "validation", loss_fn=F.nll_loss, engine=engine, check=check)
-            said.append((type(error.value), str(error.value)))
-        assert said[0] == said[1]
+    said = []
+    for check in (True, False):
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            cnnrs.fit(0, model, wrong, "validation", loss_fn=F.nll_loss, engine=engine, check=check)
+        said.append((type(error.value), str(error.value)))
+    assert said[0] == said[1]
+    beyond = [(torch.randn(2, 1, 28, 28), torch.tensor([1, 10]))]
     with pytest.raises(IndexError, match=r"(?i)target 10 is out of bounds"):
-        cnnrs.fit(0, model, [(torch.randn(2, 1, 28, 28), torch.tensor([1, 10]))], "validation", loss_fn=F.nll_loss)
+        cnnrs.fit(0, model, beyond, "validation", loss_fn=F.nll_loss, engine=engine)
 
 
-def test_what_only_the_module_refuses_is_refused(believed: Any) -> None:
+@pytest.mark.parametrize("engine", ["cpu", "torch"])
+def test_what_only_the_module_refuses_is_refused(engine: Any, believed: Any) -> None:
     class Refusing(Two):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if x.mean() < 100:
@@ -413,32 +417,32 @@ def test_what_only_the_module_refuses_is_refused(believed: Any) -> None:
     with pytest.raises(ValueError, match=r"^too dark$"), pytest.warns(UserWarning, match="raises ValueError"):
         cnnrs.fit(0, model, batches(), "validation", loss_fn=F.cross_entropy)
     with pytest.raises(ValueError, match=r"^too dark$") as refused:
-        cnnrs.fit(0, model, batches(), "validation", loss_fn=F.cross_entropy, engine="torch")
+        cnnrs.fit(0, model, batches(), "validation", loss_fn=F.cross_entropy, engine=engine)
     assert "it raises ValueError (too dark)" in str(refused.value.__cause__)
 
 
-def test_a_backward_that_pytorch_refuses_is_refused() -> None:
+@pytest.mark.parametrize("engine", ["auto", "torch", "cpu"])
+def test_a_backward_that_pytorch_refuses_is_refused(engine: Any) -> None:
     class Overwriting(Two):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             h = torch.sigmoid(self.body(x))
             return self.head(F.relu(h, inplace=True))
 
     model = Overwriting()
-    engines: list[Any] = ["auto", "torch", "cpu"]
-    for engine in engines:
-        with pytest.raises((RuntimeError, cnnrs.UnsupportedModelError), match="modified by an inplace operation"):
-            cnnrs.fit(0, model, batches(), optimizer=adam(model.parameters()), loss_fn=F.cross_entropy, engine=engine)
+    with pytest.raises((RuntimeError, cnnrs.UnsupportedModelError), match="modified by an inplace operation"):
+        cnnrs.fit(0, model, batches(), optimizer=adam(model.parameters()), loss_fn=F.cross_entropy, engine=engine)
 
 
-def test_a_model_for_one_size_of_batch_is_checked_with_all_of_it() -> None:
+@pytest.mark.parametrize("engine", ["cpu", "torch"])
+def test_a_model_for_one_size_of_batch_is_checked_with_all_of_it(engine: str) -> None:
     class Fixed(Two):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(self.body(x).view(12, 6))
 
     model = Fixed()
-    assert differs(model, lower(model), batches()[0][0], engine="torch") is None
+    assert differs(model, lower(model), batches()[0][0], engine=engine) is None
     wrong = crafted([linear(model, "head", 0)])
-    assert "differ by up to" in (differs(model, wrong, batches()[0][0], engine="torch") or "")
+    assert "differ by up to" in (differs(model, wrong, batches()[0][0], engine=engine) or "")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -454,16 +458,17 @@ def test_numbers_that_are_none_are_left_to_the_run(value: float) -> None:
 # -- the same everywhere else --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("engine", ["recorded", "torch"])
 @pytest.mark.parametrize(
     ("name", "amp"), [("resnet18", None), ("mobilenet_v3_small", None), ("squeezenet1_1", torch.bfloat16)]
 )
-def test_nothing_is_found_in_torchvisions_networks(name: str, amp: Any) -> None:
+def test_nothing_is_found_in_torchvisions_networks(name: str, amp: Any, engine: str) -> None:
     torch.manual_seed(0)
     model = getattr(zoo, name)(weights=None, num_classes=5)
     x = torch.randn(5, 3, 64, 64)
     for optimizer in (torch.optim.SGD(model.parameters(), lr=0.1), None):
         model.train(optimizer is not None)
-        assert differs(model, lower(model), x, engine="torch", optimizer=optimizer, amp=amp, most=4) is None
+        assert differs(model, lower(model), x, engine=engine, optimizer=optimizer, amp=amp, most=4) is None
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "googlenet", "efficientnet_b0"])
@@ -480,7 +485,8 @@ def test_the_player_knows_every_operation() -> None:
     assert kinds <= OPERATIONS.keys(), kinds - OPERATIONS.keys()
 
 
-def test_a_wrong_statistic_or_gradient_is_found() -> None:
+@pytest.mark.parametrize("engine", ["cpu", "torch"])
+def test_a_wrong_statistic_or_gradient_is_found(engine: str) -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     optimizer, x = adam(model.parameters()), photos()[0]
     for kind, changes, words in [
@@ -492,6 +498,5 @@ def test_a_wrong_statistic_or_gradient_is_found() -> None:
         operations = [(n, k, i, {**a, **(changes if k == kind else {})}) for n, k, i, a in right.operations]
         graph = _cnnrs.Graph(operations, right.output, [list(t.shape) for t in right.tensors])
         wrong = Lowered(graph, right.tensors, right.names, right.kinds, operations, right.output)
-        for engine in ("torch", "cpu"):
-            found = differs(model, wrong, x, engine=engine, optimizer=optimizer)
-            assert found is not None and re.search(words, found), found
+        found = differs(model, wrong, x, engine=engine, optimizer=optimizer)
+        assert found is not None and re.search(words, found), found
