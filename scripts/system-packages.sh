@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Makes sure that a C++ compiler, nasm and Rust are there: by apt where that is possible, else one line that says what to do.
+# Makes sure that Python 3.10, a C++ compiler, nasm and Rust are there: by apt where that is possible, else one line that says what to do.
 set -euo pipefail
+
+"${PYTHON:-python3}" -c 'import sys; sys.exit(f"Python >= 3.10 is needed, this is {sys.version.split()[0]}: make PYTHON=<path>" if sys.version_info < (3, 10) else 0)'
 
 missing=()
 command -v nasm >/dev/null || missing+=(nasm)
