@@ -14,6 +14,7 @@ from measure import Comparison, Contender, show
 from torch import nn
 
 import cnnrs
+from cnnrs import companion
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -116,7 +117,9 @@ def contenders(case: Case) -> list[Contender]:
             ),
         )
 
-    engines = ("auto", "cpu", "torch") if case.shape != (25088,) else ("auto", "torch")
+    engines = ["auto"] if case.shape == (25088,) else ["auto", "cpu"]
+    if companion.problem() is None:
+        engines.append("torch")
     return [
         contender(
             "the tutorial's loop", lambda model, optimizer: tutorials_fit(model, batches, optimizer, case.loss_fn)
