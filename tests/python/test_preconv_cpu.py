@@ -256,7 +256,7 @@ def test_what_the_engine_cannot_do_is_named_and_left_to_torch() -> None:
 
 def test_wrong_input_is_an_error_in_words() -> None:
     network = compiled(nn.Sequential(nn.Conv2d(3, 8, 3)))
-    with pytest.raises(ValueError, match=r"contiguous float32 images on cpu, got Float64"):
+    with pytest.raises(ValueError, match=r"contiguous float32 images on cpu, got float64"):
         network(torch.rand(1, 3, 8, 8, dtype=torch.float64))
     with pytest.raises(RuntimeError, match=r"expects 3 input channels, got 4"):
         network(torch.rand(1, 4, 8, 8))
