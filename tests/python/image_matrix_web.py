@@ -177,7 +177,7 @@ def webp_cases(rng: np.random.Generator) -> Iterator[Case]:
 def without(data: bytes, marker: int) -> bytes:
     """A JPEG without the first segment of that marker."""
     at = data.find(bytes([0xFF, marker]))
-    return data if at < 0 else data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4]) :]
+    return data if at < 0 else data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
 
 
 def jpeg_cases(rng: np.random.Generator) -> Iterator[Case]:
