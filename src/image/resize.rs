@@ -24,7 +24,7 @@ pub enum Filter {
 /// Which pass runs first; each pass rounds to 8 bits, so the order shows in the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum PillowOrder {
-    /// Pillow before 13: always along the rows first.
+    /// Pillow 12: along the rows first, unless the image is more than a hundred times as high as wide and gets lower.
     HorizontalFirst,
     /// Pillow 13: down the columns first when the height shrinks by more than twice what the width does.
     #[default]

@@ -47,7 +47,11 @@ pub(super) fn resize_into(
     let ResizeScratch { weights, between, .. } = scratch;
     let shrinks_by = |from: usize, to: usize| from as i64 - to as i64;
     let down = shrinks_by(image.height, height);
-    let columns_first = order == PillowOrder::Pillow13 && down > 0 && down > 2 * shrinks_by(image.width, width);
+    let columns_first = down > 0
+        && match order {
+            PillowOrder::Pillow13 => down > 2 * shrinks_by(image.width, width),
+            PillowOrder::HorizontalFirst => image.height > 100 * image.width,
+        };
     let mut table = |from, to| (from != to).then(|| weights.get(path, from, to, filter)).transpose();
     let (rows, columns) = (table(image.width, width)?, table(image.height, height)?);
     match (rows, columns) {
