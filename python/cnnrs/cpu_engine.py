@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import accumulate as running_sums
-from itertools import chain, islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -153,9 +152,7 @@ def run(
         bound = None if after is None else lambda batch, mean: after(batch, mean, None)
         return Totals(*_cnnrs.fit_cpu(*arguments, [], [], None, plans, workers, 0, batches, 1, bound))
     optimizer.zero_grad()
-    if isinstance(batches, Iterator):
-        # The loader draws its order before dropout draws, as in a plain loop.
-        batches = chain(list(islice(batches, 1)), batches)
+    # (The loader has drawn its order by now: who chose this engine has looked at the first batch.)
     draws = any(kind == "Dropout" and a["training"] and a["p"] > 0 for _, kind, _, a in lowered.operations)
     seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if draws else 0
     step = _Rows(optimizer, lowered)

@@ -23,7 +23,7 @@ from cnnrs._notes import note
 from cnnrs.errors import NonFiniteLossError
 from cnnrs.graph import Lowered
 from cnnrs.losses import Loss, Totals, counts, known_loss, measured
-from cnnrs.optimizers import FusedStep
+from cnnrs.optimizers import FusedStep, reached
 from cnnrs.player import play
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -60,7 +60,7 @@ def takes(lowered: Lowered, loss_fn: Loss, optimizer: Optimizer | None, device: 
     # A cumulative average divides by the number of batches, on the host.
     if any(kind == "BatchNorm2d" and a["training"] and a["momentum"] is None for _, kind, _, a in lowered.operations):
         return False
-    return optimizer is None or FusedStep.takes(optimizer, lowered.tensors)
+    return optimizer is None or FusedStep.takes(optimizer, reached(lowered))
 
 
 class _Recording:

@@ -74,10 +74,12 @@ def _run(job: Job, engine: Engine, batches: Iterator[Any], rows: cpu_engine.Feat
     takes = _Takes(job, lowered, engine)
     if first is None or not takes(*first):
         return python_engine.run(job, batches)
-    if engine == "cpu" and (reasons := _obstacles(job, lowered, first)):
+    wanted = engine == "cpu" or (engine == "auto" and not slow_on_cpu(lowered))
+    reasons = _obstacles(job, lowered, first) if wanted else []
+    if reasons and engine == "cpu":
         raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this:", *reasons]))
     # What decides the rest is the shape of a batch.
-    native = engine == "cpu" or (engine == "auto" and not slow_on_cpu(lowered) and not _obstacles(job, lowered, first))
+    native = wanted and not reasons
     recorded = not native and _is_recorded(job, lowered)
     if engine == "auto" and not native and not recorded:
         return python_engine.run(job, batches)

@@ -104,7 +104,8 @@ class Extractor:
             return _without_gradients(lowered)
         exact, required = self.precision == "exact", self.engine == "cpu"
         network = cpu_features.network(lowered, images, required=required, exact=exact)
-        return None if network is None else lambda batch: network(_in_order(batch))
+        # Lazily negated or conjugated images are no bytes to read.
+        return None if network is None else lambda batch: network(batch.resolve_conj().resolve_neg())
 
     def _differs(self, lowered: Lowered, network: Network, images: torch.Tensor) -> bool:
         """Whether the module must be called after all; a few images show it."""
@@ -120,11 +121,6 @@ class Extractor:
             raise UnsupportedModelError(f"engine {self.engine!r} cannot run this model:\n{reason}")
         note(f"preconv calls {type(self.model).__name__} itself, as engine='python' does: {reason}")
         return True
-
-
-def _in_order(images: torch.Tensor) -> torch.Tensor:
-    """The same numbers, lying behind each other."""
-    return images.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def _without_gradients(lowered: Lowered) -> Network:

@@ -333,5 +333,5 @@ def test_explain_does_not_promise_engine_cpu_what_it_cannot_train() -> None:
     normed = nn.Sequential(nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 3))
     refused = "1 (LayerNorm): the cpu engine has no training kernel for it"
     assert cnnrs.explain(normed).engine == "python" and cnnrs.explain(normed).reasons == (refused,)
-    assert cnnrs.explain(normed, (2, 16)).reasons == (f"{refused}: use engine='torch'",)
+    assert cnnrs.explain(normed, (2, 16)).reasons == (f"{refused}: use engine='python'",)
     assert cnnrs.explain(normed, (2, 16)).preconv == "cpu"

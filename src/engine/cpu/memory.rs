@@ -119,7 +119,7 @@ pub fn check(tensors: &[Tensor], rules: &[Option<Rule>]) -> Result<()> {
     all.sort_unstable();
     let trained = rules.iter().any(Option::is_some);
     match trained && all.windows(2).any(|pair| pair[1].0 < pair[0].1) {
-        true => Err(Error::Argument("two tensors share memory: use engine='torch'".to_owned())),
+        true => Err(Error::Argument("two tensors share memory: use engine='python'".to_owned())),
         false => Ok(()),
     }
 }

@@ -61,13 +61,13 @@ pub fn structure(graph: &Graph, input: &[usize], trained: &[bool], training: boo
     let items = alive(walk.items, output);
     if items.len() < all && counting(&items) < before {
         return Err(Error::Argument(
-            "a batch norm in training does not reach the output: use engine='torch', which computes it all the same"
+            "a batch norm in training does not reach the output: use engine='python', which computes it all the same"
                 .to_owned(),
         ));
     }
     if shapes[graph.output].len() != 2 {
         return Err(Error::Argument(format!(
-            "the cpu engine needs an output of shape (N, classes), got {:?}: use engine='torch'",
+            "the cpu engine needs an output of shape (N, classes), got {:?}: use engine='python'",
             shapes[graph.output]
         )));
     }
@@ -197,7 +197,7 @@ impl Walk<'_> {
         let node = &self.graph.nodes[index];
         let refuse = |reason: &str| {
             let kind = node.op.kind();
-            Err(Error::Argument(format!("{} ({kind}): {reason}: use engine='torch'", node.name)))
+            Err(Error::Argument(format!("{} ({kind}): {reason}: use engine='python'", node.name)))
         };
         let batch = self.shapes[0].first();
         if self.shapes[index].first() != batch {
@@ -274,7 +274,7 @@ impl Walk<'_> {
 
     fn refuse_overwriting(&self, index: usize, reason: &str) -> Result<bool> {
         let node = &self.graph.nodes[index];
-        Err(Error::Argument(format!("{} ({}): {reason}: use engine='torch'", node.name, node.op.kind())))
+        Err(Error::Argument(format!("{} ({}): {reason}: use engine='python'", node.name, node.op.kind())))
     }
 
     /// The derivative of what made this value can be found without the value.
