@@ -1,4 +1,4 @@
-//! What engines compute for `preconv`.
+//! What engines compute for `features`.
 
 /// Element types of features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

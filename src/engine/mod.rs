@@ -1,4 +1,4 @@
-//! Who computes it. `fit` and `preconv` know this trait, not its implementors.
+//! Who computes it. `training` and `features` know this trait, not its implementors.
 
 #[cfg(feature = "native")]
 pub mod cpu;
@@ -26,7 +26,7 @@ impl Phase {
 
 /// What one batch contributed to the epoch's metrics.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Step {
+pub struct Outcome {
     /// Sum of the losses of what counts, each times its class's weight.
     pub loss: f64,
     /// What the mean divides that sum by: the weights of what counts.
@@ -38,7 +38,7 @@ pub struct Step {
     pub samples: u64,
 }
 
-impl Step {
+impl Outcome {
     /// The batch's loss as the loss function returns it: NaN where nothing counts.
     pub fn mean(&self) -> f64 {
         self.loss / self.weight
@@ -53,17 +53,24 @@ pub trait Engine {
     ///
     /// # Errors
     /// Whatever stops the computation: shapes that do not fit, targets out of range, no memory.
-    fn forward(&mut self, batch: Self::Batch, phase: Phase) -> Result<Step>;
+    fn forward(&mut self, batch: Self::Batch, phase: Phase) -> Result<Outcome>;
 
     /// Gradients of the last training loss, added to those since the last update.
     ///
-    /// `update`: [`Engine::update`] follows at once, so that an engine may do both in one go; it is not called then.
+    /// # Errors
+    /// As for [`Engine::forward`].
+    fn backward(&mut self) -> Result<()>;
+
+    /// [`Engine::backward`] and [`Engine::update`], for engines that do better in one go.
     ///
     /// # Errors
     /// As for [`Engine::forward`].
-    fn backward(&mut self, update: bool) -> Result<()>;
+    fn step(&mut self) -> Result<()> {
+        self.backward()?;
+        self.update()
+    }
 
-    /// One step of the optimizer with the gradients since the last one.
+    /// New weights from the gradients since the last ones.
     ///
     /// # Errors
     /// As for [`Engine::forward`].

@@ -58,8 +58,18 @@ fn field(graph: &Graph, node: &Node, known: &[Option<Field>], shapes: &[Shape]) 
         | Op::Softmax { .. } => {
             return None;
         }
-        Op::Flatten { .. } | Op::Reshape { .. } => return Some(from),
-        _ => return Some(from),
+        Op::Input
+        | Op::BatchNorm2d { .. }
+        | Op::Activation { .. }
+        | Op::Dropout { .. }
+        | Op::Flatten { .. }
+        | Op::Reshape { .. }
+        | Op::Pad { .. }
+        | Op::Permute { .. }
+        | Op::Scale { .. }
+        | Op::Add { .. }
+        | Op::Mul
+        | Op::Cat { .. } => return Some(from),
     };
     for i in 0..2 {
         from.size[i] += (kernel[i] - 1) * dilation[i] * from.jump[i];

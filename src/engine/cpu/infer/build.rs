@@ -2,15 +2,19 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::fuse::{Layer, Tensors, unsupported};
-use super::kernels::lanes::{Isa, LANES};
-use super::memory::{Arena, Geometry, Value};
-use super::method::{Method, Window};
+use super::fuse::{Fused, Tensors};
+use super::kernels::lanes::LANES;
+use super::memory::{Geometry, Value, arena};
+use super::method::{Method, window};
 use super::steps::{
     self, Binary, Cat, Conv, Depthwise, LayerNorm, Load, Packing, Pad, Pointwise, Pool, Relayout, Softmax, Step,
 };
 use super::steps::{Source, Store, Taps, Winograd};
-use crate::engine::cpu::workers::Team;
+use crate::engine::cpu::common::analysis::unsupported;
+use crate::engine::cpu::common::arena::Arena;
+use crate::engine::cpu::common::geometry::{self, Window};
+use crate::engine::cpu::common::isa::Isa;
+use crate::engine::cpu::common::team::Team;
 use crate::error::{Error, Result};
 use crate::model::{Graph, Node, Op, Shape, Tensor};
 
@@ -19,7 +23,7 @@ pub struct Network<'a> {
     pub graph: &'a Graph,
     pub shapes: &'a [Shape],
     pub tensors: &'a Tensors<'a>,
-    pub layers: Vec<Layer>,
+    pub layers: Vec<Fused>,
     /// The node whose value is the result.
     pub output: usize,
     pub isa: Isa,
@@ -59,9 +63,9 @@ impl<'a> Weights<'a> {
     }
 
     /// # Errors
-    /// `Argument` when there is no memory, `Panic` when a worker panicked.
+    /// `NoMemory` when there is no memory, `Panic` when a worker panicked.
     pub fn arena(self, team: &mut Team) -> Result<Arena> {
-        let mut arena = Arena::new(self.len)?;
+        let mut arena = arena(self.len)?;
         let mut rest = arena.slice_mut();
         let mut parts = Vec::with_capacity(self.fills.len());
         for fill in &self.fills {
@@ -83,7 +87,7 @@ impl<'a> Weights<'a> {
 
 impl<'a> Network<'a> {
     /// All layers, those that are part of another before it.
-    fn all(&self) -> impl Iterator<Item = &Layer> {
+    fn all(&self) -> impl Iterator<Item = &Fused> {
         self.layers.iter().flat_map(|layer| layer.expand.as_deref().into_iter().chain([layer]))
     }
 
@@ -105,7 +109,7 @@ impl<'a> Network<'a> {
                 method.widen(&window, input);
             }
         }
-        let dense = |l: &Layer| {
+        let dense = |l: &Fused| {
             let first = l.expand.as_deref().unwrap_or(l);
             matches!(self.method(first), (Some(w), Method::Direct { .. }) if w.groups == 1)
         };
@@ -122,7 +126,7 @@ impl<'a> Network<'a> {
     }
 
     /// # Errors
-    /// `Argument` naming what this engine does not compute.
+    /// `Unsupported` naming what this engine does not compute.
     pub fn check(&self) -> Result<()> {
         self.geometries()?;
         for layer in self.all() {
@@ -133,16 +137,16 @@ impl<'a> Network<'a> {
         Ok(())
     }
 
-    fn method(&self, layer: &Layer) -> (Option<Window>, Method) {
-        let window = Window::of(self.graph, self.shapes, layer.node);
+    fn method(&self, layer: &Fused) -> (Option<Window>, Method) {
+        let window = window(self.graph, self.shapes, layer.node);
         (window, Method::of(self.graph, self.shapes, layer.node, self.exact))
     }
 
-    fn node(&self, layer: &Layer) -> &'a Node {
+    fn node(&self, layer: &Fused) -> &'a Node {
         &self.graph.nodes[layer.node]
     }
 
-    fn floats(&self, layer: &Layer, tensor: Tensor) -> Result<&'a [f32]> {
+    fn floats(&self, layer: &Fused, tensor: Tensor) -> Result<&'a [f32]> {
         let node = self.node(layer);
         let expected: usize = self.graph.tensors[tensor].iter().product();
         match self.tensors.get(tensor).copied().flatten() {
@@ -154,7 +158,7 @@ impl<'a> Network<'a> {
     /// The step of a layer; `value` is where a node's value lies.
     pub fn step(
         &self,
-        layer: &Layer,
+        layer: &Fused,
         value: impl Fn(usize) -> Result<Value>,
         weights: &mut Weights<'a>,
     ) -> Result<Box<dyn Step>> {
@@ -172,7 +176,7 @@ impl<'a> Network<'a> {
                 return self.sums(layer, Values { input, rows, output, residual }, weights);
             }
             Op::MaxPool2d { .. } | Op::AvgPool2d { .. } | Op::AdaptiveAvgPool2d { .. } | Op::Mean { .. } => {
-                let (spans, reduce) = Pool::windows(&node.op, plane(&input), plane(&output))
+                let (spans, reduce) = geometry::pool(&node.op, plane(&input), plane(&output))
                     .ok_or_else(|| unsupported(node, "is no pooling"))?;
                 Box::new(Pool { isa, input, output, spans, reduce, activation })
             }
@@ -211,7 +215,7 @@ impl<'a> Network<'a> {
             Op::Flatten { .. } | Op::Reshape { .. } => Box::new(Relayout { input, output }),
             Op::Softmax { log, .. } => Box::new(Softmax { input, output, log: *log }),
             Op::Input | Op::Dropout { .. } | Op::Permute { .. } => {
-                return Err(Error::Argument(format!("{}: not a layer", node.name)));
+                return Err(Error::internal(format_args!("{}: not a layer", node.name)));
             }
         })
     }
@@ -221,7 +225,7 @@ impl<'a> Network<'a> {
         Box::new(Store { input: value })
     }
 
-    fn sums(&self, layer: &Layer, values: Values, weights: &mut Weights<'a>) -> Result<Box<dyn Step>> {
+    fn sums(&self, layer: &Fused, values: Values, weights: &mut Weights<'a>) -> Result<Box<dyn Step>> {
         let (node, isa, activation) = (self.node(layer), self.isa, layer.activation);
         let Values { input, output, residual, .. } = values;
         if let (_, Method::Direct { .. }) = self.method(layer) {
@@ -292,7 +296,7 @@ impl<'a> Network<'a> {
     }
 
     /// A convolution by direct summation.
-    fn conv(&self, layer: &Layer, values: Values, weights: &mut Weights<'a>) -> Result<Conv> {
+    fn conv(&self, layer: &Fused, values: Values, weights: &mut Weights<'a>) -> Result<Conv> {
         let (isa, activation) = (self.isa, layer.activation);
         let Values { input, output, residual, .. } = values;
         let Sums { window: w, method, filters, scale, bias } = self.prepare(layer, weights)?;
@@ -321,7 +325,7 @@ impl<'a> Network<'a> {
         Ok(Conv { isa, input, output, residual, weights, bias, stride, padding, groups, taps, activation })
     }
 
-    fn prepare(&self, layer: &Layer, weights: &mut Weights<'a>) -> Result<Sums<'a>> {
+    fn prepare(&self, layer: &Fused, weights: &mut Weights<'a>) -> Result<Sums<'a>> {
         let node = self.node(layer);
         let (Some(window), method) = self.method(layer) else { return Err(unsupported(node, "is no convolution")) };
         let (Op::Conv2d { weight, bias, .. } | Op::Linear { weight, bias }) = node.op else {

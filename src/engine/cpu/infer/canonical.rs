@@ -4,7 +4,7 @@
 //! What is left of `permute(0, 2, 3, 1) -> LayerNorm -> Linear -> permute(0, 3, 1, 2)` is a norm over the channels of each
 //! pixel and a convolution of one pixel.
 
-use super::fuse::{axis, unsupported};
+use crate::engine::cpu::common::analysis::{OVERWRITES_BATCH, OVERWRITES_READ, axis, unsupported};
 use crate::error::Result;
 use crate::model::{Graph, Node, Op, Shape};
 
@@ -15,7 +15,7 @@ pub struct Canonical {
 }
 
 /// # Errors
-/// `Argument`, naming the first operation that reads dimensions in an order this engine cannot use, or that overwrites
+/// `Unsupported`, naming the first operation that reads dimensions in an order this engine cannot use, or that overwrites
 /// what others read.
 pub fn canonical(graph: &Graph, mut shapes: Vec<Shape>) -> Result<Canonical> {
     overwritten(graph)?;
@@ -107,11 +107,11 @@ fn overwritten(graph: &Graph) -> Result<()> {
             continue;
         }
         if memory[index] == 0 {
-            return Err(unsupported(node, "overwrites the batch itself"));
+            return Err(unsupported(node, OVERWRITES_BATCH));
         }
         let old = |&input: &usize| input < index && memory[input] == memory[index];
         if graph.nodes[index + 1..].iter().any(|later| later.inputs.iter().any(old)) || old(&graph.output) {
-            return Err(unsupported(node, "overwrites a value that other layers read"));
+            return Err(unsupported(node, OVERWRITES_READ));
         }
     }
     Ok(())

@@ -9,12 +9,13 @@
 
 use super::kernels::activate::Activate;
 use super::method::{Method, joined};
-use crate::error::{Error, Result};
+use crate::engine::cpu::common::analysis::{axis, readers, unsupported};
+use crate::error::Result;
 use crate::model::{Activation, Dim, Graph, Node, Op, Shape};
 
-/// An operation and what has been fused with it.
+/// A layer: an operation and what has been fused with it.
 #[derive(Debug)]
-pub struct Layer {
+pub struct Fused {
     /// A convolution whose result only this depthwise convolution reads; `inputs` are its inputs then.
     pub expand: Option<Box<Self>>,
     pub node: usize,
@@ -33,10 +34,6 @@ pub struct Layer {
 /// Parameters and buffers of the graph, as float32; `None` for those that hold no float32.
 pub type Tensors<'a> = [Option<&'a [f32]>];
 
-pub fn unsupported(node: &Node, reason: &str) -> Error {
-    Error::Argument(format!("{} ({}): {reason}", node.name, node.op.kind()))
-}
-
 struct Fusion<'a> {
     graph: &'a Graph,
     shapes: &'a [Shape],
@@ -52,17 +49,11 @@ struct Fusion<'a> {
 /// The layers in the order in which they can run.
 ///
 /// # Errors
-/// `Argument`, naming the first operation that this engine does not compute.
-pub fn fuse(graph: &Graph, shapes: &[Shape], tensors: &Tensors<'_>, exact: bool) -> Result<(Vec<Layer>, usize)> {
-    let mut readers = vec![Vec::new(); graph.nodes.len()];
-    for (index, node) in graph.nodes.iter().enumerate() {
-        for &input in &node.inputs {
-            readers[input].push(index);
-        }
-    }
+/// `Unsupported`, naming the first operation that this engine does not compute.
+pub fn fuse(graph: &Graph, shapes: &[Shape], tensors: &Tensors<'_>, exact: bool) -> Result<(Vec<Fused>, usize)> {
     let source = (0..graph.nodes.len()).collect();
     let taken = vec![false; graph.nodes.len()];
-    let mut fusion = Fusion { graph, shapes, tensors, exact, readers, source, taken };
+    let mut fusion = Fusion { graph, shapes, tensors, exact, readers: readers(graph), source, taken };
     let mut layers = Vec::new();
     for index in 0..graph.nodes.len() {
         if !fusion.taken[index] {
@@ -81,13 +72,13 @@ pub fn fuse(graph: &Graph, shapes: &[Shape], tensors: &Tensors<'_>, exact: bool)
 }
 
 /// Joins convolutions with the depthwise convolutions that alone read them.
-fn expansions(graph: &Graph, shapes: &[Shape], exact: bool, output: usize, layers: Vec<Layer>) -> Vec<Layer> {
-    let method = |layer: &Layer| Method::of(graph, shapes, layer.node, exact);
+fn expansions(graph: &Graph, shapes: &[Shape], exact: bool, output: usize, layers: Vec<Fused>) -> Vec<Fused> {
+    let method = |layer: &Fused| Method::of(graph, shapes, layer.node, exact);
     let mut reads = vec![0; graph.nodes.len()];
     layers.iter().flat_map(|layer| layer.inputs.iter().chain(&layer.residual)).for_each(|&node| reads[node] += 1);
     reads[output] += 1;
     let image = |node: usize| shapes[node].len() == 4 && shapes[node][2..] != [1, 1];
-    let mut done: Vec<Layer> = Vec::with_capacity(layers.len());
+    let mut done: Vec<Fused> = Vec::with_capacity(layers.len());
     for mut layer in layers {
         if method(&layer) == Method::Depthwise
             && reads[layer.inputs[0]] == 1
@@ -106,7 +97,7 @@ fn expansions(graph: &Graph, shapes: &[Shape], exact: bool, output: usize, layer
 }
 
 impl Fusion<'_> {
-    fn layer(&mut self, index: usize) -> Result<Option<Layer>> {
+    fn layer(&mut self, index: usize) -> Result<Option<Fused>> {
         let node = &self.graph.nodes[index];
         let (from, shape) = (node.inputs.first().map(|&i| &self.shapes[i]), &self.shapes[index]);
         if !matches!(shape.len(), 2 | 4) {
@@ -164,9 +155,21 @@ impl Fusion<'_> {
                     return Err(unsupported(node, "broadcasts something else than one pixel per channel"));
                 }
             }
-            _ => {}
+            Op::Input
+            | Op::Conv2d { .. }
+            | Op::BatchNorm2d { .. }
+            | Op::Activation { .. }
+            | Op::MaxPool2d { .. }
+            | Op::AvgPool2d { .. }
+            | Op::AdaptiveAvgPool2d { .. }
+            | Op::Linear { .. }
+            | Op::LayerNorm { .. }
+            | Op::Pad { .. }
+            | Op::Scale { .. }
+            | Op::Softmax { .. }
+            | Op::Cat { .. } => {}
         }
-        let mut layer = Layer {
+        let mut layer = Fused {
             expand: None,
             node: index,
             last: index,
@@ -193,7 +196,7 @@ impl Fusion<'_> {
     }
 
     /// Takes in the operations that are the only readers of what comes before them.
-    fn follow(&mut self, layer: &mut Layer) -> Result<()> {
+    fn follow(&mut self, layer: &mut Fused) -> Result<()> {
         let sums = matches!(self.graph.nodes[layer.node].op, Op::Conv2d { .. } | Op::Linear { .. });
         loop {
             let plain = layer.activation == Activate::Nothing;
@@ -306,8 +309,4 @@ impl Fusion<'_> {
 fn compose([f1, s1]: [Vec<f64>; 2], [f2, s2]: [Vec<f64>; 2]) -> [Vec<f64>; 2] {
     let summand = s1.iter().zip(&f2).zip(&s2).map(|((s1, f2), s2)| s1 * f2 + s2).collect();
     [f1.iter().zip(&f2).map(|(a, b)| a * b).collect(), summand]
-}
-
-pub fn axis(dim: i64, rank: usize) -> usize {
-    usize::try_from(if dim < 0 { dim + rank as i64 } else { dim }).unwrap_or(usize::MAX)
 }

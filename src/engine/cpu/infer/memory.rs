@@ -1,15 +1,14 @@
 //! Where values live: their geometry, and the memory that all workers share.
 //!
 //! Two workers never write the same floats at the same time: a step divides its output among its tasks, every task runs
-//! once, and a barrier separates the steps (and the phases of a step). All addresses come from the geometry that
-//! `build` computed; that is what makes the kernels' use of raw memory sound.
-
-use memmap2::MmapMut;
+//! once, and a barrier separates the steps (and the phases of a step). Values that are needed at the same time are
+//! apart (`plan` asserts it). All addresses come from the geometry that `build` computed. Kernels use addresses, never
+//! slices of memory that another task may write.
 
 use super::kernels::lanes::LANES;
+use crate::engine::cpu::common::arena::Arena;
 use crate::error::{Error, Result};
 use crate::model::Pair;
-use crate::os;
 
 /// How one image of a value lies in memory: `[blocks][height + border][width + border][pixel]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,47 +72,13 @@ impl Geometry {
     }
 }
 
-/// Zeroed floats, page by page as they are first used.
-pub struct Arena {
-    start: *mut f32,
-    len: usize,
-    _map: MmapMut,
-}
-
-// SAFETY: an arena is an address; who writes what, and when, is the schedule's (head of this file).
-unsafe impl Send for Arena {}
-// SAFETY: as above.
-unsafe impl Sync for Arena {}
-
-impl Arena {
-    /// # Errors
-    /// `Argument` when there is not that much memory.
-    pub fn new(len: usize) -> Result<Self> {
-        let none = |error: std::io::Error| {
-            let gib = len as f64 * 4.0 / f64::from(1 << 30);
-            Error::Argument(format!("no memory for {gib:.2} GiB of weights and activations: {error}"))
-        };
-        let mut map = MmapMut::map_anon(len.max(1) * 4).map_err(none)?;
-        // Transformed tiles are written to dozens of distant planes: with 4 KiB pages each is a miss of the TLB.
-        os::ask_for_large_pages(&map);
-        Ok(Self { start: map.as_mut_ptr().cast(), len, _map: map })
-    }
-
-    /// The address of `len` floats from `offset`.
-    pub fn at(&self, offset: usize, len: usize) -> *mut f32 {
-        assert!(offset + len <= self.len, "{len} floats at {offset} of {}", self.len);
-        self.start.wrapping_add(offset)
-    }
-
-    /// The whole arena, while nobody shares it.
-    pub fn slice_mut(&mut self) -> &mut [f32] {
-        // SAFETY: the map holds `len` zeroed or written floats, and `&mut self` is the only way to it.
-        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
-    }
-
-    pub fn len(&self) -> usize {
-        self.len
-    }
+/// # Errors
+/// `NoMemory` when there is not that much memory.
+pub fn arena(len: usize) -> Result<Arena> {
+    Arena::pages(len).map_err(|error| {
+        let gib = len as f64 * 4.0 / f64::from(1 << 30);
+        Error::NoMemory(format!("no memory for {gib:.2} GiB of weights and activations: {error}"))
+    })
 }
 
 /// Where the images of a value are.
@@ -141,14 +106,24 @@ pub struct Context<'a> {
     pub output: *mut f32,
 }
 
-// SAFETY: addresses; see the head of this file.
+// SAFETY: shared by the functions of one task; it holds addresses, whose use is unsafe and each task's promise.
 unsafe impl Sync for Context<'_> {}
 
 impl Context<'_> {
-    /// Where image `image` of the group begins.
-    pub fn image(&self, value: &Value, image: usize) -> *mut f32 {
+    /// Where image `image` of the group begins, to be read: no task of this phase writes the value.
+    pub fn image(&self, value: &Value, image: usize) -> *const f32 {
+        self.image_mut(value, image)
+    }
+
+    /// The same, of a value that this step makes: a task writes only its own part, between the borders.
+    pub fn image_mut(&self, value: &Value, image: usize) -> *mut f32 {
         assert!(image < self.images, "image {image} of {}", self.images);
         let index = if value.whole { self.first + image } else { image };
         self.arena.at(value.offset + index * value.geometry.len(), value.geometry.len())
+    }
+
+    /// `len` of the weights from `offset`; nobody writes them after the first batch.
+    pub fn weights(&self, offset: usize, len: usize) -> *const f32 {
+        self.weights.at(offset, len)
     }
 }

@@ -4,59 +4,33 @@ use super::kernels::lanes::LANES;
 use super::kernels::winograd::Size;
 use super::memory::Geometry;
 use super::steps;
+use crate::engine::cpu::common::geometry::Window;
 use crate::model::{Graph, Op, Pair, Shape};
 
-/// The window of a convolution or, as the convolution of one pixel, a linear layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Window {
-    pub channels: usize,
-    pub out_channels: usize,
-    pub groups: usize,
-    pub kernel: Pair,
-    pub stride: Pair,
-    /// Above and to the left; what is below and to the right follows from the output's size.
-    pub padding: Pair,
-    pub dilation: Pair,
-    pub input: Pair,
-    pub output: Pair,
-}
-
-impl Window {
-    pub fn of(graph: &Graph, shapes: &[Shape], node: usize) -> Option<Self> {
-        let side = |shape: &Shape| [shape.get(2).copied().unwrap_or(1), shape.get(3).copied().unwrap_or(1)];
-        let mut input = *graph.nodes[node].inputs.first()?;
-        let mut before = [0, 0];
-        if let Some((pad, source)) = joined(graph, input) {
-            (before, input) = (pad, source);
-        }
-        let from = &shapes[input];
-        let (input, output) = (side(from), side(&shapes[node]));
-        match &graph.nodes[node].op {
-            Op::Conv2d { weight, stride, padding, dilation, groups, .. } => Some(Self {
-                channels: from[1],
-                out_channels: shapes[node][1],
-                groups: *groups,
-                kernel: [graph.tensors[*weight][2], graph.tensors[*weight][3]],
-                stride: *stride,
-                padding: [padding[0] + before[0], padding[1] + before[1]],
-                dilation: *dilation,
-                input,
-                output,
-            }),
-            Op::Linear { .. } => Some(Self {
-                channels: from[1],
-                out_channels: shapes[node][1],
-                groups: 1,
-                kernel: [1, 1],
-                stride: [1, 1],
-                padding: [0, 0],
-                dilation: [1, 1],
-                input,
-                output,
-            }),
-            _ => None,
-        }
+/// The window of a convolution, with the zeros of a joined [`Op::Pad`], or of a linear layer as the convolution of one
+/// pixel.
+pub fn window(graph: &Graph, shapes: &[Shape], node: usize) -> Option<Window> {
+    let side = |shape: &Shape| [shape.get(2).copied().unwrap_or(1), shape.get(3).copied().unwrap_or(1)];
+    let input = *graph.nodes[node].inputs.first()?;
+    if let Op::Linear { .. } = graph.nodes[node].op {
+        return Some(Window {
+            channels: shapes[input][1],
+            out_channels: shapes[node][1],
+            groups: 1,
+            kernel: [1, 1],
+            stride: [1, 1],
+            padding: [0, 0],
+            dilation: [1, 1],
+            input: side(&shapes[input]),
+            output: side(&shapes[node]),
+        });
     }
+    let mut window = Window::of(graph, shapes, node)?;
+    if let Some((before, source)) = joined(graph, input) {
+        window.padding = [0, 1].map(|i| window.padding[i] + before[i]);
+        window.input = side(&shapes[source]);
+    }
+    Some(window)
 }
 
 /// Zeros above and to the left, and what they are put around, where the convolutions that read a padded image can do it:
@@ -86,7 +60,7 @@ const LEAST_CHANNELS: usize = 32;
 
 impl Method {
     pub fn of(graph: &Graph, shapes: &[Shape], node: usize, exact: bool) -> Self {
-        let Some(w) = Window::of(graph, shapes, node) else { return Self::None };
+        let Some(w) = window(graph, shapes, node) else { return Self::None };
         let plain = w.kernel == [3, 3] && w.stride == [1, 1] && w.dilation == [1, 1] && w.groups == 1;
         let wide = w.channels.min(w.out_channels) >= LEAST_CHANNELS && w.output[0].min(w.output[1]) >= 4;
         if plain && wide && !exact && w.padding[0].max(w.padding[1]) <= 2 {

@@ -22,11 +22,11 @@ mod tests;
 
 use build::Network;
 use canonical::{Canonical, canonical};
-pub use kernels::lanes::Isa;
 use method::Method;
 use plan::Plan;
 
-use super::workers::Team;
+pub use crate::engine::cpu::common::isa::Isa;
+use crate::engine::cpu::common::team::Team;
 use crate::error::{Error, Result};
 use crate::model::{self, Graph, Shape};
 
@@ -79,9 +79,12 @@ pub struct Timing {
 
 impl<P: Parameters> Frozen<P> {
     /// # Errors
-    /// `Argument` when the threads cannot be started.
+    /// `Threads` when the threads cannot be started.
     pub fn new(graph: Graph, parameters: P, options: Options) -> Result<Self> {
-        let team = Team::new(options.workers)?;
+        if !Isa::available().contains(&options.isa) {
+            return Err(Error::Unsupported(format!("this processor does not have {:?}", options.isa)));
+        }
+        let team = Team::new(options.workers, "infer")?;
         Ok(Self { graph, parameters, options, team, plan: None })
     }
 
@@ -96,7 +99,7 @@ impl<P: Parameters> Frozen<P> {
     /// Features of one batch of images (N, C, H, W) or of vectors (N, F), both row-major.
     ///
     /// # Errors
-    /// `Shape`; `Argument` naming an operation that this engine does not compute, or memory of the wrong size.
+    /// `Shape`; `Unsupported` naming an operation that this engine does not compute; `Argument` for memory of the wrong size.
     pub fn run(&mut self, shape: &[usize], input: &[f32], output: &mut [f32]) -> Result<()> {
         if !matches!(shape.len(), 2 | 4) || shape.contains(&0) || input.len() != shape.iter().product::<usize>() {
             return Err(Error::Argument(format!(
@@ -104,10 +107,10 @@ impl<P: Parameters> Frozen<P> {
             )));
         }
         if !self.team.survived_fork() {
-            self.team = Team::new(self.options.workers)?;
+            self.team = Team::new(self.options.workers, "infer")?;
         }
         self.compile(shape)?;
-        let Some((_, plan)) = &mut self.plan else { return Err(Error::Argument("no plan".to_owned())) };
+        let Some((_, plan)) = &mut self.plan else { return Err(Error::internal("no plan")) };
         plan.run(&mut self.team, input, output)
     }
 

@@ -5,15 +5,17 @@
 //! are divided among the workers by image: cores may have no cache in common, and then what one has written is far from
 //! the others.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use super::build::{Network, Weights};
-use super::fuse::Layer;
+use super::fuse::Fused;
 use super::kernels::lanes::LANES;
-use super::memory::{Arena, Context, Geometry, Value};
+use super::memory::{Context, Geometry, Value, arena};
 use super::steps::Step;
-use crate::engine::cpu::workers::{Barrier, Team};
+use crate::engine::cpu::common::arena::Arena;
+use crate::engine::cpu::common::team::{Barrier, Team};
 use crate::error::{Error, Result};
 
 /// Bytes of one layer's output that each worker may have in a group of images: a few times its second-level cache, because
@@ -23,7 +25,7 @@ const GROUP: usize = 2 << 20;
 const LARGE: usize = 8 << 20;
 
 struct Segment {
-    steps: std::ops::Range<usize>,
+    steps: Range<usize>,
     /// Images that go through the steps together.
     group: usize,
 }
@@ -46,11 +48,11 @@ pub struct Plan {
 
 impl Plan {
     /// # Errors
-    /// `Argument` for operations without a kernel, or when there is no memory.
+    /// `Unsupported` for operations without a kernel, `NoMemory` when there is not enough.
     pub fn compile(network: &Network<'_>, images: usize, team: &mut Team) -> Result<Self> {
         let geometries = network.geometries()?;
         let geometry = |node: usize| {
-            geometries[node].ok_or_else(|| Error::Argument(format!("node {node} of the graph has no value")))
+            geometries[node].ok_or_else(|| Error::internal(format_args!("node {node} of the graph has no value")))
         };
         let mut groups = Vec::new();
         for layer in &network.layers {
@@ -79,7 +81,7 @@ impl Plan {
         }
         last_use[producer(network.output)] = network.layers.len();
         let mut values: Vec<Option<Value>> = vec![None; network.graph.nodes.len()];
-        let mut room = Room::default();
+        let (mut room, mut held) = (Room::default(), Vec::new());
         for (step, layer) in network.layers.iter().enumerate() {
             if let Some(before) = &layer.expand {
                 // Never whole anywhere: only its geometry counts.
@@ -89,7 +91,13 @@ impl Plan {
             let whole = segment_of(last_use[step]) != segment;
             let count = if whole { images } else { segments[segment].group };
             let geometry = geometry(layer.last)?;
-            values[layer.last] = Some(Value { geometry, offset: room.take(geometry, count), whole });
+            let offset = room.take(geometry, count);
+            values[layer.last] = Some(Value { geometry, offset, whole });
+            // The steps of a segment come again for every group of images.
+            let again = whole && segments[segment].group < images;
+            let first = if again { segments[segment].steps.start } else { step };
+            let last = if whole { segments[segment_of(last_use[step])].steps.end - 1 } else { last_use[step] };
+            held.push(Held { floats: offset..offset + count * geometry.len(), steps: first..last + 1 });
             for (before, &used) in last_use.iter().enumerate().take(step + 1) {
                 let Some(value) = values[network.layers[before].last] else { continue };
                 // A value of the whole batch is read until its last segment has seen every image.
@@ -100,9 +108,11 @@ impl Plan {
                 }
             }
         }
+        debug_assert_eq!(clash(&held), None, "two values have the same memory at the same time");
         let mut weights = Weights::default();
-        let value =
-            |node: usize| values[node].ok_or_else(|| Error::Argument(format!("node {node} of the graph has no value")));
+        let value = |node: usize| {
+            values[node].ok_or_else(|| Error::internal(format_args!("node {node} of the graph has no value")))
+        };
         let mut steps = Vec::new();
         for layer in &network.layers {
             steps.push(network.step(layer, value, &mut weights)?);
@@ -112,17 +122,17 @@ impl Plan {
         let images_of = |step: usize| segments[segment_of(step)].group;
         let shared = steps.iter().enumerate().map(|(i, s)| s.shared(images_of(i))).max().unwrap_or(0);
         let elements = |node: usize| network.shapes[node][1..].iter().product();
-        let both = |l: &Layer| l.expand.iter().map(|before| before.node).chain([l.node]).collect();
+        let both = |l: &Fused| l.expand.iter().map(|before| before.node).chain([l.node]).collect();
         let mut nodes: Vec<Vec<usize>> = network.layers.iter().map(both).collect();
         nodes.push(vec![network.output]);
         Ok(Self {
             seconds: vec![0.0; steps.len()],
             steps,
             images,
-            arena: Arena::new(room.len)?,
+            arena: arena(room.len)?,
             weights: weights.arena(team)?,
-            shared: Arena::new(shared)?,
-            own: (0..team.workers()).map(|_| Arena::new(own)).collect::<Result<_>>()?,
+            shared: arena(shared)?,
+            own: (0..team.workers()).map(|_| arena(own)).collect::<Result<_>>()?,
             input: elements(0),
             output: elements(network.graph.output),
             nodes,
@@ -152,7 +162,11 @@ impl Plan {
     pub fn run(&mut self, team: &mut Team, input: &[f32], output: &mut [f32]) -> Result<()> {
         let images = input.len() / self.input.max(1);
         if images * self.input != input.len() || images * self.output != output.len() {
-            return Err(Error::Argument(format!("{} inputs and {} outputs do not fit", input.len(), output.len())));
+            return Err(Error::internal(format_args!(
+                "{} inputs and {} outputs do not fit",
+                input.len(),
+                output.len()
+            )));
         }
         let chunks = input.chunks(self.images * self.input).zip(output.chunks_mut(self.images * self.output));
         for (input, output) in chunks {
@@ -291,9 +305,32 @@ impl Room {
     }
 }
 
+/// A value's memory, and the steps from which to which it is needed.
+#[derive(Debug, PartialEq)]
+struct Held {
+    floats: Range<usize>,
+    steps: Range<usize>,
+}
+
+/// Two values of which one is written over the other while both are needed.
+fn clash(held: &[Held]) -> Option<[&Held; 2]> {
+    let meet = |a: &Range<usize>, b: &Range<usize>| a.start < b.end && b.start < a.end;
+    let pairs = held.iter().enumerate().flat_map(|(i, a)| held[i + 1..].iter().map(move |b| [a, b]));
+    pairs.into_iter().find(|[a, b]| meet(&a.floats, &b.floats) && meet(&a.steps, &b.steps))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_overlap_on_purpose_is_found() {
+        let held = |floats, steps| Held { floats, steps };
+        let apart = [held(0..16, 0..3), held(16..32, 0..9), held(0..16, 3..5)];
+        assert_eq!(clash(&apart), None);
+        let both = [held(0..16, 0..3), held(16..32, 0..9), held(8..24, 2..5)];
+        assert_eq!(clash(&both), Some([&both[0], &both[2]]));
+    }
 
     #[test]
     fn every_worker_gets_as_many_images() {

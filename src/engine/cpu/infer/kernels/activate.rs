@@ -159,7 +159,8 @@ fn erf<V: Lanes>(x: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::cpu::infer::kernels::lanes::{Isa, Kernel, dispatch};
+    use crate::engine::cpu::common::isa::Isa;
+    use crate::engine::cpu::infer::kernels::lanes::{Kernel, dispatch};
     use crate::engine::cpu::infer::reference;
 
     struct Apply<'a>(Activate, &'a [f32], &'a mut Vec<f32>);

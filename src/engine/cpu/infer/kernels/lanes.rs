@@ -1,44 +1,14 @@
 //! Sixteen floats at a time: one AVX-512 register, two AVX2 registers, or an array (other processors, and the reference
 //! in tests).
 //!
-//! A kernel is written once against [`Lanes`] and compiled for each; [`dispatch`] picks at run time. No closures in
-//! kernels: a closure is compiled without the processor features of the function around it.
+//! A kernel is written once against [`Lanes`] and compiled for each; [`dispatch`] picks at run time.
+
+use crate::engine::cpu::common::isa::{self, Compiled, Isa};
 
 /// Channels that travel together through every layer.
 pub const LANES: usize = 16;
 
-/// Which instructions a plan is compiled for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Isa {
-    Portable,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-}
-
 impl Isa {
-    /// What this processor has, widest last.
-    pub fn available() -> Vec<Self> {
-        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
-        let mut all = vec![Self::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-            if avx2 {
-                all.push(Self::Avx2);
-            }
-            if avx2 && is_x86_feature_detected!("avx512f") {
-                all.push(Self::Avx512);
-            }
-        }
-        all
-    }
-
-    pub fn best() -> Self {
-        Self::available().last().copied().unwrap_or(Self::Portable)
-    }
-
     /// Pixels (or tiles) per microkernel, bounded by the number of registers.
     pub fn rows(self) -> usize {
         match self {
@@ -48,7 +18,7 @@ impl Isa {
         }
     }
 
-    /// Blocks of [`LANES`] output channels per microkernel.
+    /// Blocks of sixteen output channels per microkernel.
     pub fn columns(self) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -122,7 +92,7 @@ impl Lanes for Portable {
 
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
-        // SAFETY: as above.
+        // SAFETY: the caller's promise; arrays of floats have no stricter alignment than floats.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
     }
 
@@ -206,26 +176,28 @@ pub trait Kernel {
 /// Runs a kernel with the instructions of `isa`.
 #[inline]
 pub fn dispatch<K: Kernel>(isa: Isa, kernel: K) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2,fma")]
-        fn avx2<K: Kernel>(kernel: K) {
-            kernel.run::<super::x86::Avx2>();
+    struct Sixteen<K>(K);
+    impl<K: Kernel> Compiled for Sixteen<K> {
+        type Output = ();
+
+        #[inline(always)]
+        fn portable(self) {
+            self.0.run::<Portable>();
         }
-        #[target_feature(enable = "avx512f,avx2,fma")]
-        fn avx512<K: Kernel>(kernel: K) {
-            kernel.run::<super::x86::Avx512>();
+
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn avx2(self) {
+            self.0.run::<super::x86::Avx2>();
         }
-        match isa {
-            // SAFETY: a plan gets its `Isa` from `available`, which asks the processor.
-            Isa::Avx2 => return unsafe { avx2(kernel) },
-            // SAFETY: as above.
-            Isa::Avx512 => return unsafe { avx512(kernel) },
-            Isa::Portable => {}
+
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn avx512(self) {
+            self.0.run::<super::x86::Avx512>();
         }
     }
-    let _ = isa;
-    kernel.run::<Portable>();
+    isa::dispatch(isa, Sixteen(kernel));
 }
 
 #[cfg(test)]

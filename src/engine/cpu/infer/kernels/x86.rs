@@ -1,7 +1,6 @@
 //! [`Lanes`] on x86-64.
 //!
-//! Values of these types exist only in kernels that `dispatch` runs after the processor was asked for the instructions;
-//! that, and the caller's promise about memory, is the safety of every block below.
+//! Values of these types exist only in kernels that `dispatch` runs after the processor was asked for the instructions.
 
 use std::arch::x86_64::*;
 
@@ -16,13 +15,13 @@ pub struct Avx512(__m512);
 impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA; the memory is the caller's promise.
         unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
     }
 
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA; the memory is the caller's promise.
         unsafe {
             _mm256_storeu_ps(to, self.0);
             _mm256_storeu_ps(to.add(8), self.1);
@@ -31,45 +30,46 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     fn splat(value: f32) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
         let all = unsafe { _mm256_set1_ps(value) };
         Self(all, all)
     }
 
     #[inline(always)]
     fn add(self, other: Self) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
         unsafe { Self(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
     }
 
     #[inline(always)]
     fn sub(self, other: Self) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
         unsafe { Self(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
     }
 
     #[inline(always)]
     fn mul(self, other: Self) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
         unsafe { Self(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
     }
 
     #[inline(always)]
     fn mul_add(self, b: Self, c: Self) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
         unsafe { Self(_mm256_fmadd_ps(self.0, b.0, c.0), _mm256_fmadd_ps(self.1, b.1, c.1)) }
     }
 
     #[inline(always)]
     fn max(self, other: Self) -> Self {
-        // SAFETY: see the head of this file. Of a NaN and a number the instruction returns its second operand.
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA. Of a NaN and a number the instruction
+        // returns its second operand.
         unsafe { Self(_mm256_max_ps(other.0, self.0), _mm256_max_ps(other.1, self.1)) }
     }
 
     #[inline(always)]
     fn max_or_nan(self, other: Self) -> Self {
         let largest = self.max(other);
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
         unsafe {
             let nan =
                 [_mm256_cmp_ps::<_CMP_UNORD_Q>(other.0, other.0), _mm256_cmp_ps::<_CMP_UNORD_Q>(other.1, other.1)];
@@ -79,20 +79,21 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     fn min(self, other: Self) -> Self {
-        // SAFETY: see the head of this file. Of a NaN and a number the instruction returns its second operand.
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA. Of a NaN and a number the instruction
+        // returns its second operand.
         unsafe { Self(_mm256_min_ps(other.0, self.0), _mm256_min_ps(other.1, self.1)) }
     }
 
     #[inline(always)]
     fn round(self) -> Self {
         const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
         unsafe { Self(_mm256_round_ps::<NEAREST>(self.0), _mm256_round_ps::<NEAREST>(self.1)) }
     }
 
     #[inline(always)]
     fn scale(self, n: Self) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
         unsafe {
             let bias = _mm256_set1_epi32(127);
             let low = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n.0), bias));
@@ -104,7 +105,7 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn recip(self) -> Self {
         let one = Self::splat(1.0);
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
         unsafe { Self(_mm256_div_ps(one.0, self.0), _mm256_div_ps(one.1, self.1)) }
     }
 
@@ -140,55 +141,56 @@ impl Lanes for Avx512 {
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX-512; the memory is the caller's promise.
         Self(unsafe { _mm512_loadu_ps(from) })
     }
 
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX-512; the memory is the caller's promise.
         unsafe { _mm512_storeu_ps(to, self.0) }
     }
 
     #[inline(always)]
     fn splat(value: f32) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX-512.
         Self(unsafe { _mm512_set1_ps(value) })
     }
 
     #[inline(always)]
     fn add(self, other: Self) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX-512.
         unsafe { Self(_mm512_add_ps(self.0, other.0)) }
     }
 
     #[inline(always)]
     fn sub(self, other: Self) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX-512.
         unsafe { Self(_mm512_sub_ps(self.0, other.0)) }
     }
 
     #[inline(always)]
     fn mul(self, other: Self) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX-512.
         unsafe { Self(_mm512_mul_ps(self.0, other.0)) }
     }
 
     #[inline(always)]
     fn mul_add(self, b: Self, c: Self) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX-512.
         unsafe { Self(_mm512_fmadd_ps(self.0, b.0, c.0)) }
     }
 
     #[inline(always)]
     fn max(self, other: Self) -> Self {
-        // SAFETY: see the head of this file. Of a NaN and a number the instruction returns its second operand.
+        // SAFETY: this type exists only where `dispatch` found AVX-512. Of a NaN and a number the instruction returns
+        // its second operand.
         unsafe { Self(_mm512_max_ps(other.0, self.0)) }
     }
 
     #[inline(always)]
     fn max_or_nan(self, other: Self) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX-512.
         unsafe {
             let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(other.0, other.0);
             Self(_mm512_mask_mov_ps(self.max(other).0, nan, other.0))
@@ -197,26 +199,27 @@ impl Lanes for Avx512 {
 
     #[inline(always)]
     fn min(self, other: Self) -> Self {
-        // SAFETY: see the head of this file. Of a NaN and a number the instruction returns its second operand.
+        // SAFETY: this type exists only where `dispatch` found AVX-512. Of a NaN and a number the instruction returns
+        // its second operand.
         unsafe { Self(_mm512_min_ps(other.0, self.0)) }
     }
 
     #[inline(always)]
     fn round(self) -> Self {
-        // SAFETY: see the head of this file. 0: to the nearest integer.
+        // SAFETY: this type exists only where `dispatch` found AVX-512. 0: to the nearest integer.
         Self(unsafe { _mm512_roundscale_ps::<0>(self.0) })
     }
 
     #[inline(always)]
     fn scale(self, n: Self) -> Self {
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX-512.
         Self(unsafe { _mm512_scalef_ps(self.0, n.0) })
     }
 
     #[inline(always)]
     fn recip(self) -> Self {
         // One step of Newton's method squares the relative error of 2^-14.
-        // SAFETY: see the head of this file.
+        // SAFETY: this type exists only where `dispatch` found AVX-512.
         let guess = Self(unsafe { _mm512_rcp14_ps(self.0) });
         let error = Self::splat(2.0).sub(self.mul(guess));
         guess.mul(error)

@@ -1,8 +1,9 @@
 //! Convolutions by direct summation, and linear layers: a line of pixels times a panel of output channels.
 
 use super::Step;
+use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::infer::kernels::activate::Activate;
-use crate::engine::cpu::infer::kernels::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
+use crate::engine::cpu::infer::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::infer::kernels::tile::{Tile, tile};
 use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
 use crate::model::Pair;
@@ -129,7 +130,7 @@ impl Step for Conv {
         let (panel, chunk) = (rest / chunks * wide, rest % chunks * high);
         dispatch(
             self.isa,
-            Rows {
+            Chunk {
                 step: self,
                 cx,
                 image,
@@ -141,7 +142,7 @@ impl Step for Conv {
     }
 }
 
-struct Rows<'a> {
+struct Chunk<'a> {
     step: &'a Conv,
     cx: &'a Context<'a>,
     image: usize,
@@ -150,11 +151,11 @@ struct Rows<'a> {
     panels: std::ops::Range<usize>,
 }
 
-impl Kernel for Rows<'_> {
+impl Kernel for Chunk<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
         let (s, o) = (self.step, &self.step.output.geometry);
-        let to = self.cx.image(&s.output, self.image);
+        let to = self.cx.image_mut(&s.output, self.image);
         for y in self.y.clone() {
             for start in (0..self.lines.length).step_by(self.lines.rows) {
                 for panel in self.panels.clone() {
@@ -219,7 +220,7 @@ impl Conv {
                 let g = &value.geometry;
                 let stride = if lines.across { g.len() } else { LANES };
                 let at = block * g.plane() + g.at(p.y, 0) + p.start * stride;
-                (cx.image(value, p.image).wrapping_add(at).cast_const(), stride, g.plane())
+                (cx.image(value, p.image).wrapping_add(at), stride, g.plane())
             }
             None => (std::ptr::null(), 0, 0),
         };
@@ -230,13 +231,13 @@ impl Conv {
             len: self.taps.len,
             short: self.taps.short,
             short_len: self.taps.short_len,
-            weights: cx.weights.at(self.weights + block * LANES * depth, columns * LANES * depth),
+            weights: cx.weights(self.weights + block * LANES * depth, columns * LANES * depth),
             later: std::ptr::null(),
             later_lines: 0,
             output: p.to.wrapping_add(p.start * output_stride),
             output_stride,
             output_block: p.to_block,
-            bias: cx.weights.at(self.bias + block * LANES, columns * LANES),
+            bias: cx.weights(self.bias + block * LANES, columns * LANES),
             residual,
             residual_stride,
             residual_block,

@@ -2,9 +2,10 @@
 
 use super::Step;
 use super::conv::{Conv, Pixels};
+use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::infer::kernels::activate::Activate;
 use crate::engine::cpu::infer::kernels::depthwise::{Row, row};
-use crate::engine::cpu::infer::kernels::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
+use crate::engine::cpu::infer::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
 use crate::model::Pair;
 
@@ -136,10 +137,10 @@ impl Kernel for Strip<'_> {
                     window.push(self.line(line, block));
                 }
                 let taps = s.kernel[0] * s.kernel[1];
-                let weights = self.cx.weights.at(s.weights + block * taps * LANES, taps * LANES);
+                let weights = self.cx.weights(s.weights + block * taps * LANES, taps * LANES);
                 let residual = s.residual.as_ref().map_or(std::ptr::null(), |value| {
                     let at = block * value.geometry.plane() + value.geometry.at(y, 0);
-                    self.cx.image(value, self.image).wrapping_add(at).cast_const()
+                    self.cx.image(value, self.image).wrapping_add(at)
                 });
                 let job = Row {
                     rows: &window,
@@ -147,9 +148,9 @@ impl Kernel for Strip<'_> {
                     dilation: s.dilation[1],
                     stride: s.stride[1],
                     weights: weights.wrapping_add(above * s.kernel[1] * LANES),
-                    bias: self.cx.weights.at(s.bias + block * LANES, LANES),
+                    bias: self.cx.weights(s.bias + block * LANES, LANES),
                     residual,
-                    output: self.cx.image(&s.output, self.image).wrapping_add(block * o.plane() + o.at(y, 0)),
+                    output: self.cx.image_mut(&s.output, self.image).wrapping_add(block * o.plane() + o.at(y, 0)),
                     width: o.width,
                     activation: s.activation,
                 };
@@ -167,7 +168,7 @@ impl Strip<'_> {
         let (s, i) = (self.step, self.step.input());
         let row = match &s.source {
             Source::Value(value) => self.cx.image(value, self.image).wrapping_add(block * i.plane() + i.at(line, 0)),
-            Source::Conv(_) => self.own(line, block % s.together()).wrapping_add(i.before[1] * LANES),
+            Source::Conv(_) => self.own(line, block % s.together()).wrapping_add(i.before[1] * LANES).cast_const(),
         };
         row.wrapping_sub(s.padding[1] * LANES)
     }

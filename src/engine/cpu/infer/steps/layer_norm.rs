@@ -1,8 +1,9 @@
 //! Each pixel's channels to mean 0 and variance 1, then factor and summand per channel.
 
 use super::Step;
+use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::infer::kernels::activate::{Activate, activate};
-use crate::engine::cpu::infer::kernels::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
+use crate::engine::cpu::infer::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::infer::memory::{Context, Value};
 
 pub struct LayerNorm {
@@ -26,18 +27,18 @@ impl Step for LayerNorm {
 
     fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
         let height = self.output.geometry.height;
-        dispatch(self.isa, Row { step: self, cx, image: task / height, y: task % height });
+        dispatch(self.isa, Line { step: self, cx, image: task / height, y: task % height });
     }
 }
 
-struct Row<'a> {
+struct Line<'a> {
     step: &'a LayerNorm,
     cx: &'a Context<'a>,
     image: usize,
     y: usize,
 }
 
-impl Kernel for Row<'_> {
+impl Kernel for Line<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
         let width = self.step.output.geometry.width;
@@ -48,24 +49,23 @@ impl Kernel for Row<'_> {
             x += SIDE;
         }
         while x < width {
-            // SAFETY: as above.
+            // SAFETY: a pixel of the row.
             unsafe { self.pixels::<V, 1>(x) };
             x += 1;
         }
     }
 }
 
-impl Row<'_> {
+impl Line<'_> {
     /// Mean, then the variance around it, then the result: one pass for both would cancel where the mean is large.
     #[inline(always)]
     unsafe fn pixels<V: Lanes, const P: usize>(&self, x: usize) {
         let s = self.step;
         let (i, o) = (&s.input.geometry, &s.output.geometry);
-        let from = self.cx.image(&s.input, self.image).wrapping_add(i.at(self.y, x)).cast_const();
-        let to = self.cx.image(&s.output, self.image).wrapping_add(o.at(self.y, x));
+        let from = self.cx.image(&s.input, self.image).wrapping_add(i.at(self.y, x));
+        let to = self.cx.image_mut(&s.output, self.image).wrapping_add(o.at(self.y, x));
         let blocks = o.blocks();
-        let (factor, summand) =
-            (self.cx.weights.at(s.factor, blocks * LANES), self.cx.weights.at(s.summand, blocks * LANES));
+        let (factor, summand) = (self.cx.weights(s.factor, blocks * LANES), self.cx.weights(s.summand, blocks * LANES));
         // Lanes beyond the last channel hold anything.
         let mut last = [1.0; LANES];
         last[LANES - (blocks * LANES - i.channels)..].fill(0.0);

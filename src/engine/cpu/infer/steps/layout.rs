@@ -46,7 +46,7 @@ impl Step for Load {
         let (image, block, strip) = (task / strips / g.blocks(), task / strips % g.blocks(), task % strips);
         let pixels = g.height * g.width;
         let from = cx.input.wrapping_add((cx.first + image) * g.channels * pixels);
-        let to = cx.image(&self.output, image);
+        let to = cx.image_mut(&self.output, image);
         let channels = block * g.pixel..g.channels.min((block + 1) * g.pixel);
         let rows = strip * ROWS..g.height.min((strip + 1) * ROWS);
         if block + 1 == g.blocks() {
@@ -117,7 +117,7 @@ impl Step for Relayout {
     fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
         let (i, o) = (&self.input.geometry, &self.output.geometry);
         let (image, c) = (task / i.channels, task % i.channels);
-        let (from, to) = (cx.image(&self.input, image), cx.image(&self.output, image));
+        let (from, to) = (cx.image(&self.input, image), cx.image_mut(&self.output, image));
         if c == 0 {
             // SAFETY: an image of the value.
             unsafe { clear_spare(o, to, 0..o.height) };
@@ -153,7 +153,7 @@ impl Step for Pad {
         let (i, o) = (&self.input.geometry, &self.output.geometry);
         let (image, block) = (task / o.blocks(), task % o.blocks());
         let from = cx.image(&self.input, image).wrapping_add(block * i.plane());
-        let to = cx.image(&self.output, image).wrapping_add(block * o.plane());
+        let to = cx.image_mut(&self.output, image).wrapping_add(block * o.plane());
         let [top, left] = self.before;
         for y in 0..o.height {
             let row = to.wrapping_add(o.at(y, 0));
@@ -185,7 +185,7 @@ impl Step for Cat {
         let (image, part) = (task / self.inputs.len(), task % self.inputs.len());
         let (value, first) = &self.inputs[part];
         let (i, o) = (&value.geometry, &self.output.geometry);
-        let (from, to) = (cx.image(value, image), cx.image(&self.output, image));
+        let (from, to) = (cx.image(value, image), cx.image_mut(&self.output, image));
         if part == 0 {
             // SAFETY: an image of the value.
             unsafe { clear_spare(o, to, 0..o.height) };

@@ -1,8 +1,9 @@
 //! Functions of single pixels: sums and products of two values, batch norm on its own, activations.
 
 use super::Step;
+use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::infer::kernels::activate::{Activate, activate};
-use crate::engine::cpu::infer::kernels::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
+use crate::engine::cpu::infer::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::infer::memory::{Context, Value};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +43,7 @@ struct Plane<'a> {
 
 /// Where a block of a value begins, and the distances between its rows and its pixels: none for a single pixel.
 #[inline(always)]
-fn walk(cx: &Context<'_>, value: &Value, image: usize, block: usize) -> (*mut f32, usize, usize) {
+fn walk(cx: &Context<'_>, value: &Value, image: usize, block: usize) -> (*const f32, usize, usize) {
     let g = &value.geometry;
     let start = cx.image(value, image).wrapping_add(block * g.plane() + g.at(0, 0));
     if g.height * g.width == 1 { (start, 0, 0) } else { (start, g.row(), LANES) }
@@ -53,13 +54,13 @@ impl Kernel for Plane<'_> {
     fn run<V: Lanes>(self) {
         let Plane { step: s, cx, image, block } = self;
         let o = &s.output.geometry;
-        let to = cx.image(&s.output, image).wrapping_add(block * o.plane() + o.at(0, 0));
+        let to = cx.image_mut(&s.output, image).wrapping_add(block * o.plane() + o.at(0, 0));
         let (a, a_row, a_pixel) = walk(cx, &s.input, image, block);
         let second = s.second.as_ref().map(|(op, value)| (*op, walk(cx, value, image, block)));
         let (factor, summand) = match s.affine {
             // SAFETY: `at` checks that the weights hold a block.
             Some([f, t]) => unsafe {
-                let load = [cx.weights.at(f + block * LANES, LANES), cx.weights.at(t + block * LANES, LANES)];
+                let load = [cx.weights(f + block * LANES, LANES), cx.weights(t + block * LANES, LANES)];
                 (V::load(load[0]), V::load(load[1]))
             },
             None => (V::splat(1.0), V::splat(0.0)),

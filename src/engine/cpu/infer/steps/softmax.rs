@@ -18,7 +18,7 @@ impl Step for Softmax {
 
     fn run(&self, _phase: usize, image: usize, cx: &Context<'_>) {
         let (i, o) = (&self.input.geometry, &self.output.geometry);
-        let (from, to) = (cx.image(&self.input, image), cx.image(&self.output, image));
+        let (from, to) = (cx.image(&self.input, image), cx.image_mut(&self.output, image));
         // SAFETY: an image of the value.
         unsafe { clear_spare(o, to, 0..o.height) };
         for y in 0..o.height {
@@ -33,7 +33,7 @@ impl Step for Softmax {
                         true => read(c) - largest - total.ln(),
                         false => (read(c) - largest).exp() / total,
                     };
-                    // SAFETY: as above.
+                    // SAFETY: channel and pixel are inside the output, and this task alone has the image.
                     unsafe { *to.wrapping_add(c / LANES * o.plane() + o.at(y, x) + c % LANES) = value };
                 }
             }

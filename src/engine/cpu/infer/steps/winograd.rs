@@ -8,8 +8,9 @@
 //! ```
 
 use super::Step;
+use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::infer::kernels::activate::Activate;
-use crate::engine::cpu::infer::kernels::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
+use crate::engine::cpu::infer::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::infer::kernels::tile::{Tile, tile};
 use crate::engine::cpu::infer::kernels::winograd::{Finish, Size, transform_input, transform_output};
 use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
@@ -167,7 +168,7 @@ impl Kernel for Transform<'_> {
 impl Kernel for Multiply<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        // SAFETY: as above, for M; V was filled in the phase before.
+        // SAFETY: `Winograd::own` made room for M, and the phase before has filled V; the output holds every tile.
         unsafe { self.0.multiply::<V>(self.1) };
     }
 }
@@ -177,11 +178,11 @@ impl Kernel for Alone<'_> {
     fn run<V: Lanes>(self) {
         let work = self.0;
         for group in 0..work.count.div_ceil(work.rows) {
-            // SAFETY: as above.
+            // SAFETY: `Winograd::own` made room for V; the input's border covers every tile.
             unsafe { work.transform::<V>(group) };
         }
         for panel in self.1 {
-            // SAFETY: as above.
+            // SAFETY: `Winograd::own` made room for M, and V was just filled; the output holds every tile.
             unsafe { work.multiply::<V>(panel) };
         }
     }
@@ -225,7 +226,7 @@ impl Work<'_> {
         let inputs = s.input.geometry.blocks() * LANES;
         let products = s.size.products();
         let u_len = inputs * columns * LANES;
-        let u = self.cx.weights.at(s.weights + panel * wide * LANES * inputs * products, u_len * products);
+        let u = self.cx.weights(s.weights + panel * wide * LANES * inputs * products, u_len * products);
         let groups = self.count.div_ceil(rows);
         // U of the next product comes from far away, once for all tiles of the block: each microkernel asks for a slice of
         // it. Alone, U is small and stays near.
@@ -255,18 +256,18 @@ impl Work<'_> {
                 unsafe { tile::<V, false>(rows.min(self.count - start), columns, &job) };
             }
         }
-        let bias = self.cx.weights.at(s.bias, s.output.geometry.blocks() * LANES);
+        let bias = self.cx.weights(s.bias, s.output.geometry.blocks() * LANES);
         for t in 0..self.count {
             let (image, y, x) = self.place(self.first + t);
             let spot = Spot::new(s, &s.output.geometry, y, x, s.pool);
-            let to = self.cx.image(&s.output, image).wrapping_add(spot.start);
+            let to = self.cx.image_mut(&s.output, image).wrapping_add(spot.start);
             for c in 0..columns {
                 let block = panel * wide + c;
                 let (residual, residual_row) = match &s.residual {
                     Some(value) => {
                         let g = &value.geometry;
                         let start = Spot::new(s, g, y, x, false).start + block * g.plane();
-                        (self.cx.image(value, image).wrapping_add(start).cast_const(), g.row())
+                        (self.cx.image(value, image).wrapping_add(start), g.row())
                     }
                     None => (std::ptr::null(), 0),
                 };

@@ -1,0 +1,7 @@
+//! What training and inference both stand on; it names neither.
+
+pub mod analysis;
+pub mod arena;
+pub mod geometry;
+pub mod isa;
+pub mod team;

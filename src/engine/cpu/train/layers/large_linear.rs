@@ -1,0 +1,252 @@
+//! Linear layers whose weights do not fit a cache: the workers divide the matrix, not the batch, and the gradient of
+//! the weights is applied where it arises, so that it never goes to memory.
+
+use std::ops::Range;
+
+use crate::engine::cpu::train::kernels::skinny::{Dots, OUTER_ROWS, Outer, PANEL, dots, outer, pack_transposed};
+use crate::engine::cpu::train::kernels::sparse::{BLOCK, ROWS, RowTerms, SparseOuter, pack_blocks, sparse_outer};
+use crate::engine::cpu::train::layer::{Context, Edge, Grain, Layer, Out, Param, share};
+use crate::engine::cpu::train::memory::Slot;
+
+pub struct LargeLinear {
+    pub in_features: usize,
+    pub out_features: usize,
+    pub input: Edge,
+    pub out: Out,
+    pub weight: Param,
+    pub bias: Option<Param>,
+    /// Whether the weights are trained: their gradient has no slot.
+    pub trained: bool,
+    /// `batch x (out_features / workers + 4)` of the output.
+    pub sums: Slot,
+    /// The same turned round, the batch filled up to whole panels.
+    pub turned: Slot,
+    /// `batch (filled up) x columns` of the input, `16 x columns` of the gradient.
+    pub packed: Slot,
+    pub rows: Slot,
+    /// `batch x columns` of the input's derivative, where that is wanted.
+    pub input_grads: Option<Slot>,
+    /// `out_features x batch` twice and `out_features`: the terms of the gradient that are not zero, their samples, and
+    /// how many there are in each row.
+    pub terms: [Slot; 3],
+    /// Columns of the weights that are updated together.
+    pub columns: usize,
+}
+
+/// Floats of the input that a core's second-level cache holds beside the weights that stream past.
+const RESIDENT: usize = 1 << 16;
+
+impl LargeLinear {
+    /// From this many weights on a layer is worth two barriers.
+    pub const THRESHOLD: usize = 1 << 18;
+
+    /// Columns updated together for a batch of this size.
+    pub fn columns(batch: usize, in_features: usize) -> usize {
+        (RESIDENT / batch.max(1)).clamp(512, 16384).min(in_features).next_multiple_of(BLOCK)
+    }
+
+    /// `dx = dy w` with the weights of before the update, and the update: for some columns, a few rows at a time, so that
+    /// the weights cross the memory bus once for both.
+    fn backward_columns(&self, cx: &Context<'_>, dy: &[f32], x: &[f32], terms: &RowTerms<'_>, columns: Range<usize>) {
+        let (k, n) = (self.in_features, self.out_features);
+        // SAFETY: different slots, each taken once: `add_input_grads` borrows the rows.
+        let (mut packed, mut grads, mut tile) =
+            unsafe { (cx.own(self.packed), cx.own(self.rows), self.input_grads.map(|slot| cx.own(slot))) };
+        let (weights, state) = (cx.memory.tensor(self.weight.tensor), cx.updates.state(self.weight.tensor));
+        let blocks = columns.len().div_ceil(BLOCK);
+        if self.trained {
+            pack_blocks(x, k, columns.start, columns.len(), &mut packed);
+        }
+        if let Some(tile) = &mut tile {
+            tile.fill(0.0);
+        }
+        for row in (0..n).step_by(ROWS) {
+            let rows = row..(row + ROWS).min(n);
+            if let Some(tile) = &mut tile {
+                self.add_input_grads(cx, dy, rows.clone(), columns.clone(), &mut grads, tile);
+            }
+            if !self.trained {
+                continue;
+            }
+            sparse_outer(SparseOuter {
+                terms,
+                first: row,
+                rows: rows.len(),
+                x: &packed,
+                blocks,
+                out: &mut grads,
+                ahead: [weights, state].map(|floats| floats.address(rows.end * k + columns.start)),
+                ahead_row: k,
+            });
+            for (r, grad) in rows.zip(grads.chunks_exact_mut(blocks * BLOCK)) {
+                cx.updates.take(cx, self.weight.tensor, r * k + columns.start, &mut grad[..columns.len()]);
+            }
+        }
+        let (Some(tile), Some(input)) = (tile, self.input.grad) else { return };
+        for (sample, row) in tile.chunks_exact(self.columns).take(cx.batch).enumerate() {
+            // SAFETY: every worker has columns of its own until the barrier.
+            let mut dx = unsafe { cx.write(cx.memory.part_of_sample(input, sample, columns.clone())) };
+            match self.input.add {
+                true => dx.iter_mut().zip(row).for_each(|(d, t)| *d += t),
+                false => dx.copy_from_slice(&row[..columns.len()]),
+            }
+        }
+    }
+
+    /// `tile += dy w` for some rows and columns of `w`; `scratch` holds them meanwhile.
+    fn add_input_grads(
+        &self,
+        cx: &Context<'_>,
+        dy: &[f32],
+        rows: Range<usize>,
+        columns: Range<usize>,
+        scratch: &mut [f32],
+        tile: &mut [f32],
+    ) {
+        let (k, n, whole, rest) = (self.in_features, self.out_features, columns.len() / PANEL, columns.len() % PANEL);
+        let weights = cx.memory.tensor(self.weight.tensor);
+        // Rows that are a power of two apart would fight for a few lines of the cache.
+        let (packed, last) = scratch.split_at_mut(whole * PANEL * rows.len());
+        for (r, row) in rows.clone().enumerate() {
+            let start = row * k + columns.start;
+            // SAFETY: nobody else has these columns until the barrier, and this worker writes them when they are
+            // packed.
+            let row = unsafe { cx.read(weights.part(start..start + columns.len())) };
+            for (panel, row) in row[..whole * PANEL].chunks_exact(PANEL).enumerate() {
+                packed[(panel * rows.len() + r) * PANEL..][..PANEL].copy_from_slice(row);
+            }
+            last[r * rest..][..rest].copy_from_slice(&row[whole * PANEL..]);
+        }
+        for b in (0..cx.batch).step_by(OUTER_ROWS) {
+            outer(Outer {
+                d: &dy[b * n + rows.start..],
+                d_step: 1,
+                d_row: n,
+                rows: OUTER_ROWS.min(cx.batch - b),
+                x: packed,
+                x_step: PANEL,
+                x_panel: rows.len() * PANEL,
+                steps: rows.len(),
+                panels: whole,
+                out: &mut tile[b * self.columns..],
+                out_row: self.columns,
+                add: true,
+                ahead: &[],
+            });
+        }
+        // Columns that do not fill a panel: the matrix ends in the middle of one.
+        for (dy, tile) in dy.chunks_exact(n).zip(tile.chunks_exact_mut(self.columns)) {
+            for c in 0..rest {
+                let column = last[c..].iter().step_by(rest);
+                tile[whole * PANEL + c] += dy[rows.clone()].iter().zip(column).map(|(d, w)| d * w).sum::<f32>();
+            }
+        }
+    }
+
+    /// Few samples: the matrix streams past the inputs once, row by row.
+    fn forward_few(&self, cx: &Context<'_>, own: Range<usize>, sums: &mut [f32]) {
+        let (k, rows) = (self.in_features, own.len());
+        // SAFETY: between barriers nobody writes the input, nor in a forward pass the weights.
+        let (x, weights) = unsafe { (cx.all(self.input.value), cx.tensor(self.weight.tensor)) };
+        dots(Dots { w: &weights[own.start * k..own.end * k], rows, x: &x, batch: cx.batch, k, y: sums, ldy: rows });
+    }
+
+    /// Many samples: they lie across the lanes, and a block of their features stays in the cache.
+    fn forward_many(&self, cx: &Context<'_>, own: Range<usize>, sums: &mut [f32]) {
+        let (k, rows, panels) = (self.in_features, own.len(), cx.batch.div_ceil(PANEL));
+        // SAFETY: between barriers nobody writes the input, nor in a forward pass the weights; two slots, each taken
+        // once.
+        let (x, weights, mut packed, mut turned) = unsafe {
+            (cx.all(self.input.value), cx.tensor(self.weight.tensor), cx.own(self.packed), cx.own(self.turned))
+        };
+        let width = panels * PANEL;
+        let turned = &mut turned[..rows * width];
+        turned.fill(0.0);
+        let block = (packed.len() / width).min(self.columns);
+        for start in (0..k).step_by(block) {
+            let columns = block.min(k - start);
+            pack_transposed(&x, k, start, columns, &mut packed);
+            for row in (0..rows).step_by(OUTER_ROWS) {
+                outer(Outer {
+                    d: &weights[(own.start + row) * k + start..],
+                    d_step: 1,
+                    d_row: k,
+                    rows: OUTER_ROWS.min(rows - row),
+                    x: &packed,
+                    x_step: PANEL,
+                    x_panel: columns * PANEL,
+                    steps: columns,
+                    panels,
+                    out: &mut turned[row * width..],
+                    out_row: width,
+                    add: true,
+                    ahead: weights.get((own.start + row + OUTER_ROWS) * k + start..).unwrap_or_default(),
+                });
+            }
+        }
+        for (b, sums) in sums.chunks_exact_mut(rows).enumerate() {
+            sums.iter_mut().zip(turned[b..].iter().step_by(width)).for_each(|(s, t)| *s += t);
+        }
+    }
+}
+
+/// Up to this many samples the matrix is read as rows; above, samples fill the lanes.
+const FEW: usize = 8;
+
+impl Layer for LargeLinear {
+    fn grain(&self) -> Grain {
+        Grain::Batch
+    }
+
+    fn forward(&self, cx: &Context<'_>) {
+        cx.meet();
+        let own = share(self.out_features, cx.worker, cx.workers, 4);
+        let rows = own.len();
+        // SAFETY: nobody else in this call takes the sums, and nobody writes parameters in a forward pass.
+        let (mut sums, bias) = unsafe { (cx.own(self.sums), self.bias.map(|b| cx.tensor(b.tensor))) };
+        let sums = &mut sums[..cx.batch * rows];
+        for row in sums.chunks_exact_mut(rows.max(1)) {
+            match &bias {
+                Some(bias) => row.copy_from_slice(&bias[own.clone()]),
+                None => row.fill(0.0),
+            }
+        }
+        if rows > 0 {
+            match cx.batch {
+                ..=FEW => self.forward_few(cx, own.clone(), sums),
+                _ => self.forward_many(cx, own.clone(), sums),
+            }
+        }
+        for (sample, row) in sums.chunks_exact(rows.max(1)).enumerate() {
+            let out = cx.memory.part_of_sample(self.out.value, sample, own.clone());
+            // SAFETY: every worker has outputs of its own until the barrier.
+            unsafe { cx.write(out) }.copy_from_slice(row);
+        }
+        cx.meet();
+    }
+
+    fn backward(&self, cx: &Context<'_>) {
+        let Some(grad) = self.out.grad else { return };
+        cx.meet();
+        let (k, n) = (self.in_features, self.out_features);
+        // SAFETY: between barriers nobody writes the input or the output's derivative.
+        let (x, dy) = unsafe { (cx.all(self.input.value), cx.all(grad)) };
+        if let (0, Some(share)) = (cx.worker, self.bias.and_then(|b| b.grad)) {
+            // SAFETY: taken once.
+            let mut share = unsafe { cx.own(share) };
+            dy.chunks_exact(n).for_each(|row| share.iter_mut().zip(row).for_each(|(db, d)| *db += d));
+        }
+        // SAFETY: three slots, each taken once.
+        let [mut values, mut samples, mut counts] = self.terms.map(|slot| unsafe { cx.own(slot) });
+        let mut terms = RowTerms { values: &mut values, samples: &mut samples, counts: &mut counts, batch: cx.batch };
+        if self.trained {
+            terms.find(&dy, n);
+        }
+        let own = share(k, cx.worker, cx.workers, PANEL);
+        for start in own.clone().step_by(self.columns) {
+            let columns = start..(start + self.columns).min(own.end);
+            self.backward_columns(cx, &dy, &x, &terms, columns);
+        }
+        cx.meet();
+    }
+}
