@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use cnnrs::image::{
-    Entropy, Filter, Finish, Image, Key, Limits, Op, Options, PillowOrder, Scratch, Size, Transform, decode,
+    Entropy, Filter, Finish, Image, Key, Limits, Op, PillowOrder, ReadOptions, Scratch, Size, Transform, decode,
     decode_jpeg, decode_with,
 };
 
@@ -71,7 +71,7 @@ fn stages(files: &[PathBuf]) -> Result<[f64; STAGES.len()], Box<dyn Error>> {
             decode(&bytes, &Limits::default(), &mut image)?;
             transform.apply_f32(&mut image, Key::default(), &mut scratch, &mut out)?;
             at[5] = Instant::now();
-            decode_with(&bytes, &Options { scaled: Some(size), ..Options::default() }, &mut image)?;
+            decode_with(&bytes, &ReadOptions { scaled: Some(size), ..ReadOptions::default() }, &mut image)?;
             at[6] = Instant::now();
             decode_jpeg(Entropy::Libjpeg, &bytes, &Limits::default(), None, &mut image)?;
             at[7] = Instant::now();

@@ -1,6 +1,6 @@
 //! What the targets of all image formats share.
 
-use cnnrs::image::{Format, Image, Limits, Options, Size, Truncated, decode, decode_with};
+use cnnrs::image::{Format, Image, Limits, ReadOptions, Size, Truncated, decode, decode_with};
 use libfuzzer_sys::Corpus;
 
 /// Small enough that a run stays fast and a forged header is refused; large enough for every code path.
@@ -19,7 +19,7 @@ pub fn decode_one(bytes: &[u8], format: Format) -> Corpus {
         assert!(image.width * image.height > 0);
     }
     let scaled = Some(Size::Exact { height: 5, width: 9 });
-    let options = Options { limits: LIMITS, exif: true, truncated: Truncated::Accept, scaled };
+    let options = ReadOptions { limits: LIMITS, exif: true, truncated: Truncated::Accept, scaled };
     let seen = decode_with(bytes, &options, &mut image);
     match &seen {
         Ok(seen) => assert!((1..=8).contains(&seen.orientation)),

@@ -7,8 +7,8 @@ use std::mem::size_of;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use crate::data::memory::{filled, product};
 use crate::error::Result;
+use crate::memory::{filled, product};
 
 /// One cache line: what makes every buffer 64-byte aligned without an allocator of our own.
 #[derive(Clone, Copy)]

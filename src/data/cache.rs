@@ -3,72 +3,21 @@
 //! An entry belongs to a path, a size and a modification time. Each look-up compares them with the file as it is now, so
 //! that a file that changed is decoded again, and one that is gone is an error as without a cache.
 
+mod entry;
 mod file;
 mod map;
 mod ram;
 
-use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::UNIX_EPOCH;
 
+pub use self::entry::Stamp;
+use self::entry::{Outcome, PackedShape};
 use self::file::LogFile;
 use self::ram::Ram;
-use crate::data::job::unpack;
-use crate::data::memory::reserve;
-use crate::error::{Error, Result};
-use crate::image::{Image, Layout};
-
-/// What tells two versions of a file apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stamp {
-    pub size: u64,
-    /// Nanoseconds since 1970.
-    pub modified: i64,
-}
-
-impl Stamp {
-    /// # Errors
-    /// When the file cannot be looked at.
-    pub fn of(path: &Path) -> Result<Self> {
-        let io = |source| Error::Io { path: path.into(), source };
-        let metadata = fs::metadata(path).map_err(io)?;
-        let modified = metadata.modified().map_err(io)?;
-        let nanoseconds = match modified.duration_since(UNIX_EPOCH) {
-            Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
-            Err(before) => i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |n| -n),
-        };
-        Ok(Self { size: metadata.len(), modified: nanoseconds })
-    }
-}
-
-/// An image as it is kept: packed rows of 1 or 3 bytes per pixel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Shape {
-    width: u32,
-    height: u32,
-    channels: u32,
-}
-
-impl Shape {
-    fn of(image: &Image) -> Option<Self> {
-        let number = |n: usize| u32::try_from(n).ok();
-        let channels = number(image.layout.channels())?;
-        Some(Self { width: number(image.width)?, height: number(image.height)?, channels })
-    }
-
-    /// `None` where the product is no length of anything.
-    fn bytes(self) -> Option<usize> {
-        let [width, height, channels] = [self.width, self.height, self.channels].map(|n| n as usize);
-        width.checked_mul(height)?.checked_mul(channels)
-    }
-
-    /// Whether `data` was an image of this shape, which is in `image` now.
-    fn restore(self, data: &[u8], image: &mut Image) -> bool {
-        unpack(self.height as usize, self.width as usize, self.channels as usize, data, image).is_ok()
-    }
-}
+use crate::error::Result;
+use crate::image::Image;
 
 /// What has happened to a cache so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -92,14 +41,6 @@ pub struct Cache {
     limit: u64,
     refused: AtomicU64,
     trouble: Mutex<Option<String>>,
-}
-
-/// What became of an image that was to be kept.
-enum Outcome {
-    Kept,
-    NoRoom,
-    /// Somebody else keeps it, or nobody may.
-    Passed,
 }
 
 impl Cache {
@@ -131,7 +72,7 @@ impl Cache {
 
     /// Keeps an image if there is room. Nothing that goes wrong here is worth an error: the image is there.
     pub fn put(&self, path: &Path, stamp: Stamp, image: &Image) {
-        let Some(shape) = Shape::of(image) else { return };
+        let Some(shape) = PackedShape::of(image) else { return };
         let outcome = match &self.store {
             Store::Ram(ram) => Ok(ram.put(path, stamp, shape, image, self.limit)),
             Store::File(file) => file.put(path, stamp, shape, image, self.limit),
@@ -163,27 +104,6 @@ impl Cache {
         let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Status { images, bytes, limit: self.limit, refused: self.refused.load(Ordering::Relaxed), trouble }
     }
-}
-
-/// Rows without the fourth byte of their pixels.
-pub(super) fn pack(image: &Image, out: &mut Vec<u8>) -> Result<()> {
-    match image.layout {
-        Layout::Gray => {
-            reserve(out, image.data.len())?;
-            out.extend_from_slice(&image.data);
-        }
-        Layout::Rgbx => {
-            let pixels = image.data.as_chunks::<4>().0;
-            let start = out.len();
-            reserve(out, 3 * pixels.len())?;
-            out.resize(start + 3 * pixels.len(), 0);
-            let triples = out.get_mut(start..).unwrap_or_default().as_chunks_mut::<3>().0;
-            for (triple, &[r, g, b, _]) in triples.iter_mut().zip(pixels) {
-                *triple = [r, g, b];
-            }
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -7,8 +7,9 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::data::job::{Worker, read};
-use crate::error::{Error, Result};
+use crate::data::buffers::Worker;
+use crate::data::open::read;
+use crate::error::{DecodeKind, Error, Result};
 use crate::image::{self, Format, Limits};
 use crate::threads;
 
@@ -18,8 +19,6 @@ pub struct Finding {
     pub format: Option<&'static str>,
     pub width: usize,
     pub height: usize,
-    /// Whether all of its bytes were.
-    pub read: bool,
     /// Bytes of the file.
     pub size: u64,
     /// Of the whole file; equal files have equal ones.
@@ -35,8 +34,8 @@ impl Finding {
             Some(Error::Io { .. }) => Some("unreadable"),
             // More bytes than the limit are not read.
             Some(Error::TooLarge { .. }) => Some("limit"),
-            Some(Error::Decode { .. }) if !self.read => Some("limit"),
-            Some(Error::Decode { truncated: true, .. }) => Some("truncated"),
+            Some(Error::Decode { kind: DecodeKind::TooLarge, .. }) => Some("limit"),
+            Some(Error::Decode { kind: DecodeKind::Truncated, .. }) => Some("truncated"),
             Some(Error::Decode { .. }) => Some("broken"),
             Some(_) => Some("ours"),
         }
@@ -96,7 +95,6 @@ fn look_at(path: &Path, limits: &Limits, worker: &mut Worker) -> Finding {
     hasher.write(&worker.file);
     let finding = Finding {
         format: Format::of(&worker.file).map(name),
-        read: true,
         size: worker.file.len() as u64,
         hash: hasher.finish(),
         ..Finding::default()

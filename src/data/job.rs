@@ -1,6 +1,5 @@
 //! One batch on its way: which samples are done, and where their results are.
 
-use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,21 +7,14 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use crate::data::batch::{Batch, DType, Slot, Slots, single};
-use crate::data::cache::{Stamp, pack};
-use crate::data::loader::{Failure, Memory, Ready};
-use crate::data::memory::{copied, product, reserve};
-use crate::data::open;
-use crate::data::plan::{Finish, Input, Kept, Output, Plan, Raw, Rows, Sample};
-use crate::error::{Error, Result};
-use crate::image::{self, Image, Key, Layout, Limits, Scratch};
-
-/// What a thread needs for itself; recycled, because its pages are expensive to get.
-#[derive(Default)]
-pub struct Worker {
-    pub(super) file: Vec<u8>,
-    pub(super) image: Image,
-    scratch: Scratch,
-}
+use crate::data::buffers::{Memory, Worker};
+use crate::data::cache::Stamp;
+use crate::data::open::read;
+use crate::data::plan::{Conversion, Input, Kept, Output, Plan, Raw, Rows, Sample};
+use crate::data::ready::{Failure, Ready};
+use crate::error::{Error, Result, panic_text};
+use crate::image::{self, Key, Layout, look_up};
+use crate::memory::copied;
 
 /// A result that has no slot in the batch buffer.
 enum Loose {
@@ -107,9 +99,7 @@ impl Job {
         outcome.unwrap_or_else(|panic| {
             // Whatever the worker held may be half written.
             *worker = Worker::default();
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("panic");
-            Err(Error::Panic(text.to_owned()))
+            Err(Error::Panic(panic_text(panic.as_ref())))
         })
     }
 
@@ -121,7 +111,7 @@ impl Job {
         let finish = match &plan.output {
             Output::Pixels => {
                 transform.pixels(image, key, scratch)?;
-                self.keep(i, Loose::Pixels(packed(image)?));
+                self.keep(i, Loose::Pixels(Raw::of(image)?));
                 return Ok(());
             }
             Output::Tensor(finish) => finish,
@@ -129,7 +119,7 @@ impl Job {
         let byte = plan.is_bytes();
         let dtype = if byte { DType::Uint8 } else { DType::Float32 };
         let color = !matches!(input, Input::Row(_)) && matches!(image.layout, Layout::Rgbx);
-        if let (Finish::Transform, true, Some((c, h, w))) = (finish, color, plan.shape()) {
+        if let (Conversion::Transform, true, Some((c, h, w))) = (finish, color, plan.shape()) {
             // Known beforehand: the last pass over the pixels may write into the batch.
             return self.fill(i, [c, h, w], dtype, memory, |slot| {
                 if byte {
@@ -142,9 +132,9 @@ impl Job {
         transform.pixels(image, key, scratch)?;
         self.fill(i, [image.layout.channels(), image.height, image.width], dtype, memory, |slot| {
             match finish {
-                Finish::Transform if byte => transform.finish_u8(image, slot.u8())?,
-                Finish::Transform | Finish::Spread(_) => transform.finish_f32(image, scratch, slot.f32())?,
-                Finish::Table(table) => look_up(image, table, slot.f32())?,
+                Conversion::Transform if byte => transform.finish_u8(image, slot.u8())?,
+                Conversion::Transform | Conversion::Spread(_) => transform.finish_f32(image, scratch, slot.f32())?,
+                Conversion::Table(table) => look_up(image, table, slot.f32())?,
             }
             if byte { transform.erase_u8(image, key, slot.u8()) } else { transform.erase_f32(image, key, slot.f32()) }
         })
@@ -267,9 +257,9 @@ fn load(input: &Input, file: Option<&Input>, plan: &Plan, worker: &mut Worker) -
         (Input::File(path), None) => decode(path, plan, worker),
         (Input::Row(row), _) => {
             let Some(rows) = &plan.rows else {
-                return Err(Error::Argument(format!("image {row} is a row of nothing")));
+                return Err(Error::internal(format_args!("image {row} is a row of nothing")));
             };
-            unpack(rows.height, rows.width, 1, rows.get(*row)?, &mut worker.image)
+            worker.image.unpack(rows.height, rows.width, 1, rows.get(*row)?)
         }
         (Input::Pixels(raw), kept) => {
             let stamp = match (kept, file) {
@@ -277,15 +267,15 @@ fn load(input: &Input, file: Option<&Input>, plan: &Plan, worker: &mut Worker) -
                 (Some(kept), Some(Input::File(path))) => Some((kept, path, Stamp::of(path)?)),
                 _ => None,
             };
-            unpack(raw.height, raw.width, raw.channels, &raw.data, &mut worker.image)?;
+            worker.image.unpack(raw.height, raw.width, raw.channels, &raw.data)?;
             stamp.map_or(Ok(()), |(kept, path, stamp)| keep(path, stamp, kept, worker))
         }
     }
 }
 
 fn decode(path: &Path, plan: &Plan, worker: &mut Worker) -> Result<()> {
-    read(path, &plan.limits, &mut worker.file)?;
-    let seen = image::decode_with(&worker.file, &plan.options(), &mut worker.image).map_err(|error| error.at(path))?;
+    read(path, &plan.read.limits, &mut worker.file)?;
+    let seen = image::decode_with(&worker.file, &plan.read, &mut worker.image).map_err(|error| error.at(path))?;
     if seen.orientation != 1 {
         plan.turned.store(true, Ordering::Relaxed);
     }
@@ -305,72 +295,5 @@ fn load_kept(path: &Path, kept: &Kept, plan: &Plan, worker: &mut Worker) -> Resu
 fn keep(path: &Path, stamp: Stamp, kept: &Kept, worker: &mut Worker) -> Result<()> {
     kept.prefix.pixels(&mut worker.image, Key::default(), &mut worker.scratch)?;
     kept.cache.put(path, stamp, &worker.image);
-    Ok(())
-}
-
-/// The bytes of a file, into memory that is there already.
-pub(super) fn read(path: &Path, limits: &Limits, bytes: &mut Vec<u8>) -> Result<()> {
-    let io = |source| Error::Io { path: path.into(), source };
-    let (file, size) = open::regular(path)?;
-    bytes.clear();
-    // One byte more: the end of the file is found without growing the buffer.
-    let room = usize::try_from(size.min(limits.bytes)).unwrap_or(usize::MAX).saturating_add(1);
-    reserve(bytes, room).map_err(|error| error.at(path))?;
-    file.take(limits.bytes + 1).read_to_end(bytes).map_err(io)?;
-    if bytes.len() as u64 > limits.bytes {
-        let reason = format!("the file is larger than the limit of {} bytes", limits.bytes);
-        return Err(Error::decode(reason).at(path));
-    }
-    Ok(())
-}
-
-/// Packed rows to the layout the image operations work on.
-pub(super) fn unpack(height: usize, width: usize, channels: usize, data: &[u8], image: &mut Image) -> Result<()> {
-    if data.len() != product([height, width, channels])? || !matches!(channels, 1 | 3) {
-        return Err(Error::Argument(format!(
-            "{height} x {width} pixels of {channels} bytes expected, got {} bytes",
-            data.len()
-        )));
-    }
-    image.height = height;
-    image.width = width;
-    if channels == 1 {
-        image.layout = Layout::Gray;
-        image.data.clear();
-        reserve(&mut image.data, data.len())?;
-        image.data.extend_from_slice(data);
-    } else {
-        image.layout = Layout::Rgbx;
-        let bytes = product([height, width, 4])?;
-        let more = bytes.saturating_sub(image.data.len());
-        reserve(&mut image.data, more)?;
-        image.data.resize(bytes, 255);
-        for (pixel, &[r, g, b]) in image.data.as_chunks_mut::<4>().0.iter_mut().zip(data.as_chunks::<3>().0) {
-            *pixel = [r, g, b, 255];
-        }
-    }
-    Ok(())
-}
-
-fn packed(image: &Image) -> Result<Raw> {
-    let (height, width, channels) = (image.height, image.width, image.layout.channels());
-    let mut data = Vec::new();
-    pack(image, &mut data)?;
-    Ok(Raw { height, width, channels, data })
-}
-
-/// Pixels to planes through `channels x 256` values.
-fn look_up(image: &Image, table: &[f32], planes: &mut [f32]) -> Result<()> {
-    let size = image.height * image.width;
-    let (channels, step) = (image.layout.channels(), image.layout.bytes_per_pixel());
-    if table.len() != channels * 256 {
-        let reason = format!("a table of {} values cannot finish an image of {channels} channels", table.len());
-        return Err(Error::Argument(reason));
-    }
-    for (channel, (values, plane)) in table.chunks_exact(256).zip(planes.chunks_exact_mut(size.max(1))).enumerate() {
-        for (out, pixel) in plane.iter_mut().zip(image.data.chunks_exact(step)) {
-            *out = values[usize::from(pixel[channel])];
-        }
-    }
     Ok(())
 }

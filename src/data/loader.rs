@@ -5,53 +5,16 @@
 //! description and the seed only, never on which thread met it.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::data::batch::{Batch, Buffers};
-use crate::data::job::{Job, Worker};
+use crate::data::buffers::Memory;
+use crate::data::job::Job;
 use crate::data::plan::{Input, Plan, Raw, Sample};
+use crate::data::ready::Ready;
 use crate::error::{Error, Result};
 use crate::threads::Pool;
-
-pub struct Failure {
-    /// Place in the batch.
-    pub sample: usize,
-    pub error: Error,
-}
-
-pub enum Ready {
-    Batch(Batch),
-    /// Samples of different shapes.
-    Ragged(Vec<Batch>),
-    Pixels(Vec<Raw>),
-    /// Some samples have no pixels: [`Loader::retry`] each of them with pixels from elsewhere, [`Loader::drop_samples`],
-    /// or [`Loader::discard`] the batch.
-    Failed(Vec<Failure>),
-}
-
-/// What survives an epoch: buffers and the threads' scratch space.
-pub struct Memory {
-    pub(super) buffers: Arc<Buffers>,
-    pub(super) loose: Arc<Buffers>,
-    workers: Mutex<Vec<Worker>>,
-}
-
-impl Memory {
-    /// Keeps up to `batches` batch buffers for re-use.
-    pub fn new(batches: usize) -> Arc<Self> {
-        Arc::new(Self { buffers: Buffers::new(batches), loose: Buffers::new(0), workers: Mutex::default() })
-    }
-
-    fn worker(&self) -> Worker {
-        self.workers.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
-    }
-
-    fn give_back(&self, worker: Worker) {
-        self.workers.lock().unwrap_or_else(PoisonError::into_inner).push(worker);
-    }
-}
 
 struct Shared {
     plan: Arc<Plan>,
@@ -88,10 +51,6 @@ impl Loader {
         let threads = if plan.is_trivial() { 0 } else { threads };
         let shared = Arc::new(Shared { plan: Arc::new(plan), memory, cancelled: AtomicBool::new(false) });
         Self { shared, threads, pool: None, queue: VecDeque::new(), submitted: 0, batches }
-    }
-
-    pub fn pending(&self) -> usize {
-        self.queue.len()
     }
 
     /// Returns the batch's ticket, by which the consumer asks for it.
@@ -151,7 +110,7 @@ impl Loader {
         }
         self.survive_fork()?;
         let Some(job) = self.oldest(ticket) else {
-            return Err(Error::Argument(format!("batch {ticket} is not on its way")));
+            return Err(Error::internal(format_args!("batch {ticket} is not on its way")));
         };
         if self.threads == 0 {
             let deadline = Instant::now() + slice;

@@ -5,9 +5,9 @@ use std::path::Path;
 
 use flate2::read::MultiGzDecoder;
 
-use crate::data::memory::copied;
 use crate::data::open;
-use crate::error::{Error, Result};
+use crate::error::{DecodeKind, Error, Result};
+use crate::memory::copied;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -74,7 +74,7 @@ pub fn parse(bytes: &[u8], kind: Kind) -> Result<Idx> {
             kind.name(),
             kind.magic()
         );
-        return Err(Error::decode(reason));
+        return Err(Error::undecodable(DecodeKind::Unknown, reason));
     }
     let shape: Vec<usize> = words.take(dimensions).map(|n| n as usize).collect();
     let header = 4 * (1 + dimensions);

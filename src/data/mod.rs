@@ -5,19 +5,21 @@
 //! ```
 
 pub mod batch;
+mod buffers;
 pub mod cache;
 pub mod check;
 pub mod folder;
 mod job;
 pub mod loader;
-mod memory;
 pub mod mnist;
 mod open;
 mod plan;
+mod ready;
 mod spread;
 
 pub use batch::{Batch, DType};
+pub use buffers::Memory;
 pub use cache::Cache;
-pub use loader::{Failure, Loader, Memory, Ready};
-pub use memory::copied;
-pub use plan::{Finish, Input, Output, Plan, Raw, Rows, Sample};
+pub use loader::Loader;
+pub use plan::{Conversion, Input, Output, Plan, Raw, Rows, Sample};
+pub use ready::{Failure, Ready};

@@ -1,10 +1,12 @@
 //! Files that somebody put into a folder of images: only regular ones are read.
 
 use std::fs::{File, FileType};
-use std::io;
+use std::io::{self, Read};
 use std::path::Path;
 
-use crate::error::{Error, Result};
+use crate::error::{DecodeKind, Error, Result};
+use crate::image::Limits;
+use crate::memory::reserve;
 use crate::os;
 
 /// Opens a regular file, links followed, and tells its size.
@@ -27,6 +29,22 @@ pub fn regular(path: &Path) -> Result<(File, u64)> {
 
 fn other_kind(kind: FileType) -> io::Error {
     io::Error::other(format!("this is {}, not a regular file: remove it from the data", os::kind(kind)))
+}
+
+/// The bytes of a file, into memory that is there already.
+pub fn read(path: &Path, limits: &Limits, bytes: &mut Vec<u8>) -> Result<()> {
+    let io = |source| Error::Io { path: path.into(), source };
+    let (file, size) = regular(path)?;
+    bytes.clear();
+    // One byte more: the end of the file is found without growing the buffer.
+    let room = usize::try_from(size.min(limits.bytes)).unwrap_or(usize::MAX).saturating_add(1);
+    reserve(bytes, room).map_err(|error| error.at(path))?;
+    file.take(limits.bytes + 1).read_to_end(bytes).map_err(io)?;
+    if bytes.len() as u64 > limits.bytes {
+        let reason = format!("the file is larger than the limit of {} bytes", limits.bytes);
+        return Err(Error::undecodable(DecodeKind::TooLarge, reason).at(path));
+    }
+    Ok(())
 }
 
 #[cfg(all(test, unix))]

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use crate::data::cache::Cache;
 use crate::data::spread::Spread;
 use crate::error::{Error, Result};
-use crate::image::{self, Image, Layout, Limits, Op, Options, Scratch, Transform, Truncated};
+use crate::image::{self, Image, Layout, ReadOptions, Scratch, Transform};
 
 /// Pixels somebody else decoded: packed rows, 1 (gray) or 3 (RGB) bytes per pixel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +16,14 @@ pub struct Raw {
     pub width: usize,
     pub channels: usize,
     pub data: Vec<u8>,
+}
+
+impl Raw {
+    pub(super) fn of(image: &Image) -> Result<Self> {
+        let mut data = Vec::new();
+        image.pack(&mut data)?;
+        Ok(Self { height: image.height, width: image.width, channels: image.layout.channels(), data })
+    }
 }
 
 /// Where the pixels of a sample come from.
@@ -36,7 +44,7 @@ pub struct Sample {
 }
 
 /// How pixels become numbers.
-pub enum Finish {
+pub enum Conversion {
     /// As the transform says.
     Transform,
     /// As the transform says, on gray rows.
@@ -48,7 +56,7 @@ pub enum Finish {
 pub enum Output {
     /// The transform's pixels, for an operation that only Python knows.
     Pixels,
-    Tensor(Finish),
+    Tensor(Conversion),
 }
 
 /// Gray images of one size behind each other in memory.
@@ -72,16 +80,11 @@ pub struct Plan {
     pub rows: Option<Rows>,
     pub transform: Transform,
     pub output: Output,
-    pub limits: Limits,
+    pub read: ReadOptions,
     pub seed: u64,
-    pub kept: Option<Kept>,
-    /// Whether images are turned upright as their EXIF data say.
-    pub exif: bool,
-    pub truncated: Truncated,
-    /// Whether large JPEGs are decoded at a fraction of their size, where a [`Op::Resize`] follows.
-    pub scaled: bool,
-    /// Whether one would have been, or was.
-    pub turned: AtomicBool,
+    pub(super) kept: Option<Kept>,
+    /// Whether one of the files had an orientation other than upright.
+    pub(super) turned: AtomicBool,
 }
 
 /// Images that are not decoded again.
@@ -94,6 +97,10 @@ pub struct Kept {
 }
 
 impl Plan {
+    pub fn new(transform: Transform, output: Output, read: ReadOptions, seed: u64) -> Self {
+        Self { rows: None, transform, output, read, seed, kept: None, turned: AtomicBool::new(false) }
+    }
+
     /// The same plan that keeps its files' images in `cache`, as the first `ops` operations leave them. None of these
     /// may be random.
     #[must_use]
@@ -103,17 +110,6 @@ impl Plan {
         self.transform.ops = prefix.ops.split_off(ops.min(prefix.ops.len()));
         self.kept = Some(Kept { cache, prefix, shape });
         self
-    }
-
-    /// How files are decoded.
-    pub(super) fn options(&self) -> Options {
-        // Every resize is kept where anything is.
-        let ops = self.kept.as_ref().map_or(&self.transform.ops, |kept| &kept.prefix.ops);
-        let scaled = match ops.first() {
-            Some(Op::Resize { size, .. }) if self.scaled => Some(*size),
-            _ => None,
-        };
-        Options { limits: self.limits, exif: self.exif, truncated: self.truncated, scaled }
     }
 
     /// `(channels, height, width)` of every sample, if that is known before one is read.
@@ -138,13 +134,13 @@ impl Plan {
     /// What each byte of a gray image becomes.
     pub(super) fn spread(&self) -> Option<&Spread> {
         match &self.output {
-            Output::Tensor(Finish::Spread(spread)) => Some(spread),
+            Output::Tensor(Conversion::Spread(spread)) => Some(spread),
             _ => None,
         }
     }
 
     pub(super) fn is_bytes(&self) -> bool {
-        matches!((&self.output, &self.transform.finish), (Output::Tensor(Finish::Transform), image::Finish::Uint8))
+        matches!((&self.output, &self.transform.finish), (Output::Tensor(Conversion::Transform), image::Finish::Uint8))
     }
 
     /// The same plan with the finish of gray rows as a table, in the transform's own numbers.
@@ -153,8 +149,8 @@ impl Plan {
             return self;
         }
         let known = match &self.output {
-            Output::Tensor(Finish::Table(values)) => values.as_slice().try_into().ok().map(|table| (table, None)),
-            Output::Tensor(Finish::Transform) => {
+            Output::Tensor(Conversion::Table(values)) => values.as_slice().try_into().ok().map(|table| (table, None)),
+            Output::Tensor(Conversion::Transform) => {
                 let every = Image { width: 256, height: 1, layout: Layout::Gray, data: (0..=255).collect() };
                 let mut table = [0.0; 256];
                 let mean_std = match &self.transform.finish {
@@ -168,7 +164,7 @@ impl Plan {
             _ => None,
         };
         if let Some((table, mean_std)) = known {
-            self.output = Output::Tensor(Finish::Spread(Spread::new(table, mean_std)));
+            self.output = Output::Tensor(Conversion::Spread(Spread::new(table, mean_std)));
         }
         self
     }

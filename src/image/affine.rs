@@ -3,7 +3,10 @@
 
 #![forbid(unsafe_code)]
 
+use rand_chacha::ChaCha8Rng;
+
 use super::avx2::{Loop, with_avx2};
+use super::draw::number;
 use super::{Filter, Image};
 use crate::error::{Error, Result};
 
@@ -14,6 +17,28 @@ pub struct Affine {
     pub translate: (f64, f64),
     pub scale: f64,
     pub shear: (f64, f64),
+}
+
+/// What `RandomAffine` draws from: ranges, but `translate` is the largest share of width and height.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AffineRange {
+    pub degrees: (f64, f64),
+    pub translate: (f64, f64),
+    pub scale: (f64, f64),
+    pub shear: [(f64, f64); 2],
+}
+
+impl AffineRange {
+    /// For an image of that size.
+    pub(super) fn draw(&self, rng: &mut ChaCha8Rng, width: usize, height: usize) -> Affine {
+        let mut shift = |share: f64, length: usize| {
+            let most = share * length as f64;
+            number(rng, (-most, most)).round_ties_even()
+        };
+        let translate = (shift(self.translate.0, width), shift(self.translate.1, height));
+        let shear = (number(rng, self.shear[0]), number(rng, self.shear[1]));
+        Affine { angle: number(rng, self.degrees), translate, scale: number(rng, self.scale), shear }
+    }
 }
 
 /// Whose matrix: the two are equal but for roundings, which show in the pixels.
@@ -227,4 +252,36 @@ fn cubic<const N: usize>([v1, v2, v3, v4]: [[f64; N]; 4], d: f64) -> [f64; N] {
         let p4 = -v1[c] + v2[c] - v3[c] + v4[c];
         p1 + d * (p2 + d * (p3 + d * p4))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::draw::tests::{COUNT, assert_uniform, draws};
+
+    #[test]
+    fn maps_are_uniform_in_each_parameter_and_independent() {
+        let range = AffineRange {
+            degrees: (-30.0, 60.0),
+            translate: (0.1, 0.25),
+            scale: (0.5, 2.0),
+            shear: [(-5.0, 5.0), (10.0, 20.0)],
+        };
+        let maps = draws(|rng| range.draw(rng, 200, 100));
+        assert_eq!(maps.len(), COUNT);
+        assert_uniform(maps.iter().map(|m| m.angle).collect(), -30.0, 60.0);
+        assert_uniform(maps.iter().map(|m| m.scale).collect(), 0.5, 2.0);
+        assert_uniform(maps.iter().map(|m| m.shear.0).collect(), -5.0, 5.0);
+        assert_uniform(maps.iter().map(|m| m.shear.1).collect(), 10.0, 20.0);
+        // Whole pixels of [-20, 20): the outermost two have half the chance. 39 whole bins of 500: 5 deviations are 112.
+        for x in -19..=19 {
+            let seen = maps.iter().filter(|m| m.translate.0 == f64::from(x)).count();
+            assert!(seen.abs_diff(COUNT / 40) < 112, "{x}: {seen}");
+        }
+        assert!(maps.iter().all(|m| m.translate.0.abs() <= 20.0 && m.translate.1.abs() <= 25.0));
+        // Correlation of independent uniform numbers: deviation 1 / sqrt(n) = 0.0071.
+        let mean = |f: &dyn Fn(&Affine) -> f64| maps.iter().map(f).sum::<f64>() / COUNT as f64;
+        let covariance = mean(&|m| (m.angle - 15.0) * (m.scale - 1.25));
+        assert!((covariance / (90.0 * 1.5 / 12.0)).abs() < 0.036, "{covariance}");
+    }
 }

@@ -2,7 +2,6 @@
 
 #![forbid(unsafe_code)]
 
-use super::augment::luma;
 use super::avx2::{Loop, with_avx2};
 use super::{Image, Layout};
 use crate::error::Result;
@@ -210,4 +209,40 @@ pub fn sharpness(image: &mut Image, factor: f64, spare: &mut Image) -> Result<()
         }
     }
     Ok(())
+}
+
+/// Pillow's `convert("L")`, as one channel or repeated over three.
+///
+/// # Errors
+/// When there is no memory for the other channels.
+pub fn grayscale(image: &mut Image, channels: usize) -> Result<()> {
+    let (width, height) = (image.width, image.height);
+    match (image.layout, channels) {
+        (Layout::Rgbx, 1) => {
+            for i in 0..width * height {
+                image.data[i] = luma(&image.data[4 * i..]);
+            }
+            image.reshape(width, height, Layout::Gray)?;
+        }
+        (Layout::Rgbx, _) => {
+            for pixel in image.data.chunks_exact_mut(4) {
+                let luma = luma(pixel);
+                pixel.fill(luma);
+            }
+        }
+        (Layout::Gray, 1) => {}
+        (Layout::Gray, _) => {
+            let gray = std::mem::take(image);
+            image.reshape(width, height, Layout::Rgbx)?;
+            for (pixel, &value) in image.data.as_chunks_mut::<4>().0.iter_mut().zip(&gray.data) {
+                *pixel = [value; 4];
+            }
+        }
+    }
+    Ok(())
+}
+
+/// ITU-R 601-2 in 16-bit fixed point, as Pillow rounds it.
+fn luma(pixel: &[u8]) -> u8 {
+    ((u32::from(pixel[0]) * 19595 + u32::from(pixel[1]) * 38470 + u32::from(pixel[2]) * 7471 + 0x8000) >> 16) as u8
 }

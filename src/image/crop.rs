@@ -4,9 +4,10 @@
 
 use rand_chacha::ChaCha8Rng;
 
-use super::augment::{below, between};
-use super::{Image, memory};
+use super::Image;
+use super::draw::{below, between};
 use crate::error::Result;
+use crate::memory;
 
 /// A rectangle of pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,8 +7,8 @@ use std::f64::consts::TAU;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
 
-use super::augment::{below, between, uniform};
 use super::crop::Window;
+use super::draw::{below, between, uniform};
 use crate::error::{Error, Result};
 
 /// A rectangle of drawn area and aspect ratio is overwritten.

@@ -1,16 +1,28 @@
 //! Bytes to planes: `PILToTensor`, `ToTensor`, and `ToTensor` followed by `Normalize`, rounded as torch rounds.
 
-#![forbid(unsafe_code)]
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 
-use super::{Finish, Image, Layout};
+use super::{Image, Layout};
 use crate::error::{Error, Result};
+
+/// How bytes become the numbers of the tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Finish {
+    /// `PILToTensor`: the bytes.
+    Uint8,
+    /// `ToTensor`: `x / 255`.
+    Float,
+    /// `ToTensor`, then `Normalize`.
+    Normalize { mean: Vec<f32>, std: Vec<f32> },
+}
 
 /// What each of the 256 byte values becomes in each channel.
 #[derive(Debug)]
 pub struct Normalizer {
     tables: Vec<[f32; 256]>,
     #[cfg(target_arch = "x86_64")]
-    arithmetic: Option<super::normalize_avx2::Arithmetic>,
+    arithmetic: Option<avx2::Arithmetic>,
 }
 
 impl Normalizer {
@@ -25,7 +37,7 @@ impl Normalizer {
         let tables: Vec<[f32; 256]> = constants.iter().map(table).collect();
         Ok(Self {
             #[cfg(target_arch = "x86_64")]
-            arithmetic: super::normalize_avx2::Arithmetic::new(&constants, &tables),
+            arithmetic: avx2::Arithmetic::new(&constants, &tables),
             tables,
         })
     }
@@ -105,4 +117,20 @@ pub(super) fn bytes(image: &Image, out: &mut [u8]) {
             }
         }
     }
+}
+
+/// Pixels to planes through `channels x 256` values.
+pub(crate) fn look_up(image: &Image, table: &[f32], planes: &mut [f32]) -> Result<()> {
+    let size = image.height * image.width;
+    let (channels, step) = (image.layout.channels(), image.layout.bytes_per_pixel());
+    if table.len() != channels * 256 {
+        let reason = format!("a table of {} values cannot finish an image of {channels} channels", table.len());
+        return Err(Error::Argument(reason));
+    }
+    for (channel, (values, plane)) in table.chunks_exact(256).zip(planes.chunks_exact_mut(size.max(1))).enumerate() {
+        for (out, pixel) in plane.iter_mut().zip(image.data.chunks_exact(step)) {
+            *out = values[usize::from(pixel[channel])];
+        }
+    }
+    Ok(())
 }

@@ -4,12 +4,11 @@
 
 use rand_chacha::ChaCha8Rng;
 
-use super::affine::{AffineForm, affine};
-use super::augment::{Drawn, flip_horizontal, flip_vertical, grayscale};
-use super::color;
+use super::affine::{AffineForm, AffineRange, affine};
 use super::crop::{self, PadMode, Window, center_crop, pad};
+use super::flip::{flip_horizontal, flip_vertical};
 use super::resize::resize_with;
-use super::{Filter, Image, PillowOrder, ResizePath, Scratch, Size, rotate};
+use super::{Filter, Image, PillowOrder, ResizePath, Scratch, Size, color, draw, rotate};
 use crate::error::{Error, Result};
 
 /// One operation, parameters as torchvision spells them.
@@ -65,12 +64,8 @@ pub enum Op {
         center: Option<(f64, f64)>,
         fill: [u8; 3],
     },
-    /// Degrees, shares of width and height, a factor, degrees along both axes; all but `translate` are ranges.
     Affine {
-        degrees: (f64, f64),
-        translate: (f64, f64),
-        scale: (f64, f64),
-        shear: [(f64, f64); 2],
+        range: AffineRange,
         filter: Filter,
         center: Option<(f64, f64)>,
         fill: [u8; 3],
@@ -177,78 +172,127 @@ impl Op {
         order: PillowOrder,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let nested = |ops: &[Self], image: &mut Image, scratch: &mut Scratch, rng: &mut ChaCha8Rng| {
-            ops.iter().try_for_each(|op| op.run(rng, image, order, scratch))
-        };
-        match (self, self.draw(rng, image)) {
-            (Self::RandomApply { ops, .. }, Drawn::Yes(true)) => nested(ops, image, scratch, rng),
-            (Self::RandomChoice { branches, .. }, Drawn::Branch(i)) => {
-                branches.get(i).map_or(Ok(()), |ops| nested(ops, image, scratch, rng))
+        let size = (image.height, image.width);
+        // Without a wildcard: an operation that does nothing has to say so.
+        match *self {
+            Self::Resize { size, filter } => resize(image, size, filter, order, scratch),
+            Self::CenterCrop { height, width } if (height, width) == size => Ok(()),
+            Self::CenterCrop { height, width } => {
+                into_spare(image, scratch, |image, out| center_crop(image, height, width, out))
             }
-            (Self::RandomOrder { parts }, Drawn::Order(order)) => {
-                order.iter().filter_map(|&i| parts.get(i)).try_for_each(|ops| nested(ops, image, scratch, rng))
+            Self::Crop(window) => cut(image, window, scratch),
+            Self::Pad { border, fill, mode } => {
+                into_spare(image, scratch, |image, out| pad(image, border, fill, mode, out))
             }
-            (op, drawn) => op.apply(drawn, image, order, scratch),
-        }
-    }
-
-    fn apply(&self, drawn: Drawn, image: &mut Image, order: PillowOrder, scratch: &mut Scratch) -> Result<()> {
-        match (self, drawn) {
-            (&Self::Resize { size, filter }, _) => {
-                let (height, width) = size.resolve(image.height, image.width)?;
-                resize_with(ResizePath::best(), image, height, width, filter, order, &mut scratch.resize)?;
-            }
-            (&Self::CenterCrop { height, width }, _) if (image.height, image.width) != (height, width) => {
-                center_crop(image, height, width, &mut scratch.spare)?;
-                std::mem::swap(image, &mut scratch.spare);
-            }
-            (&Self::Crop(window), _) => cut(image, window, scratch)?,
-            (&Self::Pad { border, fill, mode }, _) => {
-                pad(image, border, fill, mode, &mut scratch.spare)?;
-                std::mem::swap(image, &mut scratch.spare);
-            }
-            (&Self::RandomCrop { height, width, pad_if_needed, fill, mode }, Drawn::Window(window)) => {
+            Self::RandomCrop { height, width, pad_if_needed, fill, mode } => {
                 let (rows, columns) = crop::padded_size(image, height, width, pad_if_needed);
-                if (rows, columns) != (image.height, image.width) {
+                let window = crop::random_window(rng, rows, columns, height, width);
+                if (rows, columns) != size {
                     let (y, x) = ((rows - image.height) / 2, (columns - image.width) / 2);
-                    pad(image, [x, y, x, y], fill, mode, &mut scratch.spare)?;
-                    std::mem::swap(image, &mut scratch.spare);
+                    into_spare(image, scratch, |image, out| pad(image, [x, y, x, y], fill, mode, out))?;
                 }
+                cut(image, window, scratch)
+            }
+            Self::RandomResizedCrop { height, width, scale, ratio, filter } => {
+                let window = crop::random_resized_window(rng, image.height, image.width, scale, ratio);
                 cut(image, window, scratch)?;
+                resize(image, Size::Exact { height, width }, filter, order, scratch)
             }
-            (&Self::RandomResizedCrop { height, width, filter, .. }, Drawn::Window(window)) => {
-                cut(image, window, scratch)?;
-                let (height, width) = Size::Exact { height, width }.resolve(image.height, image.width)?;
-                resize_with(ResizePath::best(), image, height, width, filter, order, &mut scratch.resize)?;
+            Self::Grayscale { channels } => color::grayscale(image, channels),
+            Self::HorizontalFlip { p } => {
+                if draw::chance(rng, p) {
+                    flip_horizontal(image);
+                }
+                Ok(())
             }
-            (&Self::Grayscale { channels }, _) => grayscale(image, channels)?,
-            (Self::HorizontalFlip { .. }, Drawn::Yes(true)) => flip_horizontal(image),
-            (Self::VerticalFlip { .. }, Drawn::Yes(true)) => flip_vertical(image),
-            (&Self::Rotation { filter, expand, center, fill, .. }, Drawn::Number(angle)) => {
-                rotate(image, angle, filter, expand, center, fill, &mut scratch.spare)?;
-                std::mem::swap(image, &mut scratch.spare);
+            Self::VerticalFlip { p } => {
+                if draw::chance(rng, p) {
+                    flip_vertical(image);
+                }
+                Ok(())
             }
-            (&Self::Affine { filter, center, fill, form, .. }, Drawn::Map(map)) => {
-                affine(image, &map, form, filter, center, fill, &mut scratch.spare)?;
-                std::mem::swap(image, &mut scratch.spare);
+            Self::Rotation { low, high, filter, expand, center, fill } => {
+                let angle = draw::number(rng, (low, high));
+                into_spare(image, scratch, |image, out| rotate(image, angle, filter, expand, center, fill, out))
             }
-            (&Self::Adjust { property, .. }, Drawn::Number(factor)) => match property {
-                Property::Brightness => color::brightness(image, factor),
-                Property::Contrast => color::contrast(image, factor),
-                Property::Saturation => color::saturation(image, factor),
-                Property::Hue => color::hue(image, factor),
-            },
-            (&Self::Sharpness { factor }, _) => color::sharpness(image, factor, &mut scratch.spare)?,
-            (Self::Invert, _) => color::invert(image),
-            (&Self::Solarize { threshold }, _) => color::solarize(image, threshold),
-            (&Self::Posterize { bits }, _) => color::posterize(image, bits),
-            (Self::Equalize, _) => color::equalize(image),
-            (Self::AutoContrast, _) => color::autocontrast(image),
-            // Crops to the size that is there, flips and groups that the draw decided against.
-            _ => {}
+            Self::Affine { range, filter, center, fill, form } => {
+                let map = range.draw(rng, image.width, image.height);
+                into_spare(image, scratch, |image, out| affine(image, &map, form, filter, center, fill, out))
+            }
+            Self::Adjust { property, low, high } => {
+                let factor = draw::number(rng, (low, high));
+                match property {
+                    Property::Brightness => color::brightness(image, factor),
+                    Property::Contrast => color::contrast(image, factor),
+                    Property::Saturation => color::saturation(image, factor),
+                    Property::Hue => color::hue(image, factor),
+                }
+                Ok(())
+            }
+            Self::Sharpness { factor } => color::sharpness(image, factor, &mut scratch.spare),
+            Self::Invert => {
+                color::invert(image);
+                Ok(())
+            }
+            Self::Solarize { threshold } => {
+                color::solarize(image, threshold);
+                Ok(())
+            }
+            Self::Posterize { bits } => {
+                color::posterize(image, bits);
+                Ok(())
+            }
+            Self::Equalize => {
+                color::equalize(image);
+                Ok(())
+            }
+            Self::AutoContrast => {
+                color::autocontrast(image);
+                Ok(())
+            }
+            Self::RandomApply { p, ref ops } => {
+                if draw::chance(rng, p) {
+                    run_all(ops, rng, image, order, scratch)?;
+                }
+                Ok(())
+            }
+            Self::RandomChoice { ref weights, ref branches } => {
+                let chosen = branches.get(draw::choice(rng, weights));
+                chosen.map_or(Ok(()), |ops| run_all(ops, rng, image, order, scratch))
+            }
+            Self::RandomOrder { ref parts } => {
+                let places = draw::order(rng, parts.len());
+                places.iter().try_for_each(|&i| run_all(&parts[i], rng, image, order, scratch))
+            }
         }
-        Ok(())
     }
+}
+
+/// One after the other.
+pub(super) fn run_all(
+    ops: &[Op],
+    rng: &mut ChaCha8Rng,
+    image: &mut Image,
+    order: PillowOrder,
+    scratch: &mut Scratch,
+) -> Result<()> {
+    ops.iter().try_for_each(|op| op.run(rng, image, order, scratch))
+}
+
+fn resize(image: &mut Image, size: Size, filter: Filter, order: PillowOrder, scratch: &mut Scratch) -> Result<()> {
+    let (height, width) = size.resolve(image.height, image.width)?;
+    resize_with(ResizePath::best(), image, height, width, filter, order, &mut scratch.resize)
+}
+
+/// The image becomes what `work` makes of it; the two buffers change places.
+fn into_spare(
+    image: &mut Image,
+    scratch: &mut Scratch,
+    work: impl FnOnce(&Image, &mut Image) -> Result<()>,
+) -> Result<()> {
+    work(image, &mut scratch.spare)?;
+    std::mem::swap(image, &mut scratch.spare);
+    Ok(())
 }
 
 fn cut(image: &mut Image, window: Window, scratch: &mut Scratch) -> Result<()> {
@@ -258,7 +302,5 @@ fn cut(image: &mut Image, window: Window, scratch: &mut Scratch) -> Result<()> {
             window.height, window.width, image.height, image.width, window.top, window.left
         )));
     }
-    crop::crop(image, window, &mut scratch.spare)?;
-    std::mem::swap(image, &mut scratch.spare);
-    Ok(())
+    into_spare(image, scratch, |image, out| crop::crop(image, window, out))
 }

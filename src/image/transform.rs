@@ -2,23 +2,11 @@
 
 #![forbid(unsafe_code)]
 
-use super::fused::resize_normalized;
-use super::normalize::{self, Normalizer};
-use super::op::shape_behind;
-use super::resize::ResizeScratch;
-use super::{Erasing, Image, Key, Layout, Op, PillowOrder};
+use super::normalize::{self, Finish, Normalizer};
+use super::op::{run_all, shape_behind};
+use super::resize::resize_normalized;
+use super::{Erasing, Image, Key, Layout, Op, PillowOrder, Scratch, Size};
 use crate::error::{Error, Result};
-
-/// How bytes become the numbers of the tensor.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Finish {
-    /// `PILToTensor`: the bytes.
-    Uint8,
-    /// `ToTensor`: `x / 255`.
-    Float,
-    /// `ToTensor`, then `Normalize`.
-    Normalize { mean: Vec<f32>, std: Vec<f32> },
-}
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Transform {
@@ -29,19 +17,19 @@ pub struct Transform {
     pub order: PillowOrder,
 }
 
-/// What one thread keeps between images: buffers and tables. Never part of a result.
-#[derive(Debug, Default)]
-pub struct Scratch {
-    pub(super) resize: ResizeScratch,
-    pub(super) spare: Image,
-    normalizer: Option<(Finish, usize, Normalizer)>,
-}
-
 impl Transform {
     /// `(channels, height, width)` if every image comes out the same.
     pub fn output_shape(&self) -> Option<(usize, usize, usize)> {
         let (channels, size) = shape_behind(&self.ops, (3, None));
         size.map(|(height, width)| (channels, height, width))
+    }
+
+    /// The size that images become before anything else happens to them: they may be decoded near it at once.
+    pub fn first_size(&self) -> Option<Size> {
+        match self.ops.first() {
+            Some(&Op::Resize { size, .. }) => Some(size),
+            _ => None,
+        }
     }
 
     /// The operations only, in place.
@@ -53,8 +41,7 @@ impl Transform {
     }
 
     fn run(&self, ops: &[Op], image: &mut Image, key: Key, scratch: &mut Scratch) -> Result<()> {
-        let mut rng = key.rng();
-        ops.iter().try_for_each(|op| op.run(&mut rng, image, self.order, scratch))
+        run_all(ops, &mut key.rng(), image, self.order, scratch)
     }
 
     /// Operations and finish, into the `channels x height x width` floats of `out`.

@@ -14,11 +14,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
 
-use flate2::Crc;
+use crc32fast::Hasher;
 use memmap2::Mmap;
 
+use super::entry::{Outcome, PackedShape, Stamp};
 use super::map::map;
-use super::{Outcome, Shape, Stamp, pack};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::os::{self, FileExt};
@@ -31,10 +31,10 @@ const TAG: u32 = u32::from_le_bytes(*b"IMG1");
 const HEAD: usize = 40;
 
 #[derive(Clone)]
-struct Entry {
+struct Record {
     offset: u64,
     path_length: usize,
-    shape: Shape,
+    shape: PackedShape,
     stamp: Stamp,
     // Sums are checked when a process reads a record for the first time.
     checked: Arc<AtomicBool>,
@@ -42,7 +42,7 @@ struct Entry {
 
 #[derive(Default)]
 struct Index {
-    entries: HashMap<PathBuf, Entry>,
+    entries: HashMap<PathBuf, Record>,
     /// Where the records end that `entries` knows.
     end: u64,
 }
@@ -86,7 +86,7 @@ impl LogFile {
         self.find(path, stamp).is_some_and(|entry| self.restore(path, &entry, image))
     }
 
-    fn find(&self, path: &Path, stamp: Stamp) -> Option<Entry> {
+    fn find(&self, path: &Path, stamp: Stamp) -> Option<Record> {
         let path = std::path::absolute(path).ok()?;
         // As in `ram`: nobody waits in a forked child.
         let index = if self.pid == std::process::id() {
@@ -97,7 +97,7 @@ impl LogFile {
         index.entries.get(&path).filter(|entry| entry.stamp == stamp).cloned()
     }
 
-    fn restore(&self, path: &Path, entry: &Entry, image: &mut Image) -> bool {
+    fn restore(&self, path: &Path, entry: &Record, image: &mut Image) -> bool {
         let Some(length) = entry.shape.bytes() else { return false };
         let start = entry.offset as usize;
         let end = start + HEAD + entry.path_length + length;
@@ -140,7 +140,14 @@ impl LogFile {
     }
 
     /// Appends the image, unless another process has done so meanwhile.
-    pub(super) fn put(&self, path: &Path, stamp: Stamp, shape: Shape, image: &Image, limit: u64) -> Result<Outcome> {
+    pub(super) fn put(
+        &self,
+        path: &Path,
+        stamp: Stamp,
+        shape: PackedShape,
+        image: &Image,
+        limit: u64,
+    ) -> Result<Outcome> {
         if self.pid != std::process::id() {
             // A forked child shares the parent's lock with it: the two would write over each other.
             return Ok(Outcome::Passed);
@@ -155,7 +162,7 @@ impl LogFile {
         outcome.map_err(io)
     }
 
-    fn append(&self, name: &Path, stamp: Stamp, shape: Shape, record: &[u8], limit: u64) -> io::Result<Outcome> {
+    fn append(&self, name: &Path, stamp: Stamp, shape: PackedShape, record: &[u8], limit: u64) -> io::Result<Outcome> {
         let broken = || io::Error::new(io::ErrorKind::InvalidData, "the cache is damaged: delete the file");
         if !self.update() {
             return Err(broken());
@@ -171,7 +178,7 @@ impl LogFile {
         self.file.write_all_at(record, offset)?;
         self.file.write_all_at(&end.to_le_bytes(), END_AT)?;
         let (path_length, checked) = (name.as_os_str().len(), Arc::new(AtomicBool::new(true)));
-        index.entries.insert(name.into(), Entry { offset, path_length, shape, stamp, checked });
+        index.entries.insert(name.into(), Record { offset, path_length, shape, stamp, checked });
         index.end = end;
         Ok(Outcome::Kept)
     }
@@ -193,7 +200,7 @@ impl LogFile {
             let Some((path, entry)) = mapped.get(index.end as usize..end as usize).and_then(read_head) else {
                 return false;
             };
-            let entry = Entry { offset: index.end, ..entry };
+            let entry = Record { offset: index.end, ..entry };
             index.end += (HEAD + entry.path_length + entry.shape.bytes().unwrap_or_default()) as u64;
             index.entries.insert(path, entry);
         }
@@ -246,7 +253,7 @@ fn number(file: &File, offset: u64) -> Option<u64> {
     Some(u64::from_le_bytes(bytes))
 }
 
-fn write_record(path: &Path, stamp: Stamp, shape: Shape, image: &Image, record: &mut Vec<u8>) -> Result<()> {
+fn write_record(path: &Path, stamp: Stamp, shape: PackedShape, image: &Image, record: &mut Vec<u8>) -> Result<()> {
     let name = path.as_os_str().as_encoded_bytes();
     record.clear();
     for word in [TAG, u32::try_from(name.len()).unwrap_or(u32::MAX), shape.width, shape.height, shape.channels, 0] {
@@ -255,7 +262,7 @@ fn write_record(path: &Path, stamp: Stamp, shape: Shape, image: &Image, record: 
     record.extend_from_slice(&stamp.size.to_le_bytes());
     record.extend_from_slice(&stamp.modified.to_le_bytes());
     record.extend_from_slice(name);
-    pack(image, record)?;
+    image.pack(record)?;
     let sum = sum(record);
     if let Some(place) = record.get_mut(20..24) {
         place.copy_from_slice(&sum.to_le_bytes());
@@ -264,27 +271,27 @@ fn write_record(path: &Path, stamp: Stamp, shape: Shape, image: &Image, record: 
 }
 
 /// The first record of `bytes`; its offset is not known here.
-fn read_head(bytes: &[u8]) -> Option<(PathBuf, Entry)> {
+fn read_head(bytes: &[u8]) -> Option<(PathBuf, Record)> {
     let word = |at: usize| Some(u32::from_le_bytes(*bytes.get(at..at + 4)?.first_chunk()?));
     let double = |at: usize| Some(u64::from_le_bytes(*bytes.get(at..at + 8)?.first_chunk()?));
     if word(0)? != TAG {
         return None;
     }
     let path_length = word(4)? as usize;
-    let shape = Shape { width: word(8)?, height: word(12)?, channels: word(16)? };
+    let shape = PackedShape { width: word(8)?, height: word(12)?, channels: word(16)? };
     let stamp = Stamp { size: double(24)?, modified: double(32)?.cast_signed() };
     let path = PathBuf::from(&os::name(bytes.get(HEAD..HEAD.checked_add(path_length)?)?));
     let length = HEAD.checked_add(path_length)?.checked_add(shape.bytes()?)?;
     let checked = Arc::new(AtomicBool::new(false));
-    (length <= bytes.len()).then_some((path, Entry { offset: 0, path_length, shape, stamp, checked }))
+    (length <= bytes.len()).then_some((path, Record { offset: 0, path_length, shape, stamp, checked }))
 }
 
 /// CRC-32 of a record, its own place left out.
 fn sum(record: &[u8]) -> u32 {
-    let mut crc = Crc::new();
+    let mut crc = Hasher::new();
     crc.update(record.get(..20).unwrap_or_default());
     crc.update(record.get(24..).unwrap_or_default());
-    crc.sum()
+    crc.finalize()
 }
 
 fn is_whole(record: &[u8]) -> bool {

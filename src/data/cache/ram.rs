@@ -6,22 +6,22 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::{Outcome, Shape, Stamp, pack};
+use super::entry::{Outcome, PackedShape, Stamp};
 use crate::image::Image;
 
 /// What an entry costs besides its pixels and its path: the map's share, two allocations.
 const ENTRY: u64 = 160;
 const SHARDS: usize = 16;
 
-struct Entry {
+struct Held {
     stamp: Stamp,
-    shape: Shape,
+    shape: PackedShape,
     data: Arc<Vec<u8>>,
 }
 
 pub(super) struct Ram {
     // Several maps: threads that store do not wait for those that read.
-    shards: [RwLock<HashMap<PathBuf, Entry>>; SHARDS],
+    shards: [RwLock<HashMap<PathBuf, Held>>; SHARDS],
     hasher: RandomState,
     images: AtomicU64,
     bytes: AtomicU64,
@@ -41,7 +41,7 @@ impl Ram {
         self.pid == std::process::id()
     }
 
-    fn shard(&self, path: &Path) -> Option<&RwLock<HashMap<PathBuf, Entry>>> {
+    fn shard(&self, path: &Path) -> Option<&RwLock<HashMap<PathBuf, Held>>> {
         self.shards.get(self.hasher.hash_one(path) as usize % SHARDS)
     }
 
@@ -54,7 +54,7 @@ impl Ram {
         found.is_some_and(|(shape, data)| shape.restore(&data, image))
     }
 
-    pub(super) fn put(&self, path: &Path, stamp: Stamp, shape: Shape, image: &Image, limit: u64) -> Outcome {
+    pub(super) fn put(&self, path: &Path, stamp: Stamp, shape: PackedShape, image: &Image, limit: u64) -> Outcome {
         let cost = |length: usize| (length + path.as_os_str().len()) as u64 + ENTRY;
         let Some(size) = shape.bytes().map(cost) else { return Outcome::Passed };
         // First the claim, then the memory: threads together stay below the limit.
@@ -63,11 +63,11 @@ impl Ram {
             return Outcome::NoRoom;
         }
         let mut data = Vec::new();
-        if pack(image, &mut data).is_err() {
+        if image.pack(&mut data).is_err() {
             self.bytes.fetch_sub(size, Ordering::Relaxed);
             return Outcome::NoRoom;
         }
-        let entry = Entry { stamp, shape, data: Arc::new(data) };
+        let entry = Held { stamp, shape, data: Arc::new(data) };
         let entries = self.shard(path).and_then(|shard| {
             let wait = || shard.write().unwrap_or_else(PoisonError::into_inner);
             if self.may_wait() { Some(wait()) } else { shard.try_write().ok() }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::image::Layout;
 use crate::os::FileExt;
 
 fn stamp(size: u64) -> Stamp {

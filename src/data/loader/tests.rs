@@ -1,9 +1,7 @@
-use std::sync::atomic::AtomicBool;
-
 use super::*;
-use crate::data::DType;
-use crate::data::plan::{Finish, Output, Rows};
-use crate::image::{Finish as Last, Limits, Op, PillowOrder, Transform, Truncated};
+use crate::data::plan::{Conversion, Output, Rows};
+use crate::data::{DType, Failure};
+use crate::image::{Finish, Op, PillowOrder, ReadOptions, Transform};
 
 struct Bytes(Vec<u8>);
 impl AsRef<[u8]> for Bytes {
@@ -12,21 +10,10 @@ impl AsRef<[u8]> for Bytes {
     }
 }
 
-fn plan(ops: Vec<Op>, finish: Last) -> Plan {
+fn plan(ops: Vec<Op>, finish: Finish) -> Plan {
     let transform = Transform { ops, finish, erase: None, order: PillowOrder::Pillow13 };
-    let output = Output::Tensor(Finish::Transform);
-    Plan {
-        rows: None,
-        transform,
-        output,
-        limits: Limits::default(),
-        seed: 1,
-        kept: None,
-        exif: false,
-        truncated: Truncated::Error,
-        scaled: false,
-        turned: AtomicBool::new(false),
-    }
+    let output = Output::Tensor(Conversion::Transform);
+    Plan::new(transform, output, ReadOptions::default(), 1)
 }
 
 fn gray(height: usize, width: usize, value: u8) -> Input {
@@ -55,7 +42,7 @@ fn wait_for(loader: &mut Loader, ticket: u64) -> Ready {
 #[test]
 fn batches_come_in_the_order_they_were_asked_for() {
     for threads in [0, 1, 4] {
-        let mut loader = Loader::new(plan(vec![], Last::Uint8), threads, Memory::new(2), 2);
+        let mut loader = Loader::new(plan(vec![], Finish::Uint8), threads, Memory::new(2), 2);
         for batch in 0..20_u8 {
             loader.submit(samples((0..5).map(|i| gray(3, 4, batch * 5 + i)))).unwrap();
         }
@@ -65,14 +52,14 @@ fn batches_come_in_the_order_they_were_asked_for() {
             let expected: Vec<u8> = (0..5).flat_map(|i| vec![batch * 5 + i; 12]).collect();
             assert_eq!(ready.bytes(), expected);
         }
-        assert_eq!(loader.pending(), 0);
+        assert_eq!(loader.queue.len(), 0);
         assert!(loader.poll(19, Duration::ZERO).is_err());
     }
 }
 
 #[test]
 fn different_shapes_come_apart() {
-    let mut loader = Loader::new(plan(vec![], Last::Uint8), 3, Memory::new(2), 2);
+    let mut loader = Loader::new(plan(vec![], Finish::Uint8), 3, Memory::new(2), 2);
     loader.submit(samples([gray(1, 2, 1), gray(2, 2, 2), gray(1, 2, 3), gray(3, 1, 4)])).unwrap();
     let Ready::Ragged(ready) = wait(&mut loader) else { panic!("shapes differ") };
     let shapes: Vec<_> = ready.iter().map(|sample| sample.shape.clone()).collect();
@@ -83,7 +70,7 @@ fn different_shapes_come_apart() {
 #[test]
 fn failures_are_all_reported_and_can_be_mended() {
     let missing = || Input::File("/nowhere/at/all.jpg".into());
-    let mut loader = Loader::new(plan(vec![], Last::Uint8), 2, Memory::new(2), 2);
+    let mut loader = Loader::new(plan(vec![], Finish::Uint8), 2, Memory::new(2), 2);
     let first = loader.submit(samples([gray(1, 1, 1), missing(), gray(1, 1, 3), missing()])).unwrap();
     let second = loader.submit(samples([missing()])).unwrap();
     let Ready::Failed(failures) = wait(&mut loader) else { panic!("two files are missing") };
@@ -99,29 +86,29 @@ fn failures_are_all_reported_and_can_be_mended() {
     assert!(loader.retry(second, 0, Raw { height: 1, width: 1, channels: 1, data: vec![] }).is_err());
     // It was returned long ago.
     loader.discard(first);
-    assert_eq!(loader.pending(), 1);
+    assert_eq!(loader.queue.len(), 1);
     loader.discard(second);
-    assert_eq!(loader.pending(), 0);
+    assert_eq!(loader.queue.len(), 0);
 }
 
 #[test]
 fn batches_that_nobody_asks_for_are_passed_over() {
     for threads in [0, 2] {
-        let mut loader = Loader::new(plan(vec![], Last::Uint8), threads, Memory::new(2), 2);
+        let mut loader = Loader::new(plan(vec![], Finish::Uint8), threads, Memory::new(2), 2);
         let tickets: Vec<_> = (0..5).map(|i| loader.submit(samples([gray(1, 1, i)])).unwrap()).collect();
         for (i, left) in [(0, 4), (3, 1)] {
             let Ready::Batch(batch) = wait_for(&mut loader, tickets[i]) else { panic!("equal shapes make a batch") };
-            assert_eq!((usize::from(batch.bytes()[0]), loader.pending()), (i, left));
+            assert_eq!((usize::from(batch.bytes()[0]), loader.queue.len()), (i, left));
         }
         assert!(loader.poll(tickets[1], Duration::ZERO).is_err());
-        assert_eq!(loader.pending(), 1);
+        assert_eq!(loader.queue.len(), 1);
     }
 }
 
 #[test]
 fn rows_are_looked_up_with_the_transforms_own_numbers() {
     let data: Vec<u8> = (0..=255).cycle().take(3 * 20 * 20).collect();
-    let normalize = Last::Normalize { mean: vec![0.1307], std: vec![0.3081] };
+    let normalize = Finish::Normalize { mean: vec![0.1307], std: vec![0.3081] };
     let mut loaders: Vec<_> = [true, false]
         .map(|rows| {
             let mut plan = plan(vec![], normalize.clone());
@@ -146,7 +133,7 @@ fn rows_are_looked_up_with_the_transforms_own_numbers() {
 #[test]
 fn a_dropped_loader_leaves_its_work() {
     let memory = Memory::new(2);
-    let mut loader = Loader::new(plan(vec![], Last::Float), 1, Arc::clone(&memory), 2);
+    let mut loader = Loader::new(plan(vec![], Finish::Float), 1, Arc::clone(&memory), 2);
     for _ in 0..500 {
         loader.submit(samples((0..8).map(|i| gray(200, 200, i)))).unwrap();
     }
@@ -170,7 +157,7 @@ impl AsRef<[u8]> for Panicking {
 #[test]
 fn a_panic_is_the_failure_of_its_sample() {
     for threads in [0, 2] {
-        let mut plan = plan(vec![Op::VerticalFlip { p: 0.5 }], Last::Float);
+        let mut plan = plan(vec![Op::VerticalFlip { p: 0.5 }], Finish::Float);
         plan.rows = Some(Rows { data: Box::new(Panicking), height: 1, width: 1 });
         let mut loader = Loader::new(plan, threads, Memory::new(2), 2);
         let ticket = loader.submit(samples([gray(1, 1, 7), Input::Row(0), gray(1, 1, 7)])).unwrap();
@@ -189,7 +176,7 @@ fn a_panic_is_the_failure_of_its_sample() {
 #[test]
 fn dropped_samples_are_missing_among_different_shapes() {
     let missing = Input::File("/nowhere/at/all.jpg".into());
-    let mut loader = Loader::new(plan(vec![], Last::Uint8), 2, Memory::new(2), 2);
+    let mut loader = Loader::new(plan(vec![], Finish::Uint8), 2, Memory::new(2), 2);
     let ticket = loader.submit(samples([gray(1, 1, 1), missing, gray(1, 2, 3), gray(1, 1, 4)])).unwrap();
     assert!(matches!(wait(&mut loader), Ready::Failed(_)));
     loader.drop_samples(ticket, &[1]);

@@ -4,11 +4,12 @@
 
 use std::borrow::Cow;
 
-use super::{Samples, check_pixels, fill_rows, packed, truncated};
+use super::limits::{check_pixels, truncated};
+use super::samples::{Samples, fill_rows, packed};
 use crate::error::{Error, Result};
 use crate::image::{Image, Limits};
 
-struct Header {
+struct BmpHeader {
     width: usize,
     height: usize,
     top_down: bool,
@@ -68,20 +69,20 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     fill_rows((header.width, header.height), out, samples, &data, stride, !header.top_down, cut)
 }
 
-fn unsupported(header: &Header) -> Error {
-    Error::decode(format_args!(
+fn unsupported(header: &BmpHeader) -> Error {
+    Error::unsupported(format_args!(
         "BMP with {} bits per pixel, compression {} and masks {:x?} is not supported: convert the file",
         header.bits, header.compression, header.masks
     ))
 }
 
 /// `None` when the file ends inside.
-fn read_header(bytes: &[u8]) -> Option<Result<Header>> {
+fn read_header(bytes: &[u8]) -> Option<Result<BmpHeader>> {
     let u16_at = |at: usize| Some(u16::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
     let u32_at = |at: usize| Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
     let offset = u32_at(10)? as usize;
     let size = u32_at(14)? as usize;
-    let mut header = Header {
+    let mut header = BmpHeader {
         width: 0,
         height: 0,
         top_down: false,
@@ -116,10 +117,10 @@ fn read_header(bytes: &[u8]) -> Option<Result<Header>> {
                 }
             }
         }
-        other => return Some(Err(Error::decode(format_args!("BMP with an unknown header of {other} bytes")))),
+        other => return Some(Err(Error::unsupported(format_args!("BMP with an unknown header of {other} bytes")))),
     }
     if offset == 0 {
-        return Some(Err(Error::decode(
+        return Some(Err(Error::unsupported(
             "BMP that does not say where its pixels are is not supported: convert the file",
         )));
     }
@@ -134,13 +135,13 @@ fn read_header(bytes: &[u8]) -> Option<Result<Header>> {
 }
 
 /// The colours of an indexed bitmap; a palette that is a plain gray ramp stands for all 256 grays, as in Pillow.
-fn palette(bytes: &[u8], header: &Header) -> Result<[[u8; 3]; 256]> {
+fn palette(bytes: &[u8], header: &BmpHeader) -> Result<[[u8; 3]; 256]> {
     let mut table = [[0; 3]; 256];
     if header.bits > 8 {
         return Ok(table);
     }
     if header.colors > 256 {
-        return Err(Error::decode(format_args!("BMP with a palette of {} colours", header.colors)));
+        return Err(Error::unsupported(format_args!("BMP with a palette of {} colours", header.colors)));
     }
     let end = (header.palette_at + header.entry * header.colors).min(bytes.len());
     let entries = bytes.get(header.palette_at..end).unwrap_or(&[]);
@@ -154,16 +155,8 @@ fn palette(bytes: &[u8], header: &Header) -> Result<[[u8; 3]; 256]> {
     Ok(table)
 }
 
-/// Five or six bits to eight, the quotient rounded down, as Pillow.
-pub(super) fn expand16(pixel: u16, green_bits: u16) -> [u8; 3] {
-    let five = |v: u16| ((v & 31) * 255 / 31) as u8;
-    let green = pixel >> 5;
-    let green = if green_bits == 6 { ((green & 63) * 255 / 63) as u8 } else { five(green) };
-    [five(pixel >> (5 + green_bits)), green, five(pixel)]
-}
-
 /// Run-length coded indices, one byte each, bottom row first. `None` when the file ends before the picture does.
-fn run_lengths(bytes: &[u8], header: &Header) -> Result<Option<Vec<u8>>> {
+fn run_lengths(bytes: &[u8], header: &BmpHeader) -> Result<Option<Vec<u8>>> {
     let (width, total, four) = (header.width, header.width * header.height, header.compression == 2);
     let mut out = Vec::new();
     out.try_reserve_exact(total).map_err(|_| Error::memory(total))?;

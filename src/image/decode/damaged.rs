@@ -5,12 +5,16 @@
 
 use flate2::{Decompress, FlushDecompress, Status};
 
+use super::format::Format;
 use super::jpeg::cmyk_to_rgb;
-use super::libjpeg::{Decoder, JCS_CMYK, JCS_EXT_RGBX};
+use super::jpeg::layout::{JCS_CMYK, JCS_EXT_RGBX};
+use super::jpeg::libjpeg::Decoder;
+use super::limits::{check_claim, check_pixels};
 use super::png::{EXPANSION, check_chunks, chunk};
-use super::{Format, Samples, check_claim, check_pixels, clipped, color_table};
+use super::samples::{Samples, clipped, color_table};
 use crate::error::{Error, Result};
-use crate::image::{Image, Layout, Limits, memory};
+use crate::image::{Image, Layout, Limits};
+use crate::memory;
 
 /// What Pillow makes of a file that the decoders above refuse; `None` where it refuses too. With `accept`, pixels that
 /// a JPEG misses are gray.

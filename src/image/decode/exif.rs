@@ -5,7 +5,8 @@
 use std::borrow::Cow;
 use std::io::Read;
 
-use super::{Format, png};
+use super::format::Format;
+use super::png;
 
 const PREFIX: &[u8] = b"Exif\0\0";
 const XMP_PREFIX: &[u8] = b"http://ns.adobe.com/xap/1.0/\0";

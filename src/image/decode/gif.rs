@@ -4,9 +4,11 @@
 
 use ::gif::{ColorOutput, DecodeOptions, DecodingError, MemoryLimit};
 
-use super::{check_claim, check_pixels, color_table, truncated};
+use super::limits::{check_claim, check_pixels, truncated};
+use super::samples::color_table;
 use crate::error::{Error, Result};
-use crate::image::{Image, Layout, Limits, memory};
+use crate::image::{Image, Layout, Limits};
+use crate::memory;
 
 pub fn decode(file: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let bytes = whole_blocks(file);

@@ -1,9 +1,16 @@
 //! JPEG through libjpeg-turbo, the library inside Pillow.
 
-#![forbid(unsafe_code)]
+mod huffman;
+pub(super) mod layout;
+pub(super) mod libjpeg;
+mod probe;
 
-use super::libjpeg::{Decoder, Failure, JCS_CMYK, JCS_EXT_RGBX};
-use super::{check_claim, check_pixels, truncated};
+pub use probe::Verdict;
+
+use self::layout::{JCS_CMYK, JCS_EXT_RGBX};
+use self::libjpeg::{Decoder, JpegError};
+use self::probe::Probe;
+use super::limits::{check_claim, check_pixels, truncated};
 use crate::error::{Error, Result};
 use crate::image::{Image, Layout, Limits, Size};
 
@@ -12,6 +19,15 @@ use crate::image::{Image, Layout, Limits, Size};
 pub enum Entropy {
     Libjpeg,
     Own,
+}
+
+static PROBE: Probe = Probe::new(|picture| whole(Entropy::Own, picture), |picture| whole(Entropy::Libjpeg, picture));
+
+/// The image, if that decoder decodes it itself.
+fn whole(entropy: Entropy, bytes: &[u8]) -> Option<Image> {
+    let mut image = Image::default();
+    let used = unprobed(entropy, bytes, &Limits::default(), None, &mut image).ok()?;
+    (used == entropy).then_some(image)
 }
 
 pub fn decode(bytes: &[u8], limits: &Limits, size: Option<Size>, out: &mut Image) -> Result<()> {
@@ -30,17 +46,38 @@ pub fn decode_jpeg(
     size: Option<Size>,
     out: &mut Image,
 ) -> Result<Entropy> {
+    probed(&PROBE, entropy, bytes, limits, size, out)
+}
+
+/// Whether our decoder decodes JPEGs in this process, and why if it does not.
+pub fn own_jpeg_decoder() -> Verdict {
+    PROBE.verdict()
+}
+
+fn probed(
+    probe: &Probe,
+    entropy: Entropy,
+    bytes: &[u8],
+    limits: &Limits,
+    size: Option<Size>,
+    out: &mut Image,
+) -> Result<Entropy> {
+    let own = entropy == Entropy::Own && probe.verdict() == Verdict::Agrees;
+    unprobed(if own { Entropy::Own } else { Entropy::Libjpeg }, bytes, limits, size, out)
+}
+
+fn unprobed(entropy: Entropy, bytes: &[u8], limits: &Limits, size: Option<Size>, out: &mut Image) -> Result<Entropy> {
     let failed = |failure| match failure {
-        Failure::Truncated => truncated("JPEG", bytes.len()),
-        Failure::Corrupt(reason) => Error::decode(format_args!("broken JPEG: {reason}")),
+        JpegError::Truncated => truncated("JPEG", bytes.len()),
+        JpegError::Corrupt(reason) => Error::decode(format_args!("broken JPEG: {reason}")),
         // Progressive ones keep two bytes per sample.
-        Failure::Memory => Error::memory(bytes.len()),
+        JpegError::Memory => Error::memory(bytes.len()),
     };
     let mut decoder = Decoder::new(bytes).map_err(failed)?;
     let header = decoder.header().map_err(failed)?;
     check_pixels(header.width as u64, header.height as u64, limits)?;
     if header.precision != 8 {
-        return Err(Error::decode(format_args!(
+        return Err(Error::unsupported(format_args!(
             "JPEG with {} bits per sample; only 8 are supported: convert the file",
             header.precision
         )));
@@ -53,7 +90,7 @@ pub fn decode_jpeg(
         1 | 3 => JCS_EXT_RGBX,
         4 => JCS_CMYK,
         other => {
-            return Err(Error::decode(format_args!(
+            return Err(Error::unsupported(format_args!(
                 "JPEG with {other} components; 1 (gray), 3 (colour) and 4 (CMYK) are supported: convert the file"
             )));
         }
@@ -68,7 +105,7 @@ pub fn decode_jpeg(
         Entropy::Own => decoder.pixels_fast(color_space, &mut out.data),
     };
     let Some(own) = used.map_err(failed)? else {
-        return decode_jpeg(Entropy::Libjpeg, bytes, limits, size, out);
+        return unprobed(Entropy::Libjpeg, bytes, limits, size, out);
     };
     if color_space == JCS_CMYK {
         cmyk_to_rgb(&mut out.data, true);
@@ -93,5 +130,55 @@ pub fn cmyk_to_rgb(data: &mut [u8], inverted: bool) {
             // t / 255, rounded, as Pillow's MULDIV255; never more than `paper`.
             *ink = (paper - (((t >> 8) + t) >> 8)) as u8;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn libjpegs(picture: &[u8]) -> Option<Image> {
+        whole(Entropy::Libjpeg, picture)
+    }
+
+    fn tampered(picture: &[u8]) -> Option<Image> {
+        let mut image = libjpegs(picture)?;
+        image.data[17] ^= 1;
+        Some(image)
+    }
+
+    #[test]
+    fn where_the_two_differ_all_is_left_to_libjpeg() {
+        let expected = libjpegs(probe::PICTURE).unwrap();
+        let cases: [(fn(&[u8]) -> Option<Image>, Verdict, Entropy); 4] = [
+            (|picture| whole(Entropy::Own, picture), Verdict::Agrees, Entropy::Own),
+            (tampered, Verdict::Differs, Entropy::Libjpeg),
+            (|_| None, Verdict::Differs, Entropy::Libjpeg),
+            (|_| panic!("injected"), Verdict::Differs, Entropy::Libjpeg),
+        ];
+        for (own, verdict, entropy) in cases {
+            let probe = Probe::new(own, libjpegs);
+            for _ in 0..2 {
+                let mut image = Image::default();
+                let used = probed(&probe, Entropy::Own, probe::PICTURE, &Limits::default(), None, &mut image).unwrap();
+                assert_eq!((used, probe.verdict()), (entropy, verdict));
+                assert!(image.data == expected.data);
+            }
+        }
+    }
+
+    /// `build.rs` compares what `layout` lists, and that is all there is.
+    #[test]
+    fn no_structure_of_libjpegs_is_described_elsewhere() {
+        let layout = include_str!("jpeg/layout.rs");
+        for text in [include_str!("jpeg/libjpeg.rs"), include_str!("jpeg/huffman.rs"), include_str!("jpeg/probe.rs")] {
+            assert!(!text.contains("repr("), "{text}");
+        }
+        let (_, mirrored) = layout.rsplit_once("\nmirrors! {").unwrap();
+        let listed: usize = layout::MIRRORS.iter().map(|mirror| mirror.fields.len() + 1).sum();
+        let described = mirrored.lines().filter(|line| line.ends_with(',') || line.ends_with(" {")).count();
+        assert_eq!(listed, described);
+        assert_eq!(layout.matches("repr(").count(), 1, "only the macro's");
+        assert!(cfg!(cnnrs_libjpeg_layout), "compared with the headers of the library that is linked");
     }
 }

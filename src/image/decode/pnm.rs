@@ -2,7 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-use super::{check_claim, check_pixels, clipped, truncated};
+use super::limits::{check_claim, check_pixels, truncated};
+use super::samples::clipped;
 use crate::error::{Error, Result};
 use crate::image::{Image, Layout, Limits};
 

@@ -6,9 +6,11 @@ use std::io::Cursor;
 
 use image_webp::{DecodingError, WebPDecoder};
 
-use super::{Samples, check_pixels, fill_rows, truncated};
+use super::limits::{check_pixels, truncated};
+use super::samples::{Samples, fill_rows};
 use crate::error::{Error, Result};
-use crate::image::{Image, Limits, memory};
+use crate::image::{Image, Limits};
+use crate::memory;
 
 pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let failed = |error| match error {
@@ -87,7 +89,9 @@ fn check_chunks(bytes: &[u8], pixels: u64) -> Result<()> {
         if let (b"VP8X", [flags, ..]) = (name, data)
             && flags & 0xc1 != 0
         {
-            return Err(Error::decode(format_args!("WebP with flags {flags:#x} is not supported: convert the file")));
+            return Err(Error::unsupported(format_args!(
+                "WebP with flags {flags:#x} is not supported: convert the file"
+            )));
         }
         // The chunks of an animation's frame follow 16 bytes about it.
         at += 8 + if name == b"ANMF" { 16 } else { length + length % 2 };

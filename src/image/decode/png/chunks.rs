@@ -4,8 +4,8 @@
 
 use flate2::{Decompress, FlushDecompress};
 
-use super::truncated;
 use crate::error::{Error, Result};
+use crate::image::decode::limits::truncated;
 
 /// Pillow's `MAX_TEXT_CHUNK` and `MAX_TEXT_MEMORY`.
 const MOST_TEXT: usize = 1 << 20;
@@ -20,7 +20,7 @@ pub fn chunk(bytes: &[u8]) -> Option<(usize, &[u8], &[u8])> {
 
 /// What the chunks so far have said.
 #[derive(Default)]
-struct Seen {
+struct Chunks {
     size: [u32; 2],
     /// 0 gray, 2 colour, 3 palette, 4 and 6 with alpha.
     color: u8,
@@ -37,7 +37,7 @@ struct Seen {
 /// # Errors
 /// Where Pillow raises.
 pub fn check(bytes: &[u8]) -> Result<usize> {
-    let mut seen = Seen::default();
+    let mut seen = Chunks::default();
     let cut = || truncated("PNG", bytes.len());
     let mut at = 8;
     loop {
@@ -54,10 +54,10 @@ pub fn check(bytes: &[u8]) -> Result<usize> {
         }
         let (data, rest) = rest.split_at_checked(length).ok_or_else(cut)?;
         let sum = rest.first_chunk::<4>().ok_or_else(cut)?;
-        let mut crc = flate2::Crc::new();
+        let mut crc = crc32fast::Hasher::new();
         crc.update(name);
         crc.update(data);
-        if crc.sum() != u32::from_be_bytes(*sum) {
+        if crc.finalize() != u32::from_be_bytes(*sum) {
             return Err(broken(name, "does not match its checksum"));
         }
         look(name, data, &mut seen)?;
@@ -69,7 +69,7 @@ pub fn check(bytes: &[u8]) -> Result<usize> {
 }
 
 /// From the chunk behind the first one of pixels on. What is no chunk ends the file.
-fn check_behind(bytes: &[u8], mut at: usize, seen: &mut Seen) -> Result<()> {
+fn check_behind(bytes: &[u8], mut at: usize, seen: &mut Chunks) -> Result<()> {
     while let Some((length, name, rest)) = bytes.get(at..).and_then(chunk)
         && is_name(name)
         && name != b"IEND"
@@ -96,7 +96,7 @@ fn number(data: &[u8], at: usize) -> u32 {
 }
 
 /// What Pillow minds in a chunk.
-fn look(name: &[u8], data: &[u8], seen: &mut Seen) -> Result<()> {
+fn look(name: &[u8], data: &[u8], seen: &mut Chunks) -> Result<()> {
     let least = match (name, seen.color) {
         (b"IHDR", _) => 13,
         (b"tRNS", 0) => 2,

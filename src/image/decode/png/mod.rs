@@ -9,9 +9,11 @@ use std::io::Cursor;
 use ::png::{BitDepth, ColorType, DecodeOptions, Decoder, DecodingError, Transformations};
 
 pub(super) use self::chunks::{check as check_chunks, chunk};
-use super::{Samples, check_claim, check_pixels, clipped, color_table, fill_rows, truncated};
+use super::limits::{check_claim, check_pixels, truncated};
+use super::samples::{Samples, clipped, color_table, fill_rows};
 use crate::error::{Error, Result};
-use crate::image::{Image, Layout, Limits, memory};
+use crate::image::{Image, Layout, Limits};
+use crate::memory;
 
 /// As many bytes as one of a deflated stream becomes at most.
 pub(super) const EXPANSION: u64 = 1032;

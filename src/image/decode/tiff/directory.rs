@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, Result};
+use crate::image::decode::limits::truncated;
 
 // Numbers of the tags.
 pub const ORIENTATION: u64 = 274;
@@ -16,7 +17,7 @@ const WINDOWS_MEDIA_PHOTO: u64 = 0xbc01;
 const PALETTE: u64 = 3;
 
 /// Where a tag keeps its values, which lie in the file.
-struct Entry {
+struct Tag {
     tag: u64,
     kind: u64,
     count: usize,
@@ -26,11 +27,11 @@ struct Entry {
 pub struct Directory<'a> {
     bytes: &'a [u8],
     little: bool,
-    entries: Vec<Entry>,
+    entries: Vec<Tag>,
 }
 
 /// What the tags say about the samples.
-pub struct Layout {
+pub struct Page {
     pub photometric: u64,
     /// 1 unsigned, 2 signed, 3 float.
     pub format: u64,
@@ -40,7 +41,7 @@ pub struct Layout {
     pub compression: u64,
 }
 
-impl Layout {
+impl Page {
     pub fn is_indexed(&self) -> bool {
         self.photometric == PALETTE
     }
@@ -73,7 +74,7 @@ impl<'a> Directory<'a> {
         let mut directory = Self { bytes, little, entries: Vec::new() };
         // Sizes of offsets and counts, of the number of entries, and of an entry.
         let (wide, head, entry) = if big { (8, 8, 20) } else { (4, 2, 12) };
-        let cut = || super::truncated("TIFF", bytes.len());
+        let cut = || truncated("TIFF", bytes.len());
         let start = directory.offset(if big { 8 } else { 4 }, wide).ok_or_else(cut)?;
         let count = directory.offset(start, head).ok_or_else(cut)?;
         for i in 0..count {
@@ -101,7 +102,7 @@ impl<'a> Directory<'a> {
             if directory.entries.iter().any(|other| other.tag == tag) {
                 return Err(unsupported(format_args!("tag {tag} twice")));
             }
-            directory.entries.push(Entry { tag, kind, count, at });
+            directory.entries.push(Tag { tag, kind, count, at });
         }
         Ok(directory)
     }
@@ -116,7 +117,7 @@ impl<'a> Directory<'a> {
         usize::try_from(self.number(at, size)?).ok().filter(|offset| *offset <= self.bytes.len())
     }
 
-    fn entry(&self, tag: u64) -> Option<&Entry> {
+    fn entry(&self, tag: u64) -> Option<&Tag> {
         self.entries.iter().find(|entry| entry.tag == tag)
     }
 
@@ -161,7 +162,7 @@ impl<'a> Directory<'a> {
     ///
     /// # Errors
     /// For everything that is not known to be read as Pillow reads it.
-    pub fn layout(&self) -> Result<(u64, u64, Layout)> {
+    pub fn layout(&self) -> Result<(u64, u64, Page)> {
         let (width, height) = (self.one(256, 0)?, self.one(257, 0)?);
         let same = |tag: u64, default: u64| -> Result<(u64, usize)> {
             let values = self.numbers(tag)?.unwrap_or(vec![default]);
@@ -171,7 +172,7 @@ impl<'a> Directory<'a> {
             }
         };
         let ((bits, bit_counts), (format, _)) = (same(258, 1)?, same(339, 1)?);
-        let layout = Layout {
+        let layout = Page {
             photometric: self.one(PHOTOMETRIC, u64::MAX)?,
             format,
             bits,
@@ -208,7 +209,7 @@ impl<'a> Directory<'a> {
 }
 
 /// The layouts that both sides read, and read alike.
-fn is_known(layout: &Layout, little: bool) -> bool {
+fn is_known(layout: &Page, little: bool) -> bool {
     let (bits, format) = (layout.bits, layout.format);
     match (layout.photometric, layout.samples, layout.extra.as_slice()) {
         // White or black is zero. Pillow inverts only up to 8 bits, and knows 32 unsigned ones in one byte order.
@@ -237,5 +238,5 @@ fn size_of_kind(kind: u64) -> usize {
 }
 
 pub fn unsupported(what: impl std::fmt::Display) -> Error {
-    Error::decode(format_args!("TIFF with {what} is not supported: convert the file"))
+    Error::unsupported(format_args!("TIFF with {what} is not supported: convert the file"))
 }

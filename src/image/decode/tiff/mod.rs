@@ -9,13 +9,15 @@ use std::io::Cursor;
 use ::tiff::TiffError;
 use ::tiff::decoder::{Decoder, Limits as TiffLimits};
 
-use self::directory::{COLOR_MAP, Directory, Layout as Kind, XMP, unsupported};
+use self::directory::{COLOR_MAP, Directory, Page, XMP, unsupported};
 use super::exif::in_xmp;
 use super::jpeg::cmyk_to_rgb;
-use super::{Samples, check_claim, check_pixels, clipped, fill_rows, truncated};
+use super::limits::{check_claim, check_pixels, truncated};
+use super::samples::{Samples, clipped, fill_rows};
 use crate::error::{Error, Result};
 use crate::image::rotate::upright;
-use crate::image::{Image, Layout, Limits, memory};
+use crate::image::{Image, Layout, Limits};
+use crate::memory;
 
 pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
     let failed = |error| match error {
@@ -53,7 +55,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, out: &mut Image) -> Result<()> {
 }
 
 /// Samples, in this machine's byte order, to RGBX.
-fn pixels(directory: &Directory<'_>, kind: &Kind, size: (usize, usize), data: &[u8], out: &mut Image) -> Result<()> {
+fn pixels(directory: &Directory<'_>, kind: &Page, size: (usize, usize), data: &[u8], out: &mut Image) -> Result<()> {
     let bits = kind.bits as u8;
     let rows = |samples: Samples<'_>, out: &mut Image| {
         fill_rows(size, out, samples, data, samples.row_bytes(size.0), false, || truncated("TIFF", data.len()))
@@ -107,7 +109,7 @@ fn palette(directory: &Directory<'_>) -> Result<[[u8; 3]; 256]> {
 }
 
 /// Pillow's modes "I;16", "I" and "F": clipped to bytes, fractions cut off.
-fn gray(kind: &Kind, (width, height): (usize, usize), data: &[u8], out: &mut Image) -> Result<()> {
+fn gray(kind: &Page, (width, height): (usize, usize), data: &[u8], out: &mut Image) -> Result<()> {
     out.reshape(width, height, Layout::Rgbx)?;
     let (pixels, step) = (out.data.as_chunks_mut::<4>().0, kind.bits as usize / 8);
     for (pixel, sample) in pixels.iter_mut().zip(data.chunks_exact(step)) {

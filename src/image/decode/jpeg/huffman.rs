@@ -6,40 +6,13 @@
 //! caller starts over with libjpeg's own, whose judgement of damaged files is Pillow's.
 
 use std::cell::RefCell;
-use std::ffi::{c_int, c_void};
+use std::ffi::c_int;
 use std::rc::Rc;
 
-use super::libjpeg::Decompress;
+use super::layout::{Codes, Coefficients, Decompress};
 
 /// Bits per look-up: 4 KiB per table.
 const LOOK: u32 = 10;
-
-/// libjpeg's `jpeg_entropy_decoder`, as far as it is needed.
-#[repr(C)]
-struct Entropy {
-    start_pass: *mut c_void,
-    decode_mcu: unsafe extern "C-unwind" fn(*mut Decompress, *mut *mut [i16; 64]) -> c_int,
-}
-
-/// libjpeg's `jpeg_component_info`, as far as it is needed.
-#[repr(C)]
-struct Component {
-    id: c_int,
-    index: c_int,
-    h_samp_factor: c_int,
-    v_samp_factor: c_int,
-    quant_tbl_no: c_int,
-    dc_tbl_no: c_int,
-    ac_tbl_no: c_int,
-}
-
-/// The start of libjpeg's `JHUFF_TBL`: how many codes have each length, and their symbols.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Codes {
-    bits: [u8; 17],
-    symbols: [u8; 256],
-}
 
 /// Where coefficient `k` of the zigzag belongs.
 #[rustfmt::skip]
@@ -68,7 +41,7 @@ impl Table {
         for length in 1..=16_u32 {
             table.offset[length as usize] = index as i32 - code as i32;
             for _ in 0..codes.bits[length as usize] {
-                let symbol = codes.symbols[index & 0xff];
+                let symbol = codes.huffval[index & 0xff];
                 if length <= LOOK {
                     let free = LOOK - length;
                     for rest in 0..1 << free {
@@ -90,7 +63,7 @@ impl Table {
         let code = (bits >> 48) as u32;
         let length = (LOOK + 1..=16).find(|&l| code < self.limit[l as usize])?;
         let index = (code >> (16 - length)) as i32 + self.offset[length as usize];
-        Some((*self.codes.symbols.get(usize::try_from(index).ok()?)?, length))
+        Some((*self.codes.huffval.get(usize::try_from(index).ok()?)?, length))
     }
 }
 
@@ -112,26 +85,26 @@ fn extend(raw: u64, size: u32) -> i32 {
 
 /// Tables that this thread has met: most files use the same standard ones.
 #[derive(Default)]
-struct Kept {
+struct Spare {
     tables: Vec<Rc<Table>>,
     data: Vec<u8>,
 }
 
 thread_local! {
-    static KEPT: RefCell<Kept> = RefCell::default();
+    static SPARE: RefCell<Spare> = RefCell::default();
 }
 
 fn table(codes: Codes) -> Rc<Table> {
-    KEPT.with_borrow_mut(|kept| {
-        if let Some(table) = kept.tables.iter().find(|table| table.codes == codes) {
+    SPARE.with_borrow_mut(|spare| {
+        if let Some(table) = spare.tables.iter().find(|table| table.codes == codes) {
             return Rc::clone(table);
         }
         // Optimised tables are new in every file; keeping more of them would only cost memory.
-        if kept.tables.len() >= 16 {
-            kept.tables.clear();
+        if spare.tables.len() >= 16 {
+            spare.tables.clear();
         }
         let table = Rc::new(Table::new(codes));
-        kept.tables.push(Rc::clone(&table));
+        spare.tables.push(Rc::clone(&table));
         table
     })
 }
@@ -182,25 +155,25 @@ impl Huffman {
         // SAFETY: the caller's promise.
         let info = unsafe { &mut *cinfo };
         let baseline = info.progressive_mode == 0 && info.arith_code == 0 && info.data_precision == 8;
-        let whole = (info.ss, info.se, info.ah, info.al) == (0, 63, 0, 0) && info.comps_in_scan == info.num_components;
-        let count = usize::try_from(info.blocks_in_mcu).ok().filter(|&n| n <= info.mcu_membership.len())?;
+        let whole = (info.Ss, info.Se, info.Ah, info.Al) == (0, 63, 0, 0) && info.comps_in_scan == info.num_components;
+        let count = usize::try_from(info.blocks_in_MCU).ok().filter(|&n| n <= info.MCU_membership.len())?;
         if !baseline || !whole {
             return None;
         }
         let mut blocks = Vec::with_capacity(count);
-        for &component in &info.mcu_membership[..count] {
+        for &component in &info.MCU_membership[..count] {
             let component = usize::try_from(component).ok()?;
             let described = *info.cur_comp_info.get(component)?;
             // SAFETY: libjpeg set the components of the scan and validated their tables when it started the pass.
             let (dc, ac) = unsafe {
-                let described = described.cast::<Component>().as_ref()?;
+                let described = described.as_ref()?;
                 let dc = *info.dc_huff_tbl_ptrs.get(usize::try_from(described.dc_tbl_no).ok()?)?;
                 let ac = *info.ac_huff_tbl_ptrs.get(usize::try_from(described.ac_tbl_no).ok()?)?;
-                (*dc.cast::<Codes>().as_ref()?, *ac.cast::<Codes>().as_ref()?)
+                (*dc.as_ref()?, *ac.as_ref()?)
             };
             blocks.push(Block { component, dc: table(dc), ac: table(ac) });
         }
-        let data = KEPT.with_borrow_mut(|kept| std::mem::take(&mut kept.data));
+        let data = SPARE.with_borrow_mut(|spare| std::mem::take(&mut spare.data));
         let mut huffman = Self {
             blocks,
             bits: Bits::default(),
@@ -211,14 +184,14 @@ impl Huffman {
             restart_interval: info.restart_interval,
             until_restart: info.restart_interval,
             next_restart: 0,
-            mcus_left: u64::from(info.mcus_per_row) * u64::from(info.mcu_rows_in_scan),
+            mcus_left: u64::from(info.MCUs_per_row) * u64::from(info.MCU_rows_in_scan),
             gave_up: false,
         };
         // SAFETY: the source is the whole rest of the file.
         let rest = unsafe { std::slice::from_raw_parts((*info.src).next_input_byte, (*info.src).bytes_in_buffer) };
         huffman.unstuff(rest)?;
-        // SAFETY: `modules[6]` is the entropy decoder (the order of `jpeglib.h`), whose second field is `decode_mcu`.
-        let entropy = unsafe { info.modules[6].cast::<Entropy>().as_mut()? };
+        // SAFETY: libjpeg made one when it started.
+        let entropy = unsafe { info.entropy.as_mut()? };
         let huffman = Box::into_raw(Box::new(huffman));
         info.client_data = huffman.cast();
         entropy.decode_mcu = decode_mcu;
@@ -268,7 +241,7 @@ impl Huffman {
     }
 
     #[inline(always)]
-    fn mcu(&mut self, rows: &[*mut [i16; 64]]) -> Option<()> {
+    fn mcu(&mut self, rows: &[*mut Coefficients]) -> Option<()> {
         let mut bits = self.bits;
         let data = self.data.as_slice();
         for (block, &row) in self.blocks.iter().zip(rows) {
@@ -330,7 +303,7 @@ impl Huffman {
 impl Drop for Huffman {
     fn drop(&mut self) {
         let data = std::mem::take(&mut self.data);
-        KEPT.with_borrow_mut(|kept| kept.data = data);
+        SPARE.with_borrow_mut(|spare| spare.data = data);
     }
 }
 
@@ -389,7 +362,7 @@ fn find_ff(bytes: &[u8]) -> Option<usize> {
 
 /// libjpeg's `decode_mcu`: 1 when the MCU is decoded, 0 when more data would be needed, which here means: not by us.
 #[inline(always)]
-unsafe fn next_mcu(cinfo: *mut Decompress, rows: *mut *mut [i16; 64]) -> c_int {
+unsafe fn next_mcu(cinfo: *mut Decompress, rows: *mut *mut Coefficients) -> c_int {
     // SAFETY: libjpeg passes its own live object; `install` put a `Huffman` into `client_data` that outlives the reading,
     // and `rows` has one entry per block of an MCU.
     let (info, huffman, rows) = unsafe {
@@ -419,7 +392,7 @@ unsafe fn next_mcu(cinfo: *mut Decompress, rows: *mut *mut [i16; 64]) -> c_int {
     1
 }
 
-unsafe extern "C-unwind" fn decode_mcu(cinfo: *mut Decompress, rows: *mut *mut [i16; 64]) -> c_int {
+unsafe extern "C-unwind" fn decode_mcu(cinfo: *mut Decompress, rows: *mut *mut Coefficients) -> c_int {
     // SAFETY: libjpeg's call.
     unsafe { next_mcu(cinfo, rows) }
 }
@@ -427,7 +400,7 @@ unsafe extern "C-unwind" fn decode_mcu(cinfo: *mut Decompress, rows: *mut *mut [
 /// The same with shifts that leave the flags alone.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "bmi1,bmi2,lzcnt")]
-unsafe extern "C-unwind" fn decode_mcu_bmi2(cinfo: *mut Decompress, rows: *mut *mut [i16; 64]) -> c_int {
+unsafe extern "C-unwind" fn decode_mcu_bmi2(cinfo: *mut Decompress, rows: *mut *mut Coefficients) -> c_int {
     // SAFETY: libjpeg's call; installed only where the instructions are.
     unsafe { next_mcu(cinfo, rows) }
 }

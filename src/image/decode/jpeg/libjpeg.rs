@@ -3,136 +3,20 @@
 //! Pillow raises exactly when libjpeg asks for bytes the file does not have. TurboJPEG invents an end marker there and
 //! reports it as one warning among others, of which only the first is kept; a suspending source reports it every time.
 
-use std::ffi::{c_char, c_double, c_int, c_long, c_uint, c_void};
+use std::ffi::{c_int, c_long, c_uint};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr::null_mut;
 
 use super::huffman::Huffman;
+use super::layout::{
+    Decompress, ErrorManager, JMSG_LENGTH_MAX, JPEG_HEADER_OK, JPEG_LIB_VERSION, JPEG_SUSPENDED, SourceManager,
+};
 
 // The library itself: libturbojpeg.a carries the libjpeg functions declared below.
 use turbojpeg as _;
 
-const JPEG_LIB_VERSION: c_int = 62;
-const JPEG_SUSPENDED: c_int = 0;
-const JPEG_HEADER_OK: c_int = 1;
-pub const JCS_CMYK: c_int = 4;
-pub const JCS_EXT_RGBX: c_int = 7;
-
 /// Rows handed over per call; libjpeg returns at most one row group (4) of them at a time.
 const ROWS: usize = 8;
-
-#[repr(C)]
-struct ErrorManager {
-    error_exit: Option<unsafe extern "C-unwind" fn(*mut Decompress)>,
-    emit_message: Option<unsafe extern "C-unwind" fn(*mut Decompress, c_int)>,
-    output_message: Option<unsafe extern "C-unwind" fn(*mut Decompress)>,
-    format_message: Option<unsafe extern "C-unwind" fn(*mut Decompress, *mut c_char)>,
-    reset_error_mgr: Option<unsafe extern "C-unwind" fn(*mut Decompress)>,
-    msg_code: c_int,
-    msg_parm: [c_int; 20],
-    trace_level: c_int,
-    num_warnings: c_long,
-    jpeg_message_table: *const *const c_char,
-    last_jpeg_message: c_int,
-    addon_message_table: *const *const c_char,
-    first_addon_message: c_int,
-    last_addon_message: c_int,
-}
-
-#[repr(C)]
-pub struct SourceManager {
-    pub next_input_byte: *const u8,
-    pub bytes_in_buffer: usize,
-    init_source: Option<unsafe extern "C-unwind" fn(*mut Decompress)>,
-    fill_input_buffer: Option<unsafe extern "C-unwind" fn(*mut Decompress) -> c_int>,
-    skip_input_data: Option<unsafe extern "C-unwind" fn(*mut Decompress, c_long)>,
-    resync_to_restart: Option<unsafe extern "C-unwind" fn(*mut Decompress, c_int) -> c_int>,
-    term_source: Option<unsafe extern "C-unwind" fn(*mut Decompress)>,
-}
-
-/// `struct jpeg_decompress_struct` of the version-6.2 interface. libjpeg compares its size with its own when it is
-/// created and refuses with an error if they differ, so a library with another layout cannot be misread.
-#[repr(C)]
-pub struct Decompress {
-    err: *mut ErrorManager,
-    mem: *mut c_void,
-    progress: *mut c_void,
-    pub client_data: *mut c_void,
-    is_decompressor: c_int,
-    global_state: c_int,
-    pub src: *mut SourceManager,
-    image_width: c_uint,
-    image_height: c_uint,
-    pub num_components: c_int,
-    jpeg_color_space: c_int,
-    out_color_space: c_int,
-    scale_num: c_uint,
-    scale_denom: c_uint,
-    output_gamma: c_double,
-    buffered_image: c_int,
-    raw_data_out: c_int,
-    dct_method: c_int,
-    do_fancy_upsampling: c_int,
-    do_block_smoothing: c_int,
-    quantize_colors: c_int,
-    dither_mode: c_int,
-    two_pass_quantize: c_int,
-    desired_number_of_colors: c_int,
-    enable_1pass_quant: c_int,
-    enable_external_quant: c_int,
-    enable_2pass_quant: c_int,
-    output_width: c_uint,
-    output_height: c_uint,
-    out_color_components: c_int,
-    output_components: c_int,
-    rec_outbuf_height: c_int,
-    actual_number_of_colors: c_int,
-    colormap: *mut *mut u8,
-    output_scanline: c_uint,
-    input_scan_number: c_int,
-    input_imcu_row: c_uint,
-    output_scan_number: c_int,
-    output_imcu_row: c_uint,
-    coef_bits: *mut c_void,
-    quant_tbl_ptrs: [*mut c_void; 4],
-    pub dc_huff_tbl_ptrs: [*mut c_void; 4],
-    pub ac_huff_tbl_ptrs: [*mut c_void; 4],
-    pub data_precision: c_int,
-    comp_info: *mut c_void,
-    pub progressive_mode: c_int,
-    pub arith_code: c_int,
-    arith_dc_l: [u8; 16],
-    arith_dc_u: [u8; 16],
-    arith_ac_k: [u8; 16],
-    pub restart_interval: c_uint,
-    saw_jfif_marker: c_int,
-    jfif_major_version: u8,
-    jfif_minor_version: u8,
-    density_unit: u8,
-    x_density: u16,
-    y_density: u16,
-    saw_adobe_marker: c_int,
-    adobe_transform: u8,
-    ccir601_sampling: c_int,
-    marker_list: *mut c_void,
-    max_h_samp_factor: c_int,
-    max_v_samp_factor: c_int,
-    min_dct_scaled_size: c_int,
-    total_imcu_rows: c_uint,
-    sample_range_limit: *mut u8,
-    pub comps_in_scan: c_int,
-    pub cur_comp_info: [*mut c_void; 4],
-    pub mcus_per_row: c_uint,
-    pub mcu_rows_in_scan: c_uint,
-    pub blocks_in_mcu: c_int,
-    pub mcu_membership: [c_int; 10],
-    pub ss: c_int,
-    pub se: c_int,
-    pub ah: c_int,
-    pub al: c_int,
-    unread_marker: c_int,
-    pub modules: [*mut c_void; 11],
-}
 
 unsafe extern "C-unwind" {
     fn jpeg_std_error(err: *mut ErrorManager) -> *mut ErrorManager;
@@ -149,8 +33,8 @@ unsafe extern "C-unwind" {
 struct Fatal(String);
 
 unsafe extern "C-unwind" fn error_exit(cinfo: *mut Decompress) {
-    let mut text = [0u8; 256];
-    // SAFETY: libjpeg passes its own live object; format_message writes at most JMSG_LENGTH_MAX (200) bytes and a NUL.
+    let mut text = [0u8; JMSG_LENGTH_MAX + 1];
+    // SAFETY: libjpeg passes its own live object; format_message writes at most JMSG_LENGTH_MAX bytes and a NUL.
     unsafe {
         if let Some(format) = (*(*cinfo).err).format_message {
             format(cinfo, text.as_mut_ptr().cast());
@@ -179,7 +63,7 @@ unsafe extern "C-unwind" fn skip(cinfo: *mut Decompress, count: c_long) {
 }
 
 /// Why there are no pixels.
-pub enum Failure {
+pub enum JpegError {
     /// libjpeg wanted more bytes than the file has.
     Truncated,
     /// libjpeg's own words.
@@ -189,7 +73,7 @@ pub enum Failure {
 }
 
 /// What the file says about itself.
-pub struct Header {
+pub struct JpegHeader {
     pub width: usize,
     pub height: usize,
     pub components: usize,
@@ -209,7 +93,7 @@ pub struct Decoder<'a> {
 }
 
 impl<'a> Decoder<'a> {
-    pub fn new(bytes: &'a [u8]) -> Result<Self, Failure> {
+    pub fn new(bytes: &'a [u8]) -> Result<Self, JpegError> {
         // SAFETY: both structs consist of integers, floats, raw pointers and nullable functions: zeros are valid.
         let (mut error, mut cinfo) =
             unsafe { (Box::new(std::mem::zeroed::<ErrorManager>()), Box::new(std::mem::zeroed::<Decompress>())) };
@@ -244,25 +128,25 @@ impl<'a> Decoder<'a> {
     }
 
     /// Runs a libjpeg call; its fatal error comes back as a value.
-    fn call<T>(&mut self, work: impl FnOnce(*mut Decompress) -> T) -> Result<T, Failure> {
+    fn call<T>(&mut self, work: impl FnOnce(*mut Decompress) -> T) -> Result<T, JpegError> {
         let cinfo = &raw mut *self.cinfo;
         catch_unwind(AssertUnwindSafe(|| work(cinfo))).map_err(|payload| match payload.downcast::<Fatal>() {
-            Ok(fatal) if fatal.0.starts_with("Insufficient memory") => Failure::Memory,
-            Ok(fatal) => Failure::Corrupt(fatal.0),
+            Ok(fatal) if fatal.0.starts_with("Insufficient memory") => JpegError::Memory,
+            Ok(fatal) => JpegError::Corrupt(fatal.0),
             Err(other) => resume_unwind(other),
         })
     }
 
-    pub fn header(&mut self) -> Result<Header, Failure> {
+    pub fn header(&mut self) -> Result<JpegHeader, JpegError> {
         loop {
             // SAFETY: created by `new`, with a source that lives as long as `self`.
             match self.call(|cinfo| unsafe { jpeg_read_header(cinfo, 0) })? {
-                JPEG_SUSPENDED => return Err(Failure::Truncated),
+                JPEG_SUSPENDED => return Err(JpegError::Truncated),
                 JPEG_HEADER_OK => break,
                 _tables_only => {}
             }
         }
-        Ok(Header {
+        Ok(JpegHeader {
             width: self.cinfo.image_width as usize,
             height: self.cinfo.image_height as usize,
             components: usize::try_from(self.cinfo.num_components).unwrap_or(0),
@@ -280,14 +164,14 @@ impl<'a> Decoder<'a> {
     }
 
     /// All rows, four bytes per pixel, into `pixels` of exactly `4 * width * height` bytes, with libjpeg alone.
-    pub fn pixels(&mut self, color_space: c_int, pixels: &mut [u8]) -> Result<(), Failure> {
+    pub fn pixels(&mut self, color_space: c_int, pixels: &mut [u8]) -> Result<(), JpegError> {
         self.start(color_space)?;
         self.rows(pixels)
     }
 
     /// [`Decoder::pixels`] with our own entropy decoder. Whether it was used: it does not know all kinds of JPEG. `None`
     /// when it met something unsound, which a new decoder without it has to judge.
-    pub fn pixels_fast(&mut self, color_space: c_int, pixels: &mut [u8]) -> Result<Option<bool>, Failure> {
+    pub fn pixels_fast(&mut self, color_space: c_int, pixels: &mut [u8]) -> Result<Option<bool>, JpegError> {
         self.start(color_space)?;
         // SAFETY: started just now; `self` keeps the result until libjpeg's object is destroyed.
         self.huffman = unsafe { Huffman::install(&raw mut *self.cinfo) }.unwrap_or(null_mut());
@@ -299,20 +183,20 @@ impl<'a> Decoder<'a> {
         }
     }
 
-    fn start(&mut self, color_space: c_int) -> Result<(), Failure> {
+    fn start(&mut self, color_space: c_int) -> Result<(), JpegError> {
         self.cinfo.out_color_space = color_space;
         // SAFETY: the header has been read and the file's bytes outlive `self`.
         if self.call(|cinfo| unsafe { jpeg_start_decompress(cinfo) })? == 0 {
-            return Err(Failure::Truncated);
+            return Err(JpegError::Truncated);
         }
         Ok(())
     }
 
-    fn rows(&mut self, pixels: &mut [u8]) -> Result<(), Failure> {
+    fn rows(&mut self, pixels: &mut [u8]) -> Result<(), JpegError> {
         let stride = 4 * self.cinfo.output_width as usize;
         let height = self.cinfo.output_height as usize;
         if self.cinfo.output_components != 4 || pixels.len() != stride * height {
-            return Err(Failure::Corrupt("the size changed while decoding".into()));
+            return Err(JpegError::Corrupt("the size changed while decoding".into()));
         }
         let mut y = 0;
         while y < height {
@@ -325,7 +209,7 @@ impl<'a> Decoder<'a> {
             // SAFETY: `count` rows of `stride` bytes each are writable; libjpeg writes no further than its own width.
             let done = self.call(|cinfo| unsafe { jpeg_read_scanlines(cinfo, rows.as_mut_ptr(), count as c_uint) })?;
             if done == 0 {
-                return Err(Failure::Truncated);
+                return Err(JpegError::Truncated);
             }
             y += done as usize;
         }

@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Layout;
+use crate::image::Layout;
 
 #[derive(Clone, Copy, Debug)]
 struct Channel {
@@ -16,7 +16,7 @@ struct Channel {
 }
 
 #[derive(Debug)]
-pub(super) struct Arithmetic {
+pub struct Arithmetic {
     channels: Vec<Channel>,
 }
 

@@ -1,15 +1,15 @@
 //! The pass along the rows with AVX-512 VBMI: one permutation brings the taps of four output pixels into place.
 //!
 //! Sixteen input pixels fill a register; `vpermb` puts four taps of each channel of four output pixels into its sixteen
-//! lanes, and `vpdpbusd` multiplies and adds them, with weights split into three bytes as in `resize_avx512`.
+//! lanes, and `vpdpbusd` multiplies and adds them, with weights split into three bytes as in `avx512`.
 
 use std::arch::x86_64::*;
 
-use super::resize::{PRECISION, Window};
-use super::resize_avx512::quad;
+use super::avx512::quad;
+use super::taps::{PRECISION, Taps};
 
 pub fn available() -> bool {
-    super::resize_avx512::available() && is_x86_feature_detected!("avx512vbmi")
+    super::avx512::available() && is_x86_feature_detected!("avx512vbmi")
 }
 
 const TAPS: usize = 4;
@@ -29,7 +29,7 @@ struct Step {
 
 /// The weights of a pass as the kernel reads them; empty where the taps of four pixels span more than one load.
 #[derive(Debug, Default)]
-pub(super) struct Packed {
+pub(super) struct Groups {
     width: usize,
     /// First input pixel read for each group of four output pixels.
     first: Vec<usize>,
@@ -38,8 +38,8 @@ pub(super) struct Packed {
     groups: Vec<Step>,
 }
 
-impl Packed {
-    pub fn new(windows: &[Window], weights: &[i32], input: usize) -> Self {
+impl Groups {
+    pub fn new(windows: &[Taps], weights: &[i32], input: usize) -> Self {
         let width = windows.len();
         let steps = windows.iter().map(|w| w.count).max().unwrap_or(0).div_ceil(TAPS);
         if width < PIXELS || input < LOAD {
@@ -83,7 +83,7 @@ impl Packed {
 }
 
 /// All rows of `input` (RGBX, `stride` bytes each) along the rows.
-pub(super) fn horizontal(input: &[u8], stride: usize, packed: &Packed, out: &mut [u8]) {
+pub(super) fn horizontal(input: &[u8], stride: usize, packed: &Groups, out: &mut [u8]) {
     let out_stride = 4 * packed.width;
     let rows = input.len() / stride;
     assert!(available() && packed.fits() && packed.width >= PIXELS && out.len() == rows * out_stride);
@@ -110,7 +110,7 @@ pub(super) fn horizontal(input: &[u8], stride: usize, packed: &Packed, out: &mut
 
 /// `STEPS` is the number of steps per group when the compiler may unroll them, else 0.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-unsafe fn four_rows<const STEPS: usize>(from: [*const u8; ROWS], to: [*mut u8; ROWS], packed: &Packed) {
+unsafe fn four_rows<const STEPS: usize>(from: [*const u8; ROWS], to: [*mut u8; ROWS], packed: &Groups) {
     let steps = if STEPS == 0 { packed.steps } else { STEPS };
     let half = _mm512_set1_epi32(1 << (PRECISION - 1));
     let zero = _mm512_setzero_si512();

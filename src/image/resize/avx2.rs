@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::resize::{PRECISION, Weights, Window};
+use super::taps::{PRECISION, Taps};
 
 pub fn available() -> bool {
     is_x86_feature_detected!("avx2")
@@ -23,7 +23,7 @@ const BLOCK: usize = 32;
 
 /// The weights of a pass as the kernels read them: two 16-bit parts side by side in one broadcast.
 #[derive(Debug, Default)]
-pub(super) struct Packed {
+pub(super) struct Pairs {
     /// Along the rows. Loads per output pixel; 0 when input or output is too narrow for whole loads and stores.
     loads: usize,
     /// First pixel read for each output pixel, moved left where the last load would run over the row's end.
@@ -49,8 +49,8 @@ fn high(k: i32) -> i32 {
     k >> 15
 }
 
-impl Packed {
-    pub fn new(windows: &[Window], weights: &[i32], input: usize) -> Self {
+impl Pairs {
+    pub fn new(windows: &[Taps], weights: &[i32], input: usize) -> Self {
         let mut packed = Self::default();
         for window in windows {
             packed.down_at.push(packed.down.len());
@@ -96,8 +96,7 @@ impl Packed {
 }
 
 /// All rows of `input` (RGBX, `stride` bytes each) along the rows.
-pub(super) fn horizontal(input: &[u8], stride: usize, weights: &Weights, out: &mut [u8]) {
-    let packed = &weights.pairs;
+pub(super) fn horizontal(input: &[u8], stride: usize, packed: &Pairs, out: &mut [u8]) {
     let out_stride = 4 * packed.first.len();
     let rows = input.len() / stride;
     assert!(available() && packed.fits() && packed.first.len() >= PIXELS && out.len() == rows * out_stride);
@@ -121,7 +120,7 @@ pub(super) fn horizontal(input: &[u8], stride: usize, weights: &Weights, out: &m
 
 /// `LOADS` is the number of loads per pixel when the compiler may unroll them, else 0.
 #[target_feature(enable = "avx2")]
-unsafe fn horizontal_rows<const LOADS: usize>(from: [*const u8; ROWS], to: [*mut u8; ROWS], packed: &Packed) {
+unsafe fn horizontal_rows<const LOADS: usize>(from: [*const u8; ROWS], to: [*mut u8; ROWS], packed: &Pairs) {
     let loads = if LOADS == 0 { packed.loads } else { LOADS };
     let width = packed.first.len();
     let mut x = 0;

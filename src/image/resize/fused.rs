@@ -2,10 +2,11 @@
 
 #![forbid(unsafe_code)]
 
-use super::resize::ResizeScratch;
-use super::resize_passes::{BLOCK, Rows, resize_into};
-use super::{Filter, Image, Layout, Normalizer, PillowOrder, ResizePath, memory};
+use super::passes::{BLOCK, ResizeScratch, RowSink, resize_into};
+use super::{Filter, PillowOrder, ResizePath};
 use crate::error::Result;
+use crate::image::{Image, Layout, Normalizer};
+use crate::memory;
 
 /// Rows of the result on their way to the planes of the tensor.
 struct Normalized<'a> {
@@ -17,7 +18,7 @@ struct Normalized<'a> {
     out: &'a mut [f32],
 }
 
-impl Rows for Normalized<'_> {
+impl RowSink for Normalized<'_> {
     fn room(&mut self, _: usize, count: usize) -> &mut [u8] {
         &mut self.rows[..count * self.stride]
     }
@@ -30,7 +31,7 @@ impl Rows for Normalized<'_> {
 
 /// `image` resized to `(height, width)`, normalised, into the `channels x height x width` values of `out`. `image` stays
 /// as it is. Whether it could be done: not to the same size, and not with [`Filter::Nearest`].
-pub(super) fn resize_normalized(
+pub fn resize_normalized(
     image: &Image,
     (height, width): (usize, usize),
     filter: Filter,

@@ -2,9 +2,35 @@
 
 #![forbid(unsafe_code)]
 
-use super::resize::{ResizeScratch, Weights, clip};
-use super::{Filter, Image, Layout, PillowOrder, ResizePath, memory};
+use super::taps::clip;
+use super::weights::{WeightCache, Weights};
+use super::{Filter, ResizePath};
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512, vbmi};
 use crate::error::Result;
+use crate::image::{Image, Layout};
+use crate::memory;
+
+/// Which pass runs first; each pass rounds to 8 bits, so the order shows in the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum PillowOrder {
+    /// Pillow 12: along the rows first, unless the image is more than a hundred times as high as wide and gets lower.
+    HorizontalFirst,
+    /// Pillow 13: down the columns first when the height shrinks by more than twice what the width does.
+    #[default]
+    Pillow13,
+}
+
+/// Buffers and weights that resizing needs and the next image can use again.
+#[derive(Debug, Default)]
+pub struct ResizeScratch {
+    pub(super) weights: WeightCache,
+    /// Rows after the first pass that the second one still reads.
+    pub(super) between: Vec<u8>,
+    /// Rows of the result that go on to the tensor.
+    pub(super) rows: Vec<u8>,
+    pub(super) result: Image,
+}
 
 /// Rows of the first pass at a time; the kernels take four.
 const STRIP: usize = 16;
@@ -13,7 +39,7 @@ const STRIP: usize = 16;
 pub(super) const BLOCK: usize = 4;
 
 /// Where the rows of the result go, top to bottom.
-pub(super) trait Rows {
+pub(super) trait RowSink {
     /// Room for rows `y` to `y + count`; `count` is at most [`BLOCK`].
     fn room(&mut self, y: usize, count: usize) -> &mut [u8];
     /// These rows are complete.
@@ -26,7 +52,7 @@ pub(super) struct Whole<'a> {
     pub data: &'a mut [u8],
 }
 
-impl Rows for Whole<'_> {
+impl RowSink for Whole<'_> {
     fn room(&mut self, y: usize, count: usize) -> &mut [u8] {
         &mut self.data[y * self.stride..(y + count) * self.stride]
     }
@@ -42,7 +68,7 @@ pub(super) fn resize_into(
     filter: Filter,
     order: PillowOrder,
     scratch: &mut ResizeScratch,
-    out: &mut impl Rows,
+    out: &mut impl RowSink,
 ) -> Result<()> {
     let ResizeScratch { weights, between, .. } = scratch;
     let shrinks_by = |from: usize, to: usize| from as i64 - to as i64;
@@ -96,7 +122,7 @@ fn rows_first(
     rows: &Weights,
     columns: &Weights,
     between: &mut Vec<u8>,
-    out: &mut impl Rows,
+    out: &mut impl RowSink,
 ) -> Result<()> {
     let in_stride = image.stride();
     let stride = rows.windows.len() * image.layout.bytes_per_pixel();
@@ -136,15 +162,15 @@ fn horizontal(path: ResizePath, input: &[u8], layout: Layout, weights: &Weights,
     match (path, layout) {
         #[cfg(target_arch = "x86_64")]
         (ResizePath::Avx2, Layout::Rgbx) if weights.pairs.fits() => {
-            return super::resize_avx2::horizontal(input, stride, weights, out);
+            return avx2::horizontal(input, stride, &weights.pairs, out);
         }
         #[cfg(target_arch = "x86_64")]
         (ResizePath::Vbmi, Layout::Rgbx) if weights.groups.fits() => {
-            return super::resize_vbmi::horizontal(input, stride, &weights.groups, out);
+            return vbmi::horizontal(input, stride, &weights.groups, out);
         }
         #[cfg(target_arch = "x86_64")]
         (ResizePath::Avx512 | ResizePath::Vbmi, Layout::Rgbx) if weights.quads.fits() => {
-            return super::resize_avx512::horizontal(input, stride, weights, out);
+            return avx512::horizontal(input, stride, &weights.quads, out);
         }
         _ => {}
     }
@@ -166,10 +192,10 @@ fn vertical(path: ResizePath, data: &[u8], stride: usize, first: usize, weights:
     let done = match path {
         ResizePath::Scalar => false,
         #[cfg(target_arch = "x86_64")]
-        ResizePath::Avx2 => super::resize_avx2::vertical(input, stride, window.count, weights.pairs.down(y), out),
+        ResizePath::Avx2 => avx2::vertical(input, stride, window.count, weights.pairs.down(y), out),
         #[cfg(target_arch = "x86_64")]
         ResizePath::Avx512 | ResizePath::Vbmi => {
-            super::resize_avx512::vertical(input, stride, window.count, weights.quads.down(y), out)
+            avx512::vertical(input, stride, window.count, weights.quads.down(y), out)
         }
     };
     if done {

@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::resize::{PRECISION, Weights, Window};
+use super::taps::{PRECISION, Taps};
 
 pub fn available() -> bool {
     is_x86_feature_detected!("avx512f")
@@ -28,7 +28,7 @@ pub(super) type Quad = [i32; 3];
 
 /// The weights of a pass as the kernels read them.
 #[derive(Debug, Default)]
-pub(super) struct Packed {
+pub(super) struct Quads {
     /// Along the rows. Loads per output pixel; 0 when input or output is too narrow for whole loads and stores.
     loads: usize,
     /// First pixel read for each output pixel, moved left where the last load would run over the row's end.
@@ -54,8 +54,8 @@ pub(super) fn quad(weights: &[i32]) -> Quad {
     bytes.map(i32::from_le_bytes)
 }
 
-impl Packed {
-    pub fn new(windows: &[Window], weights: &[i32], input: usize) -> Self {
+impl Quads {
+    pub fn new(windows: &[Taps], weights: &[i32], input: usize) -> Self {
         let mut packed = Self::default();
         for window in windows {
             packed.down_at.push(packed.down.len());
@@ -91,8 +91,7 @@ impl Packed {
 }
 
 /// All rows of `input` (RGBX, `stride` bytes each) along the rows.
-pub(super) fn horizontal(input: &[u8], stride: usize, weights: &Weights, out: &mut [u8]) {
-    let packed = &weights.quads;
+pub(super) fn horizontal(input: &[u8], stride: usize, packed: &Quads, out: &mut [u8]) {
     let out_stride = 4 * packed.first.len();
     let rows = input.len() / stride;
     assert!(available() && packed.fits() && packed.first.len() >= PIXELS && out.len() == rows * out_stride);
@@ -116,7 +115,7 @@ pub(super) fn horizontal(input: &[u8], stride: usize, weights: &Weights, out: &m
 
 /// `LOADS` is the number of loads per pixel when the compiler may unroll them, else 0.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn horizontal_rows<const LOADS: usize>(from: [*const u8; ROWS], to: [*mut u8; ROWS], packed: &Packed) {
+unsafe fn horizontal_rows<const LOADS: usize>(from: [*const u8; ROWS], to: [*mut u8; ROWS], packed: &Quads) {
     let loads = if LOADS == 0 { packed.loads } else { LOADS };
     let width = packed.first.len();
     // Four pixels RGBX to R of all four, G of all four, ...
