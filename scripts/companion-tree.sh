@@ -16,7 +16,7 @@ if [[ ! -e $lock ]]; then
 fi
 tree=$PWD/build/libtorch-$torch
 mkdir -p "$tree"
-for file in Cargo.toml benches src; do ln -sfn "$PWD/$file" "$tree/$file"; done
+for file in Cargo.toml build.rs benches src; do ln -sfn "$PWD/$file" "$tree/$file"; done
 rm -rf "$tree/libtorch"
 cp -a libtorch "$tree/libtorch"
 cp "$lock" "$tree/libtorch/Cargo.lock"

@@ -27,7 +27,7 @@ impl Pool {
             .num_threads(threads.max(1))
             .thread_name(|i| format!("cnnrs-{i}"))
             .build()
-            .map_err(|e| Error::Argument(format!("cannot start {threads} threads: {e}")))?;
+            .map_err(|e| Error::Threads(format!("cannot start {threads} threads: {e}")))?;
         Ok(Self { pool: Arc::new(pool), pid: std::process::id() })
     }
 
@@ -56,7 +56,7 @@ impl Drop for Pool {
 /// When a thread that must be cannot be started.
 pub fn spawn<'scope>(scope: &'scope Scope<'scope, '_>, must: bool, work: impl FnOnce() + Send + 'scope) -> Result<()> {
     match Builder::new().spawn_scoped(scope, work) {
-        Err(error) if must => Err(Error::Argument(format!("cannot start a thread: {error}"))),
+        Err(error) if must => Err(Error::Threads(format!("cannot start a thread: {error}"))),
         _ => Ok(()),
     }
 }

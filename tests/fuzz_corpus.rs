@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use cnnrs::error::Error;
-use cnnrs::image::{Image, Limits, Options, Truncated, decode_with};
+use cnnrs::image::{Image, Limits, ReadOptions, Truncated, decode_with};
 
 static USED: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
@@ -47,7 +47,7 @@ fn no_input_of_the_fuzzers_panics_or_takes_much_memory() {
         for file in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
             let bytes = fs::read(&file).unwrap();
             for truncated in [Truncated::Error, Truncated::Accept] {
-                let options = Options { limits, exif: true, truncated, ..Options::default() };
+                let options = ReadOptions { limits, exif: true, truncated, ..ReadOptions::default() };
                 PEAK.store(USED.load(Relaxed), Relaxed);
                 let before = USED.load(Relaxed);
                 let mut image = Image::default();

@@ -1,7 +1,7 @@
 //! Our entropy decoder against libjpeg's: same pixels, same verdicts; decoding at a smaller scale.
 #![allow(clippy::unwrap_used)]
 
-use cnnrs::image::{Entropy, Image, Limits, Options, Size, decode, decode_jpeg, decode_with};
+use cnnrs::image::{Entropy, Image, Limits, ReadOptions, Size, decode, decode_jpeg, decode_with};
 use proptest::prelude::*;
 use turbojpeg::{Compressor, PixelFormat, Subsamp};
 
@@ -100,7 +100,7 @@ proptest! {
         let bytes = jpeg(width, height, 90, Subsamp::Sub2x2, false, 0, 1);
         let mut image = Image::default();
         let size = Size::Exact { height: new_height, width: new_width };
-        decode_with(&bytes, &Options { scaled: Some(size), ..Options::default() }, &mut image).unwrap();
+        decode_with(&bytes, &ReadOptions { scaled: Some(size), ..ReadOptions::default() }, &mut image).unwrap();
         let by = [1, 2, 4, 8].into_iter().find(|d| image.width == width.div_ceil(*d) && image.height == height.div_ceil(*d));
         let by = by.unwrap();
         prop_assert!(by == 1 || image.width >= new_width && image.height >= new_height);

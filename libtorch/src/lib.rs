@@ -5,7 +5,7 @@
 //! ```
 
 // What the shared files of the binding name as `crate::...`.
-use cnnrs::{engine, error, fit, model};
+use cnnrs::{engine, error, model, training};
 
 mod torch;
 
@@ -21,6 +21,10 @@ mod py {
     pub mod error;
     #[path = "../../../src/py/graph.rs"]
     pub mod graph;
+    #[path = "../../../src/py/record.rs"]
+    pub mod record;
+    #[path = "../../../src/py/rows.rs"]
+    pub mod rows;
 
     pub mod fit;
 }

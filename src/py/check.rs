@@ -7,26 +7,23 @@ use pyo3::prelude::*;
 
 use crate::data::check::{self, Finding};
 use crate::error::Error;
-use crate::image::Limits;
 use crate::py::enter::enter;
 use crate::py::error::stash;
+use crate::py::read_options::Limits;
 
 /// (format or None, width, height, bytes of the file, hash of its contents, exception or None, whose fault it is or None).
 type Row = (Option<&'static str>, usize, usize, u64, u64, Option<PyObject>, Option<&'static str>);
 
 /// Reads and decodes each file, in threads; `progress` is called with the number of finished ones a few times a second.
 #[pyfunction]
-#[pyo3(signature = (paths, progress, threads, limits=None))]
 pub fn check_files(
     py: Python<'_>,
     paths: Vec<PathBuf>,
     progress: PyObject,
     threads: usize,
-    limits: Option<(Option<u64>, Option<u64>)>,
+    limits: Limits,
 ) -> PyResult<Vec<Row>> {
-    let (pixels, bytes) = limits.unwrap_or_default();
-    let default = Limits::default();
-    let limits = Limits { pixels: pixels.unwrap_or(default.pixels), bytes: bytes.unwrap_or(default.bytes) };
+    let Limits(limits) = limits;
     let findings = enter(py, || {
         check::files(&paths, &limits, threads, Duration::from_millis(50), |done| {
             let told = |py: Python<'_>| {

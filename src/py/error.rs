@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use pyo3::exceptions::{PyIndexError, PyIsADirectoryError, PyMemoryError, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::error::Error;
+use crate::error::{DecodeKind, Error};
 
 thread_local! {
     /// An exception raised by Python code that we called while the GIL was released around us.
@@ -22,7 +22,7 @@ pub fn stash(error: PyErr) -> Error {
 pub fn convert(py: Python<'_>, error: Error) -> PyErr {
     let text = error.to_string();
     match error {
-        Error::OutOfMemory { .. } => PyMemoryError::new_err(text),
+        Error::OutOfMemory { .. } | Error::NoMemory(_) => PyMemoryError::new_err(text),
         Error::Io { source, .. } if source.kind() == ErrorKind::OutOfMemory => PyMemoryError::new_err(text),
         Error::Io { path, source } => match source.raw_os_error() {
             // OSError(errno, text, filename) picks FileNotFoundError, PermissionError, ... by itself.
@@ -35,15 +35,16 @@ pub fn convert(py: Python<'_>, error: Error) -> PyErr {
             None if source.kind() == ErrorKind::IsADirectory => PyIsADirectoryError::new_err(text),
             None => PyOSError::new_err(text),
         },
-        Error::Decode { .. } | Error::TooLarge { .. } => ours(py, "DecodeError", text),
+        Error::Decode { kind, .. } => undecodable(py, kind, text),
+        Error::TooLarge { .. } => undecodable(py, DecodeKind::TooLarge, text),
         Error::NotFinite { .. } => ours(py, "NonFiniteLossError", text),
         Error::Panic(_) => ours(py, "CnnrsError", text),
-        Error::Argument(_) => PyValueError::new_err(text),
+        Error::Argument(_) | Error::Unsupported(_) => PyValueError::new_err(text),
         Error::Target { .. } => PyIndexError::new_err(text),
-        Error::Shape { .. } | Error::Torch(_) => PyRuntimeError::new_err(text),
+        Error::Shape { .. } | Error::Torch(_) | Error::Threads(_) | Error::Internal(_) => PyRuntimeError::new_err(text),
         Error::Refused(error) => {
             let error = convert(py, *error);
-            // `cnnrs.feed` asks the user's own module about the batch.
+            // `cnnrs.training.feed` asks the user's own module about the batch.
             let _ = error.value(py).setattr("refused", true);
             error
         }
@@ -57,6 +58,12 @@ pub fn convert(py: Python<'_>, error: Error) -> PyErr {
 fn describe(source: &std::io::Error) -> String {
     let text = source.to_string();
     text.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
+fn undecodable(py: Python<'_>, kind: DecodeKind, text: String) -> PyErr {
+    let error = ours(py, "DecodeError", text);
+    let _ = error.value(py).setattr("kind", kind.name());
+    error
 }
 
 /// An exception class of `cnnrs.errors` (PyO3 cannot make classes with two bases).

@@ -4,38 +4,37 @@ use pyo3::prelude::*;
 
 use super::batches::Batches;
 use super::enter::enter;
-use super::epoch::{Callback, Totals, parse_phase, totals, unless_none};
+use super::epoch::{Epoch, Totals, unless_none};
 use super::error::stash;
-use crate::engine::{Engine, Phase, Step};
+use crate::engine::{Engine, Outcome, Phase};
 use crate::error::Result;
-use crate::fit::{Metrics, epoch};
+use crate::training::{Metrics, epoch as run};
 
-/// One epoch of any module: `forward(inputs, targets, training)` returns (loss, weight, correct or None, counted, samples),
-/// `backward()` adds the gradients of that loss, `update()` steps the optimizer. `before`: what another engine has done of
-/// this epoch.
+/// One epoch of any module: `engine.forward(inputs, targets, training)` returns (loss, weight, correct or None, counted,
+/// samples), `engine.backward()` adds the gradients of that loss, `engine.update()` steps the optimizer. `before`: what
+/// another engine has done of this epoch.
 #[pyfunction]
-#[pyo3(signature = (number, phase, forward, backward, update, batches, accumulate, after, before))]
-#[allow(clippy::too_many_arguments)] // one doorway per engine; Python has given every argument its name already
+#[pyo3(signature = (epoch, engine, batches, before))]
 pub fn fit_python(
     py: Python<'_>,
-    number: i64,
-    phase: &str,
-    forward: Py<PyAny>,
-    backward: Py<PyAny>,
-    update: Py<PyAny>,
+    epoch: Epoch,
+    engine: &Bound<'_, PyAny>,
     batches: Py<PyAny>,
-    accumulate: usize,
-    after: Option<Py<PyAny>>,
     before: Option<Totals>,
 ) -> PyResult<Totals> {
-    let mut metrics = Metrics::new(number, parse_phase(phase)?);
-    if let Some((loss, weight, correct, counted, samples, batches, last, gathered)) = before {
-        metrics = Metrics { loss, weight, correct, counted, samples, batches, last, gathered, ..metrics };
-    }
+    let Epoch { number, phase, accumulate, after } = epoch;
+    let metrics = Metrics::new(number, phase);
+    let metrics = match before {
+        Some(Totals { loss, weight, correct, counted, samples, batches, last, gathered }) => {
+            Metrics { loss, weight, correct, counted, samples, batches, last, gathered, ..metrics }
+        }
+        None => metrics,
+    };
+    let method = |name| engine.getattr(name).map(Bound::unbind);
+    let mut engine =
+        PythonEngine { forward: method("forward")?, backward: method("backward")?, update: method("update")? };
     let metrics = enter(py, move || {
-        let mut engine = PythonEngine { forward, backward, update };
-        let after = Callback(after);
-        epoch(
+        run(
             metrics,
             &mut engine,
             Batches { iterator: batches, read: unless_none(|batch| batch.extract()) },
@@ -43,7 +42,7 @@ pub fn fit_python(
             |_, batch, loss| after.call(batch, loss, |_| ()),
         )
     })?;
-    Ok(totals(&metrics))
+    Ok(Totals::from(&metrics))
 }
 
 /// Calls the user's module, loss and optimizer.
@@ -56,17 +55,16 @@ struct PythonEngine {
 impl Engine for PythonEngine {
     type Batch = (Py<PyAny>, Py<PyAny>);
 
-    fn forward(&mut self, (inputs, targets): Self::Batch, phase: Phase) -> Result<Step> {
+    fn forward(&mut self, (inputs, targets): Self::Batch, phase: Phase) -> Result<Outcome> {
         Python::with_gil(|py| {
             let result = self.forward.call1(py, (inputs, targets, phase == Phase::Training));
             let (loss, weight, correct, counted, samples) = result.and_then(|r| r.extract(py)).map_err(stash)?;
-            Ok(Step { loss, weight, correct, counted, samples })
+            Ok(Outcome { loss, weight, correct, counted, samples })
         })
     }
 
-    fn backward(&mut self, update: bool) -> Result<()> {
-        Python::with_gil(|py| self.backward.call0(py).map(drop)).map_err(stash)?;
-        if update { self.update() } else { Ok(()) }
+    fn backward(&mut self) -> Result<()> {
+        Python::with_gil(|py| self.backward.call0(py).map(drop)).map_err(stash)
     }
 
     fn update(&mut self) -> Result<()> {

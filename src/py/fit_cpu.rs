@@ -10,17 +10,17 @@ use pyo3::types::PyTuple;
 use super::batches::Batches;
 use super::dlpack::Kind;
 use super::enter::enter;
-use super::epoch::{Callback, Totals, parse_phase, totals, unless_none};
+use super::epoch::{Epoch, Totals, unless_none};
 use super::error::{convert, stash};
 use super::feature_rows::{FeatureRows, Gathered};
 use super::graph::Graph;
-use super::tensor;
+use super::record::{Kinds, Record, record, variant};
+use super::{rows, tensor};
 use crate::engine::cpu::{self, ClassLoss, Clip, CpuEngine, Floats, HostBatch, Loss, Plans, Rule, Targets, Tensor};
-use crate::engine::optimizer::{Adam, Sgd};
-use crate::engine::{Engine, Phase, Step};
+use crate::engine::{Engine, Outcome, Phase};
 use crate::error::{Error, Result};
-use crate::fit::{Metrics, epoch};
 use crate::model::Op;
+use crate::training::{Metrics, epoch as run};
 
 /// Compiled plans and the threads that run them, kept from epoch to epoch.
 #[pyclass(frozen, module = "cnnrs._cnnrs")]
@@ -68,58 +68,75 @@ pub fn cpu_slow(graph: &Graph) -> Vec<usize> {
     cpu::slow(&graph.inner)
 }
 
-/// One epoch of a lowered model.
-///
-/// `loss`: ("nll", weight, ignore_index), ("cross_entropy", weight, ignore_index, label_smoothing), ("mse",) or
-/// ("bce_with_logits",); `sgd`, `adam`: [`SgdRow`]s or [`AdamRow`]s, each after the index of its tensor; `clip`: ("norm" or
-/// "value", most); `workers`: threads; `seed`: key of this epoch's dropout; `batches`: iterator of (inputs, targets), already
-/// on the CPU, or None where this engine must stop; or (features, labels, order of the rows, ends of the batches in it);
-/// `accumulate`: batches per step; `after`: as for [`Callback`].
+/// What an engine makes of the model's output, and with what.
+pub struct Task {
+    loss: Loss,
+    sgd: Vec<SgdRow>,
+    adam: Vec<AdamRow>,
+    clip: Option<Clip>,
+    /// Threads.
+    workers: usize,
+    /// Key of this epoch's dropout.
+    seed: u64,
+}
+
+impl FromPyObject<'_> for Task {
+    fn extract_bound(task: &Bound<'_, PyAny>) -> PyResult<Self> {
+        record("task", task, |r| {
+            let clip: Option<Bound<'_, PyAny>> = r.get("clip")?;
+            Ok(Self {
+                loss: variant("loss", &r.get("loss")?, LOSSES)?,
+                sgd: r.get("sgd")?,
+                adam: r.get("adam")?,
+                clip: clip.map(|clip| variant("clip", &clip, CLIPS)).transpose()?,
+                workers: r.get("workers")?,
+                seed: r.get("seed")?,
+            })
+        })
+    }
+}
+
+/// One epoch of a lowered model. `batches`: iterator of (inputs, targets), already on the CPU, or None where this engine
+/// must stop; or (features, labels, order of the rows, ends of the batches in it).
 #[pyfunction]
-#[pyo3(signature = (number, phase, graph, tensors, loss, sgd, adam, clip, plans, workers, seed, batches, accumulate, after))]
-#[allow(clippy::too_many_arguments)] // one doorway per engine; Python has given every argument its name already
+#[pyo3(signature = (epoch, graph, tensors, task, plans, batches))]
 pub fn fit_cpu(
     py: Python<'_>,
-    number: i64,
-    phase: &str,
+    epoch: Epoch,
     graph: &Graph,
     tensors: Vec<tensor::Tensor>,
-    loss: &Bound<'_, PyAny>,
-    sgd: Vec<(usize, SgdRow)>,
-    adam: Vec<(usize, AdamRow)>,
-    clip: Option<(String, f64)>,
+    task: Task,
     plans: &CpuPlans,
-    workers: usize,
-    seed: u64,
-    batches: Py<PyAny>,
-    accumulate: usize,
-    after: Option<Py<PyAny>>,
+    batches: &Bound<'_, PyAny>,
 ) -> PyResult<Totals> {
-    let clip = clip.map(|(kind, most)| if kind == "norm" { Clip::Norm(most) } else { Clip::Value(most) });
-    let order: Vec<usize> = sgd.iter().map(|row| row.0).chain(adam.iter().map(|row| row.0)).collect();
-    let (phase, graph, loss) = (parse_phase(phase)?, graph.inner.clone(), parse_loss(loss)?);
+    let Epoch { number, phase, accumulate, after } = epoch;
+    let Task { loss, sgd, adam, clip, workers, seed } = task;
+    let order: Vec<usize> = sgd.iter().map(|r| r.parameter).chain(adam.iter().map(|r| r.parameter)).collect();
+    let graph = graph.inner.clone();
     // These keep the memory alive until the epoch is over.
     let mut owners: Vec<tensor::Tensor> = Vec::new();
     let mut rules = vec![None; tensors.len()];
-    for (index, row) in sgd {
-        let slot = rules.get_mut(index).ok_or_else(|| PyValueError::new_err(format!("no tensor {index}")))?;
-        *slot = Some(sgd_rule(row, &mut owners).map_err(|error| convert(py, error))?);
+    if let Some(index) = order.iter().find(|&&index| index >= rules.len()) {
+        return Err(PyValueError::new_err(format!("no tensor {index}")));
     }
-    for (index, row) in adam {
-        let slot = rules.get_mut(index).ok_or_else(|| PyValueError::new_err(format!("no tensor {index}")))?;
-        *slot = Some(adam_rule(row, &mut owners).map_err(|error| convert(py, error))?);
+    for row in sgd {
+        let index = row.parameter;
+        rules[index] = Some(sgd_rule(row, &mut owners).map_err(|error| convert(py, error))?);
+    }
+    for row in adam {
+        let index = row.parameter;
+        rules[index] = Some(adam_rule(row, &mut owners).map_err(|error| convert(py, error))?);
     }
     let memory = tensors.iter().map(memory).collect::<Result<Vec<_>>>().map_err(|error| convert(py, error))?;
     let counters: Vec<usize> = graph.nodes.iter().filter_map(|node| counter(&node.op)).collect();
-    let batches = batches_of(batches.bind(py), taken(&tensors, &owners)).map_err(|error| convert(py, error))?;
+    let batches = batches_of(batches, taken(&tensors, &owners)).map_err(|error| convert(py, error))?;
     let metrics = enter(py, move || {
         // Taken out, not locked: what the user calls after a batch may validate this very model.
         let mut kept = std::mem::take(&mut *plans.inner.lock().unwrap_or_else(PoisonError::into_inner));
         let engine = CpuEngine::new(graph, &mut kept.plans, memory, loss, rules, clip, accumulate, seed, workers)?;
         let mut engine = InPlace { engine, tensors: &tensors };
-        let after = Callback(after);
         let mut counters = Counters { tensors: &tensors, which: counters, shown: 0 };
-        let result = epoch(Metrics::new(number, phase), &mut engine, batches, accumulate, |engine, batch, loss| {
+        let result = run(Metrics::new(number, phase), &mut engine, batches, accumulate, |engine, batch, loss| {
             if after.0.is_some() {
                 counters.show(engine.engine.forwards)?;
             }
@@ -136,7 +153,7 @@ pub fn fit_cpu(
         drop(owners);
         result
     })?;
-    Ok(totals(&metrics))
+    Ok(Totals::from(&metrics))
 }
 
 /// The `num_batches_tracked` of the batch norms in training, which the engine does not write.
@@ -190,13 +207,17 @@ impl InPlace<'_, '_> {
 impl Engine for InPlace<'_, '_> {
     type Batch = Batch;
 
-    fn forward(&mut self, batch: Batch, phase: Phase) -> Result<Step> {
+    fn forward(&mut self, batch: Batch, phase: Phase) -> Result<Outcome> {
         self.check()?;
         self.engine.forward(batch, phase)
     }
 
-    fn backward(&mut self, update: bool) -> Result<()> {
-        self.engine.backward(update)
+    fn backward(&mut self) -> Result<()> {
+        self.engine.backward()
+    }
+
+    fn step(&mut self) -> Result<()> {
+        self.engine.step()
     }
 
     fn update(&mut self) -> Result<()> {
@@ -261,44 +282,42 @@ fn counter(op: &Op) -> Option<usize> {
     }
 }
 
-fn parse_loss(loss: &Bound<'_, PyAny>) -> PyResult<Loss> {
-    if let Ok((name,)) = loss.extract::<(String,)>() {
-        return Ok(if name == "mse" { Loss::Mse } else { Loss::BceWithLogits });
-    }
-    if let Ok((_, weight, ignore_index, label_smoothing)) = loss.extract::<(String, Option<Vec<f32>>, i64, f64)>() {
-        return Ok(Loss::Classes(ClassLoss { cross_entropy: true, weight, ignore_index, label_smoothing }));
-    }
-    let (_, weight, ignore_index) = loss.extract::<(String, Option<Vec<f32>>, i64)>()?;
-    Ok(Loss::Classes(ClassLoss { cross_entropy: false, weight, ignore_index, label_smoothing: 0.0 }))
+const LOSSES: &Kinds<Loss> = &[
+    ("mse", |_| Ok(Loss::Mse)),
+    ("bce_with_logits", |_| Ok(Loss::BceWithLogits)),
+    ("nll", |r| classes(r, false, 0.0)),
+    ("cross_entropy", |r| classes(r, true, r.get("label_smoothing")?)),
+];
+
+fn classes(loss: &Record<'_>, cross_entropy: bool, label_smoothing: f64) -> PyResult<Loss> {
+    // As numbers, in whatever order of memory the tensor is.
+    let weight: Option<Bound<'_, PyAny>> = loss.get("weight")?;
+    let weight = weight.map(|weight| weight.call_method0("tolist")?.extract()).transpose()?;
+    let ignore_index = loss.get("ignore_index")?;
+    Ok(Loss::Classes(ClassLoss { cross_entropy, weight, ignore_index, label_smoothing }))
 }
 
-/// (parameter, momentum buffer or None, whether the buffer has been used, (lr, momentum, dampening, weight_decay),
-/// nesterov, maximize)
-type SgdRow = (tensor::Tensor, Option<tensor::Tensor>, bool, (f64, f64, f64, f64), bool, bool);
-/// (parameter, [step, exp_avg, exp_avg_sq(, max_exp_avg_sq)], (lr, beta1, beta2, eps, weight_decay), maximize, decoupled)
-type AdamRow = (tensor::Tensor, Vec<tensor::Tensor>, (f64, f64, f64, f64, f64), bool, bool);
+const CLIPS: &Kinds<Clip> =
+    &[("norm", |r| r.get("most").map(Clip::Norm)), ("value", |r| r.get("most").map(Clip::Value))];
+
+/// After the index of its tensor.
+type SgdRow = rows::SgdRow<usize, tensor::Tensor>;
+type AdamRow = rows::AdamRow<usize, tensor::Tensor>;
 
 fn sgd_rule(row: SgdRow, owners: &mut Vec<tensor::Tensor>) -> Result<Rule> {
-    let (_, buffer, used, (lr, momentum, dampening, weight_decay), nesterov, maximize) = row;
-    let momentum_buffer = buffer.map(|b| lend(b, owners).map(|floats| (floats, used))).transpose()?;
-    let options = Sgd { lr, momentum, dampening, weight_decay, nesterov, maximize };
-    Ok(Rule::Sgd { options, momentum: momentum_buffer })
+    let momentum = row.momentum.map(|(b, used)| lend(b, owners).map(|floats| (floats, used))).transpose()?;
+    Ok(Rule::Sgd { options: row.options, momentum })
 }
 
 fn adam_rule(row: AdamRow, owners: &mut Vec<tensor::Tensor>) -> Result<Rule> {
-    let (_, state, (lr, beta1, beta2, eps, weight_decay), maximize, decoupled) = row;
-    let mut state = state.into_iter();
-    let mut next = || match state.next() {
-        Some(tensor) => lend(tensor, owners).map(Some),
-        None => Ok(None),
+    let mut lend = |tensor| lend(tensor, owners);
+    let (step, exp_avg, exp_avg_sq) = (lend(row.step)?, lend(row.exp_avg)?, lend(row.exp_avg_sq)?);
+    let max_exp_avg_sq = match row.max_exp_avg_sq {
+        Some(tensor) => lend(tensor)?,
+        // SAFETY: no memory at all.
+        None => unsafe { Floats::new(std::ptr::null_mut(), 0) },
     };
-    let (Some(step), Some(exp_avg), Some(exp_avg_sq), top) = (next()?, next()?, next()?, next()?) else {
-        return Err(Error::Argument("Adam's state needs step, exp_avg and exp_avg_sq".to_owned()));
-    };
-    // SAFETY: no memory at all.
-    let none = unsafe { Floats::new(std::ptr::null_mut(), 0) };
-    let options = Adam { lr, betas: (beta1, beta2), eps, weight_decay, maximize, decoupled };
-    Ok(Rule::Adam { options, step, exp_avg, exp_avg_sq, max_exp_avg_sq: top.unwrap_or(none) })
+    Ok(Rule::Adam { options: row.options, step, exp_avg, exp_avg_sq, max_exp_avg_sq })
 }
 
 /// The memory of a tensor that `owners` keeps alive.

@@ -1,10 +1,10 @@
-//! `cnnrs._cnnrs.Graph`: the network as plain data, built by `python/cnnrs/graph.py`.
+//! `cnnrs._cnnrs.Graph`: the network as plain data, built by `python/cnnrs/model/lowering.py`.
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
 
 use super::error::convert;
+use super::record::{Names, Record, choice, record};
 use crate::model::{self, Activation, Dim, Node, Op, Pair, Shape};
 
 /// A network as a list of operations, in the order `forward` calls them.
@@ -18,7 +18,7 @@ impl Graph {
     /// `nodes`: (name, kind, inputs, attributes) with node 0 the input; `tensors`: shapes of parameters and buffers.
     #[new]
     fn new(
-        nodes: Vec<(String, String, Vec<usize>, Bound<'_, PyDict>)>,
+        nodes: Vec<(String, String, Vec<usize>, Bound<'_, PyAny>)>,
         output: usize,
         tensors: Vec<Shape>,
     ) -> PyResult<Self> {
@@ -29,13 +29,23 @@ impl Graph {
                 if inputs.iter().any(|&i| i >= index) {
                     return Err(PyValueError::new_err(format!("node {index} ({name}) reads a later node")));
                 }
-                Ok(Node { op: op(&kind, &Attributes(&attributes), tensors.len())?, name, inputs })
+                let read = choice("operation", &kind, OPERATIONS)?;
+                let op = record(&format!("{name} ({kind})"), &attributes, |record| {
+                    read(&Attributes { record, tensors: tensors.len() })
+                })?;
+                Ok(Node { op, name, inputs })
             })
             .collect::<PyResult<Vec<_>>>()?;
         if output >= nodes.len() {
             return Err(PyValueError::new_err(format!("output {output} of a graph of {} nodes", nodes.len())));
         }
         Ok(Self { inner: model::Graph { nodes, output, tensors } })
+    }
+
+    /// The kinds of operations there are.
+    #[classattr]
+    fn kinds() -> Vec<&'static str> {
+        OPERATIONS.iter().map(|(kind, _)| *kind).collect()
     }
 
     fn __len__(&self) -> usize {
@@ -64,122 +74,134 @@ impl Graph {
     }
 }
 
-struct Attributes<'a, 'py>(&'a Bound<'py, PyDict>);
+/// The arguments of one operation of a graph over `tensors` parameters and buffers.
+struct Attributes<'a, 'py> {
+    record: &'a Record<'py>,
+    tensors: usize,
+}
 
 impl<'py> Attributes<'_, 'py> {
-    fn get<T: FromPyObject<'py>>(&self, name: &str) -> PyResult<T> {
-        let value =
-            self.0.get_item(name)?.ok_or_else(|| PyValueError::new_err(format!("attribute {name} is missing")))?;
-        value.extract()
+    fn get<T: FromPyObject<'py>>(&self, name: &'static str) -> PyResult<T> {
+        self.record.get(name)
     }
 
-    fn tensor(&self, name: &str, count: usize) -> PyResult<usize> {
-        self.optional(name, count)?.ok_or_else(|| PyValueError::new_err(format!("{name} is missing")))
+    fn tensor(&self, name: &'static str) -> PyResult<usize> {
+        self.optional(name)?.ok_or_else(|| self.record.wrong(name, "a tensor expected, got None"))
     }
 
-    fn optional(&self, name: &str, count: usize) -> PyResult<Option<usize>> {
+    fn optional(&self, name: &'static str) -> PyResult<Option<usize>> {
         match self.get::<Option<usize>>(name)? {
-            Some(index) if index >= count => Err(PyValueError::new_err(format!("{name}: no tensor {index}"))),
+            Some(index) if index >= self.tensors => Err(self.record.wrong(name, format!("no tensor {index}"))),
             index => Ok(index),
         }
     }
 
-    fn pair(&self, name: &str) -> PyResult<Pair> {
+    fn pair(&self, name: &'static str) -> PyResult<Pair> {
         self.get::<(usize, usize)>(name).map(|(h, w)| [h, w])
     }
 
     /// A pair whose entries divide: zero would divide by zero.
-    fn positive_pair(&self, name: &str) -> PyResult<Pair> {
+    fn positive_pair(&self, name: &'static str) -> PyResult<Pair> {
         let pair = self.pair(name)?;
         if pair.contains(&0) {
-            return Err(PyValueError::new_err(format!("{name} must be positive, got {pair:?}")));
+            return Err(self.record.wrong(name, format!("must be positive, got {pair:?}")));
         }
         Ok(pair)
     }
 }
 
-fn op(kind: &str, a: &Attributes<'_, '_>, tensors: usize) -> PyResult<Op> {
-    Ok(match kind {
-        "Input" => Op::Input,
-        "Conv2d" => Op::Conv2d {
-            weight: a.tensor("weight", tensors)?,
-            bias: a.optional("bias", tensors)?,
+const OPERATIONS: &Names<fn(&Attributes<'_, '_>) -> PyResult<Op>> = &[
+    ("Input", |_| Ok(Op::Input)),
+    ("Conv2d", |a| {
+        Ok(Op::Conv2d {
+            weight: a.tensor("weight")?,
+            bias: a.optional("bias")?,
             stride: a.positive_pair("stride")?,
             padding: a.pair("padding")?,
             dilation: a.positive_pair("dilation")?,
             groups: a.get("groups")?,
-        },
-        "BatchNorm2d" => Op::BatchNorm2d {
-            weight: a.optional("weight", tensors)?,
-            bias: a.optional("bias", tensors)?,
-            running_mean: a.optional("running_mean", tensors)?,
-            running_var: a.optional("running_var", tensors)?,
-            num_batches_tracked: a.optional("num_batches_tracked", tensors)?,
+        })
+    }),
+    ("BatchNorm2d", |a| {
+        Ok(Op::BatchNorm2d {
+            weight: a.optional("weight")?,
+            bias: a.optional("bias")?,
+            running_mean: a.optional("running_mean")?,
+            running_var: a.optional("running_var")?,
+            num_batches_tracked: a.optional("num_batches_tracked")?,
             momentum: a.get("momentum")?,
             eps: a.get("eps")?,
             training: a.get("training")?,
-        },
-        "MaxPool2d" => Op::MaxPool2d {
+        })
+    }),
+    ("MaxPool2d", |a| {
+        Ok(Op::MaxPool2d {
             kernel: a.positive_pair("kernel")?,
             stride: a.positive_pair("stride")?,
             padding: a.pair("padding")?,
             dilation: a.positive_pair("dilation")?,
             ceil_mode: a.get("ceil_mode")?,
-        },
-        "AvgPool2d" => Op::AvgPool2d {
+        })
+    }),
+    ("AvgPool2d", |a| {
+        Ok(Op::AvgPool2d {
             kernel: a.positive_pair("kernel")?,
             stride: a.positive_pair("stride")?,
             padding: a.pair("padding")?,
             ceil_mode: a.get("ceil_mode")?,
             count_include_pad: a.get("count_include_pad")?,
             divisor: a.get("divisor")?,
-        },
-        "AdaptiveAvgPool2d" => {
-            let (h, w) = a.get("output")?;
-            Op::AdaptiveAvgPool2d { output: [h, w] }
-        }
-        "Dropout" => Op::Dropout {
+        })
+    }),
+    ("AdaptiveAvgPool2d", |a| {
+        let (h, w) = a.get("output")?;
+        Ok(Op::AdaptiveAvgPool2d { output: [h, w] })
+    }),
+    ("Dropout", |a| {
+        Ok(Op::Dropout {
             p: a.get("p")?,
             training: a.get("training")?,
             channels: a.get("channels")?,
             inplace: a.get("inplace")?,
-        },
-        "Flatten" => Op::Flatten { start: a.get("start")?, end: a.get("end")? },
-        "View" => {
-            Op::Reshape { dims: a.get::<Vec<Bound<'_, PyAny>>>("dims")?.iter().map(dim).collect::<PyResult<_>>()? }
-        }
-        "Linear" => Op::Linear { weight: a.tensor("weight", tensors)?, bias: a.optional("bias", tensors)? },
-        "LayerNorm" => Op::LayerNorm {
+        })
+    }),
+    ("Flatten", |a| Ok(Op::Flatten { start: a.get("start")?, end: a.get("end")? })),
+    ("View", |a| {
+        Ok(Op::Reshape { dims: a.get::<Vec<Bound<'_, PyAny>>>("dims")?.iter().map(dim).collect::<PyResult<_>>()? })
+    }),
+    ("Linear", |a| Ok(Op::Linear { weight: a.tensor("weight")?, bias: a.optional("bias")? })),
+    ("LayerNorm", |a| {
+        Ok(Op::LayerNorm {
             shape: a.get("shape")?,
-            weight: a.optional("weight", tensors)?,
-            bias: a.optional("bias", tensors)?,
+            weight: a.optional("weight")?,
+            bias: a.optional("bias")?,
             eps: a.get("eps")?,
-        },
-        "ZeroPad2d" => Op::Pad { before: a.pair("before")?, after: a.pair("after")? },
-        "Permute" => Op::Permute { dims: a.get("dims")? },
-        "Scale" => Op::Scale { factor: a.tensor("factor", tensors)?, first: a.get("first")? },
-        "Softmax" => Op::Softmax { dim: a.get("dim")?, log: a.get("log")? },
-        "Mean" => Op::Mean { dims: a.get("dims")?, keepdim: a.get("keepdim")? },
-        "Add" => Op::Add { inplace: a.get("inplace")? },
-        "Mul" => Op::Mul,
-        "Cat" => Op::Cat { dim: a.get("dim")? },
-        other => Op::Activation { function: activation(other, a)?, inplace: a.get("inplace")? },
-    })
-}
+        })
+    }),
+    ("ZeroPad2d", |a| Ok(Op::Pad { before: a.pair("before")?, after: a.pair("after")? })),
+    ("Permute", |a| Ok(Op::Permute { dims: a.get("dims")? })),
+    ("Scale", |a| Ok(Op::Scale { factor: a.tensor("factor")?, first: a.get("first")? })),
+    ("Softmax", |a| Ok(Op::Softmax { dim: a.get("dim")?, log: a.get("log")? })),
+    ("Mean", |a| Ok(Op::Mean { dims: a.get("dims")?, keepdim: a.get("keepdim")? })),
+    ("Add", |a| Ok(Op::Add { inplace: a.get("inplace")? })),
+    ("Mul", |a| match a.get("inplace")? {
+        true => Err(a.record.wrong("inplace", "it has a value of its own")),
+        false => Ok(Op::Mul),
+    }),
+    ("Cat", |a| Ok(Op::Cat { dim: a.get("dim")? })),
+    ("ReLU", |a| activation(a, Activation::Relu)),
+    ("ReLU6", |a| activation(a, Activation::Relu6)),
+    ("LeakyReLU", |a| activation(a, Activation::LeakyRelu { negative_slope: a.get("negative_slope")? })),
+    ("SiLU", |a| activation(a, Activation::Silu)),
+    ("GELU", |a| activation(a, Activation::Gelu { tanh: a.get("tanh")? })),
+    ("Hardswish", |a| activation(a, Activation::Hardswish)),
+    ("Hardsigmoid", |a| activation(a, Activation::Hardsigmoid)),
+    ("Sigmoid", |a| activation(a, Activation::Sigmoid)),
+    ("Tanh", |a| activation(a, Activation::Tanh)),
+];
 
-fn activation(kind: &str, a: &Attributes<'_, '_>) -> PyResult<Activation> {
-    Ok(match kind {
-        "ReLU" => Activation::Relu,
-        "ReLU6" => Activation::Relu6,
-        "LeakyReLU" => Activation::LeakyRelu { negative_slope: a.get("negative_slope")? },
-        "SiLU" => Activation::Silu,
-        "GELU" => Activation::Gelu { tanh: a.get("tanh")? },
-        "Hardswish" => Activation::Hardswish,
-        "Hardsigmoid" => Activation::Hardsigmoid,
-        "Sigmoid" => Activation::Sigmoid,
-        "Tanh" => Activation::Tanh,
-        other => return Err(PyValueError::new_err(format!("unknown operation {other}"))),
-    })
+fn activation(a: &Attributes<'_, '_>, function: Activation) -> PyResult<Op> {
+    Ok(Op::Activation { function, inplace: a.get("inplace")? })
 }
 
 /// `-1`, a size, or (node, dim) for `x.size(dim)`.

@@ -1,20 +1,22 @@
 //! `Loader` and `Memory`: the threads behind `cnnrs.DataLoader`.
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
-use pyo3::types::{PyBytes, PyList, PyTuple};
+use pyo3::types::{PyBytes, PyList};
 
 use crate::data::{self, Input, Plan, Raw, Ready, Rows, Sample};
-use crate::image::{Limits, Truncated};
+use crate::image;
+use crate::memory::copied;
 use crate::py::cache::Cache;
 use crate::py::dlpack::{self, Kind};
 use crate::py::enter::enter;
+use crate::py::read_options::ReadOptions;
+use crate::py::record::record;
 use crate::py::tensor::Tensor;
 use crate::py::transform;
 use crate::threads;
@@ -50,8 +52,8 @@ impl Memory {
 
 /// Loads batches of samples in order, ahead of the consumer.
 ///
-/// `ops` and `finish` are the tuples of `cnnrs.transforms`; `finish=None` returns pixels. `rows` is a tensor of
-/// (N, H, W) uint8 gray images, for `submit_rows`.
+/// `rows` is a tensor of (N, H, W) uint8 gray images, for `submit_rows`; `cache` keeps images behind the first of the
+/// operations.
 #[pyclass(frozen, module = "cnnrs._cnnrs")]
 pub struct Loader {
     loader: Mutex<data::Loader>,
@@ -60,34 +62,26 @@ pub struct Loader {
 #[pymethods]
 impl Loader {
     #[new]
-    #[pyo3(signature = (ops, finish, pillow13, seed, threads, memory, rows=None, limits=None, cache=None, cached_ops=0, exif=false, accept_truncated=false, scaled=false))]
-    // One argument for each decision of `cnnrs.DataLoader`.
-    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (transform, read, seed, threads, memory, rows=None, cache=None))]
     fn new(
-        ops: Vec<Bound<'_, PyTuple>>,
-        finish: Option<Bound<'_, PyTuple>>,
-        pillow13: bool,
+        transform: &Bound<'_, PyAny>,
+        read: ReadOptions,
         seed: u64,
         threads: usize,
         memory: &Memory,
         rows: Option<Tensor>,
-        limits: Option<(Option<u64>, Option<u64>)>,
-        cache: Option<&Cache>,
-        cached_ops: usize,
-        exif: bool,
-        accept_truncated: bool,
-        scaled: bool,
+        cache: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let (transform, output) = transform::transform(&ops, finish.as_ref(), pillow13)?;
+        let (transform, output) = transform::transform(transform)?;
         let rows = rows.map(gray_images).transpose()?;
-        let (pixels, bytes) = limits.unwrap_or_default();
-        let default = Limits::default();
-        let limits = Limits { pixels: pixels.unwrap_or(default.pixels), bytes: bytes.unwrap_or(default.bytes) };
-        let truncated = if accept_truncated { Truncated::Accept } else { Truncated::Error };
-        let turned = AtomicBool::new(false);
-        let mut plan = Plan { rows, transform, output, limits, seed, kept: None, exif, truncated, scaled, turned };
+        let scaled = if read.scaled { transform.first_size() } else { None };
+        let read = image::ReadOptions { limits: read.limits, exif: read.exif, truncated: read.truncated, scaled };
+        let mut plan = Plan::new(transform, output, read, seed);
+        plan.rows = rows;
         if let Some(cache) = cache {
-            plan = plan.keeping(cache.get(), cached_ops);
+            let (cache, ops) =
+                record("cache", cache, |r| Ok((r.get::<PyRef<'_, Cache>>("images")?.get(), r.get("ops")?)))?;
+            plan = plan.keeping(cache, ops);
         }
         Ok(Self { loader: Mutex::new(data::Loader::new(plan, threads, memory.get(), memory.batches)) })
     }
@@ -211,7 +205,7 @@ pub fn available_threads() -> usize {
 type Pixels = (usize, usize, usize, PyBackedBytes);
 
 fn raw((height, width, channels, data): Pixels) -> PyResult<Raw> {
-    Ok(Raw { height, width, channels, data: data::copied(&data)? })
+    Ok(Raw { height, width, channels, data: copied(&data)? })
 }
 
 /// Gray images that lie in a tensor.

@@ -17,6 +17,9 @@ mod loader;
 mod mnist;
 mod preconv;
 mod preconv_cpu;
+mod read_options;
+mod record;
+mod rows;
 mod tensor;
 mod transform;
 
@@ -46,13 +49,13 @@ mod _cnnrs {
     #[pymodule_export]
     use super::graph::Graph;
     #[pymodule_export]
-    use super::image::{apply_op, decode_image, image_orientation};
+    use super::image::jpeg_decoder;
     #[pymodule_export]
     use super::loader::{Loader, Memory, available_threads};
     #[pymodule_export]
     use super::mnist::read_idx;
     #[pymodule_export]
-    use super::preconv::{copy_rows, extract_rows, row_checksums};
+    use super::preconv::{copy_rows, extract_rows, journal_line, parse_journal, row_checksums};
     #[pymodule_export]
     use super::preconv_cpu::CpuNetwork;
 

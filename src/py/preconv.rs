@@ -1,5 +1,6 @@
 //! Feature extraction into memory or a store, and what a store needs besides.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 use numpy::PyArray1;
@@ -9,23 +10,34 @@ use pyo3::prelude::*;
 use super::batches::Batches;
 use super::dlpack::Kind;
 use super::enter::enter;
+use super::record::{Names, choice, record};
 use super::tensor::Tensor;
 use crate::engine::{Dtype, Rows};
-use crate::preconv::{self, Batch, Memory, Move, Place, RowFile, Target, Writer, extract};
+use crate::features::journal::{self, Run};
+use crate::features::{self, Batch, Memory, Move, Place, RowFile, Target, Writer, extract};
 
 /// (bytes in memory or None when written to a file, shape, type)
 type Features = (Option<Py<PyArray1<u8>>>, Vec<usize>, &'static str);
-/// (path, journal, rows in all where known, whether to go on with what is there)
-type File = (PathBuf, Option<PathBuf>, Option<u64>, bool);
+/// Where rows are written.
+pub struct File(Target);
 
-/// Keeps the features of all batches: `batches` yields (features, runs, tag), with features plain in CPU memory.
+impl FromPyObject<'_> for File {
+    fn extract_bound(file: &Bound<'_, PyAny>) -> PyResult<Self> {
+        record("file", file, |r| {
+            let (path, journal) = (r.get("path")?, r.get("journal")?);
+            Ok(Self(Target { path, journal, total: r.get("total")?, resume: r.get("resume")? }))
+        })
+    }
+}
+
+/// Keeps the features of all batches: `batches` yields (features, runs, identities), with features plain in CPU memory.
 #[pyfunction]
 #[pyo3(signature = (batches, file, expected))]
 pub fn extract_rows(py: Python<'_>, batches: Py<PyAny>, file: Option<File>, expected: usize) -> PyResult<Features> {
     let batches = Batches { iterator: batches, read };
-    if let Some((path, journal, total, resume)) = file {
+    if let Some(File(target)) = file {
         let shape = enter(py, move || {
-            let mut writer = Writer::new(Target { path, journal, total, resume });
+            let mut writer = Writer::new(target);
             extract(batches, &mut writer)?;
             writer.finish()
         })?;
@@ -42,7 +54,7 @@ pub fn extract_rows(py: Python<'_>, batches: Py<PyAny>, file: Option<File>, expe
 }
 
 fn read(item: Bound<'_, PyAny>) -> PyResult<Batch> {
-    let (features, runs, tag): (Tensor, Vec<(u64, u64)>, String) = item.extract()?;
+    let (features, runs, ids): (Tensor, Vec<(u64, u64)>, Vec<String>) = item.extract()?;
     let dtype = match features.kind() {
         Kind::BFloat16 => Some(Dtype::BFloat16),
         Kind::Float16 => Some(Dtype::Float16),
@@ -52,7 +64,7 @@ fn read(item: Bound<'_, PyAny>) -> PyResult<Batch> {
     };
     match dtype {
         Some(dtype) if features.bytes().is_some() => {
-            Ok(Batch { rows: Box::new(FeatureTensor { features, dtype }), place: Place { runs, tag } })
+            Ok(Batch { rows: Box::new(FeatureTensor { features, dtype }), place: Place { runs, ids } })
         }
         _ => Err(PyValueError::new_err(format!(
             "features must be contiguous float16, bfloat16, float32 or float64 on cpu, got {}",
@@ -81,7 +93,7 @@ impl Rows for FeatureTensor {
     }
 }
 
-/// Copies rows of shape `row` between stores; each move is (first row there, first row here, rows, tag).
+/// Copies rows of shape `row` between stores; each move is (first row there, first row here, rows, identities).
 #[pyfunction]
 #[pyo3(signature = (source, file, row, dtype, moves))]
 pub fn copy_rows(
@@ -90,14 +102,29 @@ pub fn copy_rows(
     file: File,
     row: Vec<usize>,
     dtype: &str,
-    moves: Vec<(u64, u64, u64, String)>,
+    moves: Vec<(u64, u64, u64, Vec<String>)>,
 ) -> PyResult<()> {
-    let dtype = parse(dtype)?;
-    let (path, journal, total, resume) = file;
+    let dtype = choice("type of features", dtype, TYPES)?;
+    let File(target) = file;
     enter(py, move || {
-        let moves: Vec<_> = moves.into_iter().map(|(from, to, count, tag)| Move { from, to, count, tag }).collect();
-        RowFile::open(Target { path, journal, total, resume }, &row, dtype)?.copy(&source, &moves)
+        let moves: Vec<_> = moves.into_iter().map(|(from, to, count, ids)| Move { from, to, count, ids }).collect();
+        RowFile::open(target, &row, dtype)?.copy(&source, moves)
     })
+}
+
+/// The line of a journal that says `json`.
+#[pyfunction]
+pub fn journal_line(json: &str) -> Cow<'static, [u8]> {
+    journal::line(json).into_bytes().into()
+}
+
+/// (JSON of the header or None, runs (first row, rows, checksum, identities), where the records begin and end).
+type Parsed = (Option<String>, Vec<Run>, (usize, usize));
+
+#[pyfunction]
+pub fn parse_journal(py: Python<'_>, data: &[u8]) -> PyResult<Parsed> {
+    let journal = enter(py, || Ok(journal::parse(data)))?;
+    Ok((journal.header, journal.runs, journal.records))
 }
 
 /// CRC-32 of runs (first row, rows) of `row_bytes` each, None where the file ends before.
@@ -109,24 +136,19 @@ pub fn row_checksums(
     row_bytes: u64,
     runs: Vec<(u64, u64)>,
 ) -> PyResult<Vec<Option<u32>>> {
-    let parts = |(start, count)| (preconv::HEADER + start * row_bytes, count * row_bytes);
+    let parts = |(start, count)| (features::HEADER + start * row_bytes, count * row_bytes);
     let parts: Vec<_> = runs.into_iter().map(parts).collect();
-    enter(py, move || preconv::checksums(&path, &parts))
+    enter(py, move || features::checksums(&path, &parts))
 }
 
-const TYPES: [Dtype; 4] = [Dtype::BFloat16, Dtype::Float16, Dtype::Float32, Dtype::Float64];
+/// By torch's names.
+const TYPES: &Names<Dtype> = &[
+    ("bfloat16", Dtype::BFloat16),
+    ("float16", Dtype::Float16),
+    ("float32", Dtype::Float32),
+    ("float64", Dtype::Float64),
+];
 
-/// torch's name.
 fn name(dtype: Dtype) -> &'static str {
-    match dtype {
-        Dtype::BFloat16 => "bfloat16",
-        Dtype::Float16 => "float16",
-        Dtype::Float32 => "float32",
-        Dtype::Float64 => "float64",
-    }
-}
-
-fn parse(text: &str) -> PyResult<Dtype> {
-    let found = TYPES.into_iter().find(|dtype| name(*dtype) == text);
-    found.ok_or_else(|| PyValueError::new_err(format!("no type of features: {text}")))
+    TYPES.iter().find(|(_, one)| *one == dtype).map_or("", |(name, _)| name)
 }

@@ -1,6 +1,7 @@
 //! `cnnrs._cnnrs.CpuNetwork`: a frozen network on the cpu engine, which borrows the memory of the user's tensors.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -113,7 +114,14 @@ impl CpuNetwork {
 impl CpuNetwork {
     /// Weights that have been given other memory are read from there.
     fn follow(&self, py: Python<'_>) -> PyResult<()> {
-        let mut weights = self.weights.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever has this lock may have let go of the GIL: nobody waits for it with the GIL in hand.
+        let mut weights = loop {
+            match self.weights.try_lock() {
+                Ok(weights) => break weights,
+                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => py.allow_threads(|| std::thread::sleep(Duration::from_micros(50))),
+            }
+        };
         let Some(moved) = weights.moved(py)? else { return Ok(()) };
         let moved = Arc::new(moved);
         let compiled = Frozen::new(self.graph.clone(), Arc::clone(&moved), self.options);

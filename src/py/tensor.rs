@@ -157,7 +157,7 @@ impl Tensor {
         if self.is_plain(T::KIND) {
             return Ok(self.array.start().cast());
         }
-        Err(Error::Argument(format!(
+        Err(Error::Unsupported(format!(
             "the cpu engine needs contiguous {} tensors on cpu, got {}: use engine='python'",
             T::KIND,
             self.describe()

@@ -1,152 +1,184 @@
-//! The tuples of `cnnrs.transforms` as operations.
+//! The records of `cnnrs._records` about images, as operations.
 
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
-use pyo3::types::PyTuple;
 
-use crate::data::{Finish, Output};
-use crate::image::{self, AffineForm, Erasing, Filter, Op, PadMode, PillowOrder, Property, Size, Transform, Window};
+use super::record::{Kinds, Names, Record, record, variant};
+use crate::data::{Conversion, Output};
+use crate::image::{
+    AffineForm, AffineRange, Erasing, Filter, Finish, Op, PadMode, PillowOrder, Property, Size, Transform, Window,
+};
 
-/// `ops` may end in an ("erase", ...); `finish=None` asks for pixels.
-pub(super) fn transform(
-    ops: &[Bound<'_, PyTuple>],
-    finish: Option<&Bound<'_, PyTuple>>,
-    pillow13: bool,
-) -> PyResult<(Transform, Output)> {
-    let (finish, output) = self::finish(finish)?;
-    let (erase, ops) = match ops.split_last() {
-        Some((last, before)) if last.get_item(0)?.extract::<String>()? == "erase" => (Some(erasing(last)?), before),
-        _ => (None, ops),
-    };
-    let order = if pillow13 { PillowOrder::Pillow13 } else { PillowOrder::HorizontalFirst };
-    Ok((Transform { ops: ops.iter().map(op).collect::<PyResult<_>>()?, finish, erase, order }, output))
-}
-
-pub(super) fn op(spec: &Bound<'_, PyTuple>) -> PyResult<Op> {
-    let name: String = spec.get_item(0)?.extract()?;
-    let rest = spec.get_slice(1, spec.len());
-    Ok(match name.as_str() {
-        "resize" => {
-            let (height, width, filter): (_, _, String) = rest.extract()?;
-            Op::Resize { size: Size::Exact { height, width }, filter: self::filter(&filter)? }
-        }
-        "resize_shorter" => {
-            let (edge, max_size, filter): (_, _, String) = rest.extract()?;
-            Op::Resize { size: Size::Shorter { edge, max_size }, filter: self::filter(&filter)? }
-        }
-        "center_crop" => {
-            let (height, width) = rest.extract()?;
-            Op::CenterCrop { height, width }
-        }
-        "crop" => {
-            let (top, left, height, width) = rest.extract()?;
-            Op::Crop(Window { top, left, height, width })
-        }
-        "pad" => {
-            let (border, fill, mode): (_, _, String) = rest.extract()?;
-            Op::Pad { border, fill, mode: pad_mode(&mode)? }
-        }
-        "random_crop" => {
-            let (height, width, pad_if_needed, fill, mode): (_, _, _, _, String) = rest.extract()?;
-            Op::RandomCrop { height, width, pad_if_needed, fill, mode: pad_mode(&mode)? }
-        }
-        "random_resized_crop" => {
-            let (height, width, scale, ratio, filter): (_, _, _, _, String) = rest.extract()?;
-            Op::RandomResizedCrop { height, width, scale, ratio, filter: self::filter(&filter)? }
-        }
-        "grayscale" => Op::Grayscale { channels: rest.get_item(0)?.extract()? },
-        "horizontal_flip" => Op::HorizontalFlip { p: rest.get_item(0)?.extract()? },
-        "vertical_flip" => Op::VerticalFlip { p: rest.get_item(0)?.extract()? },
-        "rotation" => {
-            let (low, high, filter, expand, center, fill): (_, _, String, _, _, _) = rest.extract()?;
-            Op::Rotation { low, high, filter: self::filter(&filter)?, expand, center, fill }
-        }
-        "affine" => {
-            let (degrees, translate, scale, shear, filter, center, fill, v2): (_, _, _, _, String, _, _, bool) =
-                rest.extract()?;
-            let form = if v2 { AffineForm::V2 } else { AffineForm::V1 };
-            Op::Affine { degrees, translate, scale, shear, filter: self::filter(&filter)?, center, fill, form }
-        }
-        "brightness" => adjust(Property::Brightness, &rest)?,
-        "contrast" => adjust(Property::Contrast, &rest)?,
-        "saturation" => adjust(Property::Saturation, &rest)?,
-        "hue" => adjust(Property::Hue, &rest)?,
-        "sharpness" => Op::Sharpness { factor: rest.get_item(0)?.extract()? },
-        "invert" => Op::Invert,
-        "solarize" => Op::Solarize { threshold: rest.get_item(0)?.extract()? },
-        "posterize" => Op::Posterize { bits: rest.get_item(0)?.extract()? },
-        "equalize" => Op::Equalize,
-        "autocontrast" => Op::AutoContrast,
-        "random_apply" => {
-            let (p, ops): (_, Vec<Bound<'_, PyTuple>>) = rest.extract()?;
-            Op::RandomApply { p, ops: self::ops(&ops)? }
-        }
-        "random_choice" => {
-            let (weights, branches): (_, Vec<Vec<Bound<'_, PyTuple>>>) = rest.extract()?;
-            Op::RandomChoice { weights, branches: branches.iter().map(|ops| self::ops(ops)).collect::<PyResult<_>>()? }
-        }
-        "random_order" => {
-            let parts: Vec<Vec<Bound<'_, PyTuple>>> = rest.get_item(0)?.extract()?;
-            Op::RandomOrder { parts: parts.iter().map(|ops| self::ops(ops)).collect::<PyResult<_>>()? }
-        }
-        other => return Err(PyValueError::new_err(format!("unknown image operation {other:?}"))),
+/// What becomes of an image's pixels; its `ops` may end in an erasure, `finish` None asks for pixels.
+pub(super) fn transform(spec: &Bound<'_, PyAny>) -> PyResult<(Transform, Output)> {
+    record("transform", spec, |spec| {
+        let mut ops: Vec<Step> = steps(spec.get("ops")?)?;
+        let erase = match ops.pop() {
+            Some(Step::Erase(erasing)) => Some(erasing),
+            last => {
+                ops.extend(last);
+                None
+            }
+        };
+        let ops = ops.into_iter().map(Step::op).collect::<PyResult<_>>()?;
+        let order = if spec.get("pillow13")? { PillowOrder::Pillow13 } else { PillowOrder::HorizontalFirst };
+        let finish: Option<Bound<'_, PyAny>> = spec.get("finish")?;
+        let (finish, output) = match finish {
+            Some(finish) => variant("finish", &finish, FINISHES)?,
+            None => (Finish::Uint8, Output::Pixels),
+        };
+        Ok((Transform { ops, finish, erase, order }, output))
     })
 }
 
-fn ops(specs: &[Bound<'_, PyTuple>]) -> PyResult<Vec<Op>> {
+fn op(spec: &Bound<'_, PyAny>) -> PyResult<Op> {
+    step(spec)?.op()
+}
+
+/// An operation on pixels, or what may only come last.
+enum Step {
+    Op(Op),
+    Erase(Erasing),
+}
+
+impl Step {
+    fn op(self) -> PyResult<Op> {
+        match self {
+            Self::Op(op) => Ok(op),
+            Self::Erase(_) => Err(pyo3::exceptions::PyValueError::new_err("only the last operation can be 'erase'")),
+        }
+    }
+}
+
+fn step(spec: &Bound<'_, PyAny>) -> PyResult<Step> {
+    variant("image operation", spec, STEPS)
+}
+
+fn steps(specs: Vec<Bound<'_, PyAny>>) -> PyResult<Vec<Step>> {
+    specs.iter().map(step).collect()
+}
+
+fn ops(specs: &[Bound<'_, PyAny>]) -> PyResult<Vec<Op>> {
     specs.iter().map(op).collect()
 }
 
-fn adjust(property: Property, range: &Bound<'_, PyTuple>) -> PyResult<Op> {
-    let (low, high) = range.extract()?;
-    Ok(Op::Adjust { property, low, high })
+fn branches(specs: &[Vec<Bound<'_, PyAny>>]) -> PyResult<Vec<Vec<Op>>> {
+    specs.iter().map(|specs| ops(specs)).collect()
 }
 
-fn erasing(spec: &Bound<'_, PyTuple>) -> PyResult<Erasing> {
-    let (p, scale, ratio, value) = spec.get_slice(1, spec.len()).extract()?;
-    Ok(Erasing { p, scale, ratio, value })
+const STEPS: &Kinds<Step> = &[
+    ("resize", |r| {
+        let size = Size::Exact { height: r.get("height")?, width: r.get("width")? };
+        done(Op::Resize { size, filter: r.choice("filter", FILTERS)? })
+    }),
+    ("resize_shorter", |r| {
+        let size = Size::Shorter { edge: r.get("edge")?, max_size: r.get("max_size")? };
+        done(Op::Resize { size, filter: r.choice("filter", FILTERS)? })
+    }),
+    ("center_crop", |r| done(Op::CenterCrop { height: r.get("height")?, width: r.get("width")? })),
+    ("crop", |r| {
+        let (top, left) = (r.get("top")?, r.get("left")?);
+        done(Op::Crop(Window { top, left, height: r.get("height")?, width: r.get("width")? }))
+    }),
+    ("pad", |r| done(Op::Pad { border: r.get("border")?, fill: r.get("fill")?, mode: r.choice("mode", PAD_MODES)? })),
+    ("random_crop", |r| {
+        done(Op::RandomCrop {
+            height: r.get("height")?,
+            width: r.get("width")?,
+            pad_if_needed: r.get("pad_if_needed")?,
+            fill: r.get("fill")?,
+            mode: r.choice("mode", PAD_MODES)?,
+        })
+    }),
+    ("random_resized_crop", |r| {
+        done(Op::RandomResizedCrop {
+            height: r.get("height")?,
+            width: r.get("width")?,
+            scale: r.get("scale")?,
+            ratio: r.get("ratio")?,
+            filter: r.choice("filter", FILTERS)?,
+        })
+    }),
+    ("grayscale", |r| done(Op::Grayscale { channels: r.get("channels")? })),
+    ("horizontal_flip", |r| done(Op::HorizontalFlip { p: r.get("p")? })),
+    ("vertical_flip", |r| done(Op::VerticalFlip { p: r.get("p")? })),
+    ("rotation", |r| {
+        done(Op::Rotation {
+            low: r.get("low")?,
+            high: r.get("high")?,
+            filter: r.choice("filter", FILTERS)?,
+            expand: r.get("expand")?,
+            center: r.get("center")?,
+            fill: r.get("fill")?,
+        })
+    }),
+    ("affine", |r| {
+        let (degrees, translate) = (r.get("degrees")?, r.get("translate")?);
+        done(Op::Affine {
+            range: AffineRange { degrees, translate, scale: r.get("scale")?, shear: r.get("shear")? },
+            filter: r.choice("filter", FILTERS)?,
+            center: r.get("center")?,
+            fill: r.get("fill")?,
+            form: r.choice("form", AFFINE_FORMS)?,
+        })
+    }),
+    ("brightness", |r| adjust(r, Property::Brightness)),
+    ("contrast", |r| adjust(r, Property::Contrast)),
+    ("saturation", |r| adjust(r, Property::Saturation)),
+    ("hue", |r| adjust(r, Property::Hue)),
+    ("sharpness", |r| done(Op::Sharpness { factor: r.get("factor")? })),
+    ("invert", |_| done(Op::Invert)),
+    ("solarize", |r| done(Op::Solarize { threshold: r.get("threshold")? })),
+    ("posterize", |r| done(Op::Posterize { bits: r.get("bits")? })),
+    ("equalize", |_| done(Op::Equalize)),
+    ("autocontrast", |_| done(Op::AutoContrast)),
+    ("random_apply", |r| done(Op::RandomApply { p: r.get("p")?, ops: ops(&r.get::<Vec<_>>("ops")?)? })),
+    ("random_choice", |r| {
+        done(Op::RandomChoice { weights: r.get("weights")?, branches: branches(&r.get::<Vec<_>>("branches")?)? })
+    }),
+    ("random_order", |r| done(Op::RandomOrder { parts: branches(&r.get::<Vec<_>>("parts")?)? })),
+    ("erase", |r| {
+        let (p, scale, ratio, value) = (r.get("p")?, r.get("scale")?, r.get("ratio")?, r.get("value")?);
+        Ok(Step::Erase(Erasing { p, scale, ratio, value }))
+    }),
+];
+
+const FILTERS: &Names<Filter> = &[
+    ("nearest", Filter::Nearest),
+    ("bilinear", Filter::Bilinear),
+    ("bicubic", Filter::Bicubic),
+    ("box", Filter::Box),
+    ("hamming", Filter::Hamming),
+    ("lanczos", Filter::Lanczos),
+];
+
+const PAD_MODES: &Names<PadMode> = &[
+    ("constant", PadMode::Constant),
+    ("edge", PadMode::Edge),
+    ("reflect", PadMode::Reflect),
+    ("symmetric", PadMode::Symmetric),
+];
+
+const AFFINE_FORMS: &Names<AffineForm> = &[("v1", AffineForm::V1), ("v2", AffineForm::V2)];
+
+fn done(op: Op) -> PyResult<Step> {
+    Ok(Step::Op(op))
 }
 
-fn filter(name: &str) -> PyResult<Filter> {
-    Ok(match name {
-        "nearest" => Filter::Nearest,
-        "bilinear" => Filter::Bilinear,
-        "bicubic" => Filter::Bicubic,
-        "box" => Filter::Box,
-        "hamming" => Filter::Hamming,
-        "lanczos" => Filter::Lanczos,
-        other => return Err(PyValueError::new_err(format!("unknown resize filter {other:?}"))),
-    })
+fn adjust(range: &Record<'_>, property: Property) -> PyResult<Step> {
+    done(Op::Adjust { property, low: range.get("low")?, high: range.get("high")? })
 }
 
-fn pad_mode(name: &str) -> PyResult<PadMode> {
-    Ok(match name {
-        "constant" => PadMode::Constant,
-        "edge" => PadMode::Edge,
-        "reflect" => PadMode::Reflect,
-        "symmetric" => PadMode::Symmetric,
-        other => return Err(PyValueError::new_err(format!("unknown padding mode {other:?}"))),
-    })
-}
-
-fn finish(spec: Option<&Bound<'_, PyTuple>>) -> PyResult<(image::Finish, Output)> {
-    let native = Output::Tensor(Finish::Transform);
-    let Some(spec) = spec else { return Ok((image::Finish::Uint8, Output::Pixels)) };
-    let name: String = spec.get_item(0)?.extract()?;
-    let rest = spec.get_slice(1, spec.len());
-    Ok(match name.as_str() {
-        "uint8" => (image::Finish::Uint8, native),
-        "float" => (image::Finish::Float, native),
-        "normalize" => {
-            let (mean, std) = rest.extract()?;
-            (image::Finish::Normalize { mean, std }, native)
-        }
-        "table" => {
-            let bytes: PyBackedBytes = rest.get_item(0)?.extract()?;
-            let values = bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
-            (image::Finish::Float, Output::Tensor(Finish::Table(values.collect())))
-        }
-        other => return Err(PyValueError::new_err(format!("unknown way to finish an image {other:?}"))),
-    })
-}
+const FINISHES: &Kinds<(Finish, Output)> = &[
+    ("uint8", |_| Ok((Finish::Uint8, Output::Tensor(Conversion::Transform)))),
+    ("float", |_| Ok((Finish::Float, Output::Tensor(Conversion::Transform)))),
+    ("normalize", |r| {
+        let finish = Finish::Normalize { mean: r.get("mean")?, std: r.get("std")? };
+        Ok((finish, Output::Tensor(Conversion::Transform)))
+    }),
+    ("table", |r| {
+        let bytes: PyBackedBytes = r.get("values")?;
+        let values = bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
+        Ok((Finish::Float, Output::Tensor(Conversion::Table(values.collect()))))
+    }),
+];

@@ -2,21 +2,22 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 use tch::Tensor;
 
-use cnnrs::engine::Step;
-use cnnrs::engine::optimizer::{Adam, Sgd};
-use cnnrs::fit::{Metrics, epoch};
+use cnnrs::engine::Outcome;
 use cnnrs::threads;
+use cnnrs::training::{Metrics, epoch as run};
 
 use super::batches::Batches;
 use super::enter::enter;
-use super::epoch::{Callback, Totals, parse_phase, totals, unless_none};
+use super::epoch::{Epoch, Totals, unless_none};
 use super::error::{convert, stash};
 use super::graph::Graph;
+use super::record::{Kinds, Record, variant};
+use super::rows;
 use crate::error::Error;
 use crate::torch::{
     self, Gathered, Hook, Loss, Native, Optimizer, Parameter, Result, Rule, TorchEngine, TorchLoss, gradients,
@@ -24,26 +25,21 @@ use crate::torch::{
 
 /// One epoch of a lowered model through libtorch.
 ///
-/// `loss`: ("nll", weight, ignore_index), ("cross_entropy", weight, ignore_index, label_smoothing) or a callable as for
-/// [`PythonLoss`]; `optimizer`: a NativeOptimizer, or (parameters, callable that takes their gradients and whether to
-/// step), or None; `batches`: iterator of (inputs, targets), already on the model's device, or None where this engine must
-/// stop; `accumulate`: batches per step; `after`: as for [`Callback`].
+/// `loss`: a record of [`LOSSES`], or a callable as for [`PythonLoss`]; `optimizer`: a NativeOptimizer, or (parameters,
+/// callable that takes their gradients and whether to step), or None; `batches`: iterator of (inputs, targets), already on
+/// the model's device, or None where this engine must stop.
 #[pyfunction]
-#[pyo3(signature = (number, phase, graph, tensors, loss, optimizer, batches, accumulate, after))]
-#[allow(clippy::too_many_arguments)] // one doorway per engine; Python has given every argument its name already
+#[pyo3(signature = (epoch, graph, tensors, loss, optimizer, batches))]
 pub fn fit(
     py: Python<'_>,
-    number: i64,
-    phase: &str,
+    epoch: Epoch,
     graph: &Graph,
     tensors: Vec<PyTensor>,
     loss: &Bound<'_, PyAny>,
     optimizer: Option<&Bound<'_, PyAny>>,
     batches: Py<PyAny>,
-    accumulate: usize,
-    after: Option<Py<PyAny>>,
 ) -> PyResult<Totals> {
-    let phase = parse_phase(phase)?;
+    let Epoch { number, phase, accumulate, after } = epoch;
     if tensors.len() != graph.inner.tensors.len() {
         return Err(PyValueError::new_err(format!("{} tensors for {}", tensors.len(), graph.inner.tensors.len())));
     }
@@ -54,8 +50,7 @@ pub fn fit(
         let kernel_threads = usize::try_from(tch::get_num_threads()).unwrap_or(1);
         threads::set_compute_threads(kernel_threads)?;
         let mut engine = TorchEngine::new(graph, tensors, loss, optimizer, accumulate);
-        let after = Callback(after);
-        epoch(
+        run(
             Metrics::new(number, phase),
             &mut engine,
             Batches { iterator: batches, read: unless_none(|batch| batch.extract().map(tensor_pair)) },
@@ -63,7 +58,7 @@ pub fn fit(
             |engine, batch, loss| after.call(batch, loss, |rows| engine.set_options(rows)),
         )
     })?;
-    Ok(totals(&metrics))
+    Ok(Totals::from(&metrics))
 }
 
 /// The output of a lowered model for one batch, with autograd behind it where Python has it on.
@@ -79,12 +74,19 @@ fn parse_loss(loss: &Bound<'_, PyAny>) -> PyResult<Box<dyn Loss>> {
     if loss.is_callable() {
         return Ok(Box::new(PythonLoss(loss.clone().unbind())));
     }
-    let weight = |w: Option<PyTensor>| w.map(|w| w.0);
-    if let Ok((_, w, ignore_index, label_smoothing)) = loss.extract::<(String, Option<PyTensor>, i64, f64)>() {
-        return Ok(Box::new(TorchLoss::CrossEntropy { weight: weight(w), ignore_index, label_smoothing }));
-    }
-    let (_, w, ignore_index) = loss.extract::<(String, Option<PyTensor>, i64)>()?;
-    Ok(Box::new(TorchLoss::Nll { weight: weight(w), ignore_index }))
+    Ok(Box::new(variant("loss", loss, LOSSES)?))
+}
+
+const LOSSES: &Kinds<TorchLoss> = &[
+    ("nll", |r| Ok(TorchLoss::Nll { weight: weight(r)?, ignore_index: r.get("ignore_index")? })),
+    ("cross_entropy", |r| {
+        let (ignore_index, label_smoothing) = (r.get("ignore_index")?, r.get("label_smoothing")?);
+        Ok(TorchLoss::CrossEntropy { weight: weight(r)?, ignore_index, label_smoothing })
+    }),
+];
+
+fn weight(loss: &Record<'_>) -> PyResult<Option<Tensor>> {
+    Ok(loss.get::<Option<PyTensor>>("weight")?.map(|weight| weight.0))
 }
 
 fn parse_optimizer(optimizer: &Bound<'_, PyAny>, accumulate: usize) -> PyResult<Box<dyn Optimizer>> {
@@ -105,11 +107,11 @@ fn tensor_pair((inputs, targets): (PyTensor, PyTensor)) -> (Tensor, Tensor) {
 struct PythonLoss(Py<PyAny>);
 
 impl Loss for PythonLoss {
-    fn evaluate(&self, output: &Tensor, targets: &Tensor, samples: u64) -> Result<(Tensor, Step)> {
+    fn evaluate(&self, output: &Tensor, targets: &Tensor, samples: u64) -> Result<(Tensor, Outcome)> {
         let arguments = (PyTensor(output.shallow_clone()), PyTensor(targets.shallow_clone()), samples);
         let found = Python::with_gil(|py| self.0.call1(py, arguments)?.extract::<(PyTensor, Counts)>(py));
         let (value, (loss, weight, correct, counted)) = found.map_err(stash)?;
-        Ok((value.0, Step { loss, weight, correct, counted, samples }))
+        Ok((value.0, Outcome { loss, weight, correct, counted, samples }))
     }
 }
 
@@ -172,26 +174,24 @@ impl Optimizer for Shared {
 
 #[pymethods]
 impl NativeOptimizer {
-    /// `sgd`: (param, momentum buffer or None, whether the buffer has been used, (lr, momentum, dampening, weight_decay),
-    /// nesterov, maximize); `adam`: (param, [step, exp_avg, exp_avg_sq(, max_exp_avg_sq)], (lr, beta1, beta2, eps,
-    /// weight_decay), maximize, decoupled); `clip` gets the gradients before they are applied and changes them in place.
+    /// `clip` gets the gradients before they are applied and changes them in place.
     #[new]
     #[pyo3(signature = (sgd, adam, clip))]
     fn new(py: Python<'_>, sgd: Vec<SgdRow>, adam: Vec<AdamRow>, clip: Option<Py<PyAny>>) -> PyResult<Self> {
         let mut parameters = Vec::with_capacity(sgd.len() + adam.len());
-        for (value, buffer, used, (lr, momentum, dampening, weight_decay), nesterov, maximize) in sgd {
-            let options = Sgd { lr, momentum, dampening, weight_decay, nesterov, maximize };
-            let rule = Rule::Sgd { options, momentum: buffer.map(|b| (b.0, used)) };
-            parameters.push(Parameter { value: value.0, rule, updated: false });
+        for row in sgd {
+            let rule = Rule::Sgd { options: row.options, momentum: row.momentum.map(|(b, used)| (b.0, used)) };
+            parameters.push(Parameter { value: row.parameter.0, rule, updated: false });
         }
-        for (value, state, (lr, beta1, beta2, eps, weight_decay), maximize, decoupled) in adam {
-            let options = Adam { lr, betas: (beta1, beta2), eps, weight_decay, maximize, decoupled };
-            let mut state = state.into_iter().map(|t| t.0);
-            let (Some(step), Some(exp_avg), Some(exp_avg_sq)) = (state.next(), state.next(), state.next()) else {
-                return Err(PyTypeError::new_err("Adam's state needs step, exp_avg and exp_avg_sq"));
+        for row in adam {
+            let rule = Rule::Adam {
+                options: row.options,
+                step: row.step.0,
+                exp_avg: row.exp_avg.0,
+                exp_avg_sq: row.exp_avg_sq.0,
+                max_exp_avg_sq: row.max_exp_avg_sq.map(|t| t.0),
             };
-            let rule = Rule::Adam { options, step, exp_avg, exp_avg_sq, max_exp_avg_sq: state.next() };
-            parameters.push(Parameter { value: value.0, rule, updated: false });
+            parameters.push(Parameter { value: row.parameter.0, rule, updated: false });
         }
         let hook = clip.map(|clip| {
             Box::new(move |grads: &[Option<Tensor>]| {
@@ -213,5 +213,5 @@ impl NativeOptimizer {
     }
 }
 
-type SgdRow = (PyTensor, Option<PyTensor>, bool, (f64, f64, f64, f64), bool, bool);
-type AdamRow = (PyTensor, Vec<PyTensor>, (f64, f64, f64, f64, f64), bool, bool);
+type SgdRow = rows::SgdRow<PyTensor, PyTensor>;
+type AdamRow = rows::AdamRow<PyTensor, PyTensor>;

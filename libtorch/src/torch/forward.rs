@@ -16,7 +16,7 @@ pub fn forward(graph: &Graph, tensors: &[Tensor], input: Tensor) -> Result<Tenso
     let mut input = Some(input);
     for (index, node) in graph.nodes.iter().enumerate() {
         let value = match node.op {
-            Op::Input => input.take().ok_or_else(|| Error::Argument("a graph has one input".to_owned()))?,
+            Op::Input => input.take().ok_or_else(|| Error::internal("a graph has one input"))?,
             _ => apply(node, tensors, &values).map_err(|error| name(node, error))?,
         };
         values.push(Some(value));
@@ -27,7 +27,7 @@ pub fn forward(graph: &Graph, tensors: &[Tensor], input: Tensor) -> Result<Tenso
             }
         }
     }
-    values[graph.output].take().ok_or_else(|| Error::Argument("the graph has no output".to_owned()).into())
+    values[graph.output].take().ok_or_else(|| Error::internal("the graph has no output").into())
 }
 
 fn name(node: &Node, failure: Failure) -> Failure {
@@ -64,10 +64,10 @@ fn apply(node: &Node, tensors: &[Tensor], values: &[Option<Tensor>]) -> Result<T
         values
             .get(n)
             .and_then(Option::as_ref)
-            .ok_or_else(|| Error::Argument(format!("{}: input is gone", node.name)).into())
+            .ok_or_else(|| Error::internal(format_args!("{}: input is gone", node.name)).into())
     };
     let input = |i: usize| -> Result<&Tensor> {
-        value(*node.inputs.get(i).ok_or_else(|| Error::Argument(format!("{}: input is missing", node.name)))?)
+        value(*node.inputs.get(i).ok_or_else(|| Error::internal(format_args!("{}: input is missing", node.name)))?)
     };
     let x = input(0)?;
     Ok(match &node.op {
@@ -148,7 +148,7 @@ fn apply(node: &Node, tensors: &[Tensor], values: &[Option<Tensor>]) -> Result<T
 fn batch_norm(x: &Tensor, op: &Op, tensors: &[Tensor]) -> Result<Tensor> {
     let Op::BatchNorm2d { weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, training } = op
     else {
-        return Err(Error::Argument("not a batch norm".to_owned()).into());
+        return Err(Error::internal("not a batch norm").into());
     };
     let at = |t: &Option<usize>| t.map(|t| &tensors[t]);
     let mut momentum = *momentum;

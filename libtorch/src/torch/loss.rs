@@ -3,7 +3,7 @@
 use tch::{Kind, Reduction, Tensor};
 
 use super::failure::Result;
-use crate::engine::Step;
+use crate::engine::Outcome;
 use crate::error::Error;
 
 pub trait Loss: Send {
@@ -11,7 +11,7 @@ pub trait Loss: Send {
     ///
     /// # Errors
     /// Targets that are no classes of this output, or libtorch's own.
-    fn evaluate(&self, output: &Tensor, targets: &Tensor, samples: u64) -> Result<(Tensor, Step)>;
+    fn evaluate(&self, output: &Tensor, targets: &Tensor, samples: u64) -> Result<(Tensor, Outcome)>;
 }
 
 /// `torch.nn.functional.nll_loss` and `cross_entropy`, reduced by the mean.
@@ -42,7 +42,7 @@ impl TorchLoss {
 }
 
 impl Loss for TorchLoss {
-    fn evaluate(&self, output: &Tensor, targets: &Tensor, samples: u64) -> Result<(Tensor, Step)> {
+    fn evaluate(&self, output: &Tensor, targets: &Tensor, samples: u64) -> Result<(Tensor, Outcome)> {
         let (weight, ignore_index) = self.parts();
         check_targets(output, targets, ignore_index)?;
         let mean = self.value(output, targets, Reduction::Mean)?;
@@ -52,7 +52,7 @@ impl Loss for TorchLoss {
             // Probabilities of the classes: every row of them counts once, whatever the classes' weights.
             let classes = output.size().get(usize::from(output.dim() > 1)).copied().unwrap_or(1);
             let weight = targets.numel() as f64 / classes as f64;
-            return Ok((mean, Step { loss, weight, correct: None, counted: 0, samples }));
+            return Ok((mean, Outcome { loss, weight, correct: None, counted: 0, samples }));
         }
         // Bytes are classes too.
         let targets = &targets.f_to_kind(Kind::Int64)?;
@@ -67,7 +67,7 @@ impl Loss for TorchLoss {
         };
         let weight = weight.f_double_value(&[])?;
         let (correct, counted) = correct(output, targets, &counts)?.unzip();
-        Ok((mean, Step { loss, weight, correct, counted: counted.unwrap_or(0), samples }))
+        Ok((mean, Outcome { loss, weight, correct, counted: counted.unwrap_or(0), samples }))
     }
 }
 

@@ -14,7 +14,7 @@ pub use optimizer::{Gathered, Hook, Native, Optimizer, Parameter, Rule, gradient
 use tch::Tensor;
 
 use self::statistics::Statistics;
-use crate::engine::{Engine, Phase, Step};
+use crate::engine::{Engine, Outcome, Phase};
 use crate::error::{self, Error};
 use crate::model::Graph;
 
@@ -26,7 +26,7 @@ pub struct TorchEngine {
     optimizer: Option<Box<dyn Optimizer>>,
     /// Batches per step of the optimizer: the loss is divided by it.
     accumulate: usize,
-    /// The loss to differentiate, between `forward` and `step`.
+    /// The loss to differentiate, between `forward` and `backward`.
     pending: Option<Tensor>,
     statistics: Statistics,
 }
@@ -51,43 +51,38 @@ impl TorchEngine {
     }
 
     fn optimizer(&mut self) -> Result<&mut Box<dyn Optimizer>> {
-        Ok(self.optimizer.as_mut().ok_or_else(|| Error::Argument("training needs an optimizer".to_owned()))?)
+        Ok(self.optimizer.as_mut().ok_or_else(|| Error::internal("training needs an optimizer"))?)
     }
 
-    fn run(&mut self, (inputs, targets): (Tensor, Tensor), phase: Phase) -> Result<Step> {
+    fn run(&mut self, (inputs, targets): (Tensor, Tensor), phase: Phase) -> Result<Outcome> {
         let samples = inputs.size().first().map_or(1, |&n| n.unsigned_abs());
         self.statistics.keep()?;
         if phase == Phase::Validation {
             let _guard = tch::no_grad_guard();
             let output = forward(&self.graph, &self.tensors, inputs)?;
-            let step = self.loss.evaluate(&output, &targets, samples)?.1;
-            if step.loss.is_finite() {
+            let outcome = self.loss.evaluate(&output, &targets, samples)?.1;
+            if outcome.loss.is_finite() {
                 self.statistics.accept();
             }
-            return Ok(step);
+            return Ok(outcome);
         }
         let output = forward(&self.graph, &self.tensors, inputs)?;
-        let (loss, step) = self.loss.evaluate(&output, &targets, samples)?;
+        let (loss, outcome) = self.loss.evaluate(&output, &targets, samples)?;
         self.pending = Some(if self.accumulate > 1 { loss.f_div_scalar(self.accumulate as i64)? } else { loss });
-        Ok(step)
-    }
-
-    fn gather(&mut self) -> Result<()> {
-        let loss = self.pending.take().ok_or_else(|| Error::Argument("backward() before forward()".to_owned()))?;
-        self.optimizer()?.gather(&loss)
+        Ok(outcome)
     }
 }
 
 impl Engine for TorchEngine {
     type Batch = (Tensor, Tensor);
 
-    fn forward(&mut self, batch: Self::Batch, phase: Phase) -> error::Result<Step> {
+    fn forward(&mut self, batch: Self::Batch, phase: Phase) -> error::Result<Outcome> {
         Ok(self.run(batch, phase)?)
     }
 
-    fn backward(&mut self, update: bool) -> error::Result<()> {
-        self.gather()?;
-        if update { self.update() } else { Ok(()) }
+    fn backward(&mut self) -> error::Result<()> {
+        let loss = self.pending.take().ok_or_else(|| Error::internal("backward() before forward()"))?;
+        Ok(self.optimizer()?.gather(&loss)?)
     }
 
     fn update(&mut self) -> error::Result<()> {
