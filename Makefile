@@ -22,7 +22,7 @@ export PYO3_PYTHON := $(VIRTUAL_ENV)/bin/python
 
 PACKAGES := $(VENV)/.packages
 EXTENSION := python/cnnrs/_cnnrs.abi3.so
-RUST := Cargo.toml Cargo.lock .cargo/config.toml $(shell find src -name '*.rs')
+RUST := Cargo.toml Cargo.lock build.rs .cargo/config.toml $(shell find src -name '*.rs')
 WHEEL := dist/.wheel
 COMPANION := dist/libtorch-$(TORCH)/.wheel
 # The tree with its extension, or the wheel as its users install it.
@@ -46,7 +46,7 @@ setup: $(INSTALLED) ## Virtual environment, pinned packages, build (PYTHON=pytho
 
 .PHONY: demo
 demo: $(INSTALLED) ## Real images to trained classifiers, both roads (DATA=folder BACKBONE=vgg16 WEIGHTS=file.pth for your own)
-	@python -m cnnrs.demo $(if $(DATA),--data "$(DATA)") $(if $(BACKBONE),--backbone "$(BACKBONE)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+	@python -m cnnrs.app.demo $(if $(DATA),--data "$(DATA)") $(if $(BACKBONE),--backbone "$(BACKBONE)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 .PHONY: test
 test: $(INSTALLED) ## Rust tests, pytest, doctests, README examples (TORCH=2.13.0: the wheel beside that torch, Python tests)
@@ -58,22 +58,24 @@ test-extras: $(EXTENSION) ## Tests of the optional packages (timm, safetensors, 
 	python -m venv .extras-venv
 	python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.extras-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
 	.extras-venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/extras.txt
-	PYTHONPATH="$(CURDIR)/python" .extras-venv/bin/python -m pytest tests/python/test_backbones_extras.py tests/python/test_wrappers_extras.py tests/python/test_ray.py
+	PYTHONPATH="$(CURDIR)/python" .extras-venv/bin/python -m pytest tests/python/model/test_backbones_extras.py tests/python/image/test_wrappers_extras.py tests/python/features/test_ray.py
 
 .PHONY: test-random
 N ?= 5000
 SEED ?= 0
 test-random: $(INSTALLED) ## Random models and training runs against the plain loop (N=5000 SEED=0), an hour or so
-	OMP_NUM_THREADS=1 python tests/python/random_models.py --count $(N) --seed $(SEED)
+	OMP_NUM_THREADS=1 python tests/python/support/random_models.py --count $(N) --seed $(SEED)
 
 .PHONY: lint
 # maturin sets this for pyo3's build script; without the same value each of the two throws the other's build away.
 lint companion-lint: export PYO3_ENVIRONMENT_SIGNATURE = $(shell $(PYO3_PYTHON) -c 'import sys; print(f"{sys.implementation.name}-{sys.version_info[0]}.{sys.version_info[1]}-{sys.maxsize.bit_length() + 1}bit")')
-lint: $(EXTENSION) ## Formatting, layering, clippy, ruff, mypy, stubs against the built module
+# Docs without the feature: rustdoc 1.95 stops at a bug of its own over numpy's traits.
+lint: $(EXTENSION) ## Formatting, clippy, links of the docs, ruff, mypy, stubs against the built module
 	cargo fmt --check
 	cd libtorch && cargo fmt --check
 	cargo clippy --locked --release -- -D warnings
 	cargo clippy --locked --release --features python -- -D warnings
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --locked --release --no-deps --document-private-items
 	ruff check .
 	ruff format --check .
 	mypy

@@ -14,7 +14,7 @@ from measure import Comparison, Contender, show
 from torch import nn
 
 import cnnrs
-from cnnrs import companion
+from cnnrs.engine import companion
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -162,7 +162,7 @@ def gpu_contenders(case: Case) -> list[Contender]:
     def ours(**options: Any) -> Contender:
         words = ", ".join(f"{name}={value!r}" for name, value in options.items())
         return contender(
-            f"cnnrs.fit, {words}" if words else "cnnrs.fit",
+            f"cnnrs.fit, {words}" if words else "cnnrs.training.fit",
             lambda model, optimizer: cnnrs.fit(
                 0, model, batches, optimizer=optimizer, loss_fn=case.loss_fn, verbose=False, **options
             ),

@@ -16,10 +16,11 @@ from measure import Comparison, Contender, show
 from torch import nn
 
 import cnnrs
-from cnnrs import _cnnrs, cpu_features
+from cnnrs import _cnnrs
+from cnnrs.engine import cpu_inference
 from cnnrs.errors import UnsupportedModelError
-from cnnrs.graph import lower
-from cnnrs.operations import Unsupported
+from cnnrs.model.lowering import lower
+from cnnrs.model.operations import Unsupported
 
 OURS = "cnnrs, engine='cpu'"
 EXACT = "cnnrs, engine='cpu', precision='exact'"
@@ -127,9 +128,7 @@ def eager(model: nn.Module, images: torch.Tensor) -> Callable[[], int]:
 
 def compiled(model: nn.Module, images: torch.Tensor, exact: bool = False) -> _cnnrs.CpuNetwork:
     """What `preconv` runs."""
-    network = cpu_features.network(lower(model), images, required=True, exact=exact)
-    assert network is not None
-    return network
+    return cpu_inference.network(lower(model), exact=exact)
 
 
 def layer_table(network: _cnnrs.CpuNetwork, images: torch.Tensor, rounds: int = 5) -> str:

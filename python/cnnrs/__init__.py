@@ -13,30 +13,58 @@ The tutorial's path, with the names PyTorch users know::
     cnnrs.explain(model)                                      # which engine runs it, and why
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from cnnrs import _torch as _torch
 
 _torch.load()  # one readable ImportError when torch is missing or of another version
 
-from cnnrs import errors, layers, models  # noqa: E402
-from cnnrs import ray as ray  # noqa: E402
 from cnnrs._cnnrs import __version__  # noqa: E402
-from cnnrs.backbones import Backbone, backbone  # noqa: E402
-from cnnrs.check import check  # noqa: E402
-from cnnrs.checkpoint import BestCheckpoint, EarlyStopping  # noqa: E402
-from cnnrs.engines import explain  # noqa: E402
-from cnnrs.errors import CnnrsError, DecodeError, NonFiniteLossError, UnsupportedModelError  # noqa: E402
-from cnnrs.feature_dataset import FeatureDataset, data_gen  # noqa: E402
-from cnnrs.features import Features, load_features  # noqa: E402
-from cnnrs.fit import compile, fit  # noqa: E402
-from cnnrs.folder import ImageFolder, ImageList  # noqa: E402
-from cnnrs.history import History  # noqa: E402
-from cnnrs.layers import conv_layers, freeze, init, replace_head, set_dropout, unfreeze  # noqa: E402
-from cnnrs.loader import DataLoader  # noqa: E402
-from cnnrs.metrics import confusion, top_losses  # noqa: E402
-from cnnrs.mnist import MNIST  # noqa: E402
-from cnnrs.preconv import preconv  # noqa: E402
-from cnnrs.runs import load_run  # noqa: E402
-from cnnrs.summary import summary  # noqa: E402
+
+if TYPE_CHECKING:
+    from cnnrs import errors, layers, models
+    from cnnrs import ray as ray
+    from cnnrs.classifier.run_folder import load_run
+    from cnnrs.data.check import check
+    from cnnrs.data.feature_dataset import FeatureDataset, data_gen
+    from cnnrs.data.folder import ImageFolder, ImageList
+    from cnnrs.data.loader import DataLoader
+    from cnnrs.data.mnist import MNIST
+    from cnnrs.engine.explain import explain
+    from cnnrs.engine.summary import summary
+    from cnnrs.errors import CnnrsError, DecodeError, NonFiniteLossError, UnsupportedModelError
+    from cnnrs.features.features import Features, load_features
+    from cnnrs.features.preconv import preconv
+    from cnnrs.layers import conv_layers, freeze, init, replace_head, set_dropout, unfreeze
+    from cnnrs.model.backbone import Backbone, backbone
+    from cnnrs.training.checkpoint import BestCheckpoint, EarlyStopping
+    from cnnrs.training.fit import compile, fit
+    from cnnrs.training.history import History
+    from cnnrs.training.metrics import confusion, top_losses
+
+#: Where the public names live: a module is loaded when one of its names is first asked for, so that ``import cnnrs``
+#: costs little beside ``import torch``. The imports above say the same to type checkers.
+_HOMES = {
+    "classifier.run_folder": "load_run",
+    "data.check": "check",
+    "data.feature_dataset": "FeatureDataset data_gen",
+    "data.folder": "ImageFolder ImageList",
+    "data.loader": "DataLoader",
+    "data.mnist": "MNIST",
+    "engine.explain": "explain",
+    "engine.summary": "summary",
+    "errors": "CnnrsError DecodeError NonFiniteLossError UnsupportedModelError",
+    "features.features": "Features load_features",
+    "features.preconv": "preconv",
+    "layers": "conv_layers freeze init replace_head set_dropout unfreeze",
+    "model.backbone": "Backbone backbone",
+    "training.checkpoint": "BestCheckpoint EarlyStopping",
+    "training.fit": "compile fit",
+    "training.history": "History",
+    "training.metrics": "confusion top_losses",
+}
+_MODULES = ("errors", "layers", "models", "ray")
 
 __all__ = [
     "MNIST",
@@ -76,3 +104,18 @@ __all__ = [
     "top_losses",
     "unfreeze",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name in _MODULES:
+            return import_module(f"cnnrs.{name}")
+        home = next((home for home, names in _HOMES.items() if name in names.split()), None)
+        if home is None:
+            raise AttributeError(f"module 'cnnrs' has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f"cnnrs.{home}"), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

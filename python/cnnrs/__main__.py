@@ -2,6 +2,6 @@
 
 import sys
 
-from cnnrs.cli import main
+from cnnrs.app.cli import main
 
 sys.exit(main())

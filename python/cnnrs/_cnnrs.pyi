@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, final
+from typing import Any, ClassVar, Protocol, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from cnnrs._records import CpuTask, Epoch, EpochTotals, Kept, Limits, Node, ReadOptions, RowFile, Transform
 
 __all__ = [
     "Cache",
@@ -16,17 +18,17 @@ __all__ = [
     "Loader",
     "Memory",
     "__version__",
-    "apply_op",
     "available_threads",
     "check_files",
     "copy_rows",
     "cpu_obstacle",
     "cpu_slow",
-    "decode_image",
     "extract_rows",
     "fit_cpu",
     "fit_python",
-    "image_orientation",
+    "journal_line",
+    "jpeg_decoder",
+    "parse_journal",
     "read_idx",
     "row_checksums",
     "scan_folders",
@@ -34,18 +36,26 @@ __all__ = [
 
 __version__: str
 
-#: (loss, weight, correct or None, counted) of a batch.
-_Counts = tuple[float, float, int | None, int]
-#: (loss, weight, correct or None, counted, samples, batches, last mean loss or None, batches since the last step).
-_Totals = tuple[float, float, int | None, int, int, int, float | None, int]
+class _PythonEngine(Protocol):
+    """The user's module, loss and optimizer."""
+
+    def forward(self, inputs: Any, targets: Any, training: bool, /) -> tuple[float, float, int | None, int, int]:
+        """(loss, weight, correct or None, counted, samples) of a batch."""
+
+    def backward(self) -> None:
+        """Adds the gradients of that loss."""
+
+    def update(self) -> None:
+        """Steps the optimizer."""
 
 @final
 class Graph:
     """A network as a list of operations, in the order `forward` calls them."""
 
-    def __new__(
-        cls, nodes: Sequence[tuple[str, str, list[int], dict[str, Any]]], output: int, tensors: Sequence[list[int]]
-    ) -> Graph: ...
+    kinds: ClassVar[list[str]]
+    """The kinds of operations there are."""
+
+    def __new__(cls, nodes: Sequence[Node], output: int, tensors: Sequence[list[int]]) -> Graph: ...
     def __len__(self) -> int: ...
     def shapes(self, input: Sequence[int]) -> list[list[int]]:
         """Output shape of every node for one input shape (N, C, H, W)."""
@@ -60,56 +70,47 @@ class Graph:
         """Indices of the parameters that each node reads."""
 
 def fit_python(
-    number: int,
-    phase: str,
-    forward: Callable[[Any, Any, bool], tuple[float, float, int | None, int, int]],
-    backward: Callable[[], None],
-    update: Callable[[], None],
-    batches: Iterator[tuple[Any, Any]],
-    accumulate: int,
-    after: Callable[[int, float], Any] | None,
-    before: _Totals | None,
-) -> _Totals:
+    epoch: Epoch,
+    engine: _PythonEngine,
+    batches: Iterator[tuple[Any, Any] | None],
+    before: EpochTotals | None,
+) -> EpochTotals:
     """One epoch of any module, or what is left of it after ``before``."""
 
 def extract_rows(
-    batches: Iterator[tuple[torch.Tensor, list[tuple[int, int]], str]],
-    file: tuple[str, str | None, int | None, bool] | None,
+    batches: Iterator[tuple[torch.Tensor, list[tuple[int, int]], list[str]]],
+    file: RowFile | None,
     expected: int,
 ) -> tuple[NDArray[np.uint8] | None, list[int], str]:
     """Keeps features: (bytes, or None when they are in a file; shape; torch's name of the type).
 
-    Batches are (contiguous features on the CPU, runs (first row, rows) where they go, JSON of the commit record); a
-    file is (path, journal, rows in all where known, whether to go on with what is there).
+    Batches are (contiguous features on the CPU, runs (first row, rows) where they go, identities of the rows).
     """
 
 def copy_rows(
     source: str | os.PathLike[str],
-    file: tuple[str, str | None, int | None, bool],
+    file: RowFile,
     row: Sequence[int],
     dtype: str,
-    moves: Sequence[tuple[int, int, int, str]],
+    moves: Sequence[tuple[int, int, int, Sequence[str]]],
 ) -> None:
-    """Copies rows of shape `row`; moves are (first row there, first row here, rows, JSON of the commit record)."""
+    """Copies rows of shape `row`; moves are (first row there, first row here, rows, identities)."""
+
+def journal_line(json: str) -> bytes:
+    """The line of a journal that says ``json``."""
+
+def parse_journal(
+    data: bytes,
+) -> tuple[str | None, list[tuple[int, int, int, list[str]]], tuple[int, int]]:
+    """(JSON of the header or None, runs (first row, rows, checksum, identities), where the records begin and end), up
+    to the first line that is torn or not as it was written.
+    """
 
 def row_checksums(path: str | os.PathLike[str], row_bytes: int, runs: Sequence[tuple[int, int]]) -> list[int | None]:
     """CRC-32 of runs (first row, rows) of a `.npy` file with our header, None where it ends before."""
 
-def decode_image(data: bytes, *, exif: bool = False, truncated: str = "error") -> tuple[int, int, bytes]:
-    """(height, width, height * width * 3 bytes of RGB) of an image file's bytes."""
-
-def image_orientation(data: bytes) -> int:
-    """The EXIF orientation of an image file's bytes, 1 to 8."""
-
-def apply_op(
-    rgb: bytes,
-    height: int,
-    width: int,
-    spec: tuple[Any, ...],
-    order: str,
-    key: tuple[int, int, int] | None = None,
-) -> tuple[int, int, bytes]:
-    """One operation, spelled as for `Loader`, on RGB: (height, width, bytes), 3 bytes per pixel or 1 if gray."""
+def jpeg_decoder() -> str:
+    """Who decodes JPEGs in this process, in words."""
 
 @final
 class Memory:
@@ -137,23 +138,15 @@ class Loader:
 
     def __new__(
         cls,
-        ops: Sequence[tuple[Any, ...]],
-        finish: tuple[Any, ...] | None,
-        pillow13: bool,
+        transform: Transform,
+        read: ReadOptions,
         seed: int,
         threads: int,
         memory: Memory,
         rows: torch.Tensor | None = None,
-        limits: tuple[int | None, int | None] | None = None,
-        cache: Cache | None = None,
-        cached_ops: int = 0,
-        exif: bool = False,
-        accept_truncated: bool = False,
-        scaled: bool = False,
+        cache: Kept | None = None,
     ) -> Loader:
-        """``limits``: pixels and bytes per file; ``cache`` keeps images behind the first ``cached_ops`` operations;
-        ``scaled``: JPEGs before a resize at a half, a quarter or an eighth of their size.
-        """
+        """``rows``: (N, H, W) uint8 gray images, for :meth:`submit_rows`."""
 
     def submit_files(
         self, indices: Sequence[int], positions: Sequence[int], paths: Sequence[str | os.PathLike[str]]
@@ -206,7 +199,7 @@ def check_files(
     paths: Sequence[str | os.PathLike[str]],
     progress: Callable[[int], object],
     threads: int,
-    limits: tuple[int | None, int | None] | None = None,
+    limits: Limits,
 ) -> list[tuple[str | None, int, int, int, int, Exception | None, str | None]]:
     """Per file: (format, width, height, bytes, hash of the contents, what is wrong with it, whose fault that is).
 
@@ -233,22 +226,14 @@ def cpu_slow(graph: Graph) -> list[int]:
     """Nodes that PyTorch trains at least as fast as the cpu engine, where they are most of the work; else none."""
 
 def fit_cpu(
-    number: int,
-    phase: str,
+    epoch: Epoch,
     graph: Graph,
     tensors: Sequence[torch.Tensor],
-    loss: tuple[Any, ...],
-    sgd: Sequence[Any],
-    adam: Sequence[Any],
-    clip: tuple[str, float] | None,
+    task: CpuTask,
     plans: CpuPlans,
-    workers: int,
-    seed: int,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor] | None]
     | tuple[torch.Tensor, torch.Tensor, list[int], list[int]],
-    accumulate: int,
-    after: Callable[[int, float], Any] | None,
-) -> _Totals:
+) -> EpochTotals:
     """One epoch of a lowered model without libtorch."""
 
 @final

@@ -15,9 +15,12 @@ def load() -> ModuleType:
         The extension module.
 
     Raises:
-        ImportError: torch is missing or too old, or the extension was not built.
+        ImportError: torch is missing or too old, NumPy is missing, or the extension was not built.
     """
     _check_torch()
+    # Without it half of cnnrs would fail at its first use.
+    import numpy  # noqa: F401
+
     try:
         return import_module("cnnrs._cnnrs")
     except ModuleNotFoundError:

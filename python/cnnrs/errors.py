@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from PIL import UnidentifiedImageError
+
+#: Why bytes cannot be decoded: "unknown" is no format that is known, "unsupported" one that is not read in this way.
+DecodeKind = Literal["unknown", "unsupported", "truncated", "damaged", "too_large"]
 
 
 class CnnrsError(Exception):
@@ -10,7 +15,13 @@ class CnnrsError(Exception):
 
 
 class DecodeError(CnnrsError, UnidentifiedImageError):
-    """The bytes of a file are not an image that can be decoded; an ``OSError``, as Pillow's errors about files are."""
+    """The bytes of a file are not an image that can be decoded; an ``OSError``, as Pillow's errors about files are.
+
+    Attributes:
+        kind: why; None where it is about more than one file.
+    """
+
+    kind: DecodeKind | None = None
 
 
 class NonFiniteLossError(CnnrsError, FloatingPointError):

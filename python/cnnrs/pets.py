@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cnnrs.folder import ImageFolder, ImageList
-from cnnrs.layout import find_halves
+from cnnrs.app.layout import find_halves
+from cnnrs.data.folder import ImageFolder, ImageList
 
 Transform = Callable[..., Any] | None
 

@@ -1,0 +1,1 @@
+"""The demo: real images to trained classifiers."""

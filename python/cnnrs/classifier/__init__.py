@@ -1,0 +1,1 @@
+"""From a backbone to a classifier: heads, and the folder of a trained one."""

@@ -1,0 +1,143 @@
+"""What ``cnnrs train`` trains: a pretrained network by name, cut in two, with a head for the classes at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import nn
+
+from cnnrs.layers import put, set_dropout
+
+if TYPE_CHECKING:
+    from torchvision import transforms
+
+    from cnnrs.model.weights import Found
+
+Head = Literal["linear", "mlp", "classifier"]
+HEADS: tuple[str, ...] = get_args(Head)
+_HIDDEN = 256
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to a photo: shorter side and square crop in pixels, mean and deviation per channel (0 to 1)."""
+
+    resize: int
+    crop: int
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, transform: Any) -> Preprocessing:
+        """The same as numbers, of a torchvision preset or a ``Compose``.
+
+        Raises:
+            ValueError: the transform does something else as well.
+        """
+        if hasattr(transform, "resize_size") and hasattr(transform, "crop_size"):
+            resize, crop = transform.resize_size[0], transform.crop_size[0]
+            return cls(resize, crop, transform.interpolation.value, tuple(transform.mean), tuple(transform.std))
+        steps = {type(step).__name__.removeprefix("Maybe"): step for step in getattr(transform, "transforms", [])}
+        if list(steps) != ["Resize", "CenterCrop", "ToTensor", "Normalize"]:
+            raise ValueError(f"these weights want more than resize, crop and normalise: {transform}")
+        resize, crop = (_side(steps[name].size) for name in ("Resize", "CenterCrop"))
+        norm = steps["Normalize"]
+        mean, std = (tuple(float(value) for value in values) for values in (norm.mean, norm.std))
+        return cls(resize, crop, steps["Resize"].interpolation.value, mean, std)
+
+    def transform(self) -> transforms.Compose:
+        """The same as torchvision's objects."""
+        from torchvision import transforms
+        from torchvision.transforms import InterpolationMode
+
+        return transforms.Compose(
+            [
+                transforms.Resize(self.resize, InterpolationMode(self.interpolation)),
+                transforms.CenterCrop(self.crop),
+                transforms.ToTensor(),
+                transforms.Normalize(self.mean, self.std),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A network in two.
+
+    Attributes:
+        body: computed once.
+        head: trained.
+        join: makes the network whole again and returns it.
+        early: whether the cut is before the whole classifier, not before its last layer.
+    """
+
+    body: nn.Module
+    head: nn.Module
+    join: Callable[[], nn.Module]
+    early: bool
+
+
+def cut(found: Found, head: str, num_classes: int, dropout: float = 0.0) -> Parts:
+    """Give a network an untrained end for ``num_classes``, and cut it there.
+
+    Args:
+        found: a network by name, without its last linear layer; changed.
+        head: "linear" puts another linear layer there; "mlp" two with ReLU and dropout between; with "classifier" (VGG,
+            AlexNet) the linear layers before it are trained as well.
+        num_classes: at least 1.
+        dropout: probability inside "mlp" and "classifier".
+
+    Raises:
+        ValueError: there is no linear layer; "classifier" for a network that has only one.
+    """
+    import torchvision
+
+    model = found.model
+    _drop_aux(found)
+    if found.last is None:
+        raise ValueError(f"{found.name} has no linear layer to put a new head in; try vgg16 or resnet18")
+    path, in_features = found.last
+    last: nn.Module = nn.Linear(in_features, num_classes)
+    if head == "classifier":
+        if not isinstance(model, torchvision.models.VGG | torchvision.models.AlexNet):
+            raise ValueError(
+                "head 'classifier' trains all linear layers of VGG or AlexNet; "
+                f"{type(model).__name__} takes 'linear' or 'mlp'"
+            )
+        put(model, path, last)
+        set_dropout(model.classifier, dropout)
+        body = nn.Sequential(model.features, model.avgpool, nn.Flatten())
+        return Parts(body, model.classifier, lambda: model, early=True)
+    if head == "mlp":
+        last = nn.Sequential(
+            nn.Linear(in_features, _HIDDEN), nn.ReLU(), nn.Dropout(dropout), nn.Linear(_HIDDEN, num_classes)
+        )
+
+    def join() -> nn.Module:
+        put(model, path, last)
+        return model
+
+    return Parts(model, last, join, early=False)
+
+
+def _drop_aux(found: Found) -> None:
+    """Auxiliary heads serve training from scratch only, and tell the classes of the weights apart."""
+    import torchvision
+
+    if not isinstance(found.model, torchvision.models.GoogLeNet | torchvision.models.Inception3):
+        return
+    found.model.aux_logits = False
+    for name in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(found.model, name):
+            setattr(found.model, name, None)
+    found.options = {**found.options, "aux_logits": False, "init_weights": False}
+
+
+def _side(size: Any) -> int:
+    sides = {int(side) for side in size} if isinstance(size, (tuple, list)) else {int(size)}
+    if len(sides) > 1:
+        raise ValueError(f"these weights want pictures that are not square: {size}")
+    return sides.pop()

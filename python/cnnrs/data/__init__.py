@@ -1,0 +1,1 @@
+"""Many images: data sets, the loader and its iterators, caches, bad files."""

@@ -1,0 +1,1 @@
+"""Who computes a network: engines, what they can do, which one is taken and why."""

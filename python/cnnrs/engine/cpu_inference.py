@@ -1,0 +1,50 @@
+"""Features on engine ``cpu``: the frozen graph in native code, without libtorch."""
+
+from __future__ import annotations
+
+import torch
+
+from cnnrs import _cnnrs
+from cnnrs._util import plain
+from cnnrs.model.lowering import Lowered
+
+
+def obstacle(lowered: Lowered, images: torch.Tensor) -> str | None:
+    """Why engine ``cpu`` cannot compute features of ``images``; None where it can.
+
+    Args:
+        lowered: the frozen model.
+        images: a batch, (N, C, H, W) or (N, F).
+    """
+    for name, tensor in [
+        ("the batch", images),
+        *((f"a parameter of shape {list(t.shape)}", t) for t in lowered.tensors),
+    ]:
+        if not plain.is_plain(tensor):
+            return f"it reads ordinary tensors, but {name} is {plain.said(tensor)}"
+        # Counters of batch norm are integers, and nobody reads them here.
+        if tensor.device.type != "cpu" or (tensor.dtype != torch.float32 and tensor.is_floating_point()):
+            return f"it computes in float32 on the CPU, but {name} is {tensor.dtype} on {tensor.device}"
+    if images.dtype != torch.float32 or images.ndim not in (2, 4) or images.numel() == 0:
+        return f"it reads float32 images (N, C, H, W) or vectors (N, F), not {images.dtype} {list(images.shape)}"
+    return _cnnrs.CpuNetwork.obstacle(lowered.graph, _in_order(lowered), list(images.shape))
+
+
+def _in_order(lowered: Lowered) -> list[torch.Tensor]:
+    """The model's tensors; those of a model in channels_last are copied, all others are read where they are."""
+    return [tensor.contiguous() for tensor in lowered.tensors]
+
+
+def network(lowered: Lowered, *, exact: bool = False) -> _cnnrs.CpuNetwork:
+    """The engine that computes features, where :func:`obstacle` has found none.
+
+    It is taken wherever it can run: its rounding is libtorch's, its convolutions are faster.
+
+    Args:
+        lowered: the frozen model.
+        exact: no Winograd convolution.
+
+    Returns:
+        A callable from (N, C, H, W) to (N, ...) float32.
+    """
+    return _cnnrs.CpuNetwork(lowered.graph, _in_order(lowered), torch.get_num_threads(), exact)

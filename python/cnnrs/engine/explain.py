@@ -1,0 +1,145 @@
+"""Which engines `fit` and `preconv` pick for a model, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from cnnrs.engine.choice import Question, decide
+from cnnrs.engine.verify import known_difference
+from cnnrs.model.lowering import Lowered, lower
+from cnnrs.model.modes import frozen
+from cnnrs.model.operations import Unsupported
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a model takes the engines it takes; prints as text.
+
+    Attributes:
+        engine: what ``engine="auto"`` picks for :func:`cnnrs.fit`: "cpu" or "python".
+        operations: number of operations of the lowered graph, 0 for a model that cannot be taken apart.
+        reasons: what keeps the model from engine "cpu", with the names of the layers; empty where that is taken.
+        preconv: what it picks for :func:`cnnrs.preconv` of float32 images: "cpu", "python", or "open" where that
+            depends on the images' size, which was not given.
+        preconv_reasons: what keeps the frozen model from engine "cpu"; empty where that is taken, or open.
+    """
+
+    engine: str
+    operations: int
+    reasons: tuple[str, ...]
+    preconv: str
+    preconv_reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self._fit()}\n{self._preconv()}"
+
+    def _preconv(self) -> str:
+        if self.preconv == "open":
+            return "preconv: engine 'cpu' or 'python', which depends on the inputs' size: give explain() an input_shape"
+        if self.preconv == "cpu":
+            return "preconv: engine 'cpu', native code, equal to the model up to float rounding"
+        if self.preconv_reasons == self.reasons:
+            return f"preconv: engine {self.preconv!r}, for the same reasons"
+        return "\n".join([f"preconv: engine {self.preconv!r}, because", *listed(self.preconv_reasons)])
+
+    def _fit(self) -> str:
+        if self.engine == "cpu":
+            return (
+                f"engine 'cpu': all {self.operations} operations are compiled to native code; equal to the plain loop "
+                "up to float rounding, without .grad. A loss or optimizer that it does not know, batches that are not "
+                "float32, and amp take engine 'python', which has the plain loop's bits"
+            )
+        first = "engine 'python': the model is called as it is, once per batch, because"
+        return "\n".join([first, *listed(self.reasons)])
+
+    __repr__ = __str__
+
+
+def listed(reasons: Sequence[str], most: int = 8) -> list[str]:
+    """Reasons as lines of text; of many the first few and how many more there are."""
+    lines = [f"  - {reason}" for reason in reasons[:most]]
+    return lines if len(reasons) <= most else [*lines, f"  ... and {len(reasons) - most} more"]
+
+
+def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Explanation:
+    """Say in words which engines :func:`cnnrs.fit` and :func:`cnnrs.preconv` pick for ``model``, and why.
+
+    Args:
+        model: any module; for fit it is looked at in its present mode (train or eval), for preconv in eval mode. It is
+            not changed.
+        input_shape: (N, C, H, W) or (N, F) of a batch: some obstacles depend on it. None: (1, 3, 224, 224) for models
+            that begin with a convolution of three channels and can run on that.
+
+    What the check on the first batch of an earlier ``fit`` or ``preconv`` has found is among the reasons.
+
+    Returns:
+        An object that prints as the explanation, with ``engine``, ``operations``, ``reasons`` and ``preconv``.
+
+    Raises:
+        TypeError: model is no ``nn.Module``.
+        RuntimeError: a layer cannot take what ``input_shape`` makes of it; the message names the layer.
+
+    >>> import cnnrs
+    >>> why = cnnrs.explain(cnnrs.models.MnistNet(), (32, 1, 28, 28))
+    >>> why.engine, why.preconv
+    ('cpu', 'cpu')
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    with frozen(model):
+        features = _question("preconv", model, input_shape)
+    fit = _question("fit", model, input_shape)
+    preconv, lowered = decide(features), fit.lowered
+    # A shape decides, and none is known.
+    is_open = preconv.engine == "cpu" and features.inputs is None
+    trained = decide(fit)
+    reasons = trained.reasons
+    if lowered is not None and not fit.reasons and any(tensor.device.type == "cuda" for tensor in lowered.tensors):
+        reasons += ("where loss, optimizer and options allow it, whole steps are recorded there once, and replayed",)
+    operations = 0 if lowered is None or fit.reasons else len(lowered.graph) - 1
+    return Explanation(trained.engine, operations, reasons, "open" if is_open else preconv.engine, preconv.reasons)
+
+
+def _question(purpose: Literal["fit", "preconv"], model: nn.Module, input_shape: Sequence[int] | None) -> Question:
+    """What ``engine="auto"`` would be asked about float32 inputs of this shape, a known loss and optimizer."""
+    try:
+        lowered = lower(model, gradients=purpose == "fit")
+    except Unsupported as reasons:
+        return Question(purpose, "auto", None, tuple(str(reasons).split("\n")))
+    if reason := known_difference(model, lowered):
+        return Question(purpose, "auto", lowered, (reason,))
+    shape = _shape(lowered, input_shape)
+    inputs = None if shape is None else torch.empty(1, dtype=torch.float32, device="cpu").expand(tuple(shape))
+    return Question(purpose, "auto", lowered, inputs=inputs)
+
+
+def _shape(lowered: Lowered, given: Sequence[int] | None) -> Sequence[int] | None:
+    """The shape of a batch, as given or as networks for photos have it; None where there is no telling.
+
+    Raises:
+        RuntimeError: a layer cannot take the given shape.
+    """
+    if given is not None:
+        lowered.graph.shapes(list(given))
+        return given
+    first = 0
+    for index, (_, kind, inputs, attributes) in enumerate(lowered.operations):
+        if inputs[:1] != [first]:
+            continue
+        if kind == "ZeroPad2d":
+            first = index
+        elif kind == "Conv2d":
+            channels = lowered.tensors[attributes["weight"]].shape[1] * attributes["groups"]
+            try:
+                lowered.graph.shapes([1, 3, 224, 224])
+            except RuntimeError:
+                return None
+            return (1, 3, 224, 224) if channels == 3 else None
+        else:
+            return None
+    return None

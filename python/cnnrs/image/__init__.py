@@ -1,0 +1,1 @@
+"""One image: which of a transform's steps run in Rust, and as what."""

@@ -1,0 +1,27 @@
+"""Whether a frozen model draws random numbers all the same: its features are then one draw of many."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cnnrs._util.generators import Drawing
+from cnnrs.model.lowering import Lowered
+
+
+def of_graph(lowered: Lowered) -> str:
+    """Which operation of the graph draws, in words; "" when none does."""
+    active = [
+        name
+        for name, kind, _, attributes in lowered.operations
+        if kind == "Dropout" and attributes["training"] and attributes["p"] > 0
+    ]
+    return f"dropout that is always on ({active[0]})" if active else ""
+
+
+def does_draw(model: nn.Module, inputs: torch.Tensor) -> bool:
+    """Whether the model itself draws from PyTorch's generator, whatever other threads do; calls it once more."""
+    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), Drawing() as drawing:
+        model(inputs)
+    return bool(drawing.drew)

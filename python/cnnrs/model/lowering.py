@@ -1,0 +1,373 @@
+"""Lower an ``nn.Module`` into the plain list of operations that the engines run.
+
+Nothing is copied: the graph names parameters by index into a list of the module's own tensors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from cnnrs import _cnnrs
+from cnnrs._records import Attributes, Node, OpKind
+from cnnrs._util import plain
+from cnnrs.model.around import global_hooks
+from cnnrs.model.operations import BINARY, FUNCTIONS, INPLACE, LAYERS, METHODS, WEIGHTED, Unsupported
+from cnnrs.model.tracing import Memory, Recorder, Size, Standin, values
+
+
+@dataclass
+class Lowered:
+    """A module as a graph over its own tensors.
+
+    Attributes:
+        graph: the operations.
+        tensors: parameters and buffers that the operations name by index, shared with the module.
+        names: one qualified name per node; node 0 is the input.
+        kinds: the PyTorch class that does the same as each node.
+        operations: (name, kind, inputs, attributes) of each node, as given to the graph.
+        output: the node whose value is the model's.
+    """
+
+    graph: _cnnrs.Graph
+    tensors: list[torch.Tensor]
+    names: list[str]
+    kinds: list[str]
+    operations: list[Node]
+    output: int
+
+
+def lower(model: nn.Module, gradients: bool = True) -> Lowered:
+    """Lower ``model`` in its present mode (dropout and batch norm read each layer's ``training`` flag).
+
+    Args:
+        model: any module whose ``forward`` takes one tensor. It is as before afterwards, and so are the generators of
+            random numbers and everything else that ``forward`` can reach.
+        gradients: whether the result will be differentiated. Where not, it does not matter what ``forward`` does to
+            gradients.
+
+    Returns:
+        The graph and the tensors it reads.
+
+    Raises:
+        Unsupported: with one reason per line when the module does anything that the graph cannot say.
+    """
+    reasons = _obstacles(model)
+    if reasons:
+        raise Unsupported("\n".join(reasons))
+    return _Lowering(model, gradients).run()
+
+
+# -- what makes a model more than its layers -----------------------------------------------------------------
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _obstacles(model: nn.Module) -> list[str]:
+    """Reasons why running the layers one by one would not be the same as calling the model."""
+    reasons = []
+    if type(model).__module__.startswith(("torch.nn.parallel", "torch._dynamo", "torch.distributed")):
+        reasons.append(f"{type(model).__name__} wraps the model and does more than its forward")
+    if global_hooks():
+        reasons.append("a global module hook is registered")
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    if any(not isinstance(mode, DeviceContext) for mode in modes) or torch._C._len_torch_dispatch_stack():
+        reasons.append("a mode that intercepts PyTorch's operations is on")
+    for name, module in model.named_modules():
+        where = f"{name or 'the model'} ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            reasons.append(f"{where} is TorchScript")
+        if any(getattr(module, hooks, None) for hooks in _HOOKS):
+            reasons.append(f"{where} has hooks")
+        if "forward" in vars(module):
+            reasons.append(f"{where} has a forward of its own, set on the instance")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            reasons.append(f"{where} has been compiled")
+        if torch.nn.utils.parametrize.is_parametrized(module):
+            reasons.append(f"{where} has parametrized tensors")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not plain.is_plain(tensor):
+            reasons.append(f"{name} is {plain.said(tensor)}")
+        if getattr(tensor, "_backward_hooks", None) or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            reasons.append(f"parameter {name} has gradient hooks")
+    return reasons
+
+
+# -- the walk ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Lowering:
+    """State of one walk: what has been called so far."""
+
+    model: nn.Module
+    gradients: bool
+    nodes: list[Node] = field(default_factory=lambda: [("input", "Input", [], {})])
+    tensors: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._recorder = Recorder(self.model, self, self.gradients)
+        self._layers = {module: name for name, module in reversed(list(self.model.named_modules()))}
+        own = [*self.model.named_parameters(), *self.model.named_buffers()]
+        self._own = {id(tensor): (name, tensor) for name, tensor in own}
+        self._names: Counter[str] = Counter()
+
+    def run(self) -> Lowered:
+        try:
+            return self._run()
+        finally:
+            # A circle, in which the model would wait for the garbage collector.
+            del self._recorder
+
+    def _run(self) -> Lowered:
+        output = self._recorder.run()
+        reasons = self._recorder.reasons
+        node = None
+        if isinstance(output, Standin):
+            node = self._attempt("forward returns", lambda: self._read(output))
+        if node is None and not reasons:
+            reasons.append("forward does not return one tensor")
+        if node is None or reasons:
+            raise Unsupported("\n".join(reasons))
+        try:
+            graph = _cnnrs.Graph(self.nodes, node, [list(t.shape) for t in self.tensors])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise Unsupported(f"an argument makes no sense: {error}") from error
+        kinds = [_kind(kind, attributes) for _, kind, _, attributes in self.nodes]
+        return Lowered(graph, self.tensors, [node[0] for node in self.nodes], kinds, self.nodes, node)
+
+    def _attempt(self, where: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns; None, with the reason kept, where there is no counterpart."""
+        try:
+            return make()
+        except Unsupported as reason:
+            if str(reason):
+                self._recorder.refuse(f"{where}: {reason}")
+            return None
+
+    def _nothing(self) -> Standin:
+        """Goes on behind what has no counterpart, for further reasons."""
+        return self._recorder.value(None, Memory(""))
+
+    # -- layers
+
+    def is_layer(self, module: nn.Module) -> bool:
+        """Stops at the layers in the table and at torch's own; walks through everything else."""
+        if type(module) in LAYERS or _is_stochastic_depth(module):
+            return True
+        return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, nn.Sequential)
+
+    def layer(self, module: nn.Module, args: tuple[Any, ...]) -> Standin:
+        kind = type(module).__name__
+        name = self._layers.get(module)
+        if name is None:
+            raise self._recorder.stop(f"a {kind} is called that is no submodule of the model")
+        result = self._attempt(f"{name or 'the model'} ({kind})", lambda: self._layer(name or kind, module, args))
+        return result if result is not None else self._nothing()
+
+    def _layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Standin:
+        if _is_stochastic_depth(module):
+            if module.training and getattr(module, "p", 1.0) > 0.0:
+                raise Unsupported("stochastic depth in training mode has no counterpart yet")
+            return self._tensor(args[0])
+        if type(module) not in LAYERS and type(module) is not nn.Identity:
+            raise Unsupported("this layer has no counterpart yet")
+        if len(args) != 1:
+            raise Unsupported(f"is called with {len(args)} arguments")
+        x = self._tensor(args[0])
+        if type(module) is nn.Identity:
+            return x
+        kind, attributes = LAYERS[type(module)]
+        return self._apply(name, kind, [x], self._described(attributes, module, self._tensor_index))
+
+    # -- functions
+
+    def call(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Standin:
+        result = self._attempt(f"{name}()", lambda: self._call(target, name, list(args), dict(kwargs)))
+        return result if result is not None else self._nothing()
+
+    def _call(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Standin:
+        if any(isinstance(value, Standin) and value.node is None for value in values((args, kwargs))):
+            raise Unsupported  # The reason has been given where the value is made.
+        if target in WEIGHTED:
+            return self._weighted(target, name, args, kwargs)
+        if target in BINARY and len(args) == 2 and not kwargs:
+            kind, attributes = BINARY[target]
+            own = [self._own_name(a) is not None for a in args]
+            if kind == "Mul" and any(own) and not attributes["inplace"]:
+                return self._scale(name, args, first=own[0])
+            return self._apply(self._unique(name), kind, [self._tensor(a) for a in args], dict(attributes))
+        if target in (torch.cat, torch.concat):
+            parts = args[0] if args else kwargs.pop("tensors")
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            return self._apply(self._unique(name), "Cat", [self._tensor(a) for a in parts], {"dim": dim})
+        x = self._tensor(args.pop(0) if args else kwargs.pop("input", None))
+        if target in ("view", "reshape", torch.reshape):
+            return self._apply(self._unique(name), "View", [x], {"dims": self._view_dims(args, kwargs)})
+        if target == "contiguous" and not args and not kwargs:
+            if any(kind == "Permute" for _, kind, _, _ in self.nodes):
+                raise Unsupported("copies permuted dimensions, which has no counterpart yet")
+            return self._recorder.value(self._read(x), x.memory)
+        inplace = INPLACE.get(name)
+        function = inplace or (METHODS.get(target) if isinstance(target, str) else target)
+        if function not in FUNCTIONS:
+            raise Unsupported("this function has no counterpart yet")
+        kwargs = {k: v for k, v in kwargs.items() if not (k in ("_stacklevel", "dtype") and v in (3, None))}
+        kind, describe = FUNCTIONS[function]
+        attributes = self._described(describe, *args, **kwargs)
+        if inplace is not None:
+            attributes["inplace"] = True
+        return self._apply(self._unique(name), kind, [x], attributes)
+
+    @staticmethod
+    def _described(describe: Callable[..., Attributes], *args: Any, **kwargs: Any) -> Attributes:
+        try:
+            return describe(*args, **kwargs)
+        except TypeError as error:
+            raise Unsupported(f"its arguments have no counterpart: {error}") from error
+
+    def _weighted(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Standin:
+        """A function whose weights are the module's own; it is named after the module that holds them."""
+        x = self._tensor(args.pop(0) if args else kwargs.pop("input", None))
+        holders: list[str] = []
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, torch.Tensor):
+                own = self._own_name(argument)
+                if own is None:
+                    raise Unsupported("a weight is computed, not a parameter or buffer")
+                holders.append(own.rpartition(".")[0])
+        kind, describe = WEIGHTED[target]
+        attributes = self._described(describe, self._tensor_index, *args, **kwargs)
+        return self._apply((holders[0] if holders else "") or self._unique(name), kind, [x], attributes)
+
+    def _scale(self, name: str, operands: list[Any], first: bool) -> Standin:
+        x, factor = reversed(operands) if first else operands
+        if not isinstance(x, Standin):
+            raise Unsupported("only a tensor of the graph can be multiplied by a parameter")
+        unique = self._unique(name)
+        name = str(self._own_name(factor)).rpartition(".")[0] or unique
+        return self._apply(name, "Scale", [x], {"factor": self._tensor_index(factor), "first": first})
+
+    @staticmethod
+    def _view_dims(args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
+        shape = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args or kwargs.get("shape", [])
+        dims: list[Any] = []
+        for entry in shape:
+            if isinstance(entry, Size) and entry.of is not None and entry.dim >= 0:
+                dims.append((entry.of, entry.dim))
+            elif type(entry) is int:
+                dims.append(entry)
+            else:
+                raise Unsupported(f"shape {tuple(shape)} is computed")
+        return dims
+
+    # -- values
+
+    def _apply(self, name: str, kind: OpKind, inputs: list[Standin], attributes: Attributes) -> Standin:
+        """One more operation. What it returns is a new tensor, its input overwritten, its input, or a view of it."""
+        nodes = [self._read(x) for x in inputs]
+        x, overwrites = inputs[0], attributes.get("inplace", False)
+        drops = kind != "Dropout" or (attributes["training"] and attributes["p"] > 0.0)
+        if overwrites and drops:
+            attributes["inplace"] = self._may_overwrite(kind, x.memory, attributes)
+        self.nodes.append((name, kind, nodes, attributes))
+        made = len(self.nodes) - 1
+        if overwrites or not drops:
+            if drops:
+                x.memory.overwrite(name, f"{kind}_")
+                x.version = x.memory.version
+            x.node = made
+            return x
+        if kind in _VIEWS:
+            return self._recorder.value(made, x.memory)
+        for given in inputs:
+            given.memory.read = True
+        return self._recorder.value(made, Memory(kind))
+
+    def _may_overwrite(self, kind: OpKind, memory: Memory, attributes: Attributes) -> bool:
+        """Whether an operation in place is one in the graph too, or one with a value of its own that nobody can tell.
+
+        Every reader is given the node whose value it would see. What is left is the derivative: PyTorch refuses to go
+        back through what needs a value that has been overwritten. So does engine ``torch``, where the operation is in
+        place there too.
+        """
+        if kind in _IN_PLACE and not (self.gradients and memory.made_by in _KEEP_THEIR_INPUT):
+            return True
+        if memory.made_by == "Input":
+            raise Unsupported("overwrites the batch, which has no counterpart for this operation")
+        if self.gradients and (memory.read or memory.made_by in _KEEP_THEIR_RESULT):
+            raise Unsupported("overwrites a value that a derivative may need")
+        if self.gradients and attributes.get("negative_slope", 0.0) < 0.0:
+            raise Unsupported("has no derivative in place with a negative slope")
+        return False
+
+    def _read(self, x: Standin) -> int:
+        if x.node is None:
+            raise Unsupported  # The reason has been given where the value is made.
+        if x.version != x.memory.version:
+            raise Unsupported(f"reads a view of a value, which {x.memory.writer} has overwritten since")
+        return x.node
+
+    def _tensor(self, argument: Any) -> Standin:
+        if isinstance(argument, Standin):
+            return argument
+        if isinstance(argument, torch.Tensor):
+            own = self._own_name(argument)
+            if own is not None:
+                raise Unsupported(f"parameter {own} is used outside a layer")
+            raise Unsupported("a tensor that is neither parameter nor buffer is used")
+        raise Unsupported(f"argument {argument!r} is not a tensor of the graph")
+
+    def _own_name(self, argument: Any) -> str | None:
+        if not isinstance(argument, torch.Tensor) or isinstance(argument, Standin):
+            return None
+        name, _ = self._own.get(id(argument), (None, None))
+        return name
+
+    def _tensor_index(self, tensor: torch.Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        if isinstance(tensor, Standin):
+            raise Unsupported("a weight is computed, not a parameter or buffer")
+        for index, known in enumerate(self.tensors):
+            if known is tensor:
+                return index
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+    def _unique(self, name: str) -> str:
+        name = name.strip("_")
+        self._names[name] += 1
+        count = self._names[name] - 1
+        return f"{name}_{count}" if count else name
+
+
+#: Operations whose result shares memory with their input, or may.
+_VIEWS: frozenset[OpKind] = frozenset({"View", "Flatten", "Permute"})
+#: Operations that overwrite their input in engine ``torch`` too; the others get a value of their own there.
+_IN_PLACE: frozenset[OpKind] = frozenset({"ReLU", "ReLU6", "SiLU", "Hardswish", "Hardsigmoid", "Dropout", "Add"})
+#: Operations whose derivative needs their result.
+_KEEP_THEIR_RESULT = frozenset(
+    {"ReLU", "ReLU_", "ReLU6_", "LeakyReLU_", "Sigmoid", "Sigmoid_", "Tanh", "Tanh_", "Softmax"}
+)
+#: One of them that engine ``torch`` computes from its input instead, so that it would not notice.
+_KEEP_THEIR_INPUT = frozenset({"LeakyReLU_"})
+
+
+def _is_stochastic_depth(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torchvision.ops") and type(module).__name__ == "StochasticDepth"
+
+
+def _kind(kind: OpKind, attributes: Attributes) -> str:
+    if kind == "Dropout" and attributes["channels"]:
+        return "Dropout2d"
+    if kind == "Softmax" and attributes["log"]:
+        return "LogSoftmax"
+    return kind

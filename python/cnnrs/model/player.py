@@ -1,0 +1,175 @@
+"""The reference of the lowered graph: each operation in PyTorch's own functions, in order, beside any torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from cnnrs._records import Attributes, OpKind
+from cnnrs.model.lowering import Lowered
+
+#: Called with the number of a node and its value, as soon as that is there.
+Visit = Callable[[int, torch.Tensor], object]
+
+
+def play(
+    lowered: Lowered, tensors: list[torch.Tensor], inputs: torch.Tensor, visit: Visit | None = None
+) -> torch.Tensor:
+    """The output of a lowered model for one batch, with autograd behind it where Python has it on.
+
+    Batch norm in training mode updates its statistics in ``tensors``, and in-place operations their operands, as the
+    layers do. A value lives until its last reader, as a local of ``forward`` would.
+
+    Args:
+        lowered: the model.
+        tensors: what takes the place of ``lowered.tensors``.
+        inputs: (N, ...).
+        visit: sees every value before a later operation may overwrite it.
+    """
+    values: dict[int, torch.Tensor] = {}
+    done = _last_read(lowered)
+    for number, (_, kind, sources, attributes) in enumerate(lowered.operations):
+        if kind == "Input":
+            value = inputs
+        elif kind == "View":
+            value = values[sources[0]].reshape(_sizes(attributes["dims"], values))
+        else:
+            value = OPERATIONS[kind](_Operation([values[source] for source in sources], attributes, tensors))
+        values[number] = value
+        if visit is not None:
+            visit(number, value)
+        del value
+        for node in done[number]:
+            del values[node]
+    return values[lowered.output]
+
+
+def _last_read(lowered: Lowered) -> list[list[int]]:
+    """For every node, the nodes that nobody reads behind it."""
+    readers = {number: number for number in range(len(lowered.operations))}
+    for number, (_, _, sources, attributes) in enumerate(lowered.operations):
+        sizes = [dim[0] for dim in attributes.get("dims", ()) if isinstance(dim, tuple)]
+        readers.update(dict.fromkeys([*sources, *sizes], number))
+    done: list[list[int]] = [[] for _ in readers]
+    for node, number in readers.items():
+        if node != lowered.output:
+            done[number].append(node)
+    return done
+
+
+class _Operation:
+    """What one node computes with."""
+
+    def __init__(self, values: list[torch.Tensor], attributes: Attributes, tensors: list[torch.Tensor]) -> None:
+        self.values = values
+        self.attributes = attributes
+        self._tensors = tensors
+
+    @property
+    def x(self) -> torch.Tensor:
+        return self.values[0]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.attributes[name]
+
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """The parameter or buffer of that name."""
+        index = self.attributes[name]
+        return None if index is None else self._tensors[index]
+
+    def weight(self, name: str = "weight") -> torch.Tensor:
+        """A parameter that must be there."""
+        return self._tensors[self.attributes[name]]
+
+
+def _conv2d(o: _Operation) -> torch.Tensor:
+    return F.conv2d(o.x, o.weight(), o.tensor("bias"), o["stride"], o["padding"], o["dilation"], o["groups"])
+
+
+def _batch_norm(o: _Operation) -> torch.Tensor:
+    mean, count, momentum = o.tensor("running_mean"), o.tensor("num_batches_tracked"), o["momentum"]
+    if o["training"] and count is not None:
+        count.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(count)
+    # As nn.BatchNorm2d: without running statistics the batch's own are used in either mode.
+    training = o["training"] or mean is None
+    return F.batch_norm(
+        o.x, mean, o.tensor("running_var"), o.tensor("weight"), o.tensor("bias"), training, momentum or 0.0, o["eps"]
+    )
+
+
+def _adaptive_avg_pool2d(o: _Operation) -> torch.Tensor:
+    return F.adaptive_avg_pool2d(o.x, o["output"])
+
+
+def _max_pool2d(o: _Operation) -> torch.Tensor:
+    return F.max_pool2d(o.x, o["kernel"], o["stride"], o["padding"], o["dilation"], o["ceil_mode"])
+
+
+def _avg_pool2d(o: _Operation) -> torch.Tensor:
+    return F.avg_pool2d(
+        o.x, o["kernel"], o["stride"], o["padding"], o["ceil_mode"], o["count_include_pad"], o["divisor"]
+    )
+
+
+def _dropout(o: _Operation) -> torch.Tensor:
+    channels: Any = torch.feature_dropout_ if o["inplace"] else torch.feature_dropout
+    elements: Any = torch.dropout_ if o["inplace"] else torch.dropout
+    dropped: torch.Tensor = (channels if o["channels"] else elements)(o.x, o["p"], o["training"])
+    return dropped
+
+
+def _pad(o: _Operation) -> torch.Tensor:
+    (top, left), (bottom, right) = o["before"], o["after"]
+    return F.pad(o.x, (left, right, top, bottom))
+
+
+def _scale(o: _Operation) -> torch.Tensor:
+    return o.weight("factor") * o.x if o["first"] else o.x * o.weight("factor")
+
+
+def _softmax(o: _Operation) -> torch.Tensor:
+    return F.log_softmax(o.x, o["dim"]) if o["log"] else F.softmax(o.x, o["dim"])
+
+
+def _add(o: _Operation) -> torch.Tensor:
+    return o.x.add_(o.values[1]) if o["inplace"] else o.x + o.values[1]
+
+
+def _sizes(dims: list[Any], values: dict[int, torch.Tensor]) -> list[int]:
+    return [dim if isinstance(dim, int) else values[dim[0]].shape[dim[1]] for dim in dims]
+
+
+#: Kind of a node -> its function; ``Input`` and ``View`` are :func:`play`'s own.
+OPERATIONS: dict[OpKind, Callable[[_Operation], torch.Tensor]] = {
+    "Conv2d": _conv2d,
+    "BatchNorm2d": _batch_norm,
+    "Linear": lambda o: F.linear(o.x, o.weight(), o.tensor("bias")),
+    "LayerNorm": lambda o: F.layer_norm(o.x, o["shape"], o.tensor("weight"), o.tensor("bias"), o["eps"]),
+    "ReLU": lambda o: F.relu(o.x, o["inplace"]),
+    "ReLU6": lambda o: F.relu6(o.x, o["inplace"]),
+    "LeakyReLU": lambda o: F.leaky_relu(o.x, o["negative_slope"], o["inplace"]),
+    "SiLU": lambda o: F.silu(o.x, o["inplace"]),
+    "GELU": lambda o: F.gelu(o.x, approximate="tanh" if o["tanh"] else "none"),
+    "Hardswish": lambda o: F.hardswish(o.x, o["inplace"]),
+    "Hardsigmoid": lambda o: F.hardsigmoid(o.x, o["inplace"]),
+    "Sigmoid": lambda o: torch.sigmoid(o.x),
+    "Tanh": lambda o: torch.tanh(o.x),
+    "MaxPool2d": _max_pool2d,
+    "AvgPool2d": _avg_pool2d,
+    "AdaptiveAvgPool2d": _adaptive_avg_pool2d,
+    "Dropout": _dropout,
+    "Flatten": lambda o: torch.flatten(o.x, o["start"], o["end"]),
+    "ZeroPad2d": _pad,
+    "Permute": lambda o: o.x.permute(o["dims"]),
+    "Scale": _scale,
+    "Softmax": _softmax,
+    "Mean": lambda o: o.x.mean(o["dims"], o["keepdim"]),
+    "Add": _add,
+    "Mul": lambda o: o.x * o.values[1],
+    "Cat": lambda o: torch.cat(o.values, o["dim"]),
+}

@@ -1,0 +1,381 @@
+"""Record what ``forward`` asks of its argument: the calls in order, on a stand-in that is a real ``torch.Tensor``.
+
+``torch.fx`` records on objects that are no tensors: ``isinstance`` is false, ``+=`` makes a new value. Here the
+argument is a tensor without numbers, of a subclass whose every use PyTorch hands over, attributes and operations in
+place included; uses of other tensors are handed over by a mode.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from cnnrs.model.operations import Unsupported
+from cnnrs.model.surroundings import Contexts, Surroundings
+
+_BLANK = torch.empty((), device="meta")
+#: One module class is patched while a model is traced.
+_LOCK = threading.RLock()
+
+
+class Memory:
+    """What a tensor and its views share.
+
+    Attributes:
+        version: how often it has been overwritten.
+        writer: the last operation that overwrote it.
+        made_by: the kind of operation that made, or last overwrote, the value.
+        read: an operation has read the value; it may keep it for its derivative.
+    """
+
+    def __init__(self, made_by: str) -> None:
+        self.version = 0
+        self.writer = ""
+        self.made_by = made_by
+        self.read = False
+
+    def overwrite(self, writer: str, kind: str) -> None:
+        """A new value in place of the old one."""
+        self.version += 1
+        self.writer, self.made_by, self.read = writer, kind, False
+
+
+class Standin(torch.Tensor):
+    """A value of the graph while it is traced.
+
+    Attributes:
+        node: the node that makes the value; None when the reason why there is none has been given.
+        memory: what it shares with its views.
+        version: that of the memory which this node stands for.
+    """
+
+    recorder: Recorder
+    node: int | None
+    memory: Memory
+    version: int
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return torch.Tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Reached where the mode is off, in scripted functions for example.
+        found = next(value for value in values((args, kwargs or {})) if isinstance(value, Standin))
+        return found.recorder.call(func, args, kwargs or {})
+
+
+class Size(torch.SymInt):
+    """``x.size(dim)``: it can be given to ``view`` and nothing else."""
+
+    def __init__(self, recorder: Recorder, node: int | None, dim: int) -> None:
+        self.recorder, self.of, self.dim = recorder, node, dim
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return int
+
+    def __repr__(self) -> str:
+        return f"size({self.dim})"
+
+    __str__ = __repr__
+
+
+class Shape:
+    """``x.shape``: it can be indexed and unpacked, and nothing else."""
+
+    def __init__(self, recorder: Recorder, node: int | None) -> None:
+        self.recorder, self.of = recorder, node
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return torch.Size
+
+    def __getitem__(self, dim: Any) -> Size:
+        if type(dim) is not int:
+            raise self.recorder.stop("forward computes with the shape of a tensor")
+        return Size(self.recorder, self.of, dim)
+
+    def __iter__(self) -> Iterator[Size]:
+        count = _unpacked(sys._getframe(1))
+        if count is None:
+            raise self.recorder.stop("forward computes with the shape of a tensor")
+        return iter([self[dim] for dim in range(count)])
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.recorder.stop(f"forward asks for the {name} of a tensor's shape")
+
+    __repr__ = object.__repr__
+
+
+def _unpacked(frame: FrameType) -> int | None:
+    """How many names ``frame`` wants where it stands at ``a, b, c = x.shape``; only the code tells."""
+    for instruction in dis.get_instructions(frame.f_code):
+        if instruction.offset == frame.f_lasti:
+            return instruction.argval if instruction.opname == "UNPACK_SEQUENCE" else None
+    return None
+
+
+def _refusing(what: str) -> Callable[..., Any]:
+    def refuse(self: Any, *_: Any, **__: Any) -> Any:
+        raise self.recorder.stop(f"forward computes with the {what} of a tensor")
+
+    return refuse
+
+
+_BINARY = ("add", "and", "divmod", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub",
+           "truediv", "xor")  # fmt: skip
+_COMPARED = ("eq", "ge", "gt", "hash", "le", "lt", "ne")
+_UNARY = ("abs", "bool", "ceil", "float", "floor", "index", "int", "invert", "neg", "pos", "round", "trunc")
+for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_COMPARED, *_UNARY):
+    setattr(Size, f"__{_name}__", _refusing("size"))
+for _name in (*_COMPARED, "add", "bool", "contains", "len", "mul", "radd", "reversed", "rmul"):
+    setattr(Shape, f"__{_name}__", _refusing("shape"))
+
+
+def values(tree: Any) -> Iterator[Any]:
+    """The leaves of nested tuples, lists and dicts."""
+    if type(tree) in (tuple, list):
+        for entry in tree:
+            yield from values(entry)
+    elif type(tree) is dict:
+        yield from values(list(tree.values()))
+    else:
+        yield tree
+
+
+class Lowering(Protocol):
+    """Who turns calls into operations."""
+
+    def call(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A function (or, by name, a method) of at least one stand-in."""
+
+    def layer(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """A module that is not walked through."""
+
+    def is_layer(self, module: nn.Module) -> bool:
+        """Whether it is not walked through."""
+
+
+#: Methods and functions through which a value leaves a tensor for Python.
+_LEAVES = frozenset({
+    "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__complex__", "__index__",
+    "__contains__", "__iter__", "__reversed__", "__format__", "__repr__", "__dlpack__", "equal", "allclose",
+    "is_nonzero", "data_ptr", "storage", "untyped_storage", "_typed_storage",
+})  # fmt: skip
+#: Questions that have one answer for every batch, which the stand-in does not know.
+_QUESTIONS = frozenset({
+    "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset", "is_contiguous", "type",
+    "is_floating_point", "is_complex", "is_signed", "is_pinned", "is_inference", "get_device", "is_same_size",
+    "__len__", "result_type", "can_cast", "retain_grad", "register_hook",
+})  # fmt: skip
+
+
+class Reached(BaseException):
+    """What is looked for has been called."""
+
+
+class Recorder(TorchFunctionMode):
+    """Runs ``model`` on a stand-in and hands its calls to ``lowering``.
+
+    Args:
+        model: the module.
+        lowering: gets the calls.
+        gradients: whether the results will be differentiated: contexts and functions that only matter then are
+            looked at.
+
+    Attributes:
+        reasons: why the calls are not all there is to ``model``.
+    """
+
+    def __init__(self, model: nn.Module, lowering: Lowering, gradients: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.lowering = lowering
+        self.gradients = gradients
+        self.reasons: list[str] = []
+
+    def run(self) -> Any:
+        """What ``model`` returns; anything it raises has become a reason."""
+        with _LOCK, ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self.gradients))
+            self.contexts = Contexts(self.gradients)
+            stack.enter_context(self._layers())
+            if self.gradients:
+                stack.enter_context(self._backward_of_its_own())
+            if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+                # A compiled function inside would be compiled for the stand-in. (Before torch 2.6 it is.)
+                stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
+            argument = self.value(0, Memory("Input"))
+            self.surroundings = Surroundings(self.model, self.stop)
+            try:
+                with self.surroundings.watching(), self:
+                    return self.model(argument)
+            except Reached:
+                return None
+            except Exception as error:
+                # Anything may be raised: forward ran on stand-ins for tensors.
+                if not self.reasons:
+                    self.refuse(f"forward cannot be traced: {type(error).__name__}: {error}")
+                return None
+            finally:
+                if changed := self.contexts.changed():
+                    self.refuse(f"forward leaves the {changed} changed")
+                    self.contexts.restore()
+                for reason in self.surroundings.put_back():
+                    self.refuse(reason)
+                # A circle, in which the model would wait for the garbage collector.
+                del self.surroundings
+
+    def refuse(self, reason: str) -> None:
+        """One more reason, which holds whatever ``forward`` does with exceptions."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def stop(self, reason: str) -> Unsupported:
+        """The exception to raise where ``forward`` cannot go on."""
+        self.refuse(reason)
+        return Unsupported(reason)
+
+    def value(self, node: int | None, memory: Memory) -> Standin:
+        """A new tensor object."""
+        made: Standin = _BLANK.as_subclass(Standin)
+        made.recorder, made.node, made.memory, made.version = self, node, memory, memory.version
+        return made
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One use of tensors."""
+        with torch._C.DisableTorchFunction():
+            return self._call(func, args, kwargs)
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = getattr(func, "__name__", str(func))
+        found = [value for value in values((args, kwargs)) if isinstance(value, (Standin, Size, Shape))]
+        if not any(isinstance(value, Standin) for value in found):
+            if found:
+                raise self.stop(f"{name}() makes a tensor of the batch's size")
+            return self._elsewhere(func, name, args, kwargs)
+        self._check_contexts()
+        if name == "__get__":
+            return self._attribute(func.__self__.__name__, args[0])
+        if name == "__set__":
+            raise self.stop(f"forward sets {func.__self__.__name__} of a tensor")
+        if name == "size" and isinstance(args[0], Standin):
+            return self._size(args[0], *args[1:], **kwargs)
+        if name == "__bool__" or name in _LEAVES:
+            raise self.stop(f"forward reads the value of a tensor ({name}), by which it may decide")
+        if name in _QUESTIONS:
+            raise self.stop(f"forward asks for {name}() of a tensor, which the graph does not keep")
+        target = name if getattr(torch.Tensor, name, None) is func else func
+        return self.lowering.call(target, name, args, kwargs)
+
+    def _elsewhere(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A use of tensors that do not depend on the argument: computed, unless it changes or reads them."""
+        overwrites = name.endswith("_") and not name.startswith("__") and name != "_"
+        if overwrites or name in ("__set__", "__setitem__", "__delitem__") or kwargs.get("out") is not None:
+            own = any(isinstance(value, torch.Tensor) for value in values((args, kwargs)))
+            if own:
+                raise self.stop(f"forward changes a tensor in place ({name}), once per call")
+        if name in _LEAVES and any(isinstance(value, torch.Tensor) for value in args):
+            raise self.stop(f"forward reads the value of a tensor ({name}), which may be another one at the next batch")
+        return func(*args, **kwargs)
+
+    def _attribute(self, name: str, x: Standin) -> Any:
+        if name == "shape":
+            return Shape(self, x.node)
+        raise self.stop(f"forward asks for the {name} of a tensor, which the graph does not keep")
+
+    def _size(self, x: Standin, dim: int | None = None) -> Any:
+        return Shape(self, x.node) if dim is None else Size(self, x.node, dim)
+
+    def _check_contexts(self) -> None:
+        if changed := self.contexts.changed():
+            raise self.stop(f"forward runs a part with another {changed} than the rest")
+
+    @contextmanager
+    def _layers(self) -> Iterator[None]:
+        """Calls of layers are recorded as one operation each."""
+        before = nn.Module.__call__
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values())
+            if not any(isinstance(value, Standin) and value.recorder is self for value in given):
+                return before(module, *args, **kwargs)
+            if not self.lowering.is_layer(module):
+                return before(module, *args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                self._check_contexts()
+                return self.lowering.layer(module, given)
+
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = before  # type: ignore[method-assign]
+
+    @contextmanager
+    def _backward_of_its_own(self) -> Iterator[None]:
+        """Refuses functions with a backward of their own: only their forward would be seen."""
+        function: Any = torch.autograd.Function
+        before = vars(function)["apply"]
+
+        def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(argument, Standin) for argument in args):
+                raise self.stop(f"{cls.__name__} is an autograd.Function, whose backward has no counterpart")
+            return before.__get__(None, cls)(*args, **kwargs)
+
+        function.apply = classmethod(apply)
+        try:
+            yield
+        finally:
+            function.apply = before
+
+
+class _Anything:
+    """Goes along with all calls, up to that of one module, and writes them down."""
+
+    def __init__(self, model: nn.Module, until: nn.Module) -> None:
+        self.until = until
+        self.recorder = Recorder(model, self, gradients=False)
+        self.called: list[Any] = []
+
+    def call(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.called.append(name.strip("_"))
+        return self.recorder.value(0, Memory(name))
+
+    def layer(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        self.called.append(module)
+        if module is self.until:
+            raise Reached
+        return self.recorder.value(0, Memory(""))
+
+    def is_layer(self, module: nn.Module) -> bool:
+        own = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
+        return module is self.until or own
+
+
+def calls_up_to(model: nn.Module, until: nn.Module) -> list[Any] | None:
+    """The functions, by name, and layers that ``model`` calls up to its module ``until``.
+
+    Args:
+        model: the frozen module.
+        until: one of its submodules.
+
+    Returns:
+        None where they may not be the same for every batch.
+    """
+    looking = _Anything(model, until)
+    looking.recorder.run()
+    return None if looking.recorder.reasons else looking.called

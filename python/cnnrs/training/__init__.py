@@ -1,0 +1,1 @@
+"""One epoch and what belongs to it: losses by batch, checkpoints, curves, metrics."""

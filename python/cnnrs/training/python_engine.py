@@ -1,0 +1,170 @@
+"""Engine ``python``: the user's module, loss and optimizer are called, batch by batch, as a plain loop would."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.optim import Optimizer
+
+from cnnrs import _cnnrs
+from cnnrs._records import Epoch
+from cnnrs.engine.losses import Totals, call, counts, measured
+from cnnrs.training.arguments import needs_closure
+from cnnrs.training.batches import describe, samples_of, to_channels_last
+from cnnrs.training.buffers import Buffers
+from cnnrs.training.job import Job
+
+#: Scales of fp16 gradients go on from epoch to epoch.
+_SCALERS: WeakKeyDictionary[Optimizer, torch.amp.GradScaler] = WeakKeyDictionary()
+
+
+def run(job: Job, batches: Iterator[Any], before: Totals | None = None) -> Totals:
+    """One epoch, or what is left of it.
+
+    Args:
+        job: what to do.
+        batches: yields (inputs, targets) of any form; the model is called with the inputs as they are.
+        before: what another engine has done of this epoch.
+    """
+    if job.channels_last:
+        to_channels_last(job.model)
+    engine = _Engine(job, begins=before is None or before.gathered == 0)
+
+    def after(batch: int, mean: float) -> None:
+        job.call_user(batch, mean)
+
+    try:
+        called = None if job.loop.on_batch_end is None else after
+        epoch: Epoch = {
+            "number": job.epoch, "phase": job.phase, "accumulate": job.loop.accumulate, "after": called,
+        }  # fmt: skip
+        return Totals(**_cnnrs.fit_python(epoch, engine, batches, None if before is None else before.by_name()))
+    except BaseException:
+        engine.kept.put_back()
+        raise
+
+
+class _Engine:
+    """The steps of the loop; ``begins``: the next gradients start a new sum.
+
+    Attributes:
+        kept: the buffers as they were before the step under way.
+    """
+
+    def __init__(self, job: Job, begins: bool) -> None:
+        self.kept = Buffers(job.model)
+        self._job = job
+        self._begins = begins
+        self._clip = job.loop.clipper()
+        self._pending: list[torch.Tensor] = []
+        self._scaler: torch.amp.GradScaler | None = None
+        #: What an optimizer with a closure evaluates again: the batches since its last step, and their losses.
+        self._window: list[tuple[Any, Any]] | None = None
+        self._losses: list[torch.Tensor] = []
+        if job.optimizer is not None:
+            if job.scaled:
+                self._scaler = _SCALERS.setdefault(job.optimizer, torch.amp.GradScaler(job.device.type))
+            self._window = [] if needs_closure(job.optimizer) else None
+
+    def forward(self, inputs: Any, targets: Any, training: bool) -> tuple[float, float, int | None, int, int]:
+        """Outputs and loss of one batch; returns what to count of it."""
+        self.kept.keep()
+        outputs, loss = self._evaluate(inputs, targets, training)
+        self._pending[:] = [loss]
+        if self._window is not None:
+            self._window.append((inputs, targets))
+        with torch.no_grad(), self._job.autocast(keep=False):
+            samples = samples_of(inputs, targets, outputs)
+            return (*counts(measured(self._job.loss_fn, loss, outputs, targets, samples)), samples)
+
+    def _evaluate(self, inputs: Any, targets: Any, training: bool) -> tuple[Any, torch.Tensor]:
+        job = self._job
+        if job.around:
+            # It would keep the weights as they were at the first batch.
+            torch.clear_autocast_cache()
+        with torch.set_grad_enabled(training), job.autocast(keep=True):
+            try:
+                outputs = job.model(inputs)
+            except TypeError as error:
+                _explain_call(job.model, inputs, error)
+                raise
+            return outputs, call(job.loss_fn, outputs, targets)
+
+    def backward(self) -> None:
+        """Gradients of that loss, added to those since the last step."""
+        assert self._job.optimizer is not None
+        if self._begins:
+            self._job.optimizer.zero_grad()
+            self._begins = False
+        self._differentiate(self._pending.pop())
+
+    def _differentiate(self, loss: torch.Tensor) -> None:
+        with torch.enable_grad():
+            if self._job.loop.accumulate > 1:
+                loss = loss / self._job.loop.accumulate
+            if self._window is not None:
+                self._losses.append(loss.detach())
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+
+    def update(self) -> None:
+        """One step of the optimizer."""
+        optimizer, scaler = self._job.optimizer, self._scaler
+        assert optimizer is not None
+        self._clip_gradients()
+        closure: dict[str, Any] = {} if self._window is None else {"closure": self._closure(self._window)}
+        if scaler is None:
+            optimizer.step(**closure)
+        else:
+            # Refuses closures, but only by name: their gradients would not be unscaled.
+            scaler.step(optimizer, **closure)
+            scaler.update()
+        self._window = None if self._window is None else []
+        self._losses = []
+        self._begins = True
+        self.kept.accept()
+
+    def _clip_gradients(self) -> None:
+        if self._clip is None:
+            return
+        optimizer = self._job.optimizer
+        assert optimizer is not None
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer)
+        # Each once, as model.parameters() gives them.
+        self._clip(list({id(p): p for group in optimizer.param_groups for p in group["params"]}.values()))
+
+    def _closure(self, window: list[tuple[Any, Any]]) -> Callable[[], torch.Tensor]:
+        """Evaluates the batches of a step; at its first call that has just been done."""
+        optimizer = self._job.optimizer
+        assert optimizer is not None
+        fresh = True
+
+        def closure() -> torch.Tensor:
+            nonlocal fresh
+            if not fresh:
+                self._losses = []
+                optimizer.zero_grad()
+                for inputs, targets in window:
+                    self._differentiate(self._evaluate(inputs, targets, training=True)[1])
+                self._clip_gradients()
+            fresh = False
+            return torch.stack(self._losses).sum() if len(self._losses) > 1 else self._losses[0]
+
+        return closure
+
+
+def _explain_call(model: torch.nn.Module, inputs: Any, error: TypeError) -> None:
+    """Raises a clearer error where ``forward`` cannot be called with one argument."""
+    try:
+        inspect.signature(model.forward).bind(inputs)
+    except TypeError as reason:
+        raise TypeError(
+            f"{type(model).__name__}.forward(): {reason}. fit calls model(inputs) with the first part of what the "
+            f"loader yields, here {describe(inputs)}: wrap the model in one whose forward(inputs) passes them on"
+        ) from error
+    except ValueError:
+        return
