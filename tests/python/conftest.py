@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
+import shutil
 import signal
 import struct
 from collections.abc import Callable, Iterator
@@ -13,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from cnnrs import companion
+from cnnrs.engine import companion
 
 # A shell lets what it starts in the background ignore Ctrl-C, and the children of that ignore it too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -112,6 +115,16 @@ def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def images(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the 26 images, to be changed; a network of `stores` has seen none yet."""
+    from stores import SEEN
+
+    SEEN.clear()
+    shutil.copytree(folder, tmp_path / "images")
+    return tmp_path / "images"
+
+
 Batches = list[list[torch.Tensor]]
 
 
@@ -148,10 +161,36 @@ def cat_and_dog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    """A resnet18 of random numbers."""
+    import torchvision
+
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(weights=None).eval()
+
+
+@pytest.fixture
+def torch_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resnet: nn.Module) -> Path:
+    """torch's cache with a file for resnet18 whose hash is right, and no network."""
+    import torchvision
+
+    place = tmp_path / "hub" / "checkpoints"
+    place.mkdir(parents=True)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    torch.save(resnet.state_dict(), place / "new.pth")
+    name = f"resnet18-{hashlib.sha256((place / 'new.pth').read_bytes()).hexdigest()[:8]}.pth"
+    (place / "new.pth").rename(place / name)
+    entry = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.value
+    monkeypatch.setitem(entry.__dict__, "url", f"https://example.invalid/{name}")
+    return place / name
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with photos, weights, and a run that was trained on them."""
     import torchvision
+
     from fruit import fruit, train
 
     place = tmp_path_factory.mktemp("workplace")
