@@ -110,9 +110,7 @@ class Extractor:
         if choice.engine == "torch":
             network = _without_gradients(self.lowered)
         else:
-            native = cpu_inference.network(self.lowered, exact=self.precision == "exact")
-            # Lazily negated or conjugated images are no bytes to read.
-            network = lambda batch: native(batch.resolve_conj().resolve_neg())  # noqa: E731
+            network = _natively(self.lowered, exact=self.precision == "exact")
         if self._differs(self.lowered, network, images):
             self._against = ("its module computes something else",)
             return None
@@ -143,6 +141,13 @@ def _without_gradients(lowered: Lowered) -> Network:
             return forward(lowered.tensors, images)
 
     return network
+
+
+def _natively(lowered: Lowered, exact: bool) -> Network:
+    """Engine ``cpu``."""
+    native = cpu_inference.network(lowered, exact=exact)
+    # Lazily negated or conjugated images are no bytes to read.
+    return lambda images: native(images.resolve_conj().resolve_neg())
 
 
 def kept(features: torch.Tensor, dtype: str | None) -> torch.Tensor:

@@ -105,7 +105,8 @@ def _run(job: Job, engine: Engine, batches: Iterator[Any], rows: FeatureRows | N
 
 def _question(job: Job, engine: Engine) -> Question:
     """What is known before there is a batch."""
-    reasons = _only_the_module(job) if engine != "python" else ()
+    # An engine that there is not is refused by `lowered_for`, whatever is on.
+    reasons = _only_the_module(job) if engine in ("auto", "cpu", "torch") else ()
     lowered = None
     if not reasons:
         with job.autocast(keep=False):

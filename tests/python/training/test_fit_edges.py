@@ -296,3 +296,16 @@ def test_rows_of_features_are_for_models_on_the_cpu(monkeypatch: pytest.MonkeyPa
             verbose=False,
         )  # fmt: skip
     assert asked == [torch.device("meta")]
+
+
+def test_an_engine_that_there_is_not_is_said_to_be_none_under_a_mode_too() -> None:
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    batches = [(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64))]
+    with Mode(), pytest.raises(ValueError, match="engine must be one of"):
+        cnnrs.fit(
+            0, nn.Linear(3, 2), batches, "validation", loss_fn=F.cross_entropy, engine="fast",  # type: ignore[arg-type]
+            verbose=False,
+        )  # fmt: skip
