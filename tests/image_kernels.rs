@@ -382,7 +382,7 @@ proptest! {
         let limits = Limits { pixels: 1 << 20, bytes: 1 << 20 };
         let mut image = Image::default();
         let plain = decode(&bytes, &limits, &mut image);
-        let options = ReadOptions { limits, exif: true, truncated: Truncated::Accept, scaled: None };
+        let options = ReadOptions { limits, exif: true, truncated: Truncated::Accept, ..ReadOptions::default() };
         let accepted = decode_with(&bytes, &options, &mut image);
         prop_assert!(!matches!(plain, Err(Error::Panic(_))) && !matches!(accepted, Err(Error::Panic(_))));
         prop_assert!(plain.is_err() || accepted.is_ok());

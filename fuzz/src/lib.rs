@@ -19,7 +19,7 @@ pub fn decode_one(bytes: &[u8], format: Format) -> Corpus {
         assert!(image.width * image.height > 0);
     }
     let scaled = Some(Size::Exact { height: 5, width: 9 });
-    let options = ReadOptions { limits: LIMITS, exif: true, truncated: Truncated::Accept, scaled };
+    let options = ReadOptions { limits: LIMITS, exif: true, truncated: Truncated::Accept, scaled, ..ReadOptions::default() };
     let seen = decode_with(bytes, &options, &mut image);
     match &seen {
         Ok(seen) => assert!((1..=8).contains(&seen.orientation)),

@@ -161,12 +161,15 @@ class Limits(TypedDict):
 
 
 class ReadOptions(TypedDict):
-    """How the files of images are read, as for `cnnrs.DataLoader`."""
+    """How the files of images are read, as for `cnnrs.DataLoader`; what is left to Python is an error here."""
 
     decode: Literal["exact", "scaled"]
     truncated: Literal["error", "accept"]
     exif: bool
     limits: Limits
+    #: Files that may have samples of more than 8 bits, or several pages.
+    deep: Literal["read", "leave"]
+    paged: Literal["read", "leave"]
 
 
 class Kept(TypedDict):

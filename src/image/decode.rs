@@ -44,10 +44,37 @@ pub struct ReadOptions {
     /// Turns the image upright, as `PIL.ImageOps.exif_transpose` does.
     pub exif: bool,
     pub truncated: Truncated,
+    pub left: Left,
     /// A JPEG that is to become this size is decoded at a half, a quarter or an eighth of its width and height where that
     /// is still at least as large: as `PIL.Image.draft("RGB", size)` does. Much faster for large photos; the pixels
     /// differ from those of the whole image.
     pub scaled: Option<Size>,
+}
+
+/// What is refused because somebody else reads it otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// Formats whose samples may have more than 8 bits.
+    pub deep: bool,
+    /// Formats that may have several pages.
+    pub paged: bool,
+}
+
+impl Left {
+    fn takes(self, format: Format, bytes: &[u8]) -> bool {
+        // The bits of a PNG stand at this place; an animated one has this chunk in front of its pixels.
+        let deep = match format {
+            Format::Png => bytes.get(24) == Some(&16),
+            Format::Tiff | Format::Pnm => true,
+            _ => false,
+        };
+        let paged = match format {
+            Format::Png => png::is_animated(bytes),
+            Format::Tiff | Format::Gif | Format::WebP => true,
+            _ => false,
+        };
+        self.deep && deep || self.paged && paged
+    }
 }
 
 /// What becomes of a file that ends too early.
@@ -84,6 +111,11 @@ pub fn decode_with(bytes: &[u8], options: &ReadOptions, out: &mut Image) -> Resu
         ));
     }
     let format = Format::of(bytes).ok_or_else(|| not_an_image(bytes))?;
+    if options.left.takes(format, bytes) {
+        return Err(Error::unsupported(
+            "scale and page are for Pillow, where a file may have 16 bits or several pages",
+        ));
+    }
     let run = || {
         let orientation = exif::orientation(bytes, format);
         let scaled = match options.scaled {
@@ -130,4 +162,34 @@ fn not_an_image(bytes: &[u8]) -> Error {
     };
     let formats = "JPEG, PNG, GIF, WebP, BMP, TIFF, PNM";
     Error::undecodable(DecodeKind::Unknown, format_args!("not an image ({formats}): starts with {shown}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_to_others_is_refused() {
+        let gray = b"P5 2 1 999\n\x00\x01\x00\x02";
+        let mut image = Image::default();
+        let mut kind = |left| {
+            let options = ReadOptions { left, ..ReadOptions::default() };
+            decode_with(gray, &options, &mut image).map_err(|error| error.to_string())
+        };
+        assert!(kind(Left::default()).is_ok() && kind(Left { deep: false, paged: true }).is_ok());
+        assert!(kind(Left { deep: true, paged: false }).unwrap_err().contains("scale and page are for Pillow"));
+        let chunk = |name: &[u8]| {
+            let mut bytes = vec![0u8; 4];
+            bytes.extend_from_slice(name);
+            bytes.extend_from_slice(&[0u8; 4]);
+            bytes
+        };
+        let file = |names: [&[u8]; 2]| {
+            let mut bytes = vec![0u8; 8];
+            names.iter().for_each(|name| bytes.extend(chunk(name)));
+            bytes
+        };
+        assert!(png::is_animated(&file([b"IHDR", b"acTL"])));
+        assert!(!png::is_animated(&file([b"IHDR", b"IDAT"])) && !png::is_animated(&file([b"IDAT", b"acTL"])));
+    }
 }

@@ -27,7 +27,8 @@ pub use color::{
 };
 pub use crop::{PadMode, Window, center_crop, crop, pad};
 pub use decode::{
-    Entropy, Format, Limits, ReadOptions, Seen, Truncated, Verdict, decode, decode_jpeg, decode_with, own_jpeg_decoder,
+    Entropy, Format, Left, Limits, ReadOptions, Seen, Truncated, Verdict, decode, decode_jpeg, decode_with,
+    own_jpeg_decoder,
 };
 pub use draw::Key;
 pub use erase::Erasing;

@@ -75,7 +75,8 @@ impl Loader {
         let (transform, output) = transform::transform(transform)?;
         let rows = rows.map(gray_images).transpose()?;
         let scaled = if read.scaled { transform.first_size() } else { None };
-        let read = image::ReadOptions { limits: read.limits, exif: read.exif, truncated: read.truncated, scaled };
+        let ReadOptions { limits, exif, truncated, left, .. } = read;
+        let read = image::ReadOptions { limits, exif, truncated, left, scaled };
         let mut plan = Plan::new(transform, output, read, seed);
         plan.rows = rows;
         if let Some(cache) = cache {

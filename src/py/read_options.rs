@@ -3,15 +3,17 @@
 use pyo3::prelude::*;
 
 use super::record::{Names, record};
-use crate::image::{self, Truncated};
+use crate::image::{self, Left, Truncated};
 
 pub const TRUNCATED: &Names<Truncated> = &[("error", Truncated::Error), ("accept", Truncated::Accept)];
 const DECODE: &Names<bool> = &[("exact", false), ("scaled", true)];
+const LEFT: &Names<bool> = &[("read", false), ("leave", true)];
 
 pub struct ReadOptions {
     pub limits: image::Limits,
     pub exif: bool,
     pub truncated: Truncated,
+    pub left: Left,
     /// JPEGs before a resize at a half, a quarter or an eighth of their size.
     pub scaled: bool,
 }
@@ -21,7 +23,8 @@ impl FromPyObject<'_> for ReadOptions {
         record("read options", options, |r| {
             let Limits(limits) = r.get::<Bound<'_, PyAny>>("limits")?.extract()?;
             let (exif, truncated) = (r.get("exif")?, r.choice("truncated", TRUNCATED)?);
-            Ok(Self { limits, exif, truncated, scaled: r.choice("decode", DECODE)? })
+            let left = Left { deep: r.choice("deep", LEFT)?, paged: r.choice("paged", LEFT)? };
+            Ok(Self { limits, exif, truncated, left, scaled: r.choice("decode", DECODE)? })
         })
     }
 }

@@ -14,13 +14,13 @@ from torch.utils.dlpack import from_dlpack
 from cnnrs import _cnnrs
 from cnnrs._records import Kept, Transform
 from cnnrs._util.intraop import one_thread
-from cnnrs.data.bad_files import accepting_truncated, check_limits, is_the_process, note_not_scaled, note_turned
+from cnnrs.data.bad_files import note_not_scaled, note_turned
 from cnnrs.data.batch import Batch
 from cnnrs.data.iter_base import Iter, collate
 from cnnrs.data.mover import Mover, can_finish, finish_on
 from cnnrs.data.read_options import ReadOptions
+from cnnrs.data.second_opinion import Pixels, opinions
 from cnnrs.data.sources import Rows, Source, Values, find_source
-from cnnrs.errors import DecodeError
 from cnnrs.image.lowering import lower, lower_rest, pillow13, wants_info
 from cnnrs.image.spec import Native, kept_ops
 
@@ -248,7 +248,7 @@ class ImagesIter(Iter):
     def _poll(self, loader: _cnnrs.Loader, ticket: int, batch: Batch) -> tuple[str, Any]:
         """("batch", one tensor), ("samples", tensors), or ("pixels", images), of the samples that are not dropped."""
         value: Any = None
-        error: Any = None
+        found: Any = None
         dropped: list[int] = []
         while True:
             try:
@@ -264,9 +264,11 @@ class ImagesIter(Iter):
                             value = value.index_select(0, torch.tensor(left, dtype=torch.int64))
                     return kind, value
                 now = []
-                for i, error in value:
+                for i, found in self._second_opinions(batch, value):
                     try:
-                        loader.retry(ticket, i, self._second_opinion(batch.indices[i], error))
+                        if isinstance(found, Exception):
+                            raise found
+                        loader.retry(ticket, i, found)
                     except Exception as final:
                         if not self._may_drop(batch, i, final):
                             raise
@@ -280,31 +282,19 @@ class ImagesIter(Iter):
                 raise
             finally:
                 # As above: no cycle of an error, its traceback and this frame.
-                value = error = None
+                value = found = None
 
     def _may_drop(self, batch: Batch, place: int, error: Exception) -> bool:
         return False
 
-    def _second_opinion(self, index: int, error: Any) -> tuple[int, int, int, bytes]:
-        """The pixels of a file that Rust cannot decode, when Pillow can: it knows more formats and has plug-ins."""
-        try:
-            if not isinstance(error, DecodeError) or self._in_memory:
-                raise error
-            check_limits(self._source.path(index), self._read, error)
-            try:
-                with accepting_truncated(self._read.accepts_truncated):
-                    image = self._source.load(index)
-                if self._read.exif:
-                    from PIL import ImageOps
-
-                    image = ImageOps.exif_transpose(image)
-            except Exception as pillows:
-                if is_the_process(pillows):
-                    raise
-                raise error from pillows
-            return image.height, image.width, 3, image.tobytes()
-        finally:
-            error = None
+    def _second_opinions(
+        self, batch: Batch, failed: list[tuple[int, Exception]]
+    ) -> Iterable[tuple[int, Pixels | Exception]]:
+        """What Pillow makes of the samples that Rust could not read, by their places in the batch."""
+        if self._in_memory:
+            return failed
+        files = [(self._source.path(batch.indices[i]), error) for i, error in failed]
+        return zip((i for i, _ in failed), opinions(files, self._read, self._num_workers), strict=True)
 
     def _pil(self, pixels: tuple[int, int, int, bytes], index: int) -> Any:
         from PIL import Image

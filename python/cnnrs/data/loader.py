@@ -22,7 +22,7 @@ from cnnrs.data.iter_images import ImagesIter
 from cnnrs.data.iter_rows import RowsIter, columns, is_rows, unwrap
 from cnnrs.data.iter_skipping import SkippingIter
 from cnnrs.data.read_options import ReadOptions, check_choice
-from cnnrs.data.sources import Rows, find_source
+from cnnrs.data.sources import Rows, find_source, reader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,6 +68,9 @@ class DataLoader(TorchDataLoader[_T_co]):
         decode: "exact", or "scaled": a JPEG is decoded at a half, a quarter or an eighth of its width and height where
             the transform begins with a ``Resize`` to no more than that, as ``PIL.Image.draft`` does. Several times
             faster for large photos, but not torchvision's numbers.
+        scale: how samples of more than 8 bits become bytes: "none", "full" or "percentile", as for
+            :class:`cnnrs.ImageFolder`; None: as the data set says, which is "none" for torchvision's.
+        page: which page of a file with several is taken, from 0 on; None: as the data set says.
         max_pixels: images with more pixels are errors, before memory is taken for them. Without it as in Pillow:
             178,956,970.
         max_bytes: files with more bytes are errors. Without it 1 GiB.
@@ -121,6 +124,8 @@ class DataLoader(TorchDataLoader[_T_co]):
         truncated: str = "error",
         exif: bool = False,
         decode: str = "exact",
+        scale: str | None = None,
+        page: int | None = None,
         max_pixels: int | None = None,
         max_bytes: int | None = None,
         cache: str | os.PathLike[str] | None = None,
@@ -129,11 +134,16 @@ class DataLoader(TorchDataLoader[_T_co]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
+        if isinstance(dataset, (str, os.PathLike)):
+            raise TypeError(
+                f"dataset must be a data set, got a path: cnnrs.ImageFolder({os.fspath(dataset)!r}, transform)"
+            )
         check_choice("on_error", on_error, ("raise", "skip"))
         # Refuses what is none; epochs ask for ``_read``, as these attributes may be set.
-        ReadOptions(truncated, exif, decode, max_pixels, max_bytes)
+        ReadOptions(truncated, exif, decode, max_pixels, max_bytes, scale or "none", page or 0)
         self.on_error = on_error
         self.truncated, self.exif, self.decode = truncated, exif, decode
+        self.scale, self.page = scale, page
         self.max_pixels, self.max_bytes = max_pixels, max_bytes
         self._cache = open_cache(cache, cache_bytes)
         self.cache, self.cache_bytes = cache, cache_bytes
@@ -250,8 +260,11 @@ class DataLoader(TorchDataLoader[_T_co]):
         return SkippingIter(self, source) if skips else ImagesIter(self, source)
 
     def _called(self, reason: str) -> _BaseDataLoaderIter:
-        if self.on_error == "skip" or self._cache is not None:
-            given = 'on_error="skip"' if self.on_error == "skip" else "cache"
+        names = {
+            'on_error="skip"': self.on_error == "skip", "cache": self._cache is not None,
+            "scale": self.scale not in (None, "none"), "page": bool(self.page),
+        }  # fmt: skip
+        if given := next((name for name, is_given in names.items() if is_given), None):
             raise ValueError(
                 f"{given} is for data sets whose files this loader reads itself (ImageFolder, ImageList and "
                 f"torchvision's); it cannot read those of {type(self.dataset).__name__}: {reason}"
@@ -260,7 +273,9 @@ class DataLoader(TorchDataLoader[_T_co]):
 
     @property
     def _read(self) -> ReadOptions:
-        return ReadOptions(self.truncated, self.exif, self.decode, self.max_pixels, self.max_bytes)
+        its = reader(self.dataset)
+        scale, page = its.scale if self.scale is None else self.scale, its.page if self.page is None else self.page
+        return ReadOptions(self.truncated, self.exif, self.decode, self.max_pixels, self.max_bytes, scale, page)
 
     def _ahead(self) -> int:
         """Batches in flight, the one that is waited for included."""

@@ -15,7 +15,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from cnnrs import _cnnrs
-from cnnrs.data.folder import VisionDataset
+from cnnrs.data.image_list import VisionDataset
 
 FILES = tuple(f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
 # For a mirror to answer, and between two packets of it.

@@ -7,6 +7,7 @@ from typing import Any
 
 from cnnrs._records import ReadOptions as Record
 from cnnrs.image.limits import pixel_limit
+from cnnrs.image.reading import Reader
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -28,10 +29,14 @@ class ReadOptions:
     decode: str = "exact"
     max_pixels: int | None = None
     max_bytes: int | None = None
+    scale: str = "none"
+    page: int = 0
 
     def __post_init__(self) -> None:
         check_choice("truncated", self.truncated, ("error", "accept"))
         check_choice("decode", self.decode, ("exact", "scaled"))
+        # Says whether these are scale and page.
+        Reader(self.scale, self.page)
         for name, limit in (("max_pixels", self.max_pixels), ("max_bytes", self.max_bytes)):
             if limit is not None and limit <= 0:
                 raise ValueError(f"{name} must be positive, got {limit}")
@@ -47,6 +52,16 @@ class ReadOptions:
         return self.decode == "scaled"
 
     @property
+    def reader(self) -> Reader:
+        """What reads the files that the extension does not."""
+        return Reader(self.scale, self.page)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the first page and Pillow's bytes are wanted, which Rust knows; the rest is left to Python."""
+        return self.reader == Reader()
+
+    @property
     def limits(self) -> tuple[int | None, int | None]:
         """Above how many pixels and bytes an image is an error; None for the limit as it comes."""
         return pixel_limit(self.max_pixels), self.max_bytes
@@ -59,9 +74,20 @@ class ReadOptions:
             "truncated": "accept" if self.accepts_truncated else "error",
             "exif": self.exif,
             "limits": {"pixels": pixels, "bytes": size},
+            "deep": "read" if self.scale == "none" else "leave",
+            "paged": "leave" if self.page else "read",
         }
 
     @property
     def shaping(self) -> dict[str, Any]:
-        """Those that decide about the pixels of an image: stored images and features hold for the same ones only."""
-        return {"truncated": self.truncated, "exif": self.exif, "decode": self.decode}
+        """Those that decide about the pixels of an image: stored images and features hold for the same ones only.
+
+        A loader that is made with these reads alike.
+        """
+        shaping: dict[str, Any] = {"truncated": self.truncated, "exif": self.exif, "decode": self.decode}
+        # What was stored before there were these goes on being found.
+        if self.scale != "none":
+            shaping["scale"] = self.scale
+        if self.page:
+            shaping["page"] = self.page
+        return shaping

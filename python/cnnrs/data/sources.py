@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import Subset
 
 from cnnrs._util.plain import is_plain
-from cnnrs.data.folder import ImageList
+from cnnrs.data.image_list import ImageList, hot
 from cnnrs.data.mnist import MNIST
+from cnnrs.image.reading import Reader
 
 # A whole batch, or one value per sample.
 Values = Any
@@ -74,10 +75,6 @@ class Source:
         """
         raise NotImplementedError
 
-    def load(self, index: int) -> Any:
-        """The image as Pillow reads it."""
-        raise NotImplementedError
-
     def info(self, index: int) -> dict[Any, Any]:
         """Pillow's ``Image.info``, where a user's function looks for EXIF."""
         return {}
@@ -88,23 +85,22 @@ class Source:
 
 
 class Files(Source):
-    """``ImageFolder`` and ``ImageList``: (path, class number) in ``samples``."""
+    """``ImageFolder`` and ``ImageList``: (path, class number), or class numbers, in ``samples``."""
 
     def look_up(self, indices: list[int], *, tensors: bool) -> tuple[list[Any], Any]:
-        """(paths, class numbers)."""
+        """(paths, class numbers, or a tensor of zeros and ones each)."""
         # Looked up now and not at the start: ``samples`` may have been edited, and a copy of a large list costs memory.
         samples = self.dataset.samples
         chosen = [samples[i] for i in indices]
-        return [path for path, _ in chosen], [target for _, target in chosen]
+        targets = [target for _, target in chosen]
+        if isinstance(self.dataset, ImageList) and self.dataset.multilabel:
+            targets = list(hot(targets, len(self.dataset.classes)))
+        return [path for path, _ in chosen], targets
 
     def path(self, index: int) -> str:
         """The file of a sample."""
         path: str = os.fspath(self.dataset.samples[index][0])
         return path
-
-    def load(self, index: int) -> Any:
-        """The image as Pillow reads it."""
-        return self.dataset.loader(self.dataset.samples[index][0]).convert("RGB")
 
     def info(self, index: int) -> dict[Any, Any]:
         """What Pillow reads from the file's header."""
@@ -173,6 +169,8 @@ def find_source(dataset: Any) -> Source | str:
         ours = isinstance(dataset, ImageList)
         if kind.__getitem__ is not (ImageList if ours else folders.DatasetFolder).__getitem__:
             return "it has its own __getitem__"
+        if type(found.loader) is Reader:
+            return Files(dataset, subsets)
         if folders is None or found.loader not in (folders.default_loader, folders.pil_loader):
             return "it has its own loader"
         if sys.modules["torchvision"].get_image_backend() != "PIL":
@@ -189,6 +187,14 @@ def find_source(dataset: Any) -> Source | str:
             return "its data is not contiguous, or no ordinary tensor"
         return Rows(dataset, subsets)
     return "it is not a known kind"
+
+
+def reader(dataset: Any) -> Reader:
+    """How the data set below any number of ``Subset`` levels wants its files read."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    found = getattr(dataset, "loader", None)
+    return found if type(found) is Reader else Reader()
 
 
 def _torchvision(module: str) -> Any:

@@ -39,8 +39,10 @@ def sick(tmp_path: Path) -> Path:
 def test_every_fault_is_in_its_list(sick: Path, num_workers: int) -> None:
     report = check(sick, num_workers=num_workers)
     cat, dog = str(sick / "cat"), str(sick / "dog")
-    assert report.files == 15
-    assert report.classes == {".ipynb_checkpoints": 1, "cat": 11, "dog": 3, "empty": 0}
+    # What is hidden is no sample, as in training.
+    assert report.files == 14
+    assert report.classes == {"cat": 11, "dog": 3, "empty": 0}
+    assert [(one.ending, one.files) for one in report.left_out] == [(".jpg", 1)]
     assert [path for path, _ in report.corrupt] == [f"{cat}/text.jpg", f"{cat}/zero.png"]
     assert "not an image" in report.corrupt[0][1] and "empty" in report.corrupt[1][1]
     assert [path for path, _ in report.truncated] == [f"{cat}/cut.jpg"]
@@ -48,18 +50,19 @@ def test_every_fault_is_in_its_list(sick: Path, num_workers: int) -> None:
     assert report.wrong_extension == [(f"{cat}/rare.jpg", "JPEG2000"), (f"{cat}/really.jpg", "PNG")]
     assert report.slow == [f"{cat}/rare.jpg"]
     assert report.unusual_modes == [(f"{cat}/print.jpg", "CMYK")]
-    assert report.modes == {"RGB": 11, "CMYK": 1}
-    assert report.sizes == {(30, 20): 11, (50, 40): 1}
+    assert report.modes == {"RGB": 10, "CMYK": 1}
+    assert report.sizes == {(30, 20): 10, (50, 40): 1}
     assert report.rotated == [(f"{cat}/phone.jpg", 6)]
     assert report.duplicates == [[f"{cat}/1.jpg", f"{dog}/copy.jpg"]]
     assert report.empty_classes == ["empty"]
     assert report.hidden == [str(sick / ".ipynb_checkpoints")]
-    assert report.imbalance == 11.0
+    assert report.in_two_classes == report.duplicates
+    assert report.imbalance == 11 / 3 and report.small_classes == {"dog": 3}
 
 
 def test_the_summary_names_what_is_wrong(sick: Path) -> None:
     text = repr(check(sick))
-    assert text.splitlines()[0] == f"{sick}: 15 images, 3 cannot be loaded"
+    assert text.splitlines()[0] == f"{sick}: 14 images, 3 cannot be loaded"
     for part in (
         "corrupt (2)",
         "truncated (1)",

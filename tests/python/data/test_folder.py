@@ -254,7 +254,7 @@ def test_a_list_of_paths_and_labels(tmp_path: Path) -> None:
     assert ImageList([(a, 7), (b, 3)]).targets == [7, 3] and ImageList([a, b]).targets == [-1, -1]
     images, labels = next(iter(DataLoader(names, 3)))
     assert torch.equal(images, torch.stack([names[i][0] for i in range(3)])) and labels.tolist() == [1, 0, 1]
-    first, second = ImageList([(a, 0)] * 4 + [(b, 1)] * 4).split(0.5)
+    first, second = ImageList([(f"{i}.png", i // 4) for i in range(8)]).split(0.5)
     assert first.targets == second.targets == [0, 0, 1, 1]
     assert pickle.loads(pickle.dumps(names)).samples == names.samples
     assert repr(names).startswith("Dataset ImageList\n    Number of datapoints: 3")

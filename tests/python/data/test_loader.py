@@ -318,3 +318,9 @@ def test_operations_on_both_sides_of_a_python_step_draw_independently(tmp_path: 
     flipped = sum(not torch.equal(image, plain[i][0]) for i, image in enumerate(found))
     # Two independent fair flips cancel half the time: Binomial(200, 0.5), deviation 7; equal draws would give 0.
     assert 65 <= flipped <= 135
+
+
+def test_a_folder_is_no_data_set(tmp_path: Path) -> None:
+    for folder in ("cat_and_dog", tmp_path):
+        with pytest.raises(TypeError, match=r"must be a data set, got a path: cnnrs\.ImageFolder\('.*', transform\)"):
+            DataLoader(folder)

@@ -36,6 +36,7 @@ EPOCH: dict[str, Any] = {"number": 0, "phase": "training", "accumulate": 1, "aft
 TASK: dict[str, Any] = {"loss": NLL, "sgd": [], "adam": [], "clip": None, "workers": 1, "seed": 0}
 READ: dict[str, Any] = {
     "decode": "exact", "truncated": "error", "exif": False, "limits": {"pixels": None, "bytes": None},
+    "deep": "read", "paged": "leave",
 }  # fmt: skip
 TRANSFORM: dict[str, Any] = {"ops": [], "finish": {"kind": "float"}, "pillow13": True}
 

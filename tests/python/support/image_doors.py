@@ -44,7 +44,10 @@ def apply_op(
 
 
 def _read(exif: bool, truncated: Any) -> ReadOptions:
-    return {"limits": {"pixels": None, "bytes": None}, "exif": exif, "truncated": truncated, "decode": "exact"}
+    return {
+        "limits": {"pixels": None, "bytes": None}, "exif": exif, "truncated": truncated, "decode": "exact",
+        "deep": "read", "paged": "read",
+    }  # fmt: skip
 
 
 def _only(loader: Loader, ticket: int) -> tuple[int, int, int, bytes]:

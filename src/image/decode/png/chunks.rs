@@ -18,6 +18,20 @@ pub fn chunk(bytes: &[u8]) -> Option<(usize, &[u8], &[u8])> {
     Some((length.iter().fold(0, |n, &b| n << 8 | b as usize), name, rest))
 }
 
+/// Whether a chunk in front of the pixels announces frames.
+pub fn is_animated(bytes: &[u8]) -> bool {
+    let mut at = 8;
+    while let Some((length, name, _)) = bytes.get(at..).and_then(chunk)
+        && name != b"IDAT"
+    {
+        if name == b"acTL" {
+            return true;
+        }
+        at = at.saturating_add(12 + length);
+    }
+    false
+}
+
 /// What the chunks so far have said.
 #[derive(Default)]
 struct Chunks {

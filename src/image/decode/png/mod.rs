@@ -8,7 +8,7 @@ use std::io::Cursor;
 
 use ::png::{BitDepth, ColorType, DecodeOptions, Decoder, DecodingError, Transformations};
 
-pub(super) use self::chunks::{check as check_chunks, chunk};
+pub(super) use self::chunks::{check as check_chunks, chunk, is_animated};
 use super::limits::{check_claim, check_pixels, truncated};
 use super::samples::{Samples, clipped, color_table, fill_rows};
 use crate::error::{Error, Result};
