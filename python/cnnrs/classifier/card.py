@@ -1,4 +1,4 @@
-"""``model.json``, the card of a run: what the files of a run are called, and what its card may say."""
+"""``model.json``, the card of a run: what it may say."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from cnnrs._cnnrs import __version__
-from cnnrs.classifier.heads import HEADS, Preprocessing
+from cnnrs.classifier.heads import Preprocessing
+from cnnrs.classifier.names import CARD, HEADS, NOVELTY
+from cnnrs.data.read_options import ReadOptions
 
 #: Version of ``model.json``; another number is not read.
 FORMAT = 1
 KEYS = ("format", "backbone", "head", "dropout", "classes", "transform")
-MODEL, CARD, HISTORY, REPORT = "model.safetensors", "model.json", "history.csv", "report.html"
-PARTIAL = ".partial"
-
-
-def is_run_file(name: str) -> bool:
-    """Whether a file of this name belongs to a run."""
-    return name.removesuffix(PARTIAL) in (MODEL, CARD, HISTORY, REPORT)
+#: What a card may say beside; cards of earlier versions do not.
+MORE = ("options", "read", "multilabel", "novelty", "neighbours")
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -80,6 +77,25 @@ def _is_transform(value: Any) -> bool:
     return sides and channels and all(value["std"]) and known
 
 
+def _is_read(value: Any) -> bool:
+    try:
+        ReadOptions(**value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_shape(value: Any) -> bool:
+    counts = ("rows", "width", "classes", "k")
+    return (
+        isinstance(value, dict)
+        and set(value) == {*counts, "several", "dtype"}
+        and all(type(value[name]) is int and value[name] > 0 for name in counts)
+        and isinstance(value["several"], bool)
+        and value["dtype"] in ("float16", "float32")
+    )
+
+
 # What `json` makes of a card that nobody has touched.
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backbone": (lambda value: isinstance(value, str), "the name of a network"),
@@ -88,4 +104,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "classes": (_are_names, "a list of different names"),
     "transform": (_is_transform, "the numbers of a preprocessing"),
     "options": (lambda value: isinstance(value, dict), "the options of a network"),
+    "read": (_is_read, "how files are read, as arguments of a DataLoader"),
+    "multilabel": (lambda value: isinstance(value, bool), "true or false"),
+    "novelty": (lambda value: value == NOVELTY, f"the name of a file, {NOVELTY}"),
+    "neighbours": (_is_shape, "the shape of rows that vote"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from cnnrs.model.weights import Found
 
-Head = Literal["linear", "mlp", "classifier"]
-HEADS: tuple[str, ...] = get_args(Head)
 _HIDDEN = 256
 
 
@@ -70,13 +68,13 @@ class Parts:
     Attributes:
         body: computed once.
         head: trained.
-        join: makes the network whole again and returns it.
+        join: makes the network whole again and returns it, with ``head``, or with another one that was trained.
         early: whether the cut is before the whole classifier, not before its last layer.
     """
 
     body: nn.Module
     head: nn.Module
-    join: Callable[[], nn.Module]
+    join: Callable[..., nn.Module]
     early: bool
 
 
@@ -85,7 +83,7 @@ def cut(found: Found, head: str, num_classes: int, dropout: float = 0.0) -> Part
 
     Args:
         found: a network by name, without its last linear layer; changed.
-        head: "linear" puts another linear layer there; "mlp" two with ReLU and dropout between; with "classifier" (VGG,
+        head: "mlp" puts two linear layers there with ReLU and dropout between, others one; with "classifier" (VGG,
             AlexNet) the linear layers before it are trained as well.
         num_classes: at least 1.
         dropout: probability inside "mlp" and "classifier".
@@ -95,12 +93,12 @@ def cut(found: Found, head: str, num_classes: int, dropout: float = 0.0) -> Part
     """
     import torchvision
 
-    model = found.model
+    model = body = found.model
     _drop_aux(found)
     if found.last is None:
         raise ValueError(f"{found.name} has no linear layer to put a new head in; try vgg16 or resnet18")
     path, in_features = found.last
-    last: nn.Module = nn.Linear(in_features, num_classes)
+    last = new_head("linear" if head == "classifier" else head, in_features, num_classes, dropout)
     if head == "classifier":
         if not isinstance(model, torchvision.models.VGG | torchvision.models.AlexNet):
             raise ValueError(
@@ -110,17 +108,22 @@ def cut(found: Found, head: str, num_classes: int, dropout: float = 0.0) -> Part
         put(model, path, last)
         set_dropout(model.classifier, dropout)
         body = nn.Sequential(model.features, model.avgpool, nn.Flatten())
-        return Parts(body, model.classifier, lambda: model, early=True)
-    if head == "mlp":
-        last = nn.Sequential(
-            nn.Linear(in_features, _HIDDEN), nn.ReLU(), nn.Dropout(dropout), nn.Linear(_HIDDEN, num_classes)
-        )
+        path, last = "classifier", model.classifier
 
-    def join() -> nn.Module:
-        put(model, path, last)
+    def join(trained: nn.Module = last) -> nn.Module:
+        put(model, path, trained)
         return model
 
-    return Parts(model, last, join, early=False)
+    return Parts(body, last, join, early=head == "classifier")
+
+
+def new_head(kind: str, in_features: int, num_classes: int, dropout: float = 0.0) -> nn.Module:
+    """An untrained head: (N, in_features) to (N, num_classes); also for heads in closed form, which are linear."""
+    if kind == "mlp":
+        return nn.Sequential(
+            nn.Linear(in_features, _HIDDEN), nn.ReLU(), nn.Dropout(dropout), nn.Linear(_HIDDEN, num_classes)
+        )
+    return nn.Linear(in_features, num_classes)
 
 
 def _drop_aux(found: Found) -> None:

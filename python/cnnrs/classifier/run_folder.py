@@ -2,57 +2,36 @@
 
 from __future__ import annotations
 
-import csv
+import copy
 import os
 import shutil
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from cnnrs._util.json import dumps
-from cnnrs.classifier.card import CARD, FORMAT, HISTORY, KEYS, MODEL, PARTIAL, REPORT, read_card
+from cnnrs.classifier.card import FORMAT, KEYS, MORE, read_card
 from cnnrs.classifier.heads import Preprocessing, cut
+from cnnrs.classifier.names import CARD, EVALUATION, HISTORY, MODEL, NOVELTY, PARTIAL, SHOWN, is_run_file
+from cnnrs.classifier.neighbours import Neighbours
+from cnnrs.classifier.novelty import Novelty
+from cnnrs.classifier.predictions import Predictions, Predictor, Unknown
 from cnnrs.classifier.recipe import recipe
-from cnnrs.data.folder import ImageList
-from cnnrs.data.loader import DataLoader
-from cnnrs.errors import DecodeError
-from cnnrs.features.preconv import preconv
 from cnnrs.model.weights import find
 from cnnrs.training.history import History
 
 if TYPE_CHECKING:
     from torchvision import transforms
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a classifier says about one file.
-
-    Attributes:
-        path: the file.
-        classes: names, most probable first.
-        probabilities: theirs, 0 to 1.
-    """
-
-    path: str
-    classes: list[str]
-    probabilities: list[float]
-
-    @property
-    def label(self) -> str:
-        """The most probable class."""
-        return self.classes[0]
-
-    @property
-    def probability(self) -> float:
-        """Its probability, 0 to 1."""
-        return self.probabilities[0]
+# Classes that a run names when it is printed.
+_SHOWN = 6
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """A trained classifier, as ``cnnrs train`` leaves it in a folder.
 
@@ -61,10 +40,15 @@ class Run:
         classes: C names.
         preprocessing: what happens to a photo before the network.
         backbone: name of the network.
-        head: "linear", "mlp" or "classifier".
+        head: one of ``names.HEADS``.
         dropout: probability inside the head.
         facts: what else ``model.json`` says: where data and weights came from, accuracy, versions.
         options: what torchvision's builder needs beside the network's name.
+        read: how photos are read, as arguments of :class:`cnnrs.DataLoader`: ``{"exif": True}``.
+        multilabel: whether a photo may have several labels: the scores are probabilities one by one, by a sigmoid.
+        novelty: what knows photos that are none of the classes, None where there is none.
+        head_path: where in the model the head is; "": where the network of this name has it.
+        folder: where it was saved, or opened.
     """
 
     model: nn.Module
@@ -75,6 +59,22 @@ class Run:
     dropout: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    read: dict[str, Any] = field(default_factory=dict)
+    multilabel: bool = False
+    novelty: Novelty | None = None
+    head_path: str = ""
+    folder: Path | None = None
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.classes[:_SHOWN]) + ", ..." * (len(self.classes) > _SHOWN)
+        right = f", {self.accuracy:.2f} % right" if self.accuracy is not None else ""
+        return f"Run({self.backbone}, head {self.head!r}, {len(self.classes)} classes: {names}{right})"
+
+    @property
+    def accuracy(self) -> float | None:
+        """Per cent of the photos it was measured with that are right, None where nobody has measured."""
+        found = self.facts.get("accuracy")
+        return float(found) if isinstance(found, (int, float)) else None
 
     @property
     def transform(self) -> transforms.Compose:
@@ -83,74 +83,103 @@ class Run:
 
     def predict(
         self,
-        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        photos: Any,
         *,
         top_k: int = 1,
+        unknown: Unknown = "auto",
         batch_size: int = 32,
         num_workers: int | None = None,
         verbose: bool = True,
-    ) -> tuple[list[Prediction], list[tuple[str, str]]]:
+    ) -> Predictions:
         """Classify photos.
 
         Args:
-            paths: image files, or one.
-            top_k: how many classes are kept per file.
+            photos: the path of a file; of a folder, with all photos below it that are not hidden; a PIL image; an
+                (H, W, C) array or a (C, H, W) tensor, uint8 or floats from 0 to 1, or a batch of them; an
+                :class:`cnnrs.ImageList`; or an iterable of any of these.
+            top_k: how many classes are kept per photo.
+            unknown: from which novelty on a photo is unknown: "auto" is what all but one in a hundred photos of the
+                classes keep within, "off" takes no photo for unknown.
             batch_size: photos at a time.
             num_workers: threads that read photos; None: all cores.
             verbose: whether a bar is shown, on a terminal or in a notebook.
 
         Returns:
-            Predictions in the order of ``paths``, and (path, reason) of files that could not be read.
+            :class:`Predictions` in the order of the photos, which unpack in two: the predictions, and (path, reason) of
+            files that could not be read.
 
         Raises:
-            TypeError: a path is something else, an image for example.
+            FileNotFoundError: a folder has no photos.
+            TypeError: it is something else.
+            ValueError: an array or tensor is no image; a number as ``unknown`` where the run knows no novelty.
+
+        Example:
+            >>> predictions, unreadable = run.predict("holiday")  # doctest: +SKIP
+            >>> run.predict(["a.jpg", PIL.Image.open("b.jpg")], top_k=3).to_csv("top3.csv")  # doctest: +SKIP
         """
-        files = _files(paths)
-        if not files:
-            return [], []
-        loader = DataLoader(
-            ImageList(files, self.transform), batch_size=batch_size, num_workers=num_workers, on_error="skip"
-        )
-        try:
-            scores = preconv(loader, self.model, verbose=verbose).features
-        except (DecodeError, OSError, ValueError):
-            if len({path for path, _ in loader.errors}) < len(set(files)):
-                raise
-            return [], _in_order(files, loader.errors)
-        failed = {path for path, _ in loader.errors}
-        good = [path for path in files if path not in failed]
-        probabilities, order = scores.float().softmax(dim=1).sort(dim=1, descending=True)
-        k = min(top_k, len(self.classes))
-        return [
-            Prediction(path, [self.classes[i] for i in classes], values)
-            for path, classes, values in zip(good, order[:, :k].tolist(), probabilities[:, :k].tolist(), strict=True)
-        ], _in_order(files, loader.errors)
+        # Without novelty nobody asks for the features in between.
+        body, head = (self.model, nn.Identity()) if self.novelty is None else self.halves()
+        limits = torch.tensor(self.facts.get("thresholds", [0.5] * len(self.classes))) if self.multilabel else None
+        predictor = Predictor(self.transform, body, head, self.classes, limits, self.novelty, self.read)
+        return predictor(photos, top_k, unknown, batch_size, num_workers, verbose)
 
-    def recipe(self) -> str:
-        """Python that opens the classifier, with cnnrs and without."""
-        return recipe(self.backbone, self.head, {"num_classes": len(self.classes), **self.options}, self.preprocessing)
+    def halves(self) -> tuple[nn.Module, nn.Module]:
+        """The body, from photos to features, and the head, from features to scores; they share the model's weights."""
+        path = self.head_path
+        if not path and self.head == "classifier":
+            path = "classifier"
+        if not path:
+            last = find(self.backbone, None, self.options).last
+            assert last is not None
+            path = last[0]
+        return _without(self.model, path), self.model.get_submodule(path)
 
-    def save(self, folder: str | os.PathLike[str], history: History | None = None) -> None:
-        """Write ``model.safetensors``, ``model.json`` and ``history.csv``; a run that is there is replaced.
+    def recipe(self, folder: str = "RUN", photo: str = "photo.jpg") -> str:
+        """Python that opens the classifier in ``folder`` and asks it about ``photo``, with cnnrs and without."""
+        options = {"num_classes": len(self.classes), **self.options}
+        return recipe(self.backbone, self.head, self.model, options, self.preprocessing, folder, photo)
 
-        The weights have the network's own key names: they load into torchvision's model with as many classes.
+    def save(self, folder: str | os.PathLike[str], history: History | None = None, *, force: bool = False) -> None:
+        """Write ``model.safetensors``, ``model.json``, ``history.csv`` and, where there is novelty, that.
+
+        A run that is there is replaced, unless it is a better one. The weights have the network's own key names: they
+        load into torchvision's model with as many classes.
+
+        Args:
+            folder: made when needed.
+            history: losses and accuracies by epoch.
+            force: replace a better run, too.
+
+        Raises:
+            FileExistsError: more photos are right by the run that is there.
         """
         place = Path(folder)
+        if not force:
+            self.check_better(place)
         place.mkdir(parents=True, exist_ok=True)
         card = {
             "format": FORMAT, "backbone": self.backbone, "head": self.head, "dropout": self.dropout,
             "classes": self.classes, "transform": asdict(self.preprocessing),
-            **({"options": self.options} if self.options else {}), **self.facts,
+            **({"options": self.options} if self.options else {}), **({"read": self.read} if self.read else {}),
+            **({"multilabel": True} if self.multilabel else {}), **({"novelty": NOVELTY} if self.novelty else {}),
+            **self._neighbours(),
+            **self.facts,
         }  # fmt: skip
-        names = [MODEL, CARD] if history is None else [MODEL, HISTORY, CARD]
+        state = self.model.state_dict()
+        tensors = {MODEL: {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}}
+        if self.novelty is not None:
+            tensors[NOVELTY] = self.novelty.state()
+        names = [*tensors, *([] if history is None else [HISTORY]), CARD]
         partial = {name: place / f"{name}{PARTIAL}" for name in names}
         try:
-            self._write_weights(partial[MODEL], place / MODEL)
+            for name, state in tensors.items():
+                _write_tensors(state, partial[name], place / name)
             if history is not None:
-                _write_history(history, partial[HISTORY])
+                history.to_csv(partial[HISTORY])
             partial[CARD].write_bytes(f"{dumps(card)}\n".encode())
-            # safetensors makes files that only their owner can read.
-            shutil.copymode(partial[CARD], partial[MODEL])
+            for name in tensors:
+                # safetensors makes files that only their owner can read.
+                shutil.copymode(partial[CARD], partial[name])
             for path in partial.values():
                 _flush(path)
         except BaseException:
@@ -158,20 +187,55 @@ class Run:
                 path.unlink(missing_ok=True)
             raise
         # The card goes first and comes back last: a folder is a run only while all of it belongs together.
-        for name in (CARD, REPORT, HISTORY):
+        pages = [path.name for path in place.glob(f"{EVALUATION}*") if is_run_file(path.name)]
+        for name in (CARD, *SHOWN, HISTORY, NOVELTY, *pages):
             (place / name).unlink(missing_ok=True)
         for name in names:
             os.replace(partial[name], place / name)
+        self.folder = place
 
-    def _write_weights(self, path: Path, shown: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+    def _neighbours(self) -> dict[str, Any]:
+        """What the card says of a head that is made of rows, so that it can be built again."""
+        found = [module for module in self.model.modules() if isinstance(module, Neighbours)]
+        return {"neighbours": found[0].shape()} if found else {}
 
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+    def check_better(self, folder: str | os.PathLike[str]) -> None:
+        """That a folder holds no run that was better on the same photos: accuracy, or mean average precision.
+
+        Raises:
+            FileExistsError: it does; says how much better, and proposes another folder.
+        """
+        place = Path(folder)
         try:
-            save_file(state, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{shown} cannot be written: {error}") from error
+            card = read_card(place)
+        except (FileNotFoundError, ValueError):
+            # No run, or one that nobody can open.
+            return
+        name = "mean_average_precision" if self.multilabel else "accuracy"
+        there, here = card.get(name), self.facts.get(name)
+        if not isinstance(there, (int, float)) or not isinstance(here, (int, float)) or there <= here:
+            return
+        if card.get("measured_with") != self.facts.get("measured_with"):
+            return
+        raise FileExistsError(
+            f"{place} holds a better run: {name.replace('_', ' ')} {there:.2f} %, {here:.2f} % by this one; give "
+            f"another folder, '{beside(place)}' for example, or force to replace it"
+        )
+
+
+def beside(place: Path) -> Path:
+    """A name for another run beside one."""
+    return next(name for i in count(2) if not os.path.lexists(name := place.with_name(f"{place.name}-{i}")))
+
+
+def _write_tensors(state: dict[str, Tensor], path: Path, shown: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(state, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{shown} cannot be written: {error}") from error
 
 
 def load_run(folder: str | os.PathLike[str]) -> Run:
@@ -197,37 +261,41 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         raise FileNotFoundError(f"{place / MODEL} is gone, only {CARD} is there; train again")
     try:
         found = find(card["backbone"], None, card.get("options"))
-        model = cut(found, card["head"], len(card["classes"]), card["dropout"]).join()
+        parts = cut(found, card["head"], len(card["classes"]), card["dropout"])
+        model = parts.join(*([Neighbours.of(card["neighbours"])] if "neighbours" in card else []))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{place / CARD}: {error}") from error
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path, what = place / MODEL, f"the {card['backbone']}"
     try:
-        model.load_state_dict(load_file(place / MODEL))
-    except (RuntimeError, SafetensorError) as error:
+        model.load_state_dict(load_file(path))
+        path, what = place / NOVELTY, "what belongs to the classifier"
+        novelty = Novelty.from_state(load_file(path)) if "novelty" in card else None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is gone, only {CARD} is there; train again") from error
+    except (RuntimeError, ValueError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise ValueError(
-            f"{place / MODEL} does not hold the {card['backbone']} of {CARD}: {reason}; train again"
-        ) from error
+        raise ValueError(f"{path} does not hold {what} of {CARD}: {reason}; train again") from error
     shaped: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card["transform"].items()}
     preprocessing = Preprocessing(**shaped)
-    facts = {name: value for name, value in card.items() if name not in (*KEYS, "options")}
+    facts = {name: value for name, value in card.items() if name not in (*KEYS, *MORE)}
     return Run(
         model.eval(), card["classes"], preprocessing, card["backbone"], card["head"], card["dropout"], facts,
-        dict(found.options),
+        dict(found.options), card.get("read", {}), card.get("multilabel", False), novelty,
+        found.last[0] if found.last is not None and card["head"] != "classifier" else "", place,
     )  # fmt: skip
 
 
-def _files(paths: Any) -> list[str]:
-    given = [paths] if isinstance(paths, (str, bytes, os.PathLike)) or not isinstance(paths, Iterable) else list(paths)
-    for path in given:
-        if not isinstance(path, (str, bytes, os.PathLike)):
-            raise TypeError(
-                f"paths of image files are wanted, got a {type(path).__name__}; for an image in memory: "
-                "run.model(run.transform(image)[None]).softmax(dim=1)"
-            )
-    return [os.fsdecode(path) for path in given]
+def _without(model: nn.Module, path: str) -> nn.Module:
+    """The network with nothing in the place of a layer: a copy that shares all others."""
+    name, _, rest = path.partition(".")
+    shallow = copy.copy(model)
+    shallow._modules = dict(model._modules)
+    inner = model.get_submodule(name)
+    shallow._modules[name] = _without(inner, rest) if rest else nn.Identity()
+    return shallow
 
 
 def _flush(path: Path) -> None:
@@ -237,17 +305,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _write_history(history: History, path: Path) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"])
-        columns = (history.train_losses, history.train_accuracy, history.val_losses, history.val_accuracy)
-        for epoch, row in enumerate(zip(*columns, strict=True), 1):
-            writer.writerow([epoch, *(f"{value:.6g}" for value in row)])
-
-
-def _in_order(files: Sequence[str], errors: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    reasons = dict(errors)
-    return [(path, reasons[path]) for path in dict.fromkeys(files) if path in reasons]

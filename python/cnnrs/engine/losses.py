@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from cnnrs._util.plain import is_plain
 from cnnrs.model.around import global_hooks
 
 Loss = Callable[..., torch.Tensor]
+#: Those that the engines know, by the names that they have in ``torch.nn.functional``.
+LossName = Literal["cross_entropy", "nll_loss", "mse_loss", "binary_cross_entropy_with_logits"]
 
 
 class Totals(NamedTuple):
@@ -68,6 +70,25 @@ class ClassLoss(NamedTuple):
 
 _FUNCTIONS: dict[Any, Literal["nll", "cross_entropy"]] = {F.nll_loss: "nll", F.cross_entropy: "cross_entropy"}
 _CLASSES: dict[type, Literal["nll", "cross_entropy"]] = {nn.NLLLoss: "nll", nn.CrossEntropyLoss: "cross_entropy"}
+
+
+def loss_called(loss_fn: Any) -> Loss:
+    """The loss itself, of a name too.
+
+    Raises:
+        ValueError: there is no loss of this name.
+        TypeError: it is no function.
+    """
+    if isinstance(loss_fn, str):
+        if loss_fn not in get_args(LossName):
+            names = ", ".join(map(repr, get_args(LossName)))
+            raise ValueError(f"loss_fn must be one of {names}, or a function of outputs and targets, got {loss_fn!r}")
+        return cast(Loss, getattr(F, loss_fn))
+    if isinstance(loss_fn, type) and issubclass(loss_fn, nn.Module):
+        raise TypeError(f"loss_fn must be a loss, got the class {loss_fn.__name__}: make one, {loss_fn.__name__}()")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
+    return cast(Loss, loss_fn)
 
 
 def _class_loss(loss_fn: Loss) -> ClassLoss | None:

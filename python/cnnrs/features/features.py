@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, overload
 
+import numpy as np
 import torch
 from torch import nn
 
+from cnnrs.data.parts import fractions_of, stratified
+from cnnrs.data.pictures import is_picture
+from cnnrs.features.resemblance import computed, most_frequent, most_similar
 from cnnrs.features.store import FORMAT, Store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Rows that are compared at a time: bounds the memory of a search, whatever the size of the store.
-_CHUNK = 2048
 
 
 class Neighbour(NamedTuple):
@@ -34,16 +35,20 @@ class Neighbour(NamedTuple):
 class Features:
     """Features and labels, row i belonging to the i-th image.
 
-    Unpacks in two, as the tutorial's ``preconvfeat`` does: ``conv_feat, labels = features``.
+    Unpacks in two, as the tutorial's ``preconvfeat`` does: ``conv_feat, labels = features``; ``np.asarray(features)``
+    has the features only.
 
     Attributes:
         features: (N, ...) tensor; memory-mapped (copy-on-write) when the features live in a folder.
-        labels: (N,) int64 class indices, or whatever the loader gave as targets.
+        labels: (N,) int64 class indices; (N, C) float32 zeros and ones where images may have several; or whatever else
+            the loader gave as targets.
         paths: the image file of each row, None where the data has no files.
         classes: class names by index, None where unknown.
         folder: where the features are stored, None for features in memory.
         body: the module that computed them, None for features that were opened from a folder.
         images: where passes share images that have no file, the number of the image of each row; None otherwise.
+        transform: what made the inputs of the body of a photo, None where nobody knows; it is not pickled.
+        read: how files were read, as arguments of :class:`cnnrs.DataLoader`.
     """
 
     features: torch.Tensor
@@ -53,6 +58,15 @@ class Features:
     folder: Path | None = None
     body: nn.Module | None = field(default=None, repr=False)
     images: list[int] | None = field(default=None, repr=False)
+    transform: Callable[[Any], Any] | None = field(default=None, repr=False)
+    read: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # It may be a lambda.
+        return {**self.__dict__, "transform": None}
+
+    def __copy__(self) -> Features:
+        return replace(self)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Features, then labels: for unpacking. Iterate over ``zip(*features)`` for rows."""
@@ -65,6 +79,11 @@ class Features:
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(features, label) of one row."""
         return self.features[index], self.labels[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """(N, ...) array of the features; bfloat16, which NumPy does not have, as float32."""
+        rows = self.features.detach().cpu()
+        return np.array((rows.float() if rows.dtype == torch.bfloat16 else rows).numpy(), dtype, copy=copy)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the rows in the plane of their two largest principal components, one colour per class.
@@ -111,43 +130,56 @@ class Features:
         features, labels = self.features[index.to(self.features.device)], self.labels[index.to(self.labels.device)]
         return replace(self, features=features, labels=labels, paths=paths, folder=None, images=images)
 
-    def split(self, fraction: float, seed: int = 0) -> tuple[Features, Features]:
-        """Two parts that share no image, ``fraction`` of every class in the second (rounded to whole images).
+    @overload
+    def split(self, fraction: float, *, seed: int = 0) -> tuple[Features, Features]: ...
 
-        All passes of an image stay together. A class of two or more images is in both parts. The rows are copied.
+    @overload
+    def split(self, fraction: float | Sequence[float], *more: float, seed: int = 0) -> tuple[Features, ...]: ...
+
+    def split(self, fraction: float | Sequence[float], *more: float, seed: int = 0) -> tuple[Features, ...]:
+        """Parts that share no image, with the same fraction of every class in each (rounded to whole images).
+
+        All passes of an image stay together. A class with at least as many images as there are parts is in all of them.
+        Where images have several labels, every label is shared out, the rarest first. The rows are copied.
 
         Args:
-            fraction: between 0 and 1.
+            fraction: of the second of two parts, between 0 and 1; or the fractions of all parts, which add up to 1.
+            more: the other fractions: ``split(0.7, 0.15, 0.15)`` is ``split([0.7, 0.15, 0.15])``.
             seed: the same seed gives the same parts.
 
         Raises:
-            ValueError: ``fraction`` is not between 0 and 1, or the labels are not one number per row.
+            ValueError: a fraction is not between 0 and 1, all of them do not add up to 1, or the labels are no classes.
 
         >>> import torch
         >>> train, valid = Features(torch.zeros(10, 2), torch.arange(10) % 2).split(0.2)
         >>> sorted(valid.labels.tolist()), len(train)
         ([0, 1], 8)
+        >>> [len(part) for part in Features(torch.zeros(20, 2), torch.arange(20) % 2).split(0.5, 0.3, 0.2)]
+        [10, 6, 4]
         """
-        if not 0 < fraction < 1:
-            raise ValueError(f"fraction must be between 0 and 1 (exclusive), got {fraction}")
-        if self.labels.dim() != 1:
+        fractions, seed = fractions_of(fraction, more, seed)
+        members: dict[tuple[Any, int], list[int]] = {}
+        for row, key in enumerate(zip(self._classes(), self._images(), strict=True)):
+            members.setdefault(key, []).append(row)
+        images = list(members.values())
+        parts = stratified([label for label, _ in members], fractions, seed)
+        return tuple(self.take(sorted(row for i in part for row in images[i])) for part in parts)
+
+    def _classes(self) -> list[Any]:
+        """The class of every row, or the numbers of its classes."""
+        if self.labels.dim() == 1:
+            return self.labels.tolist()
+        if not self._has_several_labels:
             raise ValueError(
-                f"a stratified split needs one label per row, got labels of shape {tuple(self.labels.shape)}"
+                "a stratified split needs one label per row, or a 0 or 1 per class, got labels of shape "
+                f"{tuple(self.labels.shape)}"
             )
-        members: dict[Any, dict[int, list[int]]] = {}
-        for row, (label, image) in enumerate(zip(self.labels.tolist(), self._images(), strict=True)):
-            members.setdefault(label, {}).setdefault(image, []).append(row)
-        generator = torch.Generator().manual_seed(seed)
-        second: list[int] = []
-        for label in sorted(members):
-            images = list(members[label].values())
-            count = round(fraction * len(images))
-            if len(images) > 1:
-                count = min(max(count, 1), len(images) - 1)
-            order = torch.randperm(len(images), generator=generator).tolist()
-            second += [row for i in order[:count] for row in images[i]]
-        chosen = set(second)
-        return self.take([row for row in range(len(self)) if row not in chosen]), self.take(sorted(chosen))
+        return [tuple(row.nonzero().flatten().tolist()) for row in self.labels]
+
+    @property
+    def _has_several_labels(self) -> bool:
+        """Whether the labels are a 0 or 1 per class."""
+        return self.labels.dim() == 2 and bool(((self.labels == 0) | (self.labels == 1)).all())
 
     def to(self, device: str | torch.device) -> Features:
         """The same with features and labels on ``device``, where all of them must fit."""
@@ -191,61 +223,80 @@ class Features:
     def knn(self, k: int = 5, queries: Features | torch.Tensor | None = None) -> torch.Tensor:
         """The class that most of the ``k`` most similar rows have, by cosine; ties go to the most similar.
 
-        A quick look at how good the features are, without training: ``(f.knn(5) == f.labels).float().mean()``.
+        A quick look at how good the features are, without training: ``(f.knn(5) == f.labels).float().mean()``. Where
+        images may have several labels, those that more than half of the rows have.
 
         Args:
             k: how many rows vote.
             queries: (M, ...) features to classify; None: every row by the others (rows of the same image do not vote).
 
         Returns:
-            (M,) labels.
+            (M,) labels, or (M, C) zeros and ones.
 
         Raises:
-            ValueError: ``k`` is below 1 or there are not so many rows (of other images).
+            ValueError: ``k`` is below 1 or there are not so many rows (of other images), or the labels are no classes.
         """
+        several = self._has_several_labels
+        if self.labels.dim() != 1 and not several:
+            raise ValueError(f"knn needs one label per row, got labels of shape {tuple(self.labels.shape)}")
         if isinstance(queries, Features):
             queries = queries.features
-        _, rows = self._search(self.features if queries is None else queries, k, leave_out=queries is None)
+        asked = self.features if queries is None else queries
+        _, rows = most_similar(self.features, self._images(), asked, k, leave_out=True if queries is None else None)
         votes = self.labels.to(rows.device)[rows]
-        same = votes.unsqueeze(2) == votes.unsqueeze(1)
-        # The earlier a row, the more similar: it breaks ties without outvoting anybody.
-        order = torch.linspace(0.5, 0, k, device=rows.device)
-        best = (same.sum(dim=2) + order).argmax(dim=1, keepdim=True)
-        return votes.gather(1, best).squeeze(1)
+        if several:
+            return (votes.float().mean(dim=1) > 0.5).to(self.labels.dtype)
+        return most_frequent(votes)
 
-    def nearest(self, image: str | os.PathLike[str] | SupportsIndex | torch.Tensor, k: int = 5) -> list[Neighbour]:
+    def nearest(self, image: Any, k: int = 5, body: nn.Module | None = None) -> list[Neighbour]:
         """The ``k`` rows most similar to an image, the most similar first.
 
         Args:
-            image: the path or the number of a row (which is then left out, with other rows of the same image), or
-                (...) features.
+            image: the path or the number of a row (which is then left out, with other rows of the same image); the path
+                of another photo, a PIL image or an (H, W, C) uint8 array, whose features are computed; or (...)
+                features, as a tensor or array.
             k: how many.
+            body: what computes features of another photo; needed for features that were opened with
+                :func:`load_features`: a :func:`cnnrs.backbone`, which knows the transform as well.
 
         Raises:
-            KeyError: no row has this path.
+            KeyError: no row has this path, and there is no such file.
             IndexError: there is no row of this number.
-            ValueError: ``k`` is below 1 or there are not so many rows (of other images).
+            ValueError: ``k`` is below 1 or there are not so many rows (of other images); there is no body.
         """
         leave_out = None
+        if isinstance(image, np.ndarray) and image.dtype != np.uint8:
+            image = torch.from_numpy(image)
         if not isinstance(image, torch.Tensor):
-            row = operator.index(image) if isinstance(image, SupportsIndex) else self._row_of(os.fspath(image))
-            if not -len(self) <= row < len(self):
-                raise IndexError(f"there are {len(self)} rows, got {row}")
-            leave_out = torch.tensor([self._images()[row]])
-            image = self.features[row]
-        values, rows = self._search(image.unsqueeze(0), k, leave_out)
+            row = None if is_picture(image) else self._row_of(image)
+            if row is None:
+                image = computed(image, body if body is not None else self.body, self.transform, self.read)
+                image = image.to(self.features.device, self.features.dtype)
+            else:
+                leave_out = torch.tensor([self._images()[row]])
+                image = self.features[row]
+        values, rows = most_similar(self.features, self._images(), image.unsqueeze(0), k, leave_out)
         return [
             Neighbour(row, value, self.labels[row].tolist(), None if self.paths is None else self.paths[row])
             for value, row in zip(values[0].tolist(), rows[0].tolist(), strict=True)
         ]
 
-    def _row_of(self, path: str) -> int:
-        if self.paths is None:
-            raise KeyError("these features have no paths: give the number of a row")
+    def _row_of(self, image: str | os.PathLike[str] | SupportsIndex) -> int | None:
+        """The number of the row that is meant, None for a photo that is not among them."""
+        if isinstance(image, SupportsIndex):
+            row = operator.index(image)
+            if not -len(self) <= row < len(self):
+                raise IndexError(f"there are {len(self)} rows, got {row}")
+            return row
+        path = os.fspath(image)
         absolute = os.path.abspath(path)
-        for row, one in enumerate(self.paths):
+        for row, one in enumerate(self.paths or []):
             if one == path or os.path.abspath(one) == absolute:
                 return row
+        if os.path.exists(path):
+            return None
+        if self.paths is None:
+            raise KeyError("these features have no paths: give the number of a row")
         raise KeyError(f"no row is of {path}; the first is of {self.paths[0] if self.paths else None}")
 
     def _images(self) -> list[int]:
@@ -254,42 +305,6 @@ class Features:
             return list(range(len(self))) if self.images is None else self.images
         numbers: dict[str, int] = {}
         return [numbers.setdefault(path, len(numbers)) for path in self.paths]
-
-    def _search(
-        self, queries: torch.Tensor, k: int, leave_out: torch.Tensor | bool | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(M, k) cosines and rows; `leave_out`: numbers of images not to be found, True: each query's own."""
-        if queries.shape[1:] != self.features.shape[1:]:
-            raise ValueError(
-                f"features have shape {tuple(self.features.shape[1:])}, the queries {tuple(queries.shape[1:])}"
-            )
-        device = self.features.device
-        images = torch.tensor(self._images(), device=device)
-        others = len(self)
-        if isinstance(leave_out, torch.Tensor):
-            others -= int((images == leave_out.to(device)).sum())
-        elif leave_out:
-            others -= int(images.bincount().max()) if len(images) else 0
-        kind = "rows" if leave_out is None else "rows of other images"
-        if not 1 <= k <= others:
-            raise ValueError(f"k must be between 1 and the {others} {kind} there are, got {k}")
-        values, rows = [], []
-        for begin in range(0, len(queries), _CHUNK):
-            some = _unit(queries[begin : begin + _CHUNK].to(device))
-            own = images[begin : begin + len(some)] if leave_out is True else leave_out
-            best = torch.full((len(some), k), -torch.inf, device=device)
-            where = torch.zeros((len(some), k), dtype=torch.int64, device=device)
-            for start in range(0, len(self), _CHUNK):
-                cosines = some @ _unit(self.features[start : start + _CHUNK]).T
-                if isinstance(own, torch.Tensor):
-                    mine = own.to(device).unsqueeze(1) == images[start : start + _CHUNK]
-                    cosines.masked_fill_(mine, -torch.inf)
-                numbers = torch.arange(start, start + cosines.shape[1], device=device).expand_as(cosines)
-                best, order = torch.cat([best, cosines], dim=1).topk(k, dim=1)
-                where = torch.cat([where, numbers], dim=1).gather(1, order)
-            values.append(best)
-            rows.append(where)
-        return torch.cat(values), torch.cat(rows)
 
 
 class Attached(nn.Sequential):
@@ -321,11 +336,6 @@ class _Kept(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.stored} to {self.wanted}"
-
-
-def _unit(rows: torch.Tensor) -> torch.Tensor:
-    """(n, d) float32 rows of length 1."""
-    return nn.functional.normalize(rows.flatten(1).float(), dim=1)
 
 
 def load_features(folder: str | os.PathLike[str], *, verify: bool = True) -> Features:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from cnnrs import _cnnrs
-from cnnrs.data.folder import ImageList
+from cnnrs.data.image_list import ImageList
 from cnnrs.data.loader import DataLoader
 from cnnrs.engine.choice import Engine
 from cnnrs.features.extract import Extractor, Precision, kept, type_name
@@ -151,6 +151,7 @@ def extract(
     passes: int = 1,
     seed: int = 0,
     any_transform: bool = False,
+    overwrite: bool = False,
     verbose: bool = True,
 ) -> Features | None:
     """:func:`cnnrs.preconv` on the workers of a Ray cluster.
@@ -176,6 +177,7 @@ def extract(
         passes: how many times all images are augmented and computed.
         seed: of the augmentation.
         any_transform: accept a transform that is not the one the weights were trained with.
+        overwrite: throw away features of another model.
         verbose: say what is stored or recomputed.
 
     Returns:
@@ -195,7 +197,7 @@ def extract(
     options = {"engine": engine, "precision": precision, "dtype": type_name(dtype), "seed": seed}
     with frozen(body):
         extractor = Extractor(body, engine, precision, type_name(dtype), verbose)
-        session = _RaySession(source, body, extractor, verbose, ray, options, workers, gpus)
+        session = _RaySession(source, body, extractor, verbose, overwrite, ray, options, workers, gpus)
         if format == "store":
             return session.in_folder(Store(out), passes, seed)
         session.to_parquet(os.fspath(out), session.plan(passes, seed))
@@ -211,12 +213,13 @@ class _RaySession(Session):
         model: nn.Module,
         extractor: Extractor,
         verbose: bool,
+        overwrite: bool,
         ray: Any,
         options: dict[str, Any],
         workers: int,
         gpus: float,
     ) -> None:
-        super().__init__(data, model, extractor, verbose)
+        super().__init__(data, model, extractor, verbose, overwrite)
         self.ray = ray
         self.options = options
         self.workers = workers

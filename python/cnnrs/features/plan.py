@@ -29,6 +29,7 @@ class Plan:
         batch_size: images at a time.
         skipped: samples that are left out, and why.
         random: why the rows are draws of a random generator, "" while nothing says that they are.
+        network: what the model is called.
     """
 
     data: Data
@@ -40,6 +41,7 @@ class Plan:
     stats: list[Stat] | None = field(init=False)
     skipped: dict[int, str] = field(default_factory=dict)
     random: str = ""
+    network: str = ""
 
     def __post_init__(self) -> None:
         self.samples = list(range(len(self.data)))
@@ -166,6 +168,7 @@ class Plan:
             "classes": self.data.classes,
             "passes": self.passes,
             "key": self.key,
+            "network": self.network,
             "stats": None if stats is None else [stats[i] for i in self.samples],
             "ids": list(ids),
             # Without the file's state where the reason may be gone although the file is the same.

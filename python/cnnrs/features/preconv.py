@@ -38,6 +38,7 @@ def preconv(
     passes: int = 1,
     seed: int = 0,
     any_transform: bool = False,
+    overwrite: bool = False,
     check: bool = True,
     verbose: bool = True,
 ) -> Features:
@@ -53,9 +54,10 @@ def preconv(
             64; or a name, as for :func:`cnnrs.backbone`.
         out: folder to keep the features in: ``features.npy``, ``labels.npy``, ``meta.json``. Kill it at any time: the
             next call computes only the rows that are missing. A later call computes only images that are new or
-            changed, and everything when the transform, the weights or the versions are others; it says so in one
-            line. None keeps the features in memory. With a loader made with ``rank`` and ``world_size``, all processes
-            of ``torchrun`` call this with the same folder, share the work and get all features.
+            changed, and everything when the transform or the versions are others; it says so in one line. Features
+            of another model are not replaced unless ``overwrite`` is set. None keeps the features in memory. With a
+            loader made with ``rank`` and ``world_size``, all processes of ``torchrun`` call this with the same folder,
+            share the work and get all features.
         layer: path of the module whose output is taken, ``"features.29"`` for example; see :func:`cnnrs.backbone`.
         pool: ``"avg"`` or ``"max"`` over all positions, ``"cls"`` for the first token, None for everything.
         weights: of a model given by name; see :func:`cnnrs.backbone`.
@@ -72,6 +74,7 @@ def preconv(
         seed: of the augmentation in a folder or with passes, which then depends on seed, pass and image only. One pass
             in memory is what the loader gives, which draws as it always does.
         any_transform: accept a transform that is not the one the weights were trained with.
+        overwrite: throw away what ``out`` holds of another model, or of this one with other weights.
         check: two images of the first batch also go through the module itself. Where its features are not those of the
             engine, it is called instead, and a note says why.
         verbose: say what is stored or recomputed, and show a bar on terminals and in notebooks.
@@ -84,7 +87,7 @@ def preconv(
         ValueError: no samples; images of different sizes; an unknown engine, layer or type; a transform that is not
             that of the weights.
         TypeError: batches that are no pairs.
-        FileExistsError: ``out`` holds something else than features.
+        FileExistsError: ``out`` holds something else than features, or those of another model.
         OSError: the disk is full: what is computed is safe, and the next call goes on from there.
         RuntimeError: shapes or devices that do not fit, in PyTorch's words.
         UnsupportedModelError: engine="torch" or "cpu" for a model that it cannot run, or computes something else of.
@@ -107,7 +110,8 @@ def preconv(
     source = source_of(data, body, batch_size, num_workers, any_transform)
     with frozen(body):
         passes, seed = operator.index(passes), operator.index(seed)
-        session = Session(source, body, Extractor(body, engine, precision, type_name(dtype), verbose, check), verbose)
+        extractor = Extractor(body, engine, precision, type_name(dtype), verbose, check)
+        session = Session(source, body, extractor, verbose, overwrite)
         if out is None:
             return session.in_memory(passes, seed)
         if distributed.is_shared(source.data):

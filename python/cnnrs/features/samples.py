@@ -23,12 +23,13 @@ from torch.utils.data import (
 )
 
 from cnnrs.data.bad_files import Faults
-from cnnrs.data.folder import ImageList
+from cnnrs.data.image_list import ImageList
 from cnnrs.data.loader import DataLoader
-from cnnrs.data.sources import Rows, find_source
+from cnnrs.data.sources import Files, Rows, find_source
 from cnnrs.features.npy import opened
 from cnnrs.identity.fingerprint import Unidentifiable, fingerprint
 from cnnrs.image.lowering import lower
+from cnnrs.image.reading import Reader
 from cnnrs.image.spec import kept_ops
 
 # Bytes of a hash of an image's contents: 2**48 images before two are likely to share one.
@@ -83,6 +84,11 @@ class Data:
     def transform(self) -> Any:
         """The data set's."""
         return getattr(self._dataset, "transform", None)
+
+    @property
+    def read(self) -> dict[str, Any]:
+        """How the loader reads files, as arguments of one."""
+        return self.data._read.shaping if isinstance(self.data, DataLoader) else {}
 
     @property
     def expected(self) -> int:
@@ -156,7 +162,11 @@ class Data:
         if self._is_files:
             import torchvision
 
-            parts += [self._dataset.loader, torchvision.get_image_backend()]
+            reads = self._dataset.loader
+            if type(reads) is Reader and reads == Reader():
+                # Pixels are the same: one HEIC among many files leaves the others theirs.
+                reads = torchvision.datasets.folder.default_loader
+            parts += [reads, torchvision.get_image_backend()]
             if isinstance(loader, DataLoader):
                 parts += loader._read.shaping.values()
         return fingerprint(parts)
@@ -213,7 +223,7 @@ class Data:
         if type(self._dataset) is TensorDataset:
             return self._dataset.tensors[1][inner].detach().cpu()
         if self._is_files:
-            targets = [self._dataset.samples[i][1] for i in inner]
+            _, targets = Files(self._dataset, []).look_up(inner, tensors=False)
         else:
             targets = [int(self._dataset.targets[i]) for i in inner]
         change = self._dataset.target_transform

@@ -22,6 +22,7 @@ from cnnrs.data.loader import DataLoader
 from cnnrs.features.extract import Extractor
 from cnnrs.features.features import Features
 from cnnrs.features.features import stored as stored_features
+from cnnrs.features.held import check_model, name_of
 from cnnrs.features.plan import Plan
 from cnnrs.features.preparation import check_transform, transforms_of, with_transform
 from cnnrs.features.samples import Batch, Data
@@ -76,11 +77,14 @@ def _are_pictures(loader: Any) -> bool:
 class Session:
     """One call of `preconv`."""
 
-    def __init__(self, data: Data, model: nn.Module, extractor: Extractor, verbose: bool) -> None:
+    def __init__(
+        self, data: Data, model: nn.Module, extractor: Extractor, verbose: bool, overwrite: bool = False
+    ) -> None:
         self.data = data
         self.model = model
         self.extractor = extractor
         self.verbose = verbose
+        self.overwrite = overwrite
         extractor.quiet = not data.runs_python
         # Replaced where several processes share the work.
         self.computes: Compute = self.compute
@@ -121,7 +125,9 @@ class Session:
         paths = None if files is None or not samples else [files[i] for i in samples]
         made = torch.cat(labels)
         images = samples if files is None and len(set(samples)) < len(samples) else None
-        return Features(features, made, paths, self.data.classes, body=self.model, images=images)
+        return Features(
+            features, made, paths, self.data.classes, None, self.model, images, self.data.transform, self.data.read
+        )
 
     def _bar(self, items: Iterator[Item], rows: int) -> Iterator[Item]:
         return progress(items, "features", verbose=self.verbose, samples=rows)
@@ -144,6 +150,7 @@ class Session:
             if (stored := self._right(store, plan)) is not None:
                 return stored
             meta = store.meta()
+            self._check_model(store, meta)
             changes = self._changes(meta, plan)
             usable = meta if meta is not None and not changes else None
             if usable is not None and self._same_rows(store, plan, usable):
@@ -222,7 +229,12 @@ class Session:
             "seed": str(seed) if self.data.is_random else "",
             "versions": _versions(self.model),
         }
-        return Plan(self.data, key, passes, seed, loader.batch_size or 1, random=self.extractor.draws)
+        batch_size = loader.batch_size or 1
+        return Plan(self.data, key, passes, seed, batch_size, random=self.extractor.draws, network=name_of(self.model))
+
+    def _check_model(self, store: Store, meta: dict[str, Any] | None) -> None:
+        if not self.overwrite:
+            check_model(store, meta, name_of(self.model), self._model_key)
 
     @cached_property
     def _identity(self) -> tuple[str, str]:
@@ -300,7 +312,9 @@ class Session:
         features = store.features(meta)
         if features is None:
             return None
-        return stored_features(features, labels, meta, store.folder, self.model)
+        made = stored_features(features, labels, meta, store.folder, self.model)
+        made.transform, made.read = self.data.transform, self.data.read
+        return made
 
     @staticmethod
     def _same_rows(store: Store, plan: Plan, meta: dict[str, Any]) -> bool:
@@ -309,6 +323,7 @@ class Session:
     def _everything(self, store: Store) -> Features:
         """Data that cannot be told apart: computed anew each time."""
         with store.locked(self.verbose):
+            self._check_model(store, store.meta())
             if store.meta() is not None:
                 what = "these are the same images" if self.data.unidentified else "the model is the same"
                 self._say(
@@ -321,7 +336,8 @@ class Session:
             assert layout is not None
             meta = {
                 "paths": made.paths, "classes": made.classes, "passes": 1, "key": None, "stats": None, "ids": None,
-                "skipped": [], **({"random": self.extractor.draws} if self.extractor.draws else {}),
+                "network": name_of(self.model), "skipped": [],
+                **({"random": self.extractor.draws} if self.extractor.draws else {}),
             }  # fmt: skip
             store.commit(layout, made.labels, meta)
             opened = self._opened(store, store.meta() or {}, made.labels)

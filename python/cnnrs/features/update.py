@@ -112,7 +112,8 @@ class Update:
                 # What is there of the file cannot be gone on with.
                 self.store.drop_rows()
                 return {}
-        self.store.start({"key": self.plan.key, "plan": digest, "passes": self.plan.passes})
+        plan = self.plan
+        self.store.start({"key": plan.key, "plan": digest, "passes": plan.passes, "network": plan.network})
         return {}
 
     def _sources(self, meta: dict[str, Any] | None) -> list[_Source]:

@@ -34,6 +34,7 @@ _NAMED = {
     "cnnrs.classifier.heads": "cnnrs.heads",
     "cnnrs.data.feature_dataset": "cnnrs.feature_dataset",
     "cnnrs.data.folder": "cnnrs.folder",
+    "cnnrs.data.image_list": "cnnrs.folder",
     "cnnrs.data.mnist": "cnnrs.mnist",
     "cnnrs.features.features": "cnnrs.features",
     "cnnrs.model.backbone": "cnnrs.backbones",

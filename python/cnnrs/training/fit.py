@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from cnnrs._util.progress import is_shown
 from cnnrs.engine.choice import Engine
-from cnnrs.engine.losses import Loss
+from cnnrs.engine.losses import Loss, LossName, loss_called
 from cnnrs.model.around import autocast_dtype, check_gradients_are_on
 from cnnrs.model.modes import device_of
 from cnnrs.training import arguments, epochs
@@ -28,7 +28,7 @@ def fit(
     phase: Phase = "training",
     *,
     optimizer: Optimizer | None = None,
-    loss_fn: Loss,
+    loss_fn: Loss | LossName,
     engine: Engine = "auto",
     progress: bool | None = None,
     amp: Amp | None = None,
@@ -58,7 +58,8 @@ def fit(
             compiled; any other is called, with a closure if it needs one (LBFGS).
         loss_fn: ``F.nll_loss``, ``F.cross_entropy`` or their modules run compiled, anything else is called as
             ``loss_fn(outputs, targets)`` and must return the mean over the batch (or the sum, if it is a module of
-            reduction "sum"). Engine "cpu" also knows ``F.mse_loss`` and ``F.binary_cross_entropy_with_logits``.
+            reduction "sum"). Engine "cpu" also knows ``F.mse_loss`` and ``F.binary_cross_entropy_with_logits``. These
+            four may be given by name: "nll_loss", "cross_entropy", "mse_loss", "binary_cross_entropy_with_logits".
         engine: "cpu" is a training step compiled to native code, for float32 on the CPU; "python" calls the module.
             "auto" takes the first that can run it; on CUDA it runs one recorded graph per step where it can. "torch"
             runs the layers through libtorch without Python, and needs the package ``cnnrs-libtorch``.
@@ -87,8 +88,8 @@ def fit(
 
     Raises:
         ImportError: engine="torch" without its package.
-        ValueError: unknown phase, engine, amp or memory format; empty loader; an optimizer that holds none of the
-            model's parameters; both kinds of clipping; a limit or ``accumulate`` that is not positive.
+        ValueError: unknown phase, engine, amp, memory format or name of a loss; empty loader; an optimizer that holds
+            none of the model's parameters; both kinds of clipping; a limit or ``accumulate`` that is not positive.
         TypeError: training without an optimizer, or with something else in its place; a loader that does not yield
             pairs; a loss that is no tensor.
         IndexError: a target that the model has no output for.
@@ -113,8 +114,7 @@ def fit(
         raise ValueError(f"phase must be 'training' or 'validation', got {phase!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
+    loss_fn = loss_called(loss_fn)
     if phase == "training":
         arguments.check_optimizer(optimizer, model)
         check_gradients_are_on()
@@ -164,7 +164,7 @@ class Fit:
 def compile(
     *,
     optimizer: Optimizer | None = None,
-    loss_fn: Loss,
+    loss_fn: Loss | LossName,
     engine: Engine = "auto",
     progress: bool | None = None,
     amp: Amp | None = None,
@@ -197,7 +197,7 @@ def compile(
 
     >>> import torch, cnnrs
     >>> model = torch.nn.Linear(2, 2)
-    >>> cnnrs.compile(optimizer=torch.optim.SGD(model.parameters()), loss_fn=torch.nn.functional.cross_entropy)
+    >>> cnnrs.compile(optimizer=torch.optim.SGD(model.parameters()), loss_fn="cross_entropy")
     fit(optimizer=SGD, loss_fn=cross_entropy, engine='auto')
     """
     if optimizer is not None:
@@ -207,4 +207,4 @@ def compile(
         "clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate,
         "on_batch_end": on_batch_end, "check": check, "verbose": verbose,
     }  # fmt: skip
-    return Fit(optimizer, loss_fn, options)
+    return Fit(optimizer, loss_called(loss_fn), options)

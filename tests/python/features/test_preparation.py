@@ -164,6 +164,6 @@ def test_the_store_knows_layers_and_poolings(torch_cache: Path, folder: Path, tm
         ({}, True), ({}, False), ({"layer": "layer1"}, True), ({"layer": "layer1", "pool": "avg"}, True),
         ({"layer": "layer1", "pool": "max"}, True), ({"layer": "layer1", "pool": "max"}, False),
     ):  # fmt: skip
-        cnnrs.preconv(data, "resnet18", out=out, **options)  # type: ignore[arg-type]
+        cnnrs.preconv(data, "resnet18", out=out, overwrite=True, **options)  # type: ignore[arg-type]
         text = capsys.readouterr().out
         assert ("nothing to compute" in text) is not computes

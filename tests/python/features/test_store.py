@@ -193,7 +193,9 @@ def test_code_of_transforms_and_models_counts(images: Path, tmp_path: Path, caps
     assert said(capsys) == f"{out}: 26 features are up to date, nothing to compute"
     run(images, out, transform=with_lambda(2.0))  # repr says "Lambda()" for both
     assert said(capsys).endswith("because the transform changed")
-    run(images, out, Counting(3.0), transform=with_lambda(2.0))  # nor does a module's repr show its numbers
+    run(
+        images, out, Counting(3.0), transform=with_lambda(2.0), overwrite=True
+    )  # nor does a module's repr show its numbers
     assert said(capsys).endswith("because the model or its weights changed")
 
 
@@ -254,7 +256,7 @@ def test_compiled_models_are_recognised(
         capsys.readouterr()
         assert torch.equal(run(images, tmp_path / "f", again).features, first.features)
         assert said(capsys).endswith("features are up to date, nothing to compute")
-    run(images, tmp_path / "f", made(1))
+    run(images, tmp_path / "f", made(1), overwrite=True)
     assert said(capsys).endswith("because the model or its weights changed")
 
 

@@ -216,7 +216,7 @@ def test_a_full_file_system(images: Path, tmp_path: Path) -> None:
         del found
         moved.rename(images)
         with pytest.raises(PermissionError, match=r"features cannot be written to .* give out= a folder that can be"):
-            run(images, disk / "f", Counting(2.0))
+            run(images, disk / "f", Counting(2.0), overwrite=True)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -21,6 +21,14 @@ from cnnrs.features.plan import Plan
 from cnnrs.features.samples import Data
 from stores import TRANSFORM, Counting, computed, fresh, run, said
 
+
+def test_one_heic_does_not_make_other_images_of_all() -> None:
+    def recipe(*paths: str, **options: Any) -> str:
+        return Data(cnnrs.DataLoader(cnnrs.ImageList(paths, TRANSFORM, **options))).recipe
+
+    assert recipe("a.jpg") == recipe("a.jpg", "b.heic") != recipe("a.jpg", "b.heic", scale="full")
+
+
 # -- one row per image -------------------------------------------------------------------------------------------------
 
 
@@ -65,7 +73,7 @@ def test_another_number_of_rows_is_an_error_everywhere(
     for data, out in sources:
         CALLS.clear()
         with pytest.raises(ValueError, match=r"the model made \d rows of 4 images"):
-            cnnrs.preconv(data, model(), out=out, engine=engine, passes=passes, verbose=False)
+            cnnrs.preconv(data, model(), out=out, engine=engine, passes=passes, overwrite=True, verbose=False)
     # What was there is there.
     assert torch.equal(cnnrs.load_features(tmp_path / "pairs").features, good.features)
     assert not (tmp_path / "loader" / "meta.json").exists()

@@ -36,7 +36,7 @@ def model(seed: int = 0) -> nn.Module:
 
 def computed(out: Path | None, seed: int = 0, labels: torch.Tensor = LABELS) -> cnnrs.Features:
     loader = cnnrs.DataLoader(TensorDataset(PICTURES, labels), batch_size=2)
-    return cnnrs.preconv(loader, model(seed), out=out, engine="python", verbose=False)
+    return cnnrs.preconv(loader, model(seed), out=out, engine="python", overwrite=True, verbose=False)
 
 
 @pytest.fixture(scope="module")

@@ -322,8 +322,12 @@ def test_wrong_arguments_are_named() -> None:
         mnist_fit(data, engine="gpu")
     with pytest.raises(TypeError, match=r"training needs optimizer="):
         mnist_fit(data, optimizer=None)
-    with pytest.raises(TypeError, match="loss_fn must be callable, got str"):
+    with pytest.raises(ValueError, match=r"loss_fn must be one of 'cross_entropy', 'nll_loss', .*, got 'nll'"):
         mnist_fit(data, loss_fn="nll")
+    with pytest.raises(TypeError, match=r"got the class CrossEntropyLoss: make one, CrossEntropyLoss\(\)"):
+        mnist_fit(data, loss_fn=torch.nn.CrossEntropyLoss)
+    with pytest.raises(TypeError, match="loss_fn must be callable, got float"):
+        mnist_fit(data, loss_fn=0.5)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):
         cnnrs.fit(0, lambda x: x, data, loss_fn=F.nll_loss)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="holds none of the model's parameters"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 import cnnrs
 import tutorial
+from cnnrs.engine.losses import LossName
 from plain_loop import batches, follows, plain, sgd
 
 ENGINES = ["cpu", "torch", "python"]
@@ -144,3 +145,26 @@ def test_what_the_model_raises_in_the_middle_leaves_whole_steps(engine: Any) -> 
     torch.testing.assert_close(
         our_sgd.state[ours.weight]["momentum_buffer"], their_sgd.state[theirs.weight]["momentum_buffer"]
     )
+
+
+@pytest.mark.parametrize("name", get_args(LossName))
+def test_losses_by_name(name: LossName) -> None:
+    """As the functions themselves, on the same engine."""
+    function = getattr(F, name)
+    torch.manual_seed(0)
+    targets = torch.randint(4, (6,)) if name in ("cross_entropy", "nll_loss") else torch.rand(6, 4).round()
+    data = [(torch.randn(6, 3), targets)] * 3
+
+    def trained(loss_fn: Any, by: Any) -> tuple[Any, ...]:
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LogSoftmax(dim=1))
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        if by is cnnrs.fit:
+            result = cnnrs.fit(0, model, data, optimizer=sgd, loss_fn=loss_fn, verbose=False)
+        else:
+            result = cnnrs.compile(optimizer=sgd, loss_fn=loss_fn, verbose=False)(0, model, data)
+        return result[0], *(p.tolist() for p in model.parameters())
+
+    expected = trained(function, cnnrs.fit)
+    assert trained(name, cnnrs.fit) == trained(name, cnnrs.compile) == expected
+    assert f"loss_fn={name}" in repr(cnnrs.compile(loss_fn=name))

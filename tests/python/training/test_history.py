@@ -1,6 +1,7 @@
 """The four lists and the two figures."""
 
 import builtins
+import csv
 import math
 import pickle
 from pathlib import Path
@@ -58,11 +59,37 @@ def test_plot_draws_the_tutorials_two_figures(history: History, tmp_path: Path) 
     }
     drawn = {line.get_label(): list(line.get_ydata()) for line in accuracies.lines}
     assert drawn == {"train accuracy": history.train_accuracy, "val accuracy": history.val_accuracy}
+    # The same colours mean the same in both.
+    looks = [[(line.get_color(), line.get_marker()) for line in axes.lines] for axes in (losses, accuracies)]
+    assert looks[0] == looks[1] and looks[0][0] != looks[0][1]
+
+
+def test_line_of_an_epoch(history: History) -> None:
+    assert history.line(12) == "epoch  5/12: training loss 0.2000,  90.00 %; validation loss 0.2400,  88.00 %"
+    assert len(history.line(100)) <= 80
+    history.append(train=(0.25, 100))
+    assert history.line() == "epoch 6: training loss 0.2500, 100.00 %"
+    with pytest.raises(ValueError, match="no epoch yet"):
+        History().line()
 
 
 def test_plot_of_nothing(tmp_path: Path) -> None:
     History().plot(tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 0
+
+
+def test_to_csv(history: History, tmp_path: Path) -> None:
+    history.append(train=(0.5, 80))
+    history.to_csv(tmp_path / "history.csv")
+    with open(tmp_path / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
+    assert [row["epoch"] for row in rows] == list("123456")
+    for name, values in (
+        ("train_loss", history.train_losses), ("train_accuracy", history.train_accuracy),
+        ("valid_loss", history.val_losses), ("valid_accuracy", history.val_accuracy),
+    ):  # fmt: skip
+        assert [float(row[name]) for row in rows] == pytest.approx(values, rel=1e-5, nan_ok=True)
 
 
 def test_writing_a_file_opens_no_window(history: History, tmp_path: Path) -> None:

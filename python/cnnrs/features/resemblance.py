@@ -1,0 +1,110 @@
+"""Which rows resemble which: cosines, a few of the largest at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnnrs.data.image_list import ImageList
+from cnnrs.data.loader import DataLoader
+from cnnrs.data.pictures import is_picture, pictures
+from cnnrs.model.modes import device_of, frozen, to_device
+
+# Rows that are compared at a time: bounds the memory of a search, whatever the size of the store.
+_CHUNK = 2048
+
+
+def most_similar(
+    features: Tensor, images: list[int], queries: Tensor, k: int, leave_out: Tensor | bool | None
+) -> tuple[Tensor, Tensor]:
+    """(M, k) cosines of (M, ...) queries and their ``k`` most similar rows, and the numbers of these rows.
+
+    Args:
+        features: (N, ...) rows to be found.
+        images: of every row the number of its image.
+        queries: of the shape of the rows.
+        k: how many.
+        leave_out: numbers of images that are not to be found; True: each query is a row, and its own is not.
+
+    Raises:
+        ValueError: the shapes differ, ``k`` is below 1 or there are not so many rows.
+    """
+    if queries.shape[1:] != features.shape[1:]:
+        raise ValueError(f"features have shape {tuple(features.shape[1:])}, the queries {tuple(queries.shape[1:])}")
+    device = features.device
+    numbers = torch.tensor(images, device=device)
+    others = len(features)
+    if isinstance(leave_out, Tensor):
+        others -= int((numbers == leave_out.to(device)).sum())
+    elif leave_out:
+        others -= int(numbers.bincount().max()) if len(numbers) else 0
+    kind = "rows" if leave_out is None else "rows of other images"
+    if not 1 <= k <= others:
+        raise ValueError(f"k must be between 1 and the {others} {kind} there are, got {k}")
+    values, rows = [], []
+    for begin in range(0, len(queries), _CHUNK):
+        some = _unit(queries[begin : begin + _CHUNK].to(device))
+        own = numbers[begin : begin + len(some)] if leave_out is True else leave_out
+        best = torch.full((len(some), k), -torch.inf, device=device)
+        where = torch.zeros((len(some), k), dtype=torch.int64, device=device)
+        for start in range(0, len(features), _CHUNK):
+            cosines = some @ _unit(features[start : start + _CHUNK]).T
+            if isinstance(own, Tensor):
+                mine = own.to(device).unsqueeze(1) == numbers[start : start + _CHUNK]
+                cosines.masked_fill_(mine, -torch.inf)
+            found = torch.arange(start, start + cosines.shape[1], device=device).expand_as(cosines)
+            best, order = torch.cat([best, cosines], dim=1).topk(k, dim=1)
+            where = torch.cat([where, found], dim=1).gather(1, order)
+        values.append(best)
+        rows.append(where)
+    return torch.cat(values), torch.cat(rows)
+
+
+def most_frequent(votes: Tensor) -> Tensor:
+    """(M,) of (M, k) labels, the most similar row's first, the one that occurs most; ties go to the most similar."""
+    same = votes.unsqueeze(2) == votes.unsqueeze(1)
+    # The earlier a row, the more similar: it breaks ties without outvoting anybody.
+    order = torch.linspace(0.5, 0, votes.shape[1], device=votes.device)
+    best = (same.sum(dim=2) + order).argmax(dim=1, keepdim=True)
+    return votes.gather(1, best).squeeze(1)
+
+
+def computed(
+    image: Any, body: nn.Module | None, transform: Callable[[Any], Any] | None, read: Mapping[str, Any]
+) -> Tensor:
+    """(...) features of one photo: a file or an image in memory.
+
+    Args:
+        image: a path, a PIL image or an array.
+        body: what computes features.
+        transform: what prepares the photo; None: the body's own.
+        read: how files are read, as arguments of a loader.
+
+    Raises:
+        ValueError: there is no body, or no transform.
+    """
+    transform = transform if transform is not None else getattr(body, "transform", None)
+    if body is None or transform is None:
+        raise ValueError(
+            "these features do not know what computed them: pass it, features.nearest(photo, "
+            "body=cnnrs.backbone(...)), whose transform prepares the photo"
+        )
+    if is_picture(image):
+        inputs = torch.stack(
+            [transform(one) for one in pictures(image, read.get("exif", False), read.get("scale", "none"))]
+        )
+    else:
+        # A generator of its own: looking at a photo draws no random numbers of the user's.
+        loader = DataLoader(ImageList([image], transform), generator=torch.Generator(), **read)
+        inputs, _ = next(iter(loader))
+    with frozen(body), torch.no_grad():
+        made: Tensor = body(to_device(inputs, device_of(body)))
+    return made[0]
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """(n, d) float32 rows of length 1."""
+    return nn.functional.normalize(rows.flatten(1).float(), dim=1)
