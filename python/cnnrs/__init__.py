@@ -25,12 +25,17 @@ from cnnrs._cnnrs import __version__  # noqa: E402
 if TYPE_CHECKING:
     from cnnrs import errors, layers, models
     from cnnrs import ray as ray
+    from cnnrs.app.jobs.evaluate import evaluate
+    from cnnrs.app.jobs.train import train
+    from cnnrs.classifier.probe import probe
     from cnnrs.classifier.run_folder import load_run
     from cnnrs.data.check import check
     from cnnrs.data.feature_dataset import FeatureDataset, data_gen
-    from cnnrs.data.folder import ImageFolder, ImageList
+    from cnnrs.data.folder import ImageFolder
+    from cnnrs.data.image_list import ImageList
     from cnnrs.data.loader import DataLoader
     from cnnrs.data.mnist import MNIST
+    from cnnrs.data.photos import photo_extensions
     from cnnrs.engine.explain import explain
     from cnnrs.engine.summary import summary
     from cnnrs.errors import CnnrsError, DecodeError, NonFiniteLossError, UnsupportedModelError
@@ -46,12 +51,17 @@ if TYPE_CHECKING:
 #: Where the public names live: a module is loaded when one of its names is first asked for, so that ``import cnnrs``
 #: costs little beside ``import torch``. The imports above say the same to type checkers.
 _HOMES = {
+    "app.jobs.evaluate": "evaluate",
+    "app.jobs.train": "train",
+    "classifier.probe": "probe",
     "classifier.run_folder": "load_run",
     "data.check": "check",
     "data.feature_dataset": "FeatureDataset data_gen",
-    "data.folder": "ImageFolder ImageList",
+    "data.folder": "ImageFolder",
+    "data.image_list": "ImageList",
     "data.loader": "DataLoader",
     "data.mnist": "MNIST",
+    "data.photos": "photo_extensions",
     "engine.explain": "explain",
     "engine.summary": "summary",
     "errors": "CnnrsError DecodeError NonFiniteLossError UnsupportedModelError",
@@ -89,6 +99,7 @@ __all__ = [
     "conv_layers",
     "data_gen",
     "errors",
+    "evaluate",
     "explain",
     "fit",
     "freeze",
@@ -97,11 +108,14 @@ __all__ = [
     "load_features",
     "load_run",
     "models",
+    "photo_extensions",
     "preconv",
+    "probe",
     "replace_head",
     "set_dropout",
     "summary",
     "top_losses",
+    "train",
     "unfreeze",
 ]
 
@@ -118,4 +132,4 @@ if not TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+    return sorted({*__all__, *_MODULES})

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cnnrs.app.layout import find_halves
-from cnnrs.data.folder import ImageFolder, ImageList
+from cnnrs.app.layout import find_parts
+from cnnrs.data.folder import ImageFolder
+from cnnrs.data.image_list import ImageList
 
 Transform = Callable[..., Any] | None
 
@@ -49,10 +50,10 @@ def cats_and_dogs(
 def _own(folder: Path) -> tuple[ImageList, ImageList]:
     if not folder.is_dir():
         raise FileNotFoundError(f"PHOTOS = {str(folder)!r}: there is no such folder; one folder per class is wanted")
-    halves = find_halves(folder)
-    if halves is None or halves.valid is None:
-        return ImageFolder(folder if halves is None else halves.train).split(0.2, seed=0)
-    return ImageFolder(halves.train), ImageFolder(halves.valid)
+    parts = find_parts(folder)
+    if parts is None or parts.held_out is None:
+        return ImageFolder(folder if parts is None else parts.train).split(0.2, seed=0)
+    return ImageFolder(parts.train), ImageFolder(parts.held_out)
 
 
 def _oxford(root: Path) -> tuple[ImageList, ImageList]:

@@ -8,13 +8,11 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-from cnnrs.classifier.card import CARD, MODEL, is_run_file
-from cnnrs.data.folder import IMG_EXTENSIONS
+from cnnrs.classifier.names import CARD, MODEL, TRASH, is_run_file
+from cnnrs.data.photos import NOTES_FOLDER, photo_extensions
 from cnnrs.features.store import is_ours
 
-PHOTOS = (*IMG_EXTENSIONS, ".gif")
-#: Ends the name of a folder in which ``cnnrs check --fix`` puts what it takes away.
-TRASH = ".cnnrs-trash"
+ONE_PER_CLASS = "a folder with one folder per class (pets/cat/1.jpg, pets/dog/2.jpg)"
 
 # Words by which a folder is known as a part of a data set, without separators, digits and case.
 _PARTS = {
@@ -44,15 +42,21 @@ class UnclearLayout(ValueError):
         self.alike = alike
 
 
-class Halves(NamedTuple):
-    """Two folders with one folder per class each; without the second a share of the first is held back."""
+class Parts(NamedTuple):
+    """Folders with one folder per class each, by what they are for; what is None is cut from ``train``."""
 
     train: Path
-    valid: Path | None
+    valid: Path | None = None
+    test: Path | None = None
+
+    @property
+    def held_out(self) -> Path | None:
+        """Where there are photos that are not trained on: to choose with, or else to measure with."""
+        return self.valid or self.test
 
 
-def find_halves(root: Path, alike_are_classes: bool = False) -> Halves | None:
-    """The folders with training and validation photos inside ``root``; None where its folders are classes.
+def find_parts(root: Path, alike_are_classes: bool = False) -> Parts | None:
+    """The folders for training, validation and testing inside ``root``; None where its folders are classes.
 
     Args:
         root: a folder of folders.
@@ -67,7 +71,7 @@ def find_halves(root: Path, alike_are_classes: bool = False) -> Halves | None:
     if not parts:
         if len(folders) == 1 and class_folders(folders[0]) and not _has_photos(folders[0]):
             # pets.zip holds pets/, for example.
-            return find_halves(folders[0], alike_are_classes)
+            return find_parts(folders[0], alike_are_classes)
         if not alike_are_classes and (same := _alike(folders)):
             raise UnclearLayout(
                 f"every folder of {root} ({_listed(folders)}) holds the same folders ({', '.join(same[:4])}): these "
@@ -95,24 +99,41 @@ def find_halves(root: Path, alike_are_classes: bool = False) -> Halves | None:
             "learn to tell the parts apart",
             alike=not whole and all(map(_has_photos, folders)),
         )
-    if (inner := _inner_halves(train)) is not None:
+    if (inner := _inner_parts(train)) is not None:
         return inner
     train = _unwrapped(train)
-    valid = _only(root, "validation", parts.get("valid", [])) or _only(root, "test", parts.get("test", []))
-    if valid is not None and class_folders(valid):
-        return Halves(train, _unwrapped(valid))
-    if valid is not None and parts.get("valid"):
+    valid, test = (_only(root, what, parts.get(part, [])) for part, what in (("valid", "validation"), ("test", "test")))
+    if valid is not None and not class_folders(valid):
         raise UnclearLayout(f"{valid} holds no class folders; those of {train} are wanted there too")
+    # Kaggle's photos to predict have no classes.
+    test = test if test is not None and class_folders(test) else None
+    if valid is not None or test is not None:
+        return Parts(train, *(part and _unwrapped(part) for part in (valid, test)))
     classes = {folder.name for folder in class_folders(train)}
     for other in others:
         if _has_photos(other) or classes & {folder.name for folder in class_folders(other)}:
             raise UnclearLayout(f"{root}: {train.name} looks like a part of the data set, but what is {other.name}?")
-    return Halves(train, None)
+    return Parts(train)
+
+
+def need_folder(path: Path, wanted: str) -> None:
+    """That there is a folder; ``wanted`` says what should be in it.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        NotADirectoryError: it is a file.
+    """
+    if path.is_dir():
+        return
+    if path.exists():
+        raise NotADirectoryError(f"{path}: is a file; {wanted} is wanted")
+    raise FileNotFoundError(f"{path}: there is no such folder; {wanted} is wanted")
 
 
 def class_folders(root: Path) -> list[Path]:
-    """The folders of ``root`` that may be classes: none that is hidden, none that cnnrs has written."""
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    """The folders of ``root`` that may be classes: none that is hidden, none that cnnrs or a Mac has written."""
+    folders = (entry.name for entry in os.scandir(root) if entry.is_dir())
+    names = sorted(name for name in folders if not name.startswith(".") and name != NOTES_FOLDER)
     return [folder for folder in (root / name for name in names) if not is_own(folder)]
 
 
@@ -170,10 +191,10 @@ def _only(root: Path, what: str, folders: list[Path]) -> Path | None:
     return folders[0] if folders else None
 
 
-def _inner_halves(folder: Path) -> Halves | None:
+def _inner_parts(folder: Path) -> Parts | None:
     """As in cat_and_dog/train/training and cat_and_dog/train/validation."""
     parts = _parts(class_folders(folder))
-    return find_halves(folder, alike_are_classes=True) if "train" in parts and len(parts) > 1 else None
+    return find_parts(folder, alike_are_classes=True) if "train" in parts and len(parts) > 1 else None
 
 
 def _unwrapped(folder: Path) -> Path:
@@ -195,8 +216,9 @@ def _alike(folders: list[Path]) -> list[str]:
 
 
 def _has_photos(folder: Path) -> bool:
+    endings = photo_extensions()
     return any(
-        not entry.name.startswith(".") and entry.name.lower().endswith(PHOTOS) and not entry.is_dir()
+        not entry.name.startswith(".") and entry.name.lower().endswith(endings) and not entry.is_dir()
         for entry in os.scandir(folder)
     )
 

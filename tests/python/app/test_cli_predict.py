@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import cnnrs
@@ -21,7 +22,7 @@ def test_predict_json(workplace: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert predict(workplace, workplace / "fruit", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found) == 40
-    assert all(list(entry) == ["path", "class", "probability"] for entry in found)
+    assert all(list(entry) == ["path", "class", "probability", "novelty", "unknown"] for entry in found)
     assert all(entry["class"] == Path(entry["path"]).parent.name for entry in found)
     assert all(0.5 <= entry["probability"] <= 1 for entry in found)
 
@@ -52,7 +53,7 @@ def test_predict_csv(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Non
     files = [workplace / "fruit" / "plum" / "03.jpg", workplace / "fruit" / "berry" / "04.jpg"]
     assert predict(workplace, *files, "--csv") == 0
     rows = list(csv.reader(capsys.readouterr().out.splitlines()))
-    assert rows[0] == ["path", "class", "probability"]
+    assert rows[0] == ["path", "class", "probability", "novelty", "unknown"]
     assert [row[:2] for row in rows[1:]] == [[str(files[0]), "plum"], [str(files[1]), "berry"]]
     assert predict(workplace, *files, "--csv", "--top-k", "5") == 0
     rows = list(csv.reader(capsys.readouterr().out.splitlines()))
@@ -120,3 +121,19 @@ def test_damaged_runs(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "model.safetensors").unlink()
     assert main(["predict", str(tmp_path), photo]) == 2
     assert "model.safetensors is gone" in capsys.readouterr().err
+
+
+def test_predict_takes_what_training_takes_and_says_the_rest(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = workplace / "fruit" / "plum" / "03.jpg"
+    with Image.open(photo) as image:
+        image.save(tmp_path / "1.gif")
+    for name in ("2.JFIF", "._2.jpg", ".hidden.jpg"):
+        (tmp_path / name).write_bytes(photo.read_bytes())
+    (tmp_path / "notes.txt").touch()
+    assert predict(workplace, tmp_path, "--json") == 0
+    out, err = capsys.readouterr()
+    assert [Path(one["path"]).name for one in json.loads(out)] == ["1.gif", "2.JFIF"]
+    notes = [line for line in err.splitlines() if "left out, as in training" in line]
+    assert {note.split("training: ")[1].split(":")[0] for note in notes} == {"1 ._*", "1 .jpg", "1 .txt"}

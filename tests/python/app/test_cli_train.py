@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +23,16 @@ def test_run_folder(workplace: Path) -> None:
     run = workplace / "runs" / "fruit"
     assert sorted(path.name for path in run.iterdir()) == [
         "history.csv",
+        "mistakes.csv",
         "model.json",
         "model.safetensors",
+        "novelty.safetensors",
         "report.html",
     ]
     card = json.loads((run / "model.json").read_text())
     assert card["classes"] == ["berry", "plum"]
     assert (card["backbone"], card["head"], card["accuracy"]) == ("resnet18", "linear", 100.0)
-    assert (card["train_photos"], card["valid_photos"]) == (32, 8)
+    assert (card["train_photos"], card["measured_photos"]) == (40, 40)
     preset = ResNet18_Weights.DEFAULT.transforms()
     assert card["transform"] == {
         "resize": preset.resize_size[0], "crop": preset.crop_size[0], "interpolation": preset.interpolation.value,
@@ -37,8 +40,7 @@ def test_run_folder(workplace: Path) -> None:
     }  # fmt: skip
     rows = list(csv.DictReader((run / "history.csv").open()))
     assert [row["epoch"] for row in rows] == [str(i) for i in range(1, 31)]
-    best = max(rows, key=lambda row: (float(row["valid_accuracy"]), -float(row["valid_loss"])))
-    assert card["epoch"] == int(best["epoch"])
+    assert card["epoch"] == 30
     # Another user of the machine may use the model.
     assert (run / "model.safetensors").stat().st_mode == (run / "model.json").stat().st_mode
 
@@ -65,7 +67,7 @@ def test_backbone_is_untouched(workplace: Path) -> None:
 
 
 def test_another_head_reuses_the_features(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = workplace / "runs" / "features" / "fruit-resnet18" / "train" / "features.npy"
+    store = workplace / "runs" / "features" / "fruit-resnet18-weights" / "all" / "features.npy"
     written = store.stat().st_mtime_ns
     assert train(workplace, "runs/mlp", "--head", "mlp", "--epochs", "2") == 0
     assert store.stat().st_mtime_ns == written
@@ -88,9 +90,20 @@ def test_json_is_all_there_is_on_stdout(workplace: Path, capsys: pytest.CaptureF
     assert train(workplace, "runs/json", "--epochs", "1", "--json") == 0
     printed = capsys.readouterr()
     result = json.loads(printed.out)
-    assert result["valid_photos"] == 8 and result["skipped"] == []
+    assert result["measured_photos"] == 40 and result["skipped"] == []
     assert Path(result["report"]).is_file()
-    assert "epoch 1/1" in printed.err
+    assert "40 photos are few" in printed.err
+
+
+def test_quiet_is_quiet(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, the result, also where a run is replaced and features are computed."""
+    more = ["--epochs", "1", "--quiet", "--features", str(workplace / "quiet-features")]
+    for _ in range(2):
+        assert train(workplace, "runs/quiet", *more) == 0
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"(?:\d+\.\d\d % of 40 photos, [^\n]*\n){2}", printed.out)
+    # What has to be said is said.
+    assert all(line.startswith("cnnrs train: note: ") for line in printed.err.splitlines())
 
 
 def test_replacing_a_run_is_said(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,10 +114,12 @@ def test_replacing_a_run_is_said(workplace: Path, capsys: pytest.CaptureFixture[
 
 def test_train_and_valid_folders(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fruit(tmp_path / "both" / "train", 6)
-    fruit(tmp_path / "both" / "val", 3)
+    fruit(tmp_path / "both" / "val", 3, seed=1)
     arguments = ["--backbone", "resnet18", "--weights", str(workplace / "weights.pth"), "--epochs", "1"]
     assert main(["train", str(tmp_path / "both"), "--out", str(tmp_path / "run"), *arguments]) == 0
-    assert "12 training and 6 validation photos of berry, plum" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "18 photos of berry, plum" in printed and "measuring with" in printed
+    assert "linear: epoch 1/1" in printed
 
 
 def test_bad_photos(workplace: Path, bad_fruit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +130,7 @@ def test_bad_photos(workplace: Path, bad_fruit: Path, tmp_path: Path, capsys: py
     assert "plum/0" in message and "--fix move" in message and "--skip-bad" in message
     assert not (tmp_path / "run").exists()
     assert main([*arguments, "--skip-bad"]) == 0
-    assert capsys.readouterr().out.count("left out ") == 2
+    assert sum(line.startswith("left out ") for line in capsys.readouterr().out.splitlines()) == 2
     assert "Photos that were left out" in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -138,7 +153,7 @@ def test_classifier_head_is_the_tutorials(tmp_path: Path) -> None:
         (["nowhere"], "there is no such folder"),
         (
             ["fruit/plum/03.jpg"],
-            "is a file; a folder with one folder per class (pets/cat/1.jpg, pets/dog/2.jpg) is wanted",
+            "(pets/cat/1.jpg, pets/dog/2.jpg), or a table (.csv), is wanted",
         ),
         (["fruit", "--backbone", "vgg61"], "vgg16"),
         (["fruit", "--backbone", "squeezenet1_1", "--weights", "squeezenet.pth"], "no linear layer"),
@@ -147,7 +162,7 @@ def test_classifier_head_is_the_tutorials(tmp_path: Path) -> None:
         (["fruit", "--backbone", "resnet18", "--weights", "photo.pth"], "cannot be read as weights"),
         (["fruit", "--backbone", "vgg16", "--weights", "weights.pth"], "does not fit"),
         (["fruit", "--backbone", "resnet18", "--weights", "weights.pth", "--head", "classifier"], "VGG or AlexNet"),
-        (["fruit", "--valid", "0"], "--valid 0 leaves no photos"),
+        (["fruit", "--valid", "0"], "--valid 0 leaves no photos to choose with"),
         (["fruit", "--device", "abacus"], "--device abacus: expected cpu"),
         (["fruit", "--out", "weights.pth"], "is a file; a folder is wanted"),
         (["fruit", "--out", "fruit"], "holds something else than a run"),

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from cnnrs.app.cli import main
-from cnnrs.app.cli.places import find_photos
-from cnnrs.app.layout import UnclearLayout, class_folders, find_halves, part_of
+from cnnrs.app.jobs.photos import find_photos
+from cnnrs.app.layout import Parts, UnclearLayout, class_folders, find_parts, part_of
+from cnnrs.data.photos import scan_photos
 from cnnrs.pets import cats_and_dogs
 from fruit import fruit
 
@@ -40,29 +41,30 @@ def both(*parts: str) -> list[str]:
 @pytest.mark.parametrize("valid", ["val", "dev", "test1", "Testing_Set", "验证集"])
 def test_two_parts(train: str, valid: str, tmp_path: Path) -> None:
     root = tree(tmp_path, *both(train, valid))
-    assert find_halves(root) == (root / train, root / valid)
+    found = find_parts(root)
+    assert found is not None and (found.train, found.held_out) == (root / train, root / valid)
 
 
 @pytest.mark.parametrize(
-    ("photos", "train", "valid"),
+    ("photos", "parts"),
     [
-        (both("train", "val", "test"), "train", "val"),
+        (both("train", "val", "test"), ("train", "val", "test")),
         # The tutorial's folders, from above, and beside photos of nobody knows what.
-        (both("train/training", "train/validation"), "train/training", "train/validation"),
-        ([*both("train/training", "train/validation"), "test/1.jpg"], "train/training", "train/validation"),
+        (both("train/training", "train/validation"), ("train/training", "train/validation", None)),
+        ([*both("train/training", "train/validation"), "test/1.jpg"], ("train/training", "train/validation", None)),
         # Kaggle's: the photos to predict have no classes.
-        ([*both("train"), "test/1.jpg", "test/2.jpg"], "train", None),
-        (both("train"), "train", None),
+        ([*both("train"), "test/1.jpg", "test/2.jpg"], ("train", None, None)),
+        (both("train"), ("train", None, None)),
         # An archive in an archive, and the name twice.
-        (both("archive/data/train", "archive/data/test"), "archive/data/train", "archive/data/test"),
-        (both("seg_train/seg_train", "seg_test/seg_test"), "seg_train/seg_train", "seg_test/seg_test"),
-        (both("pets-train-224", "pets-test-224"), "pets-train-224", "pets-test-224"),
-        ([*both("train", "valid"), "notes/readme.txt", ".git/test/1.jpg"], "train", "valid"),
+        (both("archive/data/train", "archive/data/test"), ("archive/data/train", None, "archive/data/test")),
+        (both("seg_train/seg_train", "seg_test/seg_test"), ("seg_train/seg_train", None, "seg_test/seg_test")),
+        (both("pets-train-224", "pets-test-224"), ("pets-train-224", None, "pets-test-224")),
+        ([*both("train", "valid"), "notes/readme.txt", ".git/test/1.jpg"], ("train", "valid", None)),
     ],
 )
-def test_layouts(photos: list[str], train: str, valid: str | None, tmp_path: Path) -> None:
+def test_layouts(photos: list[str], parts: tuple[str | None, ...], tmp_path: Path) -> None:
     root = tree(tmp_path, *photos)
-    assert find_halves(root) == (root / train, None if valid is None else root / valid)
+    assert find_parts(root) == Parts(*(part and root / part for part in parts))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_layouts(photos: list[str], train: str, valid: str | None, tmp_path: Pat
     ],
 )
 def test_classes(photos: list[str], tmp_path: Path) -> None:
-    assert find_halves(tree(tmp_path, *photos)) is None
+    assert find_parts(tree(tmp_path, *photos)) is None
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_unclear(
 ) -> None:
     root = tree(tmp_path / "data", *photos)
     with pytest.raises(UnclearLayout, match=r":|every|holds no class folders"):
-        find_halves(root)
+        find_parts(root)
     weights = ["--backbone", "resnet18", "--weights", str(workplace / "weights.pth")]
     assert main(["train", str(root), *weights, "--out", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err
@@ -113,11 +115,11 @@ def test_what_is_which_can_be_said(tmp_path: Path) -> None:
     fruit(tmp_path / "A", 4)
     fruit(tmp_path / "B", 3)
     said: list[str] = []
-    found = find_photos(tmp_path / "A", tmp_path / "B", 0, said.append)
-    assert (len(found.train), len(found.valid)) == (8, 6)
+    found = find_photos(tmp_path / "A", tmp_path / "B", None, said.append)
+    assert (found.parts.count("train"), found.parts.count("test")) == (8, 6)
     assert said == [f"training on {tmp_path / 'A'}, measuring with {tmp_path / 'B'}"]
     # The same folders as classes.
-    found = find_photos(tmp_path, 0.5, 0, said.append)
+    found = find_photos(tmp_path, 0.5, None, said.append)
     assert found.classes == ["A", "B"]
     train, valid = cats_and_dogs(tmp_path / "A")
     assert (len(train), len(valid)) == (6, 2)
@@ -127,11 +129,11 @@ def test_what_is_which_can_be_said(tmp_path: Path) -> None:
 def test_classes_that_are_called_like_parts(names: tuple[str, ...], tmp_path: Path) -> None:
     root = tree(tmp_path / "data", *(f"{name}/{i}.jpg" for name in names for i in range(4)))
     with pytest.raises(UnclearLayout, match=r"give --valid 0\.2 if they are all classes"):
-        find_photos(root, None, 0, print)
-    assert find_photos(root, 0.25, 0, print).classes == sorted(names)
+        find_photos(root, None, None, print)
+    assert find_photos(root, 0.25, None, print).classes == sorted(names)
     parts = tree(tmp_path / "parts", *(f"{name}/{i}.jpg" for name in ("train", "test") for i in range(4)))
     with pytest.raises(UnclearLayout, match="train holds no class folders"):
-        find_photos(parts, 0.25, 0, print)
+        find_photos(parts, 0.25, None, print)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "report.html", "history.csv"])
@@ -152,8 +154,9 @@ def test_folders_of_cnnrs_are_no_classes(workplace: Path, tmp_path: Path) -> Non
     tree(root, "vine/model.json", "vine/1.jpg")
     assert [folder.name for folder in class_folders(root)] == ["berry", "plum", "vine"]
     (root / "vine" / "model.json").unlink()
-    (root / "vine" / "1.jpg").write_bytes((root / "plum" / "00.jpg").read_bytes())
-    assert find_photos(root, None, 0, print).classes == ["berry", "plum", "vine"]
+    for name in ("1.jpg", "2.jpg"):
+        (root / "vine" / name).write_bytes((root / "plum" / "00.jpg").read_bytes())
+    assert find_photos(root, None, None, print).classes == ["berry", "plum", "vine"]
 
 
 @pytest.mark.parametrize("option", ["--out", "--features"])
@@ -185,7 +188,21 @@ def test_the_run_of_the_current_folder_is_beside_it(
 
 def test_the_tutorials_folders(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fruit(tmp_path / "cat_and_dog" / "train" / "training", 3)
-    fruit(tmp_path / "cat_and_dog" / "train" / "validation", 2)
+    fruit(tmp_path / "cat_and_dog" / "train" / "validation", 2, seed=1)
     arguments = ["--backbone", "resnet18", "--weights", str(workplace / "weights.pth"), "--epochs", "1"]
     assert main(["train", str(tmp_path / "cat_and_dog"), *arguments, "--out", str(tmp_path / "run")]) == 0
-    assert "6 training and 4 validation photos of berry, plum" in capsys.readouterr().out
+    assert "10 photos of berry, plum" in capsys.readouterr().out
+
+
+def test_a_macs_notes_are_no_class(tmp_path: Path) -> None:
+    root = tree(tmp_path, "cat/1.jpg", "dog/1.jpg", "__MACOSX/cat/._1.jpg")
+    assert [folder.name for folder in class_folders(root)] == ["cat", "dog"]
+    assert find_parts(root) is None
+
+
+def test_training_takes_what_check_and_predict_take(tmp_path: Path) -> None:
+    names = ["cat/1.jpg", "cat/2.JFIF", "cat/3.gif", "dog/1.tif", "dog/2.webp"]
+    root = tree(tmp_path, *names, "cat/._1.jpg", "cat/Thumbs.db", "dog/.x/1.jpg", "dog/a.txt")
+    data = find_photos(root, 0.5, None, print).data
+    taken = sorted(os.path.relpath(path, root) for path, _ in data.samples)
+    assert taken == sorted(names) == sorted(os.path.relpath(path, root) for path in scan_photos([str(root)])[0])

@@ -10,9 +10,9 @@ from PIL import Image
 from cnnrs.app.cli import main
 
 
-def fruit(root: Path, number: int = 20) -> Path:
+def fruit(root: Path, number: int = 20, seed: int = 0) -> Path:
     """Red and blue pictures: any features tell them apart."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for name, channel in (("berry", 0), ("plum", 2)):
         (root / name).mkdir(parents=True)
         for i in range(number):

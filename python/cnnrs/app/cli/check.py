@@ -7,6 +7,7 @@ import dataclasses
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import cnnrs
 from cnnrs._util.text import right, shown
 from cnnrs._util.text import width as columns_of
 from cnnrs.app.cli.fix import aside, move_broken
-from cnnrs.app.cli.options import need_folder
 from cnnrs.app.cli.output import print_json
-from cnnrs.app.layout import UnclearLayout, find_halves
-from cnnrs.data.check import Report
+from cnnrs.app.layout import UnclearLayout, class_folders, find_parts, need_folder
+from cnnrs.data.copies import in_two_classes
+from cnnrs.data.photos import photo_extensions, scan_photos
+from cnnrs.data.report import Report
 
 _BAR = 30
 
@@ -27,11 +29,13 @@ def run(options: argparse.Namespace) -> int:
     root = Path(options.folder)
     need_folder(root, "a folder of photos")
     report = cnnrs.check(root, num_workers=options.threads)
-    halves = _halves(root)
-    if halves is not None:
-        report.classes = {f"{half.name}/{name}": count for half in halves for name, count in _counts(half).items()}
+    parts = _parts(root)
+    if parts:
+        report.classes = {f"{part.name}/{name}": count for part in parts for name, count in _counts(part).items()}
         report.empty_classes = [name for name, count in report.classes.items() if not count]
-    leaks = [] if halves is None else [group for group in report.duplicates if _spans(group, halves)]
+        places = {path: name for part in parts for path, name in _classes(part, report.duplicates)}
+        report.in_two_classes = in_two_classes(report.duplicates, places)
+    leaks = [group for group in report.duplicates if _spans(group, parts)]
     bad = [path for path, _ in (*report.corrupt, *report.truncated)]
     fixed = move_broken(report, bad, root, options.fix) if options.fix else []
     if options.json:
@@ -39,28 +43,31 @@ def run(options: argparse.Namespace) -> int:
     else:
         _show(report, fixed, options)
         if leaks:
-            names = " and ".join(shown(half.name) for half in halves or ())
+            names = " and ".join(shown(part.name) for part in parts)
             count = f"{len(leaks):,} photos are" if len(leaks) > 1 else "1 photo is"
             example = shown(leaks[0][0])
-            print(f"\n{count} in both {names}, for example {example}: the accuracy will look better than it is")
+            where = "both" if len(parts) == 2 else "more than one of"
+            print(f"\n{count} in {where} {names}, for example {example}: the accuracy will look better than it is")
     return 0 if report.files and len(fixed) == len(bad) + len(report.unreadable) else 1
 
 
-def _halves(root: Path) -> tuple[Path, Path] | None:
+def _parts(root: Path) -> list[Path]:
+    """The folders for training, choosing and measuring, if there is more than one."""
     try:
-        halves = find_halves(root)
+        found = [part for part in find_parts(root) or () if part is not None]
     except (UnclearLayout, OSError):
         # Training minds; what can be said about the photos is said.
-        return None
-    return None if halves is None or halves.valid is None else (halves.train, halves.valid)
+        return []
+    return found if len(found) > 1 else []
 
 
 def _show(report: Report, fixed: list[dict[str, str]], options: argparse.Namespace) -> None:
     if not report.files:
         print(
-            f"{shown(report.root)}: no photos here; expected one folder per class, with .jpg, .png, .webp, .bmp, .tif "
-            "or .gif"
+            f"{shown(report.root)}: no photos here; expected one folder per class, with {', '.join(photo_extensions())}"
         )
+        for one in report.left_out:
+            print(f"  left out: {shown(str(one))}")
         return
     print(report.text(sys.maxsize) if options.all else report)
     if report.classes:
@@ -80,15 +87,22 @@ def _show(report: Report, fixed: list[dict[str, str]], options: argparse.Namespa
         print(f"\n{left:,} stay: over the limits, or no longer broken when read again")
 
 
-def _counts(half: Path) -> dict[str, int]:
-    folder = cnnrs.ImageFolder(half, allow_empty=True)
-    counted = Counter(folder.targets)
-    return {name: counted[number] for name, number in folder.class_to_idx.items()}
+def _counts(part: Path) -> dict[str, int]:
+    folders = class_folders(part)
+    _, counts = scan_photos([str(folder) for folder in folders])
+    return {folder.name: count for folder, count in zip(folders, counts, strict=True)}
 
 
-def _spans(group: list[str], halves: tuple[Path, Path]) -> bool:
-    """Whether copies of one photo are in both halves."""
-    return all(any(Path(path).is_relative_to(half) for path in group) for half in halves)
+def _classes(part: Path, groups: list[list[str]]) -> Iterable[tuple[str, str]]:
+    """The class of each of these files that lies in this part."""
+    for path in (path for group in groups for path in group):
+        if Path(path).is_relative_to(part):
+            yield path, Path(path).relative_to(part).parts[0]
+
+
+def _spans(group: list[str], parts: list[Path]) -> bool:
+    """Whether copies of one photo are in more than one part."""
+    return sum(any(Path(path).is_relative_to(part) for path in group) for part in parts) > 1
 
 
 def _bars(counts: dict[str, int], most: int = 12) -> None:
@@ -112,4 +126,5 @@ def _sides(sizes: dict[tuple[int, int], int]) -> dict[str, int]:
 def _plain(report: Report) -> dict[str, Any]:
     plain = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
     plain["sizes"] = [{"width": w, "height": h, "count": n} for (w, h), n in report.sizes.items()]
-    return {**plain, "ok": report.ok, "imbalance": report.imbalance}
+    plain["left_out"] = [one._asdict() for one in report.left_out]
+    return {**plain, "ok": report.ok, "imbalance": report.imbalance, "small_classes": report.small_classes}

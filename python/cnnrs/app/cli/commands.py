@@ -10,17 +10,19 @@ import cnnrs
 from cnnrs.app.cli.options import (
     Help,
     Parser,
+    add_columns,
     add_json,
+    add_reading,
     add_threads,
     between,
     named,
+    novelty,
     place,
     positive,
     share_or_folder,
     whole,
 )
-from cnnrs.app.layout import TRASH
-from cnnrs.classifier.heads import HEADS
+from cnnrs.classifier.names import HEADS, TRASH
 
 _EPILOG = """\
 Three commands from photos to predictions, with one folder per class (pets/cat/1.jpg, pets/dog/2.jpg):
@@ -64,8 +66,9 @@ def check(parser: argparse.ArgumentParser) -> None:
     """Read every photo of a folder and say what is wrong with it, before training finds out.
 
     Finds files that are damaged, cut off, empty or unreadable, names that promise another format, unusual colour
-    modes, photos that EXIF wants turned, duplicates by content, empty and hidden class folders; and shows sizes and
-    class balance. Nothing is changed unless --fix is given.
+    modes, 16-bit and float images that would become white or black, several pages, photos that EXIF wants turned,
+    duplicates by content, also in two classes, small, empty and hidden class folders; counts the files that are no
+    photos, by ending and with the reason; and shows sizes and class balance. Nothing is changed unless --fix is given.
     """
     parser.epilog = _CHECK_EPILOG
     parser.add_argument("folder", type=named, metavar="DIR", help="one folder per class, or a folder of photos")
@@ -96,8 +99,9 @@ def train(parser: argparse.ArgumentParser) -> None:
     """Train a classifier on a folder of photos: frozen pretrained network, features computed once, a head trained on
     them.
 
-    DIR holds one folder per class; a fifth of the photos of each class is held back to measure the accuracy. Where DIR
-    has the folders train and valid (or training_set, dev, test and the like), these are used.
+    DIR holds one folder per class. The accuracy comes from photos that had no say in the training: a test folder, or
+    15 % of every class, beside 15 % that choose when to stop; of less than 300 photos all, in five folds. Copies and
+    near-duplicates stay on one side. Folders called train, valid and test (or training_set, dev and the like) are used.
 
     The run folder then holds the classifier (model.safetensors, model.json), history.csv, and report.html: curves,
     which classes are confused, the worst mistakes, where the time went. The features are kept beside the run folder,
@@ -105,7 +109,10 @@ def train(parser: argparse.ArgumentParser) -> None:
     """
     parser.epilog = _TRAIN_EPILOG
     parser.add_argument(
-        "folder", type=named, metavar="DIR", help="one folder per class, or train/ and valid/ with these"
+        "folder",
+        type=named,
+        metavar="DIR|FILE",
+        help="one folder per class, or train/, valid/ and test/ with these; or a table (.csv) with paths and labels",
     )
     parser.add_argument("--out", type=place, metavar="RUN", help="the run folder (default: runs/<name of DIR>)")
     parser.add_argument(
@@ -124,12 +131,18 @@ def train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--head",
-        choices=HEADS,
+        choices=(*HEADS, "auto"),
         default="linear",
         metavar="HEAD",
-        help="what is trained: linear (one layer, the default), mlp (two), classifier (all linear layers of VGG)",
+        help="what is trained: linear (one layer, the default), mlp (two), classifier (all linear layers of VGG); or "
+        "computed: logistic, ridge, knn (neighbours); auto: the one with the least loss on the validation photos",
     )
-    parser.add_argument("--epochs", type=whole(1), default=10, metavar="N", help="passes over the photos (default: 10)")
+    parser.add_argument(
+        "--epochs",
+        type=whole(1),
+        metavar="N",
+        help="passes over the photos, at most (default: until validation no longer improves)",
+    )
     parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="photos per step (default: 32)")
     parser.add_argument(
         "--lr", type=positive, metavar="X", help="learning rate (default: 0.001; 0.0001 for classifier)"
@@ -138,18 +151,70 @@ def train(parser: argparse.ArgumentParser) -> None:
         "--dropout", type=between(0, 1), default=0.2, metavar="P", help="inside mlp and classifier (default: 0.2)"
     )
     parser.add_argument(
+        "--balance",
+        choices=("auto", "none", "loss", "sampler"),
+        default="auto",
+        metavar="HOW",
+        help="rare classes: loss (they weigh more), sampler (they are drawn more often), none; auto (the default): "
+        "loss where a class has three times the photos of another",
+    )
+    parser.add_argument(
         "--valid",
         type=share_or_folder,
         metavar="F|DIR",
-        help="share held back (default: 0.2), or the folder with the photos to measure with",
+        help="photos that choose epoch and head: a share (default: 0.15), or a folder, which measures if it is alone",
     )
+    parser.add_argument(
+        "--test",
+        type=share_or_folder,
+        metavar="F|DIR",
+        help="photos that measure, and nothing else: a share (default: 0.15; of few photos all, in folds), or a folder",
+    )
+    parser.add_argument(
+        "--groups",
+        metavar="PATTERN",
+        help="photos that belong together stay on one side: a regular expression for their paths below DIR, "
+        "'plant(\\d+)' for example, or a column of the table",
+    )
+    parser.add_argument(
+        "--add-class", type=place, action="append", default=[], metavar="DIR", help="one more class: a folder of photos"
+    )
+    add_columns(parser)
+    add_reading(parser)
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of split and training (default: 0)")
     parser.add_argument(
         "--features", type=place, metavar="DIR", help="where features are kept (default: beside the run)"
     )
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda when there is one)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out photos that cannot be read, and list them")
+    parser.add_argument("--force", action="store_true", help="replace RUN even if it was better on the same photos")
     parser.add_argument("--quiet", action="store_true", help="print the result only")
+    add_threads(parser)
+    add_json(parser)
+
+
+_EVALUATE_EPILOG = """\
+examples:
+  cnnrs evaluate runs/pets new-photos
+  cnnrs evaluate runs/pets labels.csv --json
+
+exit codes: 0 measured, 2 it could not be done
+"""
+
+
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    """Measure a trained classifier with new labelled photos.
+
+    RUN is a folder that cnnrs train wrote. DIR has one folder per class, called as the classifier's; FILE is a table
+    with paths and labels. The same report as after training is written into RUN.
+    """
+    parser.epilog = _EVALUATE_EPILOG
+    parser.add_argument("model", type=named, metavar="RUN", help="a folder that cnnrs train wrote")
+    parser.add_argument("folder", type=named, metavar="DIR|FILE", help="labelled photos")
+    parser.add_argument("--report", type=place, metavar="FILE", help="the page (default: RUN/evaluation-<name>.html)")
+    add_columns(parser)
+    parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="photos at a time (default: 32)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out photos that cannot be read")
     add_threads(parser)
     add_json(parser)
 
@@ -159,6 +224,7 @@ examples:
   cnnrs predict runs/pets holiday/
   cnnrs predict runs/pets holiday/ --csv > labels.csv
   cnnrs predict runs/pets a.jpg --top-k 3 --json
+  cnnrs predict runs/pets holiday/ --sort-into sorted    sorted/cat/1.jpg, ...
 
 exit codes: 0 every file has a prediction, 1 some could not be read, 2 it could not be done
 """
@@ -167,13 +233,28 @@ exit codes: 0 every file has a prediction, 1 some could not be read, 2 it could 
 def predict(parser: argparse.ArgumentParser) -> None:
     """Say what is on photos: class and probability of each file.
 
-    RUN is a folder that cnnrs train wrote. Folders are searched for photos, with all folders inside them.
+    RUN is a folder that cnnrs train wrote. Folders are searched for photos, with all folders inside them. A photo that
+    is stranger than those of the classes is unknown.
     """
     parser.epilog = _PREDICT_EPILOG
     parser.add_argument("model", type=named, metavar="RUN", help="a folder that cnnrs train wrote")
     parser.add_argument("paths", type=named, nargs="+", metavar="FILE|DIR", help="photos, or folders of photos")
     parser.add_argument(
         "--top-k", type=whole(1), default=1, metavar="K", help="the K most probable classes (default: 1)"
+    )
+    parser.add_argument(
+        "--sort-into",
+        type=place,
+        metavar="DIR",
+        help="copy every photo to DIR/CLASS, or to DIR/unknown; nothing is overwritten, the photos stay where they are",
+    )
+    parser.add_argument(
+        "--unknown",
+        type=novelty,
+        default="auto",
+        metavar="HOW",
+        help="from which novelty on a photo is unknown: a number, auto (all but 1 in 100 photos of the classes keep "
+        "within, the default), or off",
     )
     parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="photos at a time (default: 32)")
     add_threads(parser)
@@ -231,17 +312,22 @@ _BENCH_EPILOG = """\
 examples:
   cnnrs bench
   cnnrs bench pets --threads 4
+  cnnrs bench pets --backbone vgg16 --rounds 5
 """
 
 
 def bench(parser: argparse.ArgumentParser) -> None:
-    """Measure on this machine, on your photos: cnnrs beside torchvision's loader, and beside the plain training loop.
+    """Measure on this machine, on your photos: cnnrs beside torchvision's loader and PyTorch's network and loop.
 
-    Takes about half a minute. Both sides are warmed up and measured in turn; a ratio is the median of the rounds.
-    Without DIR 200 generated photos are used.
+    Three things: reading photos as training does, features of a frozen network, training a small network. All sides are
+    warmed up and measured in turn, as in benches/RESULTS.md; a ratio is to the best of the others, the median of the
+    rounds, with its spread. Takes about a minute on two cores, on the CPU. Without DIR 200 generated photos are used.
     """
     parser.epilog = _BENCH_EPILOG
     parser.add_argument("folder", type=named, nargs="?", metavar="DIR", help="one folder per class")
+    parser.add_argument(
+        "--backbone", default="resnet18", metavar="NAME", help="the network of the features (default: resnet18)"
+    )
     parser.add_argument("--rounds", type=whole(1), default=3, metavar="N", help="measurements of each (default: 3)")
     add_threads(parser)
     add_json(parser)
@@ -253,5 +339,5 @@ def info(parser: argparse.ArgumentParser) -> None:
 
 
 _COMMANDS: tuple[Callable[[argparse.ArgumentParser], None], ...] = (
-    check, train, predict, summary, features, bench, info,
+    check, train, evaluate, predict, summary, features, bench, info,
 )  # fmt: skip

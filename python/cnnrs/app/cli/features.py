@@ -12,8 +12,8 @@ import torch
 import cnnrs
 from cnnrs._util.text import message, shown
 from cnnrs._util.units import size
-from cnnrs.app.cli.options import need_folder
 from cnnrs.app.cli.output import complain, print_json
+from cnnrs.app.layout import need_folder
 from cnnrs.features.store import is_ours
 
 

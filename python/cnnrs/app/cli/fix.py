@@ -6,8 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
-from cnnrs.app.layout import PHOTOS, TRASH
-from cnnrs.data.check import Report, still_broken
+from cnnrs.classifier.names import TRASH
+from cnnrs.data.check import still_broken
+from cnnrs.data.photos import photo_extensions
+from cnnrs.data.report import Report
 
 
 def move_broken(report: Report, bad: list[str], root: Path, how: str) -> list[dict[str, str]]:
@@ -50,8 +52,9 @@ def aside(report: Report, root: Path, how: str) -> tuple[Path, Path]:
 
 
 def _holds_photos(folder: Path) -> bool:
+    endings = photo_extensions()
     try:
-        return any(path.suffix.lower() in PHOTOS for path in folder.iterdir())
+        return any(path.suffix.lower() in endings for path in folder.iterdir())
     except OSError:
         return False
 

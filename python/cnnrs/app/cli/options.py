@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cnnrs._util import text as words
-
-ONE_PER_CLASS = "a folder with one folder per class (pets/cat/1.jpg, pets/dog/2.jpg)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,9 +22,26 @@ class Parser(argparse.ArgumentParser):
 class Help(argparse.HelpFormatter):
     """Paragraphs are filled to the width of the terminal; blocks with indented lines stay as they are."""
 
+    def _format_usage(
+        self, usage: str | None, actions: Iterable[argparse.Action], groups: Any, prefix: str | None
+    ) -> str:
+        if prefix == "":
+            # The beginning of the usage of commands.
+            return super()._format_usage(usage, actions, groups, prefix)
+        # What must be given, in one line; the options are listed below it.
+        given = " ".join(_placed(action) for action in actions if not action.option_strings)
+        text = f"{prefix or 'usage: '}{self._prog} [OPTIONS] {given}".rstrip()
+        return textwrap.fill(text, self._width, subsequent_indent="  ") + "\n\n"
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         blocks = text.strip().split("\n\n")
         return "\n\n".join(block if "\n  " in f"\n{block}" else textwrap.fill(block, width) for block in blocks)
+
+
+def _placed(action: argparse.Action) -> str:
+    name = str(action.metavar or action.dest)
+    forms = {"+": f"{name} [{name} ...]", "?": f"[{name}]", argparse.PARSER: f"{name} ..."}
+    return forms.get(str(action.nargs), name)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +53,34 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     """``--threads``."""
     parser.add_argument(
         "--threads", type=whole(0), metavar="N", help="threads that read photos (default: one per core)"
+    )
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """``--path-column``, ``--label-column``, ``--separator``: how a table of labels is read."""
+    parser.add_argument("--path-column", metavar="X", help="of a table: the photos (default: by the usual names)")
+    parser.add_argument("--label-column", metavar="X", help="of a table: the labels (default: likewise)")
+    parser.add_argument("--separator", metavar="TEXT", help="between the labels of a photo that has several")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """``--scale``, ``--page``, ``--no-exif``: how photos are read, for :func:`reading`."""
+    parser.add_argument(
+        "--scale",
+        choices=("none", "full", "percentile"),
+        metavar="HOW",
+        default="none",
+        help="what becomes of 16-bit and float images: none (default) cuts off what is above 255; full takes 0 to the "
+        "largest value of the type; percentile stretches each image from its 0.5th to its 99.5th percentile",
+    )
+    parser.add_argument(
+        "--page", type=whole(0), default=0, metavar="N", help="of TIFFs and GIFs with several (default: 0, the first)"
+    )
+    parser.add_argument(
+        "--no-exif",
+        action="store_false",
+        dest="exif",
+        help="leave photos as the camera held them (default: turned upright as their EXIF data say)",
     )
 
 
@@ -61,6 +105,16 @@ def share_or_folder(text: str) -> float | Path:
     except ValueError:
         return place(text)
     return between(0, 1)(text)
+
+
+def novelty(text: str) -> str | float:
+    """From which novelty on a photo is unknown, for ``type=``."""
+    if text in ("auto", "off"):
+        return text
+    try:
+        return between(0, float("inf"))(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"auto, off or a number from 0 on is wanted: {error}") from None
 
 
 def whole(least: int) -> type[int]:
@@ -99,17 +153,3 @@ def between(low: float, high: float) -> type[float]:
         return number
 
     return convert  # type: ignore[return-value]
-
-
-def need_folder(path: Path, wanted: str) -> None:
-    """That there is a folder; ``wanted`` says what should be in it.
-
-    Raises:
-        FileNotFoundError: there is nothing of that name.
-        NotADirectoryError: it is a file.
-    """
-    if path.is_dir():
-        return
-    if path.exists():
-        raise NotADirectoryError(f"{path}: is a file; {wanted} is wanted")
-    raise FileNotFoundError(f"{path}: there is no such folder; {wanted} is wanted")

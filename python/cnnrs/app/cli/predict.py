@@ -3,40 +3,55 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from typing import Any
 
-from cnnrs import _cnnrs
 from cnnrs._util.text import Plain, left, shown, width
 from cnnrs.app.cli.output import complain, print_json
-from cnnrs.app.layout import PHOTOS
-from cnnrs.classifier.run_folder import Prediction, load_run
+from cnnrs.app.cli.sort_photos import SortedCopies
+from cnnrs.classifier.predictions import Prediction
+from cnnrs.classifier.run_folder import load_run
+from cnnrs.data.photos import left_out, photo_extensions, scan_photos
 
 
 def run(options: argparse.Namespace) -> int:
     """Predict; returns the exit code."""
     run = load_run(options.model)
-    files = _files(options.paths)
-    predictions, failed = run.predict(
-        files, top_k=options.top_k, batch_size=options.batch_size, num_workers=options.threads
-    )
-    for path, reason in failed:
+    copies = None
+    if options.sort_into is not None:
+        SortedCopies.check(options.sort_into, options.paths)
+        copies = SortedCopies(options.sort_into, run.classes, run.multilabel)
+    found = run.predict(
+        _files(options.paths), top_k=options.top_k, unknown=options.unknown, batch_size=options.batch_size,
+        num_workers=options.threads,
+    )  # fmt: skip
+    for path, reason in found.unreadable:
         complain("predict", shown(reason if path in reason else f"{path}: {reason}"))
+    places = [] if copies is None else [copies.add(one) for one in found.predictions]
     if options.json:
-        print_json([_plain(one, options.top_k) for one in predictions])
+        plain = [_plain(one) for one in found.predictions]
+        print_json([{**one, "copies": names} for one, names in zip(plain, places, strict=True)] if places else plain)
     elif options.csv:
-        _write_csv(predictions, options.top_k)
+        # Names as they are, whatever they hold.
+        found.to_csv(sys.stdout.stream if isinstance(sys.stdout, Plain) else sys.stdout)
     else:
-        names = [shown(one.path) for one in predictions]
-        columns = max(map(width, names), default=0)
-        for name, one in zip(names, predictions, strict=True):
-            likely = "  ".join(
-                f"{shown(kind)} {100 * p:.1f} %" for kind, p in zip(one.classes, one.probabilities, strict=True)
-            )
-            print(f"{left(name, columns)}  {likely}")
-    return 1 if failed else 0
+        _print(found.predictions)
+    if copies is not None:
+        for photo, place in copies.renamed:
+            complain("predict", shown(f"note: another photo had the name of {photo}, it is {place}"))
+        complain("predict", shown(f"note: {len(places):,} photos are copied into {options.sort_into}"))
+    return 1 if found.unreadable else 0
+
+
+def _print(predictions: list[Prediction]) -> None:
+    names = [shown(one.path) for one in predictions]
+    columns = max(map(width, names), default=0)
+    for name, one in zip(names, predictions, strict=True):
+        likely = "  ".join(
+            f"{shown(kind)} {100 * p:.1f} %" for kind, p in zip(one.classes, one.probabilities, strict=True)
+        )
+        print(f"{left(name, columns)}  {f'unknown (if anything, {likely})' if one.unknown else likely}")
 
 
 def _files(paths: list[str]) -> list[str]:
@@ -55,32 +70,20 @@ def _files(paths: list[str]) -> list[str]:
 def _inside(folder: str) -> list[str]:
     # Whether it may be opened at all: the scan takes other folders for empty.
     os.scandir(folder).close()
-    every, seen = (_cnnrs.scan_folders([folder], [0], PHOTOS, hidden)[0] for hidden in (False, True))
-    hidden = len(every) - len(seen)
-    if hidden:
-        visible = {path for path, _ in seen}
-        first = next(path for path, _ in every if path not in visible)
-        more = f"{hidden:,} hidden files are" if hidden > 1 else "1 hidden file is"
-        complain("predict", f"note: {more} left out, as in training: {first}")
-    if not seen:
-        raise FileNotFoundError(f"{folder}: no photos in this folder ({', '.join(PHOTOS)})")
-    return [path for path, _ in seen]
+    photos, _ = scan_photos([folder])
+    for one in left_out(folder):
+        complain("predict", f"note: left out, as in training: {one}")
+    if not photos:
+        raise FileNotFoundError(f"{folder}: no photos in this folder ({', '.join(photo_extensions())})")
+    return photos
 
 
-def _plain(one: Prediction, top_k: int) -> dict[str, Any]:
+def _plain(one: Prediction) -> dict[str, Any]:
     plain: dict[str, Any] = {"path": one.path, "class": one.label, "probability": round(one.probability, 6)}
-    if top_k > 1:
+    if one.novelty is not None:
+        plain |= {"novelty": round(one.novelty, 6), "unknown": one.unknown}
+    if len(one.classes) > 1:
         plain["top"] = [
             {"class": name, "probability": round(p, 6)} for name, p in zip(one.classes, one.probabilities, strict=True)
         ]
     return plain
-
-
-def _write_csv(predictions: list[Prediction], top_k: int) -> None:
-    # Names as they are, whatever they hold.
-    stream = sys.stdout.stream if isinstance(sys.stdout, Plain) else sys.stdout
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["path", "class", "probability"] if top_k == 1 else ["path", "rank", "class", "probability"])
-    for one in predictions:
-        for rank, (name, p) in enumerate(zip(one.classes, one.probabilities, strict=True), 1):
-            writer.writerow([one.path, name, f"{p:.6f}"] if top_k == 1 else [one.path, rank, name, f"{p:.6f}"])

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import cnnrs
-from cnnrs.app.cli.options import ONE_PER_CLASS, need_folder
 from cnnrs.app.demo.common import fit_all, heading, predict, save_curves, verdict
-from cnnrs.app.layout import find_halves
+from cnnrs.app.layout import ONE_PER_CLASS, find_parts, need_folder
 from cnnrs.classifier.heads import Parts, cut
 from cnnrs.model.weights import Found, find
 
@@ -73,10 +72,10 @@ def find_photos(data: Path) -> tuple[cnnrs.ImageFolder, cnnrs.ImageFolder]:
         FileNotFoundError: there are no class folders with images in it.
         ValueError: the two halves have different classes.
     """
-    halves = find_halves(data)
-    if halves is None or halves.valid is None:
-        return cnnrs.ImageFolder(data if halves is None else halves.train).split(0.2, seed=0)
-    train, valid = halves.train, halves.valid
+    parts = find_parts(data)
+    if parts is None or parts.held_out is None:
+        return cnnrs.ImageFolder(data if parts is None else parts.train).split(0.2, seed=0)
+    train, valid = parts.train, parts.held_out
     datasets = cnnrs.ImageFolder(train), cnnrs.ImageFolder(valid)
     if datasets[0].classes != datasets[1].classes:
         raise ValueError(f"{train} has the classes {datasets[0].classes}, {valid} has {datasets[1].classes}")

@@ -1,10 +1,13 @@
-"""Where the time of a command went."""
+"""Where the time of a command went, and what was typed."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class Clock:
@@ -26,3 +29,10 @@ class Clock:
             yield
         finally:
             self.add(name, time.perf_counter() - before)
+
+
+def typed(call: str) -> str:
+    """The command that was typed; from Python the name of what was called."""
+    if Path(sys.argv[0]).stem in ("cnnrs", "__main__"):
+        return shlex.join(["cnnrs", *sys.argv[1:]])
+    return f"{call}(...)"
