@@ -54,11 +54,11 @@ test: $(INSTALLED) ## Rust tests, pytest, doctests, README examples (TORCH=2.13.
 	OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist worksteal $(TESTS)
 
 .PHONY: test-extras
-test-extras: $(EXTENSION) ## Tests of the optional packages (timm, safetensors, Ray), beside .venv in an environment of their own
+test-extras: $(EXTENSION) ## Tests of the optional packages (timm, safetensors, Ray, pillow-heif), beside .venv in an environment of their own
 	python -m venv .extras-venv
 	python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.extras-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
 	.extras-venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/extras.txt
-	PYTHONPATH="$(CURDIR)/python" .extras-venv/bin/python -m pytest tests/python/model/test_backbones_extras.py tests/python/image/test_wrappers_extras.py tests/python/features/test_ray.py
+	PYTHONPATH="$(CURDIR)/python" .extras-venv/bin/python -m pytest tests/python/model/test_backbones_extras.py tests/python/image/test_wrappers_extras.py tests/python/data/test_heif_extras.py tests/python/features/test_ray.py
 
 .PHONY: test-random
 N ?= 5000
@@ -83,8 +83,8 @@ lint: $(EXTENSION) ## Formatting, clippy, links of the docs, ruff, mypy, stubs a
 	scripts/locks.sh --check
 
 .PHONY: notebooks
-notebooks: $(INSTALLED) ## Run the notebooks and keep their outputs (PHOTOS=folder BACKBONE=efficientnet_lite0 for your own)
-	python notebooks/execute.py $(if $(PHOTOS),"PHOTOS=$(abspath $(PHOTOS))") $(if $(BACKBONE),"BACKBONE=$(BACKBONE)")
+notebooks: $(INSTALLED) ## Run the notebooks and keep their outputs, without network (PHOTOS=folder DATA= BACKBONE= LEARNING_RATE= EPOCHS=)
+	python notebooks/execute.py $(NOTEBOOK) $(if $(PHOTOS),"PHOTOS=$(abspath $(PHOTOS))") $(if $(DATA),"DATA=$(abspath $(DATA))") $(foreach name,BACKBONE LEARNING_RATE EPOCHS PER_CLASS,$(if $($(name)),"$(name)=$($(name))"))
 
 .PHONY: bench
 bench: $(INSTALLED) ## Measure against torchvision and the tutorial's loop; writes benches/RESULTS.md

@@ -124,6 +124,8 @@ def plot_features(features: Tensor, labels: Tensor, classes: Sequence[str] | Non
     Raises:
         ValueError: fewer than three rows.
     """
+    if labels.dim() != 1:
+        raise ValueError(f"a colour per class needs one label per row, got labels of shape {tuple(labels.shape)}")
     if len(features) < 3:
         raise ValueError(f"a projection needs at least three rows of features, got {len(features)}")
     rows = features.flatten(1).float()
@@ -234,5 +236,7 @@ def _colors(count: int) -> Any:
 
 
 def _name(label: Any, classes: Sequence[str] | None) -> str:
+    if isinstance(label, Tensor) and label.dim():
+        return ", ".join(_name(number, classes) for number in label.nonzero().flatten()) or "-"
     number = int(label)
     return classes[number] if classes and 0 <= number < len(classes) else str(number)

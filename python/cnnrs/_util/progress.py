@@ -9,12 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from cnnrs._util.units import about
+
 T = TypeVar("T")
 
 # Who wants to know about the steps that run now; the innermost is last.
 _listeners: list[list[Step]] = []
-# A bar says what it waits for once there is something to measure.
+# A bar says how fast it goes, and what limits that, once there is something to measure.
 _ENOUGH_SECONDS = 0.5
+# Below this a bar says less than the words that could stand in its place.
+_LEAST_BAR = 6
+_LIMITS = {"reading": "limited by reading", "model": "limited by the network"}
 
 
 @dataclass
@@ -43,11 +48,20 @@ class Step:
         """What more threads or a faster disk ("reading"), or a faster model ("model") would shorten."""
         return "reading" if self.waiting > self.working else "model"
 
-    def __str__(self) -> str:
+    @property
+    def rate(self) -> str:
+        """Images per second, in words."""
         rate = self.samples / self.seconds if self.seconds else 0.0
+        return f"{rate:,.{0 if rate >= 10 else 1}f} images/s"
+
+    @property
+    def limit(self) -> str:
+        """The bottleneck in words."""
+        return _LIMITS[self.bottleneck]
+
+    def __str__(self) -> str:
         share = 100 * max(self.waiting, self.working) / self.seconds if self.seconds else 0.0
-        digits = 0 if rate >= 10 else 1
-        return f"{rate:,.{digits}f} images/s, {share:.0f} % of the time is {self.bottleneck}"
+        return f"{self.rate}, {self.limit} ({share:.0f} % of the time)"
 
 
 @contextmanager
@@ -64,12 +78,12 @@ def steps() -> Iterator[list[Step]]:
 def progress(
     items: Iterable[T], description: str, unit: str = "batch", verbose: bool = True, samples: int | None = None
 ) -> Iterator[T]:
-    """Iterate over ``items`` behind a bar that says images/s and what it waits for; it disappears when it is done.
+    """Iterate over ``items`` behind a bar that says images/s and what limits them; it disappears when it is done.
 
     Args:
-        items: batches.
+        items: batches, or anything else that is counted one by one.
         description: what is done to them.
-        unit: what one item is called.
+        unit: what one item is called; of anything but a "batch" no images are counted.
         verbose: whether there is a bar, on a terminal or in a notebook.
         samples: how many images there are in all, where ``items`` does not know its length: the bar then counts images.
     """
@@ -78,7 +92,7 @@ def progress(
         listener.append(step)
     bar = None
     if verbose and is_shown():
-        bar = _bar(description, "image", samples) if samples else _bar(description, unit, _length(items))
+        bar = _bar(step, samples or _length(items), unit)
     if bar is None and not _listeners:
         return iter(items)
     return _timed(iter(items), step, bar, bool(samples))
@@ -97,17 +111,50 @@ def _timed(items: Iterator[T], step: Step, bar: Any, by_sample: bool) -> Iterato
             step.samples += size
             if bar is not None:
                 bar.update(size if by_sample else 1)
-                if step.seconds > _ENOUGH_SECONDS:
-                    bar.set_postfix_str(str(step), refresh=False)
     finally:
         if bar is not None:
             bar.close()
 
 
-def _bar(description: str, unit: str, total: int | None) -> Any:
+def _bar(step: Step, total: int | None, unit: str) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(desc=description, unit=unit, leave=False, total=total)
+    class Bar(tqdm):  # type: ignore[misc]
+        """Has room for as many words as the terminal is wide."""
+
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            found: dict[str, Any] = super().format_dict
+            columns = found["ncols"] if isinstance(found["ncols"], int) else 120
+            return {**found, "postfix": beside(step, self.n, total, columns, counts_images=unit == "batch")}
+
+    units = "batches" if unit == "batch" else f"{unit}s"
+    shape = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}" if total else f"{{desc}} {{n_fmt}} {units}{{postfix}}"
+    return Bar(desc=step.name, unit=unit, leave=False, total=total, bar_format=shape, dynamic_ncols=True)
+
+
+def beside(step: Step, done: int, total: int | None, columns: int, counts_images: bool = True) -> str:
+    """What stands beside a bar: the rate, the time left, what limits; the first of these that fit.
+
+    Args:
+        step: what was measured so far.
+        done: items that went by.
+        total: of so many, None where nobody knows.
+        columns: of the terminal.
+        counts_images: whether items hold images.
+    """
+    if step.seconds < _ENOUGH_SECONDS or not done:
+        return ""
+    words = [step.rate] if counts_images else []
+    if total:
+        words.append(f"{about(step.seconds / done * max(total - done, 0))} left")
+    if counts_images:
+        words.append(step.limit)
+    # "features |", "| 12/500", and ", " before each of the words.
+    room = columns - len(step.name) - _LEAST_BAR - len(f" || {total}/{total}")
+    while words and sum(len(word) + 2 for word in words) > room:
+        words.pop()
+    return ", ".join(words)
 
 
 def _size(item: Any) -> int:

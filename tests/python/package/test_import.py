@@ -31,6 +31,13 @@ def test_too_old(tmp_path: Path) -> None:
     )
 
 
+def test_too_old_is_seen_without_loading_it(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('loaded')\n")
+    (tmp_path / "torch" / "version.py").write_text("__all__ = ['__version__']\n__version__ = '1.13.1+cu117'\n")
+    assert "but torch 1.13.1+cu117 is installed" in last_line(run(tmp_path))
+
+
 @pytest.mark.parametrize("version", ["2.3.1", "2.0.0+cpu", "1.13.1"])
 def test_which_are_too_old(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)
@@ -61,10 +68,10 @@ def test_the_extension_knows_no_torch(tmp_path: Path) -> None:
 
 
 def test_import_is_cheap_and_torch_may_come_after(tmp_path: Path) -> None:
-    # torchvision and matplotlib take a second each; nobody who only trains from features needs them.
+    # torch, torchvision and matplotlib take a second each: they are loaded by what needs them.
     code = (
         "import sys, cnnrs\n"
-        "print(*sorted({'torchvision', 'matplotlib'} & set(sys.modules)))\n"
+        "print(*sorted({'torch', 'numpy', 'torchvision', 'matplotlib'} & set(sys.modules)))\n"
         "import torch\n"
         "model = torch.nn.Linear(3, 2)\n"
         "data = cnnrs.DataLoader(torch.utils.data.TensorDataset(torch.zeros(4, 3), torch.tensor([0, 1, 0, 1])), 2)\n"

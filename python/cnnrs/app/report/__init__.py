@@ -1,5 +1,6 @@
 """report.html: one self-contained page about a trained classifier."""
 
-from cnnrs.app.report.page import Evidence, write_report
+from cnnrs.app.report.evidence import Evidence
+from cnnrs.app.report.page import write_report
 
 __all__ = ["Evidence", "write_report"]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from cnnrs.app.report.evidence import Curve
 from cnnrs.training.metrics import Calibration
 
 _WIDTH, _HEIGHT = 360, 220
@@ -59,33 +60,72 @@ def curves(
 
 def reliability(found: Calibration) -> str:
     """How often predictions are right, over how sure they are; the diagonal is perfect."""
-    side, left, bottom, margin = 260, 44, 34, 14
-    plot = side - left - margin
-
-    def x(value: float) -> float:
-        return left + value * plot
-
-    def y(value: float) -> float:
-        return side - bottom - value * (side - bottom - margin)
-
-    parts = []
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(f'<line class="grid" x1="{left}" x2="{side - margin}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(_text(left - 6, y(tick) + 4, f"{100 * tick:.0f}", "end"))
-        parts.append(_text(x(tick), side - bottom + 14, f"{100 * tick:.0f}", "middle"))
-    parts.append(f'<line class="best" x1="{x(0):.1f}" y1="{y(0):.1f}" x2="{x(1):.1f}" y2="{y(1):.1f}"/>')
+    parts = [_square_line("best", [0, 1], [0, 1])]
     total = max(sum(b.count for b in found.bins), 1)
     # No line between them: a dot of two photos would pull it as far as one of two hundred.
     for b in found.bins:
-        px, py = x(b.confidence), y(b.accuracy)
         radius = 3 + 7 * math.sqrt(b.count / total)
         words = f"{b.count:,} photos, {100 * b.confidence:.0f} % sure, {100 * b.accuracy:.0f} % right"
-        parts.append(
-            f'<circle class="dot valid" cx="{px:.1f}" cy="{py:.1f}" r="{radius:.1f}"><title>{words}</title></circle>'
-        )
-    parts.append(_text(x(0.5), side - 4, "how sure, %", "middle"))
-    parts.append(_upright(12, y(0.5), "how often right, %"))
-    return _svg("Calibration: how often predictions are right, over how sure they are", side, side, parts)
+        parts.append(_square_dot("dot valid", b.confidence, b.accuracy, radius, words))
+    title = "Calibration: how often predictions are right, over how sure they are"
+    return _square(title, "how sure, %", "how often right, %", parts)
+
+
+def rates(title: str, across: str, upright: str, curves: Sequence[Curve], guess: tuple[float, float]) -> str:
+    """Two rates over all thresholds, a line per class; a dot where the threshold is that is used.
+
+    Args:
+        title: what the chart shows, for those who cannot see it.
+        across: label of the horizontal axis.
+        upright: label of the vertical axis.
+        curves: at most eight, or colours repeat.
+        guess: what guessing gives at the left and at the right end, 0 to 1: dashed.
+    """
+    parts = [_square_line("best", [0, 1], guess)]
+    for number, curve in enumerate(curves):
+        colour = f"m{number % 8}"
+        parts.append(_square_line(f"line {colour}", curve.x, curve.y, f"{curve.name}: {curve.area:.3f}"))
+        if curve.at is not None:
+            parts.append(_square_dot(f"dot {colour}", *curve.at, 4.5, f"{curve.name}: the threshold that is used"))
+    return _square(title, across, upright, parts)
+
+
+_SIDE, _SQUARE_LEFT, _SQUARE_BOTTOM, _SQUARE_MARGIN = 260, 44, 34, 14
+# As many points as can be told apart.
+_POINTS = 200
+
+
+def _square_x(value: float) -> float:
+    return _SQUARE_LEFT + value * (_SIDE - _SQUARE_LEFT - _SQUARE_MARGIN)
+
+
+def _square_y(value: float) -> float:
+    return _SIDE - _SQUARE_BOTTOM - value * (_SIDE - _SQUARE_BOTTOM - _SQUARE_MARGIN)
+
+
+def _square(title: str, across: str, upright: str, inner: Sequence[str]) -> str:
+    """A chart whose axes go from 0 to 100 percent."""
+    right, parts = _SIDE - _SQUARE_MARGIN, []
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        y = _square_y(tick)
+        parts.append(f'<line class="grid" x1="{_SQUARE_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(_SQUARE_LEFT - 6, y + 4, f"{100 * tick:.0f}", "end"))
+        parts.append(_text(_square_x(tick), _SIDE - _SQUARE_BOTTOM + 14, f"{100 * tick:.0f}", "middle"))
+    parts += [*inner, _text(_square_x(0.5), _SIDE - 4, across, "middle"), _upright(12, _square_y(0.5), upright)]
+    return _svg(title, _SIDE, _SIDE, parts)
+
+
+def _square_line(style: str, x: Sequence[float], y: Sequence[float], words: str = "") -> str:
+    step = max(1, math.ceil(len(x) / _POINTS))
+    kept = dict.fromkeys([*range(0, len(x), step), *range(len(x))[-1:]])
+    points = [(x[i], y[i]) for i in kept if math.isfinite(x[i]) and math.isfinite(y[i])]
+    path = " ".join(f"{'L' if i else 'M'}{_square_x(a):.1f} {_square_y(b):.1f}" for i, (a, b) in enumerate(points))
+    return f'<path class="{style}" d="{path}"><title>{escape(words)}</title></path>'
+
+
+def _square_dot(style: str, x: float, y: float, radius: float, words: str) -> str:
+    place = f'cx="{_square_x(x):.1f}" cy="{_square_y(y):.1f}" r="{radius:.1f}"'
+    return f'<circle class="{style}" {place}><title>{escape(words)}</title></circle>'
 
 
 def _svg(title: str, width: int, height: int, parts: Sequence[str]) -> str:

@@ -1,23 +1,25 @@
-"""The page: what was measured, for the template ``page.html``, which has the order in which somebody asks."""
+"""The page: what was measured, for the templates, which have the order in which somebody asks."""
 
 from __future__ import annotations
 
-import base64
-import io
+import functools
 import math
-import os
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from torch import Tensor
 
 from cnnrs._util.units import duration
-from cnnrs.app.report.charts import curves, reliability
-from cnnrs.training.history import History
-from cnnrs.training.metrics import Confusion, Loss, calibration, confusion, top_losses
+from cnnrs.app.report import headline, photos, several
+from cnnrs.app.report.activation import activation_maps
+from cnnrs.app.report.charts import curves, rates, reliability
+from cnnrs.app.report.evidence import ClassRow, Curve, Evidence
+from cnnrs.classifier.names import MISTAKES, REPORT, SUSPECTS
+from cnnrs.training.metrics import Confusion, Loss, calibration, confusion
 
 if TYPE_CHECKING:
     from cnnrs.classifier.run_folder import Run
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 MATRIX_CLASSES = 16
 # From here on the names of the columns stand upright.
 _UPRIGHT_CLASSES = 5
-MISTAKES = 12
-_THUMBNAIL = 260
+# More lines cannot be told apart.
+_CURVES = 6
+# Rows of a table that somebody may read; files hold all.
+_ROWS = 500
 _STAGES = {
     "scan": "listing the photos",
     "weights": "loading the network",
@@ -39,117 +43,130 @@ _STAGES = {
 }
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What the validation photos showed.
-
-    Attributes:
-        history: losses and accuracies of the epochs.
-        best: epoch whose weights were kept, counted from 0.
-        scores: (N, C) outputs before softmax, of the best epoch.
-        labels: (N,) true class numbers.
-        paths: N photos, None where unknown.
-        classes: C names.
-    """
-
-    history: History
-    best: int
-    scores: Tensor
-    labels: Tensor
-    paths: list[str] | None
-    classes: list[str]
-
-
 def write_report(
     path: Path,
     facts: Mapping[str, Any],
     evidence: Evidence,
     run: Run,
     stages: Mapping[str, float],
-    skipped: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Write the page; a failure leaves an older one as it was.
+    """Write the page, and beside it the tables of mistakes and of suspect labels; a failure leaves older ones.
 
     Args:
-        path: ``report.html``.
+        path: of the page, in the folder of the run.
         facts: what ``model.json`` says about data, weights, command and versions.
-        evidence: what the validation photos showed.
+        evidence: what was measured.
         run: the classifier.
         stages: seconds by stage.
-        skipped: (path, reason) of photos that were left out.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    fill = functools.partial(_write, page(facts, evidence, run, stages, path))
+    if evidence.several is None:
+        photos.write_mistakes(mistakes_path(path), photos.mistakes_of(evidence))
+    else:
+        several.write_mistakes(mistakes_path(path), several.mistakes_of(evidence))
+    if evidence.suspects:
+        photos.write_suspects(path.with_name(SUSPECTS), evidence)
     # Names that are no UTF-8 are shown with escapes.
-    partial.write_text(page(facts, evidence, run, stages, skipped), encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
+    photos.replaced(path, fill)
 
 
-def page(
-    facts: Mapping[str, Any],
-    evidence: Evidence,
-    run: Run,
-    stages: Mapping[str, float],
-    skipped: Sequence[tuple[str, str]] = (),
-) -> str:
+def mistakes_path(page: Path) -> Path:
+    """The table beside a page: ``mistakes.csv`` beside the report of a run."""
+    return page.with_name(MISTAKES if page.name == REPORT else f"{page.stem}-{MISTAKES}")
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def page(facts: Mapping[str, Any], evidence: Evidence, run: Run, stages: Mapping[str, float], path: Path) -> str:
     """The page as text: no script, no link to anything outside."""
-    found = confusion(evidence.labels, evidence.scores, evidence.classes)
-    right, total = int(found.matrix.diagonal().sum()), int(found.matrix.sum())
-    worst = top_losses(evidence.scores, evidence.labels, evidence.paths, evidence.classes, MISTAKES, wrong_only=True)
-    probabilities = evidence.scores.float().softmax(dim=1)
-    dots = calibration(probabilities, evidence.labels)
-    return _template().render(
+    evidence = replace(evidence, read=run.read)
+    folder = str(path.parent.resolve())
+    with_cnnrs, _, without = run.recipe(folder, _example(evidence)).partition("\n\n# without cnnrs\n")
+    own = _one_label(evidence, run) if evidence.several is None else several.context(evidence)
+    template = _template("page.html" if evidence.several is None else "several.html")
+    return template.render(
         name=Path(str(facts["data"])).name,
         facts=facts,
         run=run,
-        classes=found.classes,
-        accuracy=found.accuracy,
-        right=right,
-        total=total,
-        luck=_luck(right, total),
-        tiles=_tiles(facts, evidence, stages),
+        evidence=evidence,
+        tiles={**_parts(facts, evidence), **own.pop("tiles"), **_effort(evidence, stages)},
+        total=len(evidence.labels),
         loss_curves=_loss_curves(evidence),
         accuracy_curves=_accuracy_curves(evidence),
-        advice=_advice(evidence),
-        matrix=_matrix(found) if len(found.classes) <= MATRIX_CLASSES else None,
-        upright=len(found.classes) >= _UPRIGHT_CLASSES,
-        most_confused=found.most_confused(),
-        per_class=_per_class(found),
-        wrong=total - right,
-        mistakes=[_mistake(loss) for loss in worst],
-        reliability=reliability(dots),
-        sure=100 * float(probabilities.max(dim=1).values.mean()),
-        distance=dots.error,
+        advice=headline.advice(evidence),
+        mistakes_file=mistakes_path(path).name,
+        **_threshold_curves(evidence),
         stages=_stages(stages),
-        skipped=skipped,
         made=_made(facts, run),
+        command=shlex.join(["cnnrs", "predict", folder, _example(evidence)]),
+        with_cnnrs=with_cnnrs,
+        without_cnnrs=without,
+        **own,
     )
 
 
-def _template() -> Template:
+def _one_label(evidence: Evidence, run: Run) -> dict[str, Any]:
+    """What ``page.html`` shows of classes that exclude each other."""
+    found = confusion(evidence.labels, evidence.scores, evidence.classes)
+    probabilities = evidence.scores.float().softmax(dim=1)
+    dots = calibration(probabilities, evidence.labels)
+    worst = photos.mistakes_of(evidence)
+    maps, no_maps = _maps(evidence, run, worst)
+    return {
+        "figure": found.accuracy, "accuracy": found.accuracy, "right": int(found.matrix.diagonal().sum()),
+        "interval": found.interval, "baseline": headline.baseline_of(found), "alarms": headline.alarms(found),
+        "tiles": {
+            "balanced accuracy": f"{found.balanced_accuracy:.1f} %", "macro F1": f"{found.macro_f1:.1f} %",
+        },
+        "classes": found.classes, "matrix": _matrix(found) if len(found.classes) <= MATRIX_CLASSES else None,
+        "upright": len(found.classes) >= _UPRIGHT_CLASSES, "most_confused": found.most_confused(),
+        "per_class": _per_class(headline.rows_of(found)), "wrong": worst[:_ROWS], "wrong_in_all": len(worst),
+        "mistakes": photos.mistakes(evidence, worst, maps), "right_ones": photos.right(evidence, maps),
+        "no_maps": no_maps, "suspects": photos.suspects(evidence), "suspects_file": SUSPECTS,
+        "twins": photos.pairs(evidence), "twins_apart": sum(photos.apart(one) for one in evidence.twins),
+        "reliability": reliability(dots),
+        "sure": 100 * float(probabilities.max(dim=1).values.mean()), "distance": dots.error,
+    }  # fmt: skip
+
+
+def _template(name: str) -> Template:
     pages = Environment(
         loader=PackageLoader(__package__, ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     pages.filters.update(thousands=lambda number: f"{number:,}", duration=duration)
-    return pages.get_template("page.html")
+    pages.tests["finite"] = lambda value: value is not None and math.isfinite(value)
+    return pages.get_template(name)
 
 
-def _luck(right: int, total: int) -> tuple[float, float]:
-    """How far the percentage depends on which photos were held back: Wilson's interval of 95 %."""
-    share, z = right / total, 1.96
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return 100 * (middle - half), 100 * (middle + half)
+def _maps(evidence: Evidence, run: Run, worst: Sequence[Loss]) -> tuple[dict[str, bytes], str]:
+    """What the network looks at, by path; or why that is not known."""
+    wanted = photos.looked_at(evidence, worst)
+    if not wanted:
+        return {}, "the files of the photos are not known"
+    try:
+        maps = activation_maps(run, wanted)
+    except Exception as error:
+        # Networks are of all kinds: no picture of what one looks at must cost the report.
+        return {}, f"{type(error).__name__}: {error}"
+    return maps, "" if maps else "this network has no feature map, or its head does not say what speaks for a class"
 
 
-def _tiles(facts: Mapping[str, Any], evidence: Evidence, stages: Mapping[str, float]) -> dict[str, str]:
-    return {
-        "training photos": f"{facts['train_photos']:,}",
-        "validation photos": f"{facts['valid_photos']:,}",
-        "classes": f"{len(evidence.classes):,}",
-        "best epoch": f"{evidence.best + 1} of {len(evidence.history)}",
-        "time": duration(sum(stages.values())),
-    }
+def _example(evidence: Evidence) -> str:
+    return str(Path(evidence.paths[0]).resolve()) if evidence.paths else "photo.jpg"
+
+
+def _parts(facts: Mapping[str, Any], evidence: Evidence) -> dict[str, str]:
+    parts = evidence.parts or {"training": facts.get("train_photos", 0), "validation": facts.get("valid_photos", 0)}
+    tiles = {f"{name} photos": f"{count:,}" for name, count in parts.items() if count}
+    return {**tiles, "classes": f"{len(evidence.classes):,}"}
+
+
+def _effort(evidence: Evidence, stages: Mapping[str, float]) -> dict[str, str]:
+    best = {"best epoch": f"{evidence.best + 1} of {len(evidence.history)}"} if len(evidence.history) else {}
+    return {**best, "time": duration(sum(stages.values()))}
 
 
 def _loss_curves(evidence: Evidence) -> str:
@@ -170,27 +187,6 @@ def _accuracy_curves(evidence: Evidence) -> str:
     )  # fmt: skip
 
 
-def _advice(evidence: Evidence) -> str | None:
-    """What the curves say, for those who see such curves for the first time."""
-    history, best = evidence.history, evidence.best
-    last = len(history) - 1
-    rising = history.val_losses[last] > 1.1 * min(history.val_losses) and last > best
-    gap = history.train_accuracy[last] - history.val_accuracy[last]
-    if rising:
-        return (
-            "The validation loss has begun to rise: more epochs would learn the training photos by heart. "
-            "More photos, or a simpler head, would help."
-        )
-    if gap > 5:
-        return (
-            f"The training photos are recognised {gap:.0f} points better than the validation photos: "
-            "more photos would help."
-        )
-    if best == last and history.val_accuracy[last] > history.val_accuracy[last // 2]:
-        return "The last epoch was the best: more epochs may still improve it."
-    return None
-
-
 def _matrix(found: Confusion) -> list[tuple[str, list[tuple[int, float]]]]:
     """Class and cells of each row: how many photos, and how strong the colour is, 0 to 1."""
     rows = found.matrix.tolist()
@@ -205,44 +201,35 @@ def _strength(count: int, total: int) -> float:
     return 0.08 + 0.87 * (count / total) if count else 0.0
 
 
-def _per_class(found: Confusion) -> list[tuple[str, int, float | None, float | None]]:
-    """Name, photos, recall and precision in percent; the hardest first where there are many."""
-    recall, precision, support = found.recall, found.precision, found.support
-    order = list(range(len(found.classes)))
-    if len(order) > MATRIX_CLASSES:
-        order.sort(key=lambda i: recall[i] if support[i] else 101)
-    return [(found.classes[i], support[i], _known(recall[i]), _known(precision[i])) for i in order]
+def _per_class(rows: Sequence[ClassRow]) -> list[ClassRow]:
+    """The hardest first where there are many."""
+    if len(rows) <= MATRIX_CLASSES:
+        return list(rows)
+    return sorted(rows, key=lambda row: row.recall if row.photos else 101)
 
 
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _threshold_curves(evidence: Evidence) -> dict[str, Any]:
+    """ROC and precision over recall, of the hardest classes where there are many."""
 
+    def hardest(given: Sequence[Curve]) -> list[Curve]:
+        return sorted(given, key=lambda curve: curve.area)[:_CURVES] if len(given) > _CURVES else list(given)
 
-def _mistake(loss: Loss) -> dict[str, Any]:
-    """A photo that was taken for another class, as the template wants it."""
+    roc, precision = hardest(evidence.roc), hardest(evidence.precision_recall)
+    labels = evidence.labels
+    hot = labels > 0 if labels.dim() == 2 else torch.nn.functional.one_hot(labels, len(evidence.classes))
+    share_of = dict(zip(evidence.classes, hot.double().mean(dim=0).tolist(), strict=True))
+    shares = [share_of.get(curve.name, 0.0) for curve in precision]
+    guess = sum(shares) / len(shares) if shares else 0.0
     return {
-        "loss": loss,
-        "file": Path(loss.path).name if loss.path else f"row {loss.index}",
-        "thumbnail": _thumbnail(loss.path),
-    }
-
-
-def _thumbnail(path: str | None) -> str | None:
-    """A small JPEG in base64; None where there is no photo any more."""
-    from PIL import Image
-
-    if path is None:
-        return None
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-            image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=80)
-    except (OSError, ValueError):
-        # Moved or deleted since its features were computed, or of a name that this locale cannot spell.
-        return None
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+        "roc": roc, "precision_recall": precision, "curves_in_all": len(evidence.roc) or len(evidence.precision_recall),
+        "roc_chart": rates(
+            "ROC: how many photos of a class are found, over how many others are taken for it",
+            "others taken for it, %", "of the class found, %", roc, (0.0, 1.0),
+        ),
+        "precision_chart": rates(
+            "Precision over recall", "of the class found, %", "rightly given, %", precision, (guess, guess)
+        ),
+    }  # fmt: skip
 
 
 def _stages(stages: Mapping[str, float]) -> list[tuple[str, float, float]]:
