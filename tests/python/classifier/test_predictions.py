@@ -326,9 +326,12 @@ def test_a_better_run_stays(tmp_path: Path) -> None:
     run_of(facts={"accuracy": 80.0}).save(place)
     run_of(facts={"accuracy": 80.0, "which": "second"}).save(place)
     worse = run_of(facts={"accuracy": 70.5, "which": "third"})
-    with pytest.raises(FileExistsError, match=r"80\.00 % of its photos are right, 70\.50 % by this one; .*pets-2' for"):
+    with pytest.raises(FileExistsError, match=r"accuracy 80\.00 %, 70\.50 % by this one; .*pets-2' for"):
         worse.save(place)
     assert load_run(place).facts["which"] == "second"
+    # Measured with other photos it says nothing about this one.
+    run_of(facts={"accuracy": 70.0, "measured_with": "others"}).save(place)
+    run_of(facts={"accuracy": 80.0, "which": "second"}).save(place)
     assert sorted(os.listdir(place)) == ["model.json", "model.safetensors"]
     run_of(facts={}).save(tmp_path / "unmeasured")
     worse.save(tmp_path / "unmeasured")
