@@ -213,13 +213,7 @@ class Targets:
 
         A class with a single row is trained on. Rows of one image stay together where ``features`` tell images apart.
         """
-        if self.several:
-            # Each row counts for the rarest of its labels.
-            counts = self.values.sum(dim=0)
-            numbers = torch.where(self.values == 1, 1 / counts.clamp(min=1), 0.0).argmax(dim=1)
-        else:
-            numbers = self.values
         known = isinstance(features, Features)
         paths, images = (features.paths, features.images) if known else (None, None)
-        train, held = Features(torch.arange(len(self)), numbers, paths, images=images).split(fraction, seed)
+        train, held = Features(torch.arange(len(self)), self.values, paths, images=images).split(fraction, seed)
         return train.features, held.features

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnnrs.classifier.labelled import CHUNK, Targets, chunks
+from cnnrs.classifier.labelled import Targets, chunks
 from cnnrs.classifier.scores import sharpness
+from cnnrs.features.resemblance import nearest
 
 #: Numbers of neighbours that are tried.
 NUMBERS = (1, 3, 5, 9, 15, 25, 49)
@@ -26,34 +27,6 @@ def unit(rows: Tensor, order: Tensor | None = None, what: str = "features") -> T
     for start, part in chunks(rows, order, what):
         out[start : start + len(part)] = nn.functional.normalize(part, dim=1)
     return out
-
-
-def nearest(queries: Tensor, rows: Tensor, k: int, own: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """(M, k) cosines and row numbers of the most similar rows, the most similar first; memory is bounded.
-
-    Args:
-        queries: (M, D) of length 1, any float dtype.
-        rows: (N, D) of length 1, any float dtype.
-        k: at most N.
-        own: (M,) and (N,) numbers of groups: rows of a query's own group come last, with cosine minus infinity.
-    """
-    values = [torch.zeros((0, k), device=rows.device)]
-    places = [torch.zeros((0, k), dtype=torch.int64, device=rows.device)]
-    for begin in range(0, len(queries), 2 * CHUNK):
-        some = queries[begin : begin + 2 * CHUNK].float()
-        best = torch.full((len(some), k), -torch.inf, device=rows.device)
-        where = torch.zeros((len(some), k), dtype=torch.int64, device=rows.device)
-        for start in range(0, len(rows), 2 * CHUNK):
-            cosines = some @ rows[start : start + 2 * CHUNK].float().T
-            if own is not None:
-                mine = own[0][begin : begin + len(some), None] == own[1][start : start + cosines.shape[1]]
-                cosines.masked_fill_(mine, -torch.inf)
-            top, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
-            best, which = torch.cat([best, top], dim=1).topk(k, dim=1)
-            where = torch.cat([where, order + start], dim=1).gather(1, which)
-        values.append(best)
-        places.append(where)
-    return torch.cat(values), torch.cat(places)
 
 
 class Neighbours(nn.Module):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cnnrs.classifier.labelled import as_rows
-from cnnrs.classifier.neighbours import nearest, unit
+from cnnrs.classifier.neighbours import unit
+from cnnrs.features.resemblance import nearest
 
 #: So many rows are remembered unless it is said otherwise.
 MOST_ROWS = 4096

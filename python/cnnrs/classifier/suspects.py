@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from cnnrs.classifier.labelled import Targets, as_rows
-from cnnrs.classifier.neighbours import nearest, unit
+from cnnrs.classifier.neighbours import unit
 from cnnrs.classifier.probe import Probe
+from cnnrs.classifier.split import folds as deal
 from cnnrs.features.features import Features
+from cnnrs.features.resemblance import nearest
 
 _NEIGHBOURS = 10
 # Stronger than what predicts best: a head that bends to every photo believes wrong labels, and takes longer.
@@ -77,7 +79,7 @@ def suspects(
         raise ValueError(f"every row needs one group: got {len(rows):,} rows and {len(own):,} groups")
     if len(set(own.tolist())) < 2:
         raise ValueError("all rows are of one group: none is left to judge them")
-    probabilities = _judge(rows, targets, _deal(targets, own, folds, seed), seed)
+    probabilities = _judge(rows, targets, deal(targets.values, own.tolist(), folds, seed), seed)
     same, own = unit(rows), own.to(rows.device)
     cosines, places = nearest(same, same, min(_NEIGHBOURS, len(rows) - 1), (own, own))
     votes = torch.nn.functional.one_hot(targets.values[places.cpu()], len(targets.classes)).double()
@@ -100,17 +102,6 @@ def suspects(
         )
         for row in order.tolist()
     ]  # fmt: skip
-
-
-def _deal(targets: Targets, groups: Tensor, folds: int, seed: int) -> Tensor:
-    """(N,) number of the share of each row: of every class about as many in each, no group in two."""
-    names, number = torch.unique(groups, return_inverse=True)
-    first = torch.zeros(len(names), dtype=torch.int64).scatter_(0, number, targets.values)
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
-    order = order[first[order].argsort(stable=True)]
-    share = torch.empty(len(names), dtype=torch.int64)
-    share[order] = torch.arange(len(names)) % folds
-    return share[number]
 
 
 def _judge(rows: Tensor, targets: Targets, share: Tensor, seed: int) -> Tensor:

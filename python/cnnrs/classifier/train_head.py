@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, WeightedRandomSampler
 
 from cnnrs.classifier.names import CLOSED
-from cnnrs.classifier.neighbours import Neighbours
 from cnnrs.classifier.probe import Probe
 from cnnrs.data.feature_dataset import FeatureDataset
 from cnnrs.data.loader import DataLoader
@@ -33,8 +32,6 @@ _MOST_EPOCHS, _PATIENCE = 100, 10
 _LEAST_STEPS = 20
 # An improvement of the validation loss that is worth waiting for.
 _LEAST_GAIN = 1e-4
-# Score of a class that had no rows to learn from.
-_NEVER = -30.0
 
 
 @dataclass(frozen=True)
@@ -68,22 +65,24 @@ class Trained:
     Attributes:
         kind: one of ``names.HEADS``.
         module: in eval mode, on the CPU: (N, ...) features to (N, C) scores.
-        loss: on the validation rows: mean cross entropy, of several labels the mean binary one.
-        seconds: that training took.
         history: of descent; empty otherwise.
         best: the epoch whose weights were kept, counted from 0.
         stopped: why training ended, in words.
         strength: the penalty, or the number of neighbours, of a head in closed form.
+        loss: on the validation rows: mean cross entropy, of several labels the mean binary one.
+        accuracy: on the validation rows, percent; of several labels percent of all decisions.
+        seconds: that training took.
     """
 
     kind: str
     module: nn.Module
-    loss: float
-    seconds: float
     history: History
     best: int
     stopped: str
     strength: float | None = None
+    loss: float = math.nan
+    accuracy: float = math.nan
+    seconds: float = 0.0
 
 
 Tell = Callable[[int, int, tuple[float, float], tuple[float, float] | None], None]
@@ -117,15 +116,18 @@ def train_head(
         if strength is not None:
             probe.set_params(**({"k": int(strength)} if kind == "knn" else {"penalty": strength}))
         rows, held = ((data.features[part], data.labels[part]) for part in (train, valid))
-        probe.fit(*rows, valid=held if len(valid) else None)
-        module = probe.module() if data.labels.dim() == 2 else _widened(probe.module(), probe.classes_, options.classes)
+        known = range(options.classes) if data.labels.dim() == 1 else None
+        module = probe.fit(*rows, valid=held if len(valid) else None, classes=known).module()
         chosen = probe.k_ if kind == "knn" else probe.penalty_
-        done = Trained(kind, module, math.nan, 0.0, History(), 0, "computed in closed form", chosen)
+        done = Trained(kind, module, History(), 0, "computed in closed form", chosen)
     else:
         done = _descend(kind, make, data, train, valid, options, tell, most or options.epochs or _MOST_EPOCHS)
     module = done.module.eval().cpu()
-    loss = loss_of(scores_of(module, data.features, valid), data.labels[valid]) if len(valid) else math.nan
-    return replace(done, module=module, loss=loss, seconds=time.perf_counter() - before)
+    done = replace(done, module=module)
+    if len(valid):
+        scores, labels = scores_of(module, data.features, valid), data.labels[valid]
+        done = replace(done, loss=loss_of(scores, labels), accuracy=100 * float(right_of(scores, labels).mean()))
+    return replace(done, seconds=time.perf_counter() - before)
 
 
 def _descend(
@@ -161,25 +163,7 @@ def _descend(
             stopped = f"the validation loss had not improved for {stop.patience:,} epochs"
             break
     head.load_state_dict(state)
-    return Trained(kind, head, math.nan, 0.0, history, best, stopped)
-
-
-def _widened(module: nn.Module, present: Any, classes: int) -> nn.Module:
-    """A head for the classes that had rows, as one for all: the others are never named."""
-    if len(present) == classes:
-        return module
-    columns = torch.as_tensor(present)
-    if isinstance(module, nn.Linear):
-        wide = nn.Linear(module.in_features, classes)
-        with torch.no_grad():
-            wide.weight.zero_()[columns] = module.weight
-            wide.bias.fill_(_NEVER)[columns] = module.bias
-        return wide
-    assert isinstance(module, Neighbours)
-    votes = module.votes.new_zeros(len(module.votes), classes)
-    votes[:, columns] = module.votes
-    module.votes = votes
-    return module
+    return Trained(kind, head, history, best, stopped)
 
 
 def _loss(labels: Tensor, weight: Tensor | None) -> Callable[..., Tensor]:
@@ -217,6 +201,13 @@ def loss_of(scores: Tensor, labels: Tensor) -> float:
     if labels.dim() == 2:
         return float(F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype)))
     return float(F.cross_entropy(scores, labels))
+
+
+def right_of(scores: Tensor, labels: Tensor) -> Tensor:
+    """(N,) 1.0 where the largest score is the label's; of several labels the share of right decisions."""
+    if labels.dim() == 2:
+        return ((scores > 0) == (labels > 0)).float().mean(dim=1)
+    return (scores.argmax(dim=1) == labels).float()
 
 
 @torch.no_grad()

@@ -44,23 +44,44 @@ def most_similar(
     kind = "rows" if leave_out is None else "rows of other images"
     if not 1 <= k <= others:
         raise ValueError(f"k must be between 1 and the {others} {kind} there are, got {k}")
-    values, rows = [], []
+    own = None
+    if isinstance(leave_out, Tensor):
+        own = leave_out.to(device).expand(len(queries)), numbers
+    elif leave_out:
+        own = numbers, numbers
+    return nearest(queries.to(device), features, k, own, unit=_unit)
+
+
+def nearest(
+    queries: Tensor, rows: Tensor, k: int, own: tuple[Tensor, Tensor] | None = None,
+    unit: Callable[[Tensor], Tensor] = Tensor.float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(M, k) cosines and row numbers of the most similar rows, the most similar first; memory is bounded.
+
+    Args:
+        queries: (M, ...), any float dtype.
+        rows: (N, ...), any float dtype.
+        k: at most N.
+        own: (M,) and (N,) numbers of groups: rows of a query's own group come last, with cosine minus infinity.
+        unit: makes (n, D) float32 of length 1 of some of either; as they come where they have that length.
+    """
+    values = [torch.zeros((0, k), device=rows.device)]
+    places = [torch.zeros((0, k), dtype=torch.int64, device=rows.device)]
     for begin in range(0, len(queries), _CHUNK):
-        some = _unit(queries[begin : begin + _CHUNK].to(device))
-        own = numbers[begin : begin + len(some)] if leave_out is True else leave_out
-        best = torch.full((len(some), k), -torch.inf, device=device)
-        where = torch.zeros((len(some), k), dtype=torch.int64, device=device)
-        for start in range(0, len(features), _CHUNK):
-            cosines = some @ _unit(features[start : start + _CHUNK]).T
-            if isinstance(own, Tensor):
-                mine = own.to(device).unsqueeze(1) == numbers[start : start + _CHUNK]
+        some = unit(queries[begin : begin + _CHUNK])
+        best = torch.full((len(some), k), -torch.inf, device=rows.device)
+        where = torch.zeros((len(some), k), dtype=torch.int64, device=rows.device)
+        for start in range(0, len(rows), _CHUNK):
+            cosines = some @ unit(rows[start : start + _CHUNK]).T
+            if own is not None:
+                mine = own[0][begin : begin + len(some), None] == own[1][start : start + cosines.shape[1]]
                 cosines.masked_fill_(mine, -torch.inf)
-            found = torch.arange(start, start + cosines.shape[1], device=device).expand_as(cosines)
-            best, order = torch.cat([best, cosines], dim=1).topk(k, dim=1)
-            where = torch.cat([where, found], dim=1).gather(1, order)
+            top, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
+            best, which = torch.cat([best, top], dim=1).topk(k, dim=1)
+            where = torch.cat([where, order + start], dim=1).gather(1, which)
         values.append(best)
-        rows.append(where)
-    return torch.cat(values), torch.cat(rows)
+        places.append(where)
+    return torch.cat(values), torch.cat(places)
 
 
 def most_frequent(votes: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """`cnnrs train`: what a run holds, that features are used again, and every way to get it wrong."""
 
 import csv
+import inspect
 import json
 import re
 import subprocess
@@ -16,6 +17,8 @@ from torchvision.models import ResNet18_Weights
 
 import cnnrs
 from cnnrs.app.cli import main
+from cnnrs.app.cli.commands import parser
+from cnnrs.image.reading import SCALES
 from fruit import fruit, train
 
 
@@ -239,3 +242,18 @@ def test_options_are_checked_first(option: list[str], workplace: Path, capsys: p
         train(workplace, "runs/none", *option)
     assert stop.value.code == 2
     assert f"argument {option[0]}: " in capsys.readouterr().err
+
+
+def test_options_are_the_arguments_of_the_function() -> None:
+    options = vars(parser().parse_args(["train", "pets"]))
+    # What a program reads, and how much it hears, is of the command line alone.
+    for name in ("command", "folder", "json", "quiet"):
+        del options[name]
+    arguments = {name: given.default for name, given in inspect.signature(cnnrs.train).parameters.items()}
+    del arguments["data"], arguments["verbose"]
+    assert {name: value or None for name, value in options.items()} == {n: v or None for n, v in arguments.items()}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale_is_an_option(scale: str) -> None:
+    assert parser().parse_args(["train", "pets", "--scale", scale]).scale == scale

@@ -14,19 +14,18 @@ from cnnrs.app.jobs.measure import Measured, Tried
 from cnnrs.app.jobs.photos import Photos
 from cnnrs.app.report.evidence import Curve, Evidence, HeadRow, Neighbour, Twins, Unknown
 from cnnrs.classifier.alike import Pair
-from cnnrs.classifier.neighbours import nearest, unit
+from cnnrs.classifier.neighbours import unit
 from cnnrs.classifier.novelty import Novelty
 from cnnrs.classifier.suspects import Suspect, suspects
 from cnnrs.features.features import Features
+from cnnrs.features.resemblance import nearest
 from cnnrs.training.history import History
 from cnnrs.training.ranking import curve
 
-# Of more classes no curve can be told from another: those that are ranked worst are drawn.
-_CURVES = 6
 _POINTS = 200
 _NEIGHBOURS = 3
-# Of many suspects and pairs the first ones are worth a look.
-_MOST_SUSPECTS, _MOST_TWINS = 60, 30
+# Of many suspects the first ones are worth a look.
+_MOST_SUSPECTS = 60
 # 25,000 photos of 4,096 numbers and a little more: 0.6 GB.
 _MOST_NUMBERS = 150_000_000
 
@@ -39,7 +38,6 @@ def curves(scores: Tensor, labels: Tensor, classes: Sequence[str]) -> tuple[list
     hits = [labels[:, number] > 0 if several else labels == number for number in numbers]
     found = [(number, curve(probabilities[:, number], hit)) for number, hit in zip(numbers, hits, strict=True)]
     found = [(number, one) for number, one in found if len(one.recall) and not math.isnan(one.area)]
-    found = sorted(found, key=lambda pair: pair[1].area)[:_CURVES]
     roc, ranked = [], []
     for number, one in found:
         used = int((one.thresholds >= 0.5).sum()) - 1
@@ -80,7 +78,7 @@ def neighbours(
 
 
 def twins(rows: Features, pairs: Sequence[Pair], classes: Sequence[str], parts: Mapping[int, str]) -> list[Twins]:
-    """Pairs of near-duplicates: those of two classes first, then those that folders put in two parts."""
+    """Pairs of near-duplicates, with their classes and the parts that folders put them in."""
     if rows.paths is None:
         return []
     found = []
@@ -88,9 +86,7 @@ def twins(rows: Features, pairs: Sequence[Pair], classes: Sequence[str], parts: 
         labels = classes[int(rows.labels[first])], classes[int(rows.labels[second])]
         place = parts.get(first, ""), parts.get(second, "")
         found.append(Twins((rows.paths[first], rows.paths[second]), labels, similarity, place if all(place) else None))
-    return sorted(found, key=lambda one: (one.labels[0] == one.labels[1], one.parts is None, -one.similarity))[
-        :_MOST_TWINS
-    ]
+    return found
 
 
 def of_scores(

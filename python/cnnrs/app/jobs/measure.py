@@ -100,7 +100,7 @@ def measure(
     with clock.stage("result"):
         rows, how = (split.test, "test photos") if len(split.test) else (split.valid, "validation photos")
         scores = scores_of(choice.chosen.module, data.features, rows)
-        tried = _tried([choice], data, [split.valid])
+        tried = _tried([choice])
         limits = None
         if data.labels.dim() == 2:
             limits = thresholds_of(
@@ -121,7 +121,7 @@ def _by_folds(
         folded = fold(kinds, makers, data, groups, options, lambda kind: None, also, k, valid)
         trained = on_all(folded.kind, makers, data, folded, options)
     with clock.stage("result"):
-        tried = _tried(folded.choices, data, folded.chose)
+        tried = _tried(folded.choices)
         limits = _limits_of(folded, data) if data.labels.dim() == 2 else None
     every = torch.arange(len(data))
     how = f"photos, each by a classifier that had not seen it ({k} folds)"
@@ -139,28 +139,15 @@ def _limits_of(folded: Folded, data: FeatureDataset) -> Tensor:
     return limits
 
 
-def _tried(choices: Sequence[Choice], data: FeatureDataset, chose: Sequence[Tensor]) -> list[Tried]:
-    """Every kind, the least loss first; over all choices, by the rows that chose."""
+def _tried(choices: Sequence[Choice]) -> list[Tried]:
+    """Every kind, the least loss first; over all choices."""
     found = []
     for heads in zip(*(choice.tried for choice in choices), strict=True):
-        right = [
-            right_of(scores_of(one.module, data.features, rows), data.labels[rows])
-            for one, rows in zip(heads, chose, strict=True)
-        ]
-        found.append(
-            Tried(
-                heads[0].kind, sum(one.loss for one in heads) / len(heads), 100 * float(torch.cat(right).mean()),
-                sum(one.seconds for one in heads),
-            )
-        )  # fmt: skip
+        loss, accuracy = (
+            sum(values) / len(heads) for values in zip(*((h.loss, h.accuracy) for h in heads), strict=True)
+        )
+        found.append(Tried(heads[0].kind, loss, accuracy, sum(one.seconds for one in heads)))
     return sorted(found, key=lambda one: one.loss)
-
-
-def right_of(scores: Tensor, labels: Tensor) -> Tensor:
-    """(N,) 1.0 where the largest score is the label's; of several labels the share of right decisions."""
-    if labels.dim() == 2:
-        return ((scores > 0) == (labels > 0)).float().mean(dim=1)
-    return (scores.argmax(dim=1) == labels).float()
 
 
 def _teller(say: Callable[[str], None]) -> Callable[[str], Tell]:
