@@ -1,8 +1,7 @@
-"""Heads that are solved for, and what else stored features tell: seconds, and how right it is on photos.
+"""How right heads are that are solved for, and what else stored features tell; seconds are in classifier.py.
 
-`python benches/heads.py` measures seconds over 25,000 made-up rows. `python benches/heads.py PHOTOS [OTHERS]` measures
-what is found in a folder with one folder per class (below train and valid, if there are), with efficientnet_lite0;
-OTHERS holds pictures of none of the classes. Prints Markdown.
+`python benches/heads.py PHOTOS [OTHERS]` measures what is found in a folder with one folder per class (below train and
+valid, if there are), with efficientnet_lite0; OTHERS holds pictures of none of the classes. Prints Markdown.
 """
 
 import statistics
@@ -15,75 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.metrics import roc_auc_score
-from sklearn.neighbors import KNeighborsClassifier
 
 import cnnrs
 from cnnrs.classifier.alike import THRESHOLD, alike, white
-from cnnrs.classifier.labelled import Standard
 from cnnrs.classifier.novelty import Novelty
 from cnnrs.classifier.probe import PROBE_HEADS, Probe
 from cnnrs.classifier.suspects import suspects
 
 BACKBONE = "efficientnet_lite0"
-
-
-def made_up(rows: int, width: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows like those of a network: not negative, of a few strong directions and many weak ones."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = 256
-    labels = torch.arange(rows) % classes
-    strength = torch.arange(1, hidden + 1) ** -0.7
-    centres = torch.randn(classes, hidden, generator=generator)
-    inside = (0.6 * centres[labels] + torch.randn(rows, hidden, generator=generator)) * strength
-    mixing = torch.randn(hidden, width, generator=generator)
-    out = torch.empty(rows, width)
-    for start in range(0, rows, 1000):
-        part = inside[start : start + 1000] @ mixing
-        part += 0.3 * torch.randn(part.shape, generator=generator)
-        out[start : start + 1000] = part.relu_()
-    return out, labels
-
-
-def seconds() -> None:
-    """Every head on 25,000 rows, and scikit-learn's with what was chosen (it chooses nothing)."""
-    print(f"{torch.get_num_threads()} threads\n")
-    print("| rows | classes | head | seconds | chosen | right | scikit-learn, seconds |")
-    print("|---|---:|---|---:|---|---:|---:|")
-    for width in (1280, 4096):
-        for classes in (2, 37):
-            features, labels = made_up(27_000, width, classes)
-            more, true, features, labels = features[25_000:], labels[25_000:], features[:25_000], labels[:25_000]
-            for head in PROBE_HEADS:
-                found = Probe(head).fit(features, labels)
-                right = found.score(more, true)
-                chosen = f"k {found.k_}" if head == "knn" else f"{found.penalty_:.1g}"
-                theirs = f"{scikit_learn(found, features, labels):.1f}" if width == 1280 else ""
-                row = (
-                    f"25,000 x {width:,}",
-                    classes,
-                    head,
-                    f"{found.seconds_:.1f}",
-                    chosen,
-                    f"{100 * right:.1f} %",
-                    theirs,
-                )
-                print("|", " | ".join(map(str, row)), "|", flush=True)
-
-
-def scikit_learn(found: Probe, features: torch.Tensor, labels: torch.Tensor) -> float:
-    """Seconds that the same head takes there, with its penalty given."""
-    rows, kinds = features.numpy(), labels.numpy()
-    begin = time.perf_counter()
-    if found.head == "knn":
-        # It keeps rows only; the comparison is that of our held-out rows.
-        KNeighborsClassifier(found.k_, metric="cosine").fit(rows, kinds).predict(rows[:2048])
-    else:
-        alpha = len(rows) * float(found.penalty_ or 0) * Standard.of(features).scale ** 2
-        theirs = RidgeClassifier(alpha) if found.head == "ridge" else LogisticRegression(C=1 / alpha, max_iter=1000)
-        theirs.fit(rows, kinds)
-    return time.perf_counter() - begin
 
 
 def accuracy(features: cnnrs.Features) -> None:
@@ -225,8 +164,6 @@ def novelty(features: cnnrs.Features, others: Path) -> None:
 
 def main() -> None:
     """Measure."""
-    if len(sys.argv) == 1:
-        return seconds()
     root = Path(sys.argv[1])
     classes = sorted({path.name for path in root.glob("*/*") if path.is_dir()} or {p.name for p in root.iterdir()})
     paths = sorted(str(path) for path in root.rglob("*.jpg"))
@@ -238,7 +175,6 @@ def main() -> None:
     flips(features)
     copies(features)
     novelty(features, Path(sys.argv[2]) if len(sys.argv) > 2 else root / "none")
-    return None
 
 
 if __name__ == "__main__":

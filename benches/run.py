@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import classifier
 import fit
 import folders
 import loader
@@ -22,6 +23,7 @@ BENCHMARKS = {
     "folders": folders.comparisons,
     "fit": fit.comparisons,
     "preconv": preconv.comparisons,
+    "classifier": classifier.comparisons,
     "trainings": trainings.comparisons,
 }
 RESULTS = HERE / "RESULTS.md"

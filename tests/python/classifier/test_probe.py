@@ -173,6 +173,20 @@ def test_the_penalty_is_the_best_for_the_validation_rows(head: str) -> None:
     assert chosen.loss_ == pytest.approx(log_loss(valid[1], chosen.predict_proba(valid[0])), rel=0.02)
 
 
+def test_of_many_rows_a_share_chooses_the_penalty_and_all_are_solved_for() -> None:
+    features, labels = data(12_000, 30, 3)
+    labels[::7] = 0
+    # A class of so few rows that a share of them may have none.
+    labels[:2] = 3
+    valid = data(3_000, 30, 3, seed=1)
+    valid[1][::7] = 0
+    chosen = Probe().fit(features, labels, valid)
+    losses = [Probe(penalty=p).fit(features, labels, valid).loss_ or 0 for p in logistic.PENALTIES[3:12:4]]
+    assert chosen.loss_ == pytest.approx(min(losses), rel=0.01)
+    again = Probe(penalty=chosen.penalty_).fit(features, labels, valid)
+    assert chosen.loss_ == pytest.approx(again.loss_, rel=1e-3)
+
+
 def test_k_is_the_best_for_the_validation_rows() -> None:
     features, labels = data(400, 16, 3)
     valid = data(300, 16, 3, seed=1)
