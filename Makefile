@@ -53,6 +53,13 @@ test: $(INSTALLED) ## Rust tests, pytest, doctests, README examples (TORCH=2.13.
 	$(if $(TESTS),,cargo test --locked --release --config tests/checked.toml)
 	OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist worksteal $(TESTS)
 
+.PHONY: test-memory
+test-memory: $(EXTENSION) ## Training in Python with debug assertions: two slices that overlap while one may be written are an error
+	cargo build --locked --release --lib --features python --config tests/checked.toml
+	rm -rf build/checked && mkdir -p build && cp -r python build/checked
+	cp target/release/libcnnrs.so build/checked/cnnrs/_cnnrs.abi3.so
+	PYTHONPATH="$(CURDIR)/build/checked" OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist worksteal $(addprefix tests/python/,engine training identity)
+
 .PHONY: test-extras
 test-extras: $(EXTENSION) ## Tests of the optional packages (timm, safetensors, Ray, pillow-heif), beside .venv in an environment of their own
 	python -m venv .extras-venv
@@ -68,7 +75,7 @@ test-random: $(INSTALLED) ## Random models and training runs against the plain l
 
 .PHONY: lint
 # maturin sets this for pyo3's build script; without the same value each of the two throws the other's build away.
-lint companion-lint: export PYO3_ENVIRONMENT_SIGNATURE = $(shell $(PYO3_PYTHON) -c 'import sys; print(f"{sys.implementation.name}-{sys.version_info[0]}.{sys.version_info[1]}-{sys.maxsize.bit_length() + 1}bit")')
+lint companion-lint test-memory: export PYO3_ENVIRONMENT_SIGNATURE = $(shell $(PYO3_PYTHON) -c 'import sys; print(f"{sys.implementation.name}-{sys.version_info[0]}.{sys.version_info[1]}-{sys.maxsize.bit_length() + 1}bit")')
 # Docs without the feature: rustdoc 1.95 stops at a bug of its own over numpy's traits.
 lint: $(EXTENSION) ## Formatting, clippy, links of the docs, ruff, mypy, stubs against the built module
 	cargo fmt --check

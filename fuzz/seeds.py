@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / "tests" / "python"))
+sys.path.insert(0, str(ROOT.parent / "tests" / "python" / "support"))
 
 import image_files  # noqa: E402
 

@@ -76,7 +76,7 @@ mod x86 {
         }
 
         #[target_feature(enable = "avx2,fma")]
-        unsafe fn run_avx2(&self, blocks: &[[u8; 8]], outs: &mut [[f32; 8]]) {
+        fn run_avx2(&self, blocks: &[[u8; 8]], outs: &mut [[f32; 8]]) {
             let full = (_mm256_set1_ps(255.0), _mm256_set1_ps(1.0 / 255.0));
             let std = (_mm256_set1_ps(self.std), _mm256_set1_ps(1.0 / self.std));
             let mean = _mm256_set1_ps(self.mean);

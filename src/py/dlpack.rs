@@ -46,11 +46,15 @@ struct Exported {
     batch: Batch,
 }
 
+/// # Safety
+/// The header of an [`Exported`] that [`export`] leaked, and that nobody uses any more.
 unsafe extern "C" fn delete(header: *mut DLManagedTensor) {
     // SAFETY: `header` is the first field of an `Exported` that `export` leaked for exactly this call.
     drop(unsafe { Box::from_raw(header.cast::<Exported>()) });
 }
 
+/// # Safety
+/// For Python, with a capsule of [`export`], under the GIL.
 unsafe extern "C" fn destroy(capsule: *mut ffi::PyObject) {
     // A capsule that was consumed has another name, and its tensor owns the memory now.
     // SAFETY: Python calls this with the capsule it destroys; the name decides whether the pointer is still ours.

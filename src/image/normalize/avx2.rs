@@ -40,9 +40,11 @@ impl Arithmetic {
         assert!(self.channels.len() == layout.channels() && out.len() == self.channels.len() * size);
         assert!(at + count <= size && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
         // SAFETY: the instructions are there and the lengths agree (just asserted).
-        match layout {
-            Layout::Rgbx => unsafe { self.colors(&pixels[..4 * count], at, size, out) },
-            Layout::Gray => unsafe { self.grays(pixels, &mut out[at..at + count]) },
+        unsafe {
+            match layout {
+                Layout::Rgbx => self.colors(&pixels[..4 * count], at, size, out),
+                Layout::Gray => self.grays(pixels, &mut out[at..at + count]),
+            }
         }
         for i in count / 8 * 8..count {
             for (c, table) in tables.iter().enumerate() {

@@ -119,6 +119,9 @@ pub(super) fn horizontal(input: &[u8], stride: usize, packed: &Pairs, out: &mut 
 }
 
 /// `LOADS` is the number of loads per pixel when the compiler may unroll them, else 0.
+///
+/// # Safety
+/// The rows of `from` must have all pixels that `packed` reads, those of `to` as many as it makes, [`PIXELS`] at least.
 #[target_feature(enable = "avx2")]
 unsafe fn horizontal_rows<const LOADS: usize>(from: [*const u8; ROWS], to: [*mut u8; ROWS], packed: &Pairs) {
     let loads = if LOADS == 0 { packed.loads } else { LOADS };
@@ -150,6 +153,9 @@ unsafe fn horizontal_rows<const LOADS: usize>(from: [*const u8; ROWS], to: [*mut
 }
 
 /// One output pixel of four rows as 16-bit words: rows 0 and 2 in the low lane, 1 and 3 in the high lane.
+///
+/// # Safety
+/// Each row must have [`TAPS`] pixels for each of the weights, from pixel `first` on.
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn horizontal_pixel<const LOADS: usize>(
@@ -208,6 +214,9 @@ pub(super) fn vertical(input: &[u8], stride: usize, count: usize, pairs: &[[i32;
     true
 }
 
+/// # Safety
+/// `input` must have `count` rows, one at least, of `stride` bytes, `out` one; that is [`BLOCK`] bytes at least. The pairs
+/// must be those of `count` rows.
 #[target_feature(enable = "avx2")]
 unsafe fn vertical_row(input: &[u8], stride: usize, count: usize, pairs: &[[i32; 2]], out: &mut [u8]) {
     let zero = _mm256_setzero_si256();

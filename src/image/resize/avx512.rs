@@ -114,6 +114,9 @@ pub(super) fn horizontal(input: &[u8], stride: usize, packed: &Quads, out: &mut 
 }
 
 /// `LOADS` is the number of loads per pixel when the compiler may unroll them, else 0.
+///
+/// # Safety
+/// The rows of `from` must have all pixels that `packed` reads, those of `to` as many as it makes, [`PIXELS`] at least.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn horizontal_rows<const LOADS: usize>(from: [*const u8; ROWS], to: [*mut u8; ROWS], packed: &Quads) {
     let loads = if LOADS == 0 { packed.loads } else { LOADS };
@@ -190,6 +193,8 @@ pub(super) fn vertical(input: &[u8], stride: usize, count: usize, quads: &[Quad]
     true
 }
 
+/// # Safety
+/// `input` must have `count` rows, one at least, of `stride` bytes, `out` one; that is [`BLOCK`] bytes at least.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn vertical_row(input: &[u8], stride: usize, count: usize, quads: &[Quad], out: &mut [u8]) {
     let mut x = 0;

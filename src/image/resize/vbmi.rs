@@ -109,6 +109,10 @@ pub(super) fn horizontal(input: &[u8], stride: usize, packed: &Groups, out: &mut
 }
 
 /// `STEPS` is the number of steps per group when the compiler may unroll them, else 0.
+///
+/// # Safety
+/// The rows of `from` must have [`LOAD`] pixels from each of the first ones of `packed` on, those of `to` as many as it
+/// makes, [`PIXELS`] at least.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 unsafe fn four_rows<const STEPS: usize>(from: [*const u8; ROWS], to: [*mut u8; ROWS], packed: &Groups) {
     let steps = if STEPS == 0 { packed.steps } else { STEPS };

@@ -361,6 +361,10 @@ fn find_ff(bytes: &[u8]) -> Option<usize> {
 }
 
 /// libjpeg's `decode_mcu`: 1 when the MCU is decoded, 0 when more data would be needed, which here means: not by us.
+///
+/// # Safety
+/// The object must be one into which [`Huffman::install`] put a decoder that is still there, with the source of `Decoder`;
+/// `rows` must have a place for each block of an MCU.
 #[inline(always)]
 unsafe fn next_mcu(cinfo: *mut Decompress, rows: *mut *mut Coefficients) -> c_int {
     // SAFETY: libjpeg passes its own live object; `install` put a `Huffman` into `client_data` that outlives the reading,
@@ -392,12 +396,17 @@ unsafe fn next_mcu(cinfo: *mut Decompress, rows: *mut *mut Coefficients) -> c_in
     1
 }
 
+/// # Safety
+/// As for [`next_mcu`].
 unsafe extern "C-unwind" fn decode_mcu(cinfo: *mut Decompress, rows: *mut *mut Coefficients) -> c_int {
     // SAFETY: libjpeg's call.
     unsafe { next_mcu(cinfo, rows) }
 }
 
 /// The same with shifts that leave the flags alone.
+///
+/// # Safety
+/// As for [`next_mcu`], where the processor has the instructions.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "bmi1,bmi2,lzcnt")]
 unsafe extern "C-unwind" fn decode_mcu_bmi2(cinfo: *mut Decompress, rows: *mut *mut Coefficients) -> c_int {

@@ -32,6 +32,8 @@ unsafe extern "C-unwind" {
 /// What libjpeg said when it gave up; carried through its C frames as an unwind payload.
 struct Fatal(String);
 
+/// # Safety
+/// For libjpeg, with its own live object.
 unsafe extern "C-unwind" fn error_exit(cinfo: *mut Decompress) {
     let mut text = [0u8; JMSG_LENGTH_MAX + 1];
     // SAFETY: libjpeg passes its own live object; format_message writes at most JMSG_LENGTH_MAX bytes and a NUL.
@@ -45,12 +47,18 @@ unsafe extern "C-unwind" fn error_exit(cinfo: *mut Decompress) {
     resume_unwind(Box::new(Fatal(String::from_utf8_lossy(&text[..end]).into_owned())))
 }
 
+/// # Safety
+/// For libjpeg; any pointer will do.
 unsafe extern "C-unwind" fn ignore(_: *mut Decompress) {}
 
+/// # Safety
+/// For libjpeg; any pointer will do.
 unsafe extern "C-unwind" fn suspend(_: *mut Decompress) -> c_int {
     0
 }
 
+/// # Safety
+/// For libjpeg, with its own live object, whose source is that of [`Decoder`].
 unsafe extern "C-unwind" fn skip(cinfo: *mut Decompress, count: c_long) {
     // SAFETY: libjpeg passes its own live object, whose source is the one of `Decoder`; the pointer stays inside the
     // file because the step is capped by what is left.

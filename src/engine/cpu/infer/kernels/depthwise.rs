@@ -48,6 +48,9 @@ pub unsafe fn row<V: Lanes>(row: &Row<'_>) {
 }
 
 /// With `COLUMNS` and `STRIDE` known, an input is loaded once for all outputs that see it.
+///
+/// # Safety
+/// As for [`row`].
 #[inline(always)]
 unsafe fn walk<V: Lanes, const COLUMNS: usize, const STRIDE: usize>(row: &Row<'_>) {
     // SAFETY: the caller's promise.
@@ -65,6 +68,10 @@ unsafe fn walk<V: Lanes, const COLUMNS: usize, const STRIDE: usize>(row: &Row<'_
     }
 }
 
+/// `R` outputs from `x` on.
+///
+/// # Safety
+/// As for [`row`]; `x + R` is at most its width.
 #[inline(always)]
 unsafe fn pixels<V: Lanes, const R: usize, const COLUMNS: usize, const STRIDE: usize>(row: &Row<'_>, x: usize) {
     let (columns, stride, dilation) =

@@ -94,6 +94,9 @@ fn largest<V: Lanes>(rows: usize) -> usize {
 }
 
 /// Known strides become part of the instructions instead of occupying registers.
+///
+/// # Safety
+/// As for [`tile`]; `rows` is one that [`largest`] gives.
 #[inline(always)]
 unsafe fn strides<V: Lanes, const C: usize, const ANY: bool>(rows: usize, t: &Tile<'_>) {
     macro_rules! sizes {
@@ -137,6 +140,10 @@ const AHEAD: usize = 16;
 /// with the square root of its length.
 const CHUNK: usize = 256;
 
+/// All sums of `R` pixels and `C` blocks of output channels; `STRIDE` is the tile's where the compiler may know it, else 0.
+///
+/// # Safety
+/// As for [`tile`], with `R` rows and `C` columns.
 #[inline(always)]
 unsafe fn run<V: Lanes, const R: usize, const C: usize, const STRIDE: usize>(t: &Tile<'_>) {
     let stride = if STRIDE > 0 { STRIDE } else { t.stride };
@@ -207,6 +214,9 @@ unsafe fn run<V: Lanes, const R: usize, const C: usize, const STRIDE: usize>(t: 
 }
 
 /// Residual and what is simple of the activation.
+///
+/// # Safety
+/// The residual, if there is one, must have `R` pixels of `C` blocks.
 #[inline(always)]
 unsafe fn finish<V: Lanes, const R: usize, const C: usize>(t: &Tile<'_>, sums: &mut [[V; C]; R]) {
     if !t.residual.is_null() {
@@ -221,6 +231,9 @@ unsafe fn finish<V: Lanes, const R: usize, const C: usize>(t: &Tile<'_>, sums: &
 }
 
 /// Applies the activation to outputs that have just been written.
+///
+/// # Safety
+/// The output must have `rows` pixels of `columns` blocks.
 #[inline(always)]
 unsafe fn curve<V: Lanes>(rows: usize, columns: usize, t: &Tile<'_>) {
     for c in 0..columns {

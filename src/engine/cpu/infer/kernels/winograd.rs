@@ -150,6 +150,8 @@ pub unsafe fn transform_input<V: Lanes>(size: Size, from: *const f32, row: usize
     }
 }
 
+/// # Safety
+/// `N` pixels of [`LANES`] floats must be readable in each of `N` rows, `N * N` products of as many writable.
 #[inline(always)]
 unsafe fn input<V: Lanes, const N: usize>(from: *const f32, row: usize, to: *mut f32, plane: usize)
 where
@@ -209,6 +211,9 @@ pub unsafe fn transform_output<V: Lanes>(size: Size, from: *const f32, plane: us
     }
 }
 
+/// # Safety
+/// `N * N` products of [`LANES`] floats must be readable, and everything inside the image readable or writable as its
+/// name in [`Finish`] says.
 #[inline(always)]
 unsafe fn output<V: Lanes, const N: usize, const M: usize>(from: *const f32, plane: usize, f: &Finish)
 where

@@ -58,6 +58,9 @@ impl Kernel for Line<'_> {
 
 impl Line<'_> {
     /// Mean, then the variance around it, then the result: one pass for both would cancel where the mean is large.
+    ///
+    /// # Safety
+    /// `x + P` is at most the width of the row, and the values are those of this step.
     #[inline(always)]
     unsafe fn pixels<V: Lanes, const P: usize>(&self, x: usize) {
         let s = self.step;

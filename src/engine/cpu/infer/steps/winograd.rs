@@ -197,6 +197,9 @@ impl Work<'_> {
     }
 
     /// Fills V for the tiles that one microkernel reads.
+    ///
+    /// # Safety
+    /// There is room for them in V, which nobody else has, and the input has a border around every tile.
     #[inline(always)]
     unsafe fn transform<V: Lanes>(&self, group: usize) {
         let s = self.step;
@@ -219,6 +222,9 @@ impl Work<'_> {
     }
 
     /// All products of one panel of output channels, and what becomes of them.
+    ///
+    /// # Safety
+    /// V is filled; M, which nobody else has, has room for the products, and the output for the tiles.
     #[inline(always)]
     unsafe fn multiply<V: Lanes>(&self, panel: usize) {
         let s = self.step;
