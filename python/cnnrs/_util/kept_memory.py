@@ -27,9 +27,9 @@ _users = 0
 def kept_memory(wanted: bool = True) -> Iterator[None]:
     """Inside, what is freed is used again; behind the last one it goes back to the system.
 
-    Every step of a network takes and frees the same activations and gradients. glibc gives blocks of 32 MiB and more
-    back at once, so each step pays for new, zeroed pages: up to a sixth of a step of mobilenet_v3_large at 224 x 224. Does
-    nothing without glibc, and where the user has set up its malloc.
+    Every step of a network takes and frees the same activations and gradients. glibc gives large blocks back at once,
+    so each step pays for new, zeroed pages: up to a sixth of a step of mobilenet_v3_large at 224 x 224. Does nothing
+    without glibc, and where the user has set up its malloc.
     """
     malloc = _malloc() if wanted else None
     if malloc is None:
