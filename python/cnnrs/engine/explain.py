@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from cnnrs.engine import memory_order
 from cnnrs.engine.choice import Question, decide
 from cnnrs.engine.verify import known_difference
 from cnnrs.model.lowering import Lowered, lower
@@ -27,6 +28,7 @@ class Explanation:
         preconv: what it picks for :func:`cnnrs.preconv` of float32 images: "cpu", "python", or "open" where that
             depends on the images' size, which was not given.
         preconv_reasons: what keeps the frozen model from engine "cpu"; empty where that is taken, or open.
+        order: on engine "python", in which order of memory a convolutional network gets its batches, and why.
     """
 
     engine: str
@@ -34,6 +36,7 @@ class Explanation:
     reasons: tuple[str, ...]
     preconv: str
     preconv_reasons: tuple[str, ...] = ()
+    order: str | None = None
 
     def __str__(self) -> str:
         return f"{self._fit()}\n{self._preconv()}"
@@ -55,7 +58,7 @@ class Explanation:
                 "float32, and amp take engine 'python', which has the plain loop's bits"
             )
         first = "engine 'python': the model is called as it is, once per batch, because"
-        return "\n".join([first, *listed(self.reasons)])
+        return "\n".join([first, *listed(self.reasons), *filter(None, [self.order])])
 
     __repr__ = __str__
 
@@ -102,7 +105,10 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
     if lowered is not None and not fit.reasons and any(tensor.device.type == "cuda" for tensor in lowered.tensors):
         reasons += ("where loss, optimizer and options allow it, whole steps are recorded there once, and replayed",)
     operations = 0 if lowered is None or fit.reasons else len(lowered.graph) - 1
-    return Explanation(trained.engine, operations, reasons, "open" if is_open else preconv.engine, preconv.reasons)
+    order = memory_order.said(model) if trained.engine == "python" else None
+    return Explanation(
+        trained.engine, operations, reasons, "open" if is_open else preconv.engine, preconv.reasons, order
+    )
 
 
 def _question(purpose: Literal["fit", "preconv"], model: nn.Module, input_shape: Sequence[int] | None) -> Question:

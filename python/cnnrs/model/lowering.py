@@ -59,7 +59,7 @@ def lower(model: nn.Module, gradients: bool = True) -> Lowered:
     Raises:
         Unsupported: with one reason per line when the module does anything that the graph cannot say.
     """
-    reasons = _obstacles(model)
+    reasons = obstacles(model)
     if reasons:
         raise Unsupported("\n".join(reasons))
     return _Lowering(model, gradients).run()
@@ -70,7 +70,7 @@ def lower(model: nn.Module, gradients: bool = True) -> Lowered:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _obstacles(model: nn.Module) -> list[str]:
+def obstacles(model: nn.Module) -> list[str]:
     """Reasons why running the layers one by one would not be the same as calling the model."""
     reasons = []
     if type(model).__module__.startswith(("torch.nn.parallel", "torch._dynamo", "torch.distributed")):

@@ -379,3 +379,32 @@ def calls_up_to(model: nn.Module, until: nn.Module) -> list[Any] | None:
     looking = _Anything(model, until)
     looking.recorder.run()
     return None if looking.recorder.reasons else looking.called
+
+
+#: Layers and networks whose forward does nothing but compute and, in training, draw.
+_PURE = frozenset({"torch", "torchvision", "timm"})
+
+
+class _Pure:
+    """Goes along with all calls of code that is nobody's library, and stops at those that see how tensors lie."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.recorder = Recorder(model, self, gradients=True)
+
+    def call(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name.startswith(("as_strided", "set_")):
+            raise self.recorder.stop(f"forward calls {name}(), which sees the order of memory")
+        return self.recorder.value(0, Memory(name))
+
+    def layer(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        return self.recorder.value(0, Memory(""))
+
+    def is_layer(self, module: nn.Module) -> bool:
+        return all(type(part).__module__.partition(".")[0] in _PURE for part in module.modules())
+
+
+def impurities(model: nn.Module) -> list[str]:
+    """Why calling ``model`` once more, or with a batch that lies otherwise in memory, might be noticed."""
+    looking = _Pure(model)
+    looking.recorder.run()
+    return looking.recorder.reasons

@@ -53,6 +53,7 @@ class Job:
         scaled: whether gradients are scaled, as float16 needs.
         around: whether it is an enclosing ``torch.autocast`` that asks for ``amp``.
         check: whether the first batch also goes through the module itself.
+        orders: whether a called module may get its batches in another order of memory.
     """
 
     epoch: int
@@ -67,6 +68,7 @@ class Job:
     scaled: bool
     around: bool
     check: bool
+    orders: bool
 
     def module(self) -> Module:
         """What the plain loop would call."""

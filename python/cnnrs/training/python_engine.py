@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 
 from cnnrs import _cnnrs
 from cnnrs._records import Epoch
+from cnnrs._util.kept_memory import kept_memory
 from cnnrs.engine.losses import Totals, call, counts, measured
+from cnnrs.engine.memory_order import MemoryOrder
 from cnnrs.training.arguments import needs_closure
 from cnnrs.training.batches import describe, samples_of, to_channels_last
 from cnnrs.training.buffers import Buffers
@@ -42,10 +44,16 @@ def run(job: Job, batches: Iterator[Any], before: Totals | None = None) -> Total
         epoch: Epoch = {
             "number": job.epoch, "phase": job.phase, "accumulate": job.loop.accumulate, "after": called,
         }  # fmt: skip
-        return Totals(**_cnnrs.fit_python(epoch, engine, batches, None if before is None else before.by_name()))
+        with kept_memory(job.device.type == "cpu" and _is_large(job.model)):
+            return Totals(**_cnnrs.fit_python(epoch, engine, batches, None if before is None else before.by_name()))
     except BaseException:
         engine.kept.put_back()
         raise
+
+
+def _is_large(model: torch.nn.Module) -> bool:
+    """Whether a step takes blocks that are worth keeping; giving them back costs milliseconds."""
+    return sum(parameter.numel() for parameter in model.parameters()) >= 1 << 19
 
 
 class _Engine:
@@ -60,6 +68,7 @@ class _Engine:
         self._job = job
         self._begins = begins
         self._clip = job.loop.clipper()
+        self._order = MemoryOrder(job.model, job.orders, job.optimizer is not None)
         self._pending: list[torch.Tensor] = []
         self._scaler: torch.amp.GradScaler | None = None
         #: What an optimizer with a closure evaluates again: the batches since its last step, and their losses.
@@ -73,7 +82,9 @@ class _Engine:
     def forward(self, inputs: Any, targets: Any, training: bool) -> tuple[float, float, int | None, int, int]:
         """Outputs and loss of one batch; returns what to count of it."""
         self.kept.keep()
-        outputs, loss = self._evaluate(inputs, targets, training)
+        inputs = self._order.ordered(inputs)
+        with self._order.timing():
+            outputs, loss = self._evaluate(inputs, targets, training)
         self._pending[:] = [loss]
         if self._window is not None:
             self._window.append((inputs, targets))
@@ -100,7 +111,9 @@ class _Engine:
         if self._begins:
             self._job.optimizer.zero_grad()
             self._begins = False
-        self._differentiate(self._pending.pop())
+        with self._order.timing():
+            self._differentiate(self._pending.pop())
+        self._order.done()
 
     def _differentiate(self, loss: torch.Tensor) -> None:
         with torch.enable_grad():

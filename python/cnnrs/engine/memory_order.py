@@ -1,0 +1,206 @@
+"""The order of memory in which a called network gets its batches on the CPU: as they are, or ``channels_last``.
+
+Which is faster depends on layers, sizes and processor (depthwise convolutions are twice as fast in one, others a tenth
+faster in either), so the first training batches are timed in both. Only the batch is converted: PyTorch's convolutions
+hand its order on, and weights, gradients and the optimizer's state stay as the user has made them.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from cnnrs._util.generators import Drawing, Generators
+from cnnrs._util.plain import is_plain
+from cnnrs.model.lowering import obstacles
+from cnnrs.model.tracing import impurities, values
+
+#: Below so many numbers in the weights of convolutions, or pixels in a batch, a step is short: nothing is to be gained,
+#: and the plain loop's bits are kept.
+LEAST_WEIGHTS, LEAST_PIXELS = 1 << 19, 1 << 16
+#: Batches timed in each order; one more of each goes first, in which PyTorch sets its kernels up.
+TIMED = 3
+#: A smaller gain is not worth other bits than the plain loop's.
+_LEAST_GAIN = 1.03
+
+#: By model: what is known about batches of a form.
+_MEASURED: WeakKeyDictionary[nn.Module, dict[Any, _Trial]] = WeakKeyDictionary()
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """Why batches stay in the order they have, whatever they are; None where both orders may be tried.
+
+    Looks at the model only, and changes nothing. A network that sees its tensors' strides must not be given others.
+    """
+    if not _is_large(model):
+        return "its convolutions are few, small or not on the CPU"
+    if not all(module.weight.is_contiguous() for module in _convolutions(model)):
+        return "its weights are in an order of their own"
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms are asked for, and which order is faster is measured"
+    reasons = obstacles(model) or impurities(model)
+    return reasons[0] if reasons else None
+
+
+def _convolutions(model: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+def _is_large(model: nn.Module) -> bool:
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return on_cpu and sum(module.weight.numel() for module in _convolutions(model)) >= LEAST_WEIGHTS
+
+
+def said(model: nn.Module) -> str | None:
+    """One line for `explain`; None for networks that are too small to ask."""
+    if not _is_large(model):
+        return None
+    if reason := obstacle(model):
+        return f"order of memory: that of the batches, because {reason}"
+    for (shape, _), trial in _MEASURED.get(model, {}).items():
+        if trial.fails:
+            return "order of memory: that of the batches, because the model does not run in channels_last"
+        if trial.is_over:
+            plain, last = (1e3 * min(trial.seconds[order][1:]) for order in (False, True))
+            chosen = "channels_last" if trial.last else "that of the batches"
+            sizes = " x ".join(map(str, (trial.size, *shape)))
+            return f"order of memory: {chosen}; {sizes} take {last:.3g} ms in channels_last, {plain:.3g} ms contiguous"
+    return (
+        f"order of memory: the faster one for large batches, timed on the first {2 * TIMED + 2} of training; with "
+        "engine='python' that of the batches"
+    )
+
+
+@dataclass
+class _Trial:
+    """Batches of one form.
+
+    Attributes:
+        size: samples of the batches that are timed; others follow what is found.
+        fails: the model cannot have the other order.
+        seconds: of the batches so far, by whether they were in channels_last.
+    """
+
+    size: int
+    fails: bool
+    seconds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
+
+    @property
+    def is_over(self) -> bool:
+        return self.fails or min(map(len, self.seconds.values())) > TIMED
+
+    @property
+    def last(self) -> bool:
+        """Whether the next batch is to be in channels_last."""
+        if self.fails:
+            return False
+        plain, last = self.seconds[False], self.seconds[True]
+        if not self.is_over:
+            # In turn, so that a busy moment hits both alike.
+            return len(plain) > len(last)
+        # What else the machine does makes a step longer, never shorter.
+        return min(plain[1:]) > _LEAST_GAIN * min(last[1:])
+
+
+class MemoryOrder:
+    """Puts the batches of an epoch into the faster order.
+
+    Args:
+        model: on the CPU, in the mode it will run in.
+        allowed: whether this epoch may have another order than its batches; asked once, with :func:`obstacle`.
+        training: whether batches are timed; validation follows what is known.
+    """
+
+    def __init__(self, model: nn.Module, allowed: bool, training: bool) -> None:
+        self._model = model
+        self._training = training
+        self._allowed = allowed
+        self._known: dict[Any, _Trial] = {}
+        if allowed and obstacle(model) is None:
+            self._known = _MEASURED.setdefault(model, {})
+        else:
+            self._allowed = False
+        self._timed: tuple[_Trial, bool] | None = None
+        self._seconds = 0.0
+
+    def ordered(self, inputs: Any) -> Any:
+        """The same numbers; the batch itself stays as it is."""
+        self._timed, self._seconds = None, 0.0
+        if not self._allowed or not _may_change(inputs):
+            return inputs
+        form = (tuple(inputs.shape[1:]), torch.get_num_threads())
+        trial = self._known.get(form)
+        if trial is None:
+            if not self._training or inputs[:, 0].numel() < LEAST_PIXELS:
+                return inputs
+            trial = self._known[form] = _Trial(len(inputs), not _runs(self._model, inputs))
+        last = trial.last if self._training or trial.is_over else False
+        if self._training and not trial.is_over and len(inputs) == trial.size:
+            self._timed = trial, last
+        elif not trial.is_over:
+            return inputs
+        return inputs.contiguous(memory_format=torch.channels_last) if last else inputs
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Around what is computed for a batch: forward, and in a second piece backward.
+
+        By this thread's own clock, on which neither a loader's threads nor other processes are.
+        """
+        start = time.thread_time()
+        yield
+        self._seconds += time.thread_time() - start
+
+    def done(self) -> None:
+        """Forward and backward have been."""
+        if self._timed is not None:
+            trial, last = self._timed
+            trial.seconds[last].append(self._seconds)
+            self._timed = None
+
+
+def _may_change(inputs: Any) -> bool:
+    """Whether it is a batch of images in the usual order: any other is the user's choice."""
+    return (
+        isinstance(inputs, torch.Tensor)
+        and is_plain(inputs)
+        and inputs.dim() == 4
+        and inputs.dtype is torch.float32
+        and not inputs.requires_grad
+        and inputs.is_contiguous()
+        and not inputs.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _runs(model: nn.Module, inputs: torch.Tensor) -> bool:
+    """Whether two samples in channels_last go through, and nobody can tell: on a copy that shares the parameters.
+
+    ``view`` behind a convolution raises there; outputs of four dimensions would have other strides, which the loss may
+    ask for; what overwrites its batch would overwrite ours.
+    """
+    x = inputs[:2].contiguous(memory_format=torch.channels_last)
+    version, generators = x._version, Generators()
+    drawing = Drawing()
+    with warnings.catch_warnings():
+        # The run gives the same ones.
+        warnings.simplefilter("ignore")
+        try:
+            twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+            with drawing:
+                outputs = twin(x)
+        except Exception:
+            return False
+        finally:
+            if drawing.drew:
+                generators.put_back()
+    tensors = list(values(outputs))
+    return x._version == version and all(isinstance(t, torch.Tensor) and t.is_contiguous() for t in tensors)
