@@ -1,6 +1,7 @@
-"""What a network looks at: the textbook's formulas, nothing for networks of tokens, no trace left in the model."""
+"""What a network looks at: the textbook's formulas, whatever the layout of the map; no trace left in the model."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import cnnrs
-from cnnrs.app.report.activation import activation_maps, grad_cam, last_map
+from cnnrs.app.report.activation import Layer, NoMap, activation_maps, grad_cam, last_map
 from cnnrs.app.report.evidence import Evidence
 from cnnrs.app.report.photos import looked_at, mistakes_of, right_ones
 from cnnrs.classifier.heads import Preprocessing
@@ -68,12 +69,12 @@ def test_behind_average_pooling_it_is_the_class_activation_map() -> None:
     torch.manual_seed(0)
     model = Shared().eval()
     images, classes = torch.randn(4, 3, 24, 24), torch.tensor([0, 1, 1, 0])
-    layer = last_map(model, images)
-    assert layer == (model.relu, 1)
+    layer = last_map(model, images[:1])
+    assert layer == (model.relu, 1, (20, 20), "NCHW")
     found = grad_cam(model, layer, images, classes)
     with torch.no_grad():
         expected = torch.einsum("nchw,nc->nhw", model.maps(images), model.fc.weight[classes]).relu()
-    assert found is not None and found.shape == (4, 20, 20)
+    assert found.shape == (4, 20, 20)
     assert equal_up_to_scale(found, expected)
 
 
@@ -82,14 +83,13 @@ def test_grad_cam_is_selvarajus() -> None:
     torch.manual_seed(0)
     model = Pooled().eval()
     images, classes = torch.randn(3, 3, 32, 32), torch.tensor([2, 0, 1])
-    layer = last_map(model, images)
-    assert layer == (model.second, 0)
+    layer = last_map(model, images[:1])
+    assert layer[:2] == (model.second, 0)
     maps = model.map(images).detach().requires_grad_()
     scores = model.fc(F.relu(maps).mean(dim=(2, 3)))
     (gradient,) = torch.autograd.grad(scores.gather(1, classes[:, None]).sum(), maps)
     expected = (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu()
     found = grad_cam(model, layer, images, classes)
-    assert found is not None
     torch.testing.assert_close(found, expected.detach())
 
 
@@ -97,7 +97,7 @@ def test_nothing_is_left_in_the_model() -> None:
     model = Pooled().eval()
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        layer = last_map(model, images)
+        layer = last_map(model, images[:1])
         assert layer is not None
         grad_cam(model, layer, images, torch.tensor([0]))
         assert not torch.is_grad_enabled()
@@ -113,14 +113,128 @@ def test_networks_with_a_map(name: str) -> None:
     options = {"init_weights": False} if name == "googlenet" else {}
     model = torchvision.models.get_model(name, weights=None, num_classes=3, **options).eval()
     layer = last_map(model, torch.randn(1, 3, 96, 96))
-    assert layer is not None
     found = grad_cam(model, layer, torch.randn(2, 3, 96, 96), torch.tensor([0, 1]))
-    assert found is not None and found.dim() == 3 and found.shape[0] == 2 and min(found.shape[1:]) >= 3
+    assert found.dim() == 3 and found.shape[0] == 2 and min(found.shape[1:]) >= 3
 
 
-def test_tokens_have_no_map() -> None:
-    model = torchvision.models.vit_b_16(weights=None, num_classes=2, image_size=32).eval()
-    assert last_map(model, torch.randn(1, 3, 32, 32)) is None
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+
+def by_hand(maps: Tensor, scores: Tensor, leaf: Tensor, classes: Tensor, to_map: Callable[[Tensor], Tensor]) -> Tensor:
+    """Grad-CAM of (N, C) scores by a leaf that ``to_map`` turns into (N, C, h, w), as ``maps`` was."""
+    (gradient,) = torch.autograd.grad(scores.gather(1, classes[:, None]).sum(), leaf)
+    weights = to_map(gradient).mean(dim=(2, 3))
+    return torch.einsum("nchw,nc->nhw", maps, weights).relu().detach()
+
+
+def test_tokens_before_the_last_attention() -> None:
+    """Behind it only the class token counts. torchvision's network, its last block written out."""
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 8, 3, 2, 12, 24, num_classes=3).eval()
+    # Zeros until somebody trains it: nothing would speak for any class.
+    nn.init.normal_(model.heads.head.weight)
+    images, classes = torch.randn(4, 3, 32, 32), torch.tensor([0, 2, 1, 2])
+    block = model.encoder.layers[-1]
+    layer = last_map(model, images[:1])
+    assert layer == (block.ln_1, 0, (4, 4), "tokens")
+    with torch.no_grad():
+        x = model.conv_proj(images).flatten(2).transpose(1, 2)
+        x = torch.cat([model.class_token.expand(4, -1, -1), x], dim=1) + model.encoder.pos_embedding
+        x = model.encoder.layers[1](model.encoder.layers[0](x))
+    leaf = block.ln_1(x).detach().requires_grad_()
+    y = x + block.self_attention(leaf, leaf, leaf, need_weights=False)[0]
+    scores = model.heads(model.encoder.ln(y + block.mlp(block.ln_2(y)))[:, 0])
+
+    def to_map(tokens: Tensor) -> Tensor:
+        # Row by row, the first token is that of the class.
+        return torch.stack([tokens[:, 1 + 4 * row : 5 + 4 * row] for row in range(4)], dim=1).permute(0, 3, 1, 2)
+
+    found = grad_cam(model, layer, images, classes)
+    torch.testing.assert_close(found, by_hand(to_map(leaf), scores, leaf, classes, to_map))
+    assert found.flatten(1).amax(dim=1).gt(0).any()
+
+
+def test_channels_last() -> None:
+    """Swin's features as they are before torchvision puts the channels first: averaging them is the same."""
+    torch.manual_seed(0)
+    swin = torchvision.models.swin_t(weights=None, num_classes=3).eval()
+
+    class Swin(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.norm, self.head = swin.features, swin.norm, swin.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.head(self.norm(self.features(x)).mean(dim=(1, 2)))
+            return scores
+
+    images, classes = torch.randn(2, 3, 96, 96), torch.tensor([2, 0])
+    model = Swin().eval()
+    layer = last_map(model, images[:1])
+    assert layer == (swin.norm, 0, (3, 3), "NHWC")
+    leaf = swin.norm(swin.features(images)).detach().requires_grad_()
+    scores = swin.head(leaf.mean(dim=(1, 2)))
+    expected = by_hand(leaf.permute(0, 3, 1, 2), scores, leaf, classes, lambda x: x.permute(0, 3, 1, 2))
+    torch.testing.assert_close(grad_cam(model, layer, images, classes), expected)
+    theirs = last_map(swin, images[:1])
+    assert theirs == (swin.permute, 0, (3, 3), "NCHW")
+    torch.testing.assert_close(grad_cam(swin, theirs, images, classes), expected)
+
+
+class Tokens(nn.Module):
+    """Patches as tokens that attend to each other through layers of their own; the mean is classified."""
+
+    def __init__(self, step: int = 1) -> None:
+        super().__init__()
+        self.patches, self.qkv, self.soft = nn.Conv2d(3, 6, 4, stride=4), nn.Linear(6, 18), nn.Softmax(dim=-1)
+        self.norm, self.fc, self.step = nn.LayerNorm(6), nn.Linear(6, 2), step
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)[:, :: self.step]
+        q, k, v = (part.unflatten(2, (2, 3)).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=2))
+        # (N, heads, T, T), which is no map.
+        mixed = (self.soft(q @ k.transpose(2, 3)) @ v).transpose(1, 2).flatten(2)
+        scores: Tensor = self.fc(self.norm(tokens + mixed).mean(dim=1))
+        return scores
+
+
+def test_mean_of_tokens_is_the_class_activation_map() -> None:
+    torch.manual_seed(0)
+    model = Tokens().eval()
+    images, classes = torch.randn(3, 3, 20, 20), torch.tensor([1, 0, 1])
+    layer = last_map(model, images[:1])
+    assert layer == (model.norm, 0, (5, 5), "tokens")
+    kept: list[Tensor] = []
+    handle = model.norm.register_forward_hook(lambda *given: kept.append(given[-1]))
+    with torch.no_grad():
+        model(images)
+        handle.remove()
+        expected = (kept[0] * model.fc.weight[classes][:, None]).sum(dim=2).view(3, 5, 5).relu()
+    assert equal_up_to_scale(grad_cam(model, layer, images, classes), expected)
+
+
+def test_tokens_that_have_lost_their_places() -> None:
+    model = Tokens(step=2).eval()
+    with pytest.raises(NoMap, match="no layer's output is laid out as"):
+        last_map(model, torch.randn(1, 3, 20, 20))
+
+
+def test_untrained_heads_of_zeros() -> None:
+    model = torchvision.models.VisionTransformer(32, 8, 1, 2, 12, 24, num_classes=2).eval()
+    with pytest.raises(NoMap, match="the scores do not depend on the tokens of patches"):
+        last_map(model, torch.randn(1, 3, 32, 32))
+
+
+def test_maps_of_outputs() -> None:
+    values = torch.arange(24.0).view(1, 2, 3, 4)
+    module = nn.Identity()
+    assert Layer(module, 0, (3, 4), "NCHW").as_map(values).equal(values)
+    assert Layer(module, 0, (3, 4), "NHWC").as_map(values.permute(0, 2, 3, 1)).equal(values)
+    tokens = torch.cat([torch.zeros(1, 2, 2), values.flatten(2).transpose(1, 2)], dim=1)
+    assert Layer(module, 0, (3, 4), "tokens").as_map(tokens).equal(values)
+
+
+# -- heads and pictures ------------------------------------------------------------------------------------------------
 
 
 class Counts(nn.Module):
@@ -137,7 +251,8 @@ class Counts(nn.Module):
 def test_heads_that_are_not_smooth(tmp_path: Path) -> None:
     Image.new("RGB", (80, 80), (200, 30, 30)).save(tmp_path / "a.png")
     run = Run(Counts().eval(), ["a", "b"], SHAPE, "resnet18")
-    assert activation_maps(run, [(str(tmp_path / "a.png"), 0)]) == {}
+    with pytest.raises(NoMap, match="the head does not say which way its scores go"):
+        activation_maps(run, [(str(tmp_path / "a.png"), 0)])
 
 
 def test_pictures(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from cnnrs._util.units import duration
 from cnnrs.app.report import headline, photos, several
-from cnnrs.app.report.activation import activation_maps
+from cnnrs.app.report.activation import NoMap, activation_maps
 from cnnrs.app.report.charts import curves, rates, reliability
 from cnnrs.app.report.evidence import ClassRow, Curve, Evidence
 from cnnrs.classifier.names import MISTAKES, REPORT, SUSPECTS
@@ -148,10 +148,12 @@ def _maps(evidence: Evidence, run: Run, worst: Sequence[Loss]) -> tuple[dict[str
         return {}, "the files of the photos are not known"
     try:
         maps = activation_maps(run, wanted)
+    except NoMap as reason:
+        return {}, str(reason)
     except Exception as error:
         # Networks are of all kinds: no picture of what one looks at must cost the report.
         return {}, f"{type(error).__name__}: {error}"
-    return maps, "" if maps else "this network has no feature map, or its head does not say what speaks for a class"
+    return maps, "" if maps else "none of the photos could be read in time"
 
 
 def _example(evidence: Evidence) -> str:
