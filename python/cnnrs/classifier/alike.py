@@ -18,6 +18,8 @@ THRESHOLD = 0.7
 _BLOCK = 2048
 # So many rows, evenly chosen, tell how rows differ; of fewer than that many directions too little is known.
 _SAMPLE, _DIRECTIONS = 2048, 500
+# Rows that differ by this part of what rows usually do (a quantile of all differences) are one photo there: a burst.
+_NEAR, _USUAL = 0.15, 0.9
 # N² / (N² + this) of the mean of N rows is taken off: around the whole of it each of two would be minus the other.
 _FEW = 10
 
@@ -67,21 +69,34 @@ def alike(features: Any, threshold: float = THRESHOLD) -> list[Pair]:
 
 def white(rows: Tensor) -> Tensor:
     """(N, D) float32 rows of length 1 whose directions vary about equally, but for those of which little is known."""
-    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for _, part in chunks(rows):
-        total += part.sum(dim=0, dtype=torch.float64)
-    mean = (total * len(rows) / (len(rows) ** 2 + _FEW)).float()
     some = torch.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).round().long().to(rows.device)
-    sample = rows[some].float() - mean
-    factor = Factor.of(sample, torch.ones(len(sample), dtype=torch.float64))
-    variance = factor.spectrum / len(sample)
-    least = float(sample.double().square().sum()) / len(sample) / min(*sample.shape, _DIRECTIONS) or 1.0
+    sample = rows[some].float()
+    # A burst counts as one photo: otherwise, where it is half of a set, its differences are those that photos have.
+    weights = 1 / _alike_in(sample).double()
+    count = float(weights.sum())
+    mean = (weights @ sample.double() * count / (count**2 + _FEW)).float()
+    sample -= mean
+    factor = Factor.of(sample, weights)
+    variance = factor.spectrum / count
+    total = float((weights @ sample.double().square()).sum()) / count
+    least = total / min(count, sample.shape[1], _DIRECTIONS) or 1.0
     less = (least / (variance + least)).sqrt().sub(1).float()
     out = torch.empty((len(rows), rows.shape[1]), device=rows.device)
     for start, part in chunks(rows):
         around = part - mean
         out[start : start + CHUNK] = around + (around @ factor.basis * less) @ factor.basis.T
     return unit(out)
+
+
+def _alike_in(rows: Tensor) -> Tensor:
+    """(n,) for each of (n, D) float32 rows how many are about the same, itself included."""
+    rows = unit(rows)
+    apart = 1 - rows @ rows.T
+    # Most pairs are of different photos, even where most photos are of one burst.
+    usual = apart.flatten().kthvalue(1 + int(_USUAL * (apart.numel() - 1))).values
+    near = apart <= _NEAR * usual
+    near.fill_diagonal_(True)
+    return near.sum(dim=1)
 
 
 def _connect(cosines: torch.Tensor, left: int, right: int, group: torch.Tensor, threshold: float) -> list[Pair]:
