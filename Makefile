@@ -65,7 +65,7 @@ test-extras: $(EXTENSION) ## Tests of the optional packages (timm, safetensors, 
 	python -m venv .extras-venv
 	python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.extras-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
 	.extras-venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/extras.txt
-	PYTHONPATH="$(CURDIR)/python" .extras-venv/bin/python -m pytest tests/python/model/test_backbones_extras.py tests/python/image/test_wrappers_extras.py tests/python/data/test_heif_extras.py tests/python/features/test_ray.py
+	PYTHONPATH="$(CURDIR)/python" .extras-venv/bin/python -m pytest tests/python/model/test_backbones_extras.py tests/python/app/test_report_extras.py tests/python/image/test_wrappers_extras.py tests/python/data/test_heif_extras.py tests/python/features/test_ray.py
 
 .PHONY: test-random
 N ?= 5000

@@ -136,8 +136,7 @@ class Run:
 
     def recipe(self, folder: str = "RUN", photo: str = "photo.jpg") -> str:
         """Python that opens the classifier in ``folder`` and asks it about ``photo``, with cnnrs and without."""
-        options = {"num_classes": len(self.classes), **self.options}
-        return recipe(self.backbone, self.head, self.model, options, self.preprocessing, folder, photo)
+        return recipe(self, folder, photo)
 
     def save(self, folder: str | os.PathLike[str], history: History | None = None, *, force: bool = False) -> None:
         """Write ``model.safetensors``, ``model.json``, ``history.csv`` and, where there is novelty, that.

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -19,10 +20,11 @@ import cnnrs
 from cnnrs.app.cli import main
 from cnnrs.app.jobs.places import check
 from cnnrs.classifier.heads import Preprocessing, cut
+from cnnrs.classifier.neighbours import Neighbours
 from cnnrs.classifier.run_folder import Run, load_run
 from cnnrs.layers import put
 from cnnrs.model.weights import find
-from fruit import command, fruit, train
+from fruit import command, fruit, plain_answers, train
 
 SHAPE = Preprocessing(32, 32, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
@@ -167,14 +169,9 @@ def test_one_photo(workplace: Path, tmp_path: Path) -> None:
 
 
 def plain_recipe(run: Run, folder: Path, photo: Path) -> tuple[str, float]:
-    """What the printed recipe says about a photo, in a process that knows nothing of cnnrs."""
-    _, _, recipe = run.recipe().partition("# without cnnrs\n")
-    assert "cnnrs" not in recipe
-    script = recipe.replace("RUN/", f"{folder}/").replace("photo.jpg", str(photo))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    label, probability = done.stdout.split()
-    return label, float(probability)
+    """What the printed recipe says about a photo."""
+    ((label, probability),) = plain_answers(run, folder, photo)
+    return label, probability
 
 
 # The first two every time, all of them with CNNRS_RECIPES=all.
@@ -245,6 +242,67 @@ def test_recipe_of_efficientnet_lite(tmp_path: Path) -> None:
     (ours,), _ = run.predict(photos / "plum" / "00.jpg")
     label, probability = plain_recipe(run, tmp_path / "run", photos / "plum" / "00.jpg")
     assert label == ours.label and probability == pytest.approx(ours.probability, abs=1e-4)
+
+
+def test_recipe_of_rows_that_vote(workplace: Path, tmp_path: Path) -> None:
+    """Nearest neighbours, of a photo near the border and of one that is not; rows of half the room."""
+    assert train(workplace, "runs/knn", "--head", "knn", "--quiet") == 0
+    run = load_run(workplace / "runs" / "knn")
+    (head,) = (module for module in run.model.modules() if isinstance(module, Neighbours))
+    head.k = 5
+    seen = set()
+    for share, dtype in ((0.45, torch.float32), (1.0, torch.float16)):
+        head.rows = head.rows.to(dtype)
+        run.save(tmp_path / "run", force=True)
+        berry, plum = (Image.open(workplace / "fruit" / name / "03.jpg") for name in ("berry", "plum"))
+        Image.blend(berry, plum, share).save(tmp_path / "photo.png")
+        (ours,), _ = run.predict(tmp_path / "photo.png")
+        label, probability = plain_recipe(run, tmp_path / "run", tmp_path / "photo.png")
+        assert label == ours.label and probability == pytest.approx(ours.probability, abs=1e-4)
+        seen.add(label)
+    assert seen == {"berry", "plum"}
+
+
+@pytest.mark.parametrize("head", ["linear", "knn"])
+def test_recipe_of_several_labels(head: str, workplace: Path, tmp_path: Path) -> None:
+    """Every label that is probable enough, of photos that have none and both."""
+    lines = ["path,labels"]
+    for i in range(40):
+        red, blue = i % 2, i // 2 % 2
+        Image.new("RGB", (40, 40), (60 + 150 * red, 60 + i, 60 + 150 * blue)).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{'|'.join(name for name, on in (('red', red), ('blue', blue)) if on)}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    run = cnnrs.train(
+        tmp_path / "labels.csv", out=tmp_path / "run", separator="|", head=head, backbone="resnet18",
+        weights=str(workplace / "weights.pth"), verbose=False,
+    )  # fmt: skip
+    numbers = set()
+    for i in (0, 3):
+        (ours,), _ = run.predict(tmp_path / f"{i}.png")
+        expected = dict(zip(ours.classes, ours.probabilities, strict=True))
+        answers = plain_answers(run, tmp_path / "run", tmp_path / f"{i}.png")
+        assert dict(answers) == pytest.approx({label: expected[label] for label in ours.labels}, abs=1e-4)
+        numbers.add(len(answers))
+    assert len(numbers) > 1
+
+
+def test_recipe_reads_photos_as_the_run_does(workplace: Path, tmp_path: Path) -> None:
+    """Turned upright as EXIF says, and the page that was trained on."""
+    run = load_run(workplace / "runs" / "fruit")
+    run.read = {"exif": True, "page": 1}
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rng = np.random.default_rng(0)
+    pages = [Image.fromarray(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)) for _ in range(2)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:], exif=exif)
+    (ours,), _ = run.predict(tmp_path / "a.tif")
+    label, probability = plain_recipe(run, workplace / "runs" / "fruit", tmp_path / "a.tif")
+    assert label == ours.label and probability == pytest.approx(ours.probability, abs=1e-4)
+    run.read = {}
+    (other,), _ = run.predict(tmp_path / "a.tif")
+    assert abs(other.probability - ours.probability) > 1e-3
+    run.read = {"scale": "full"}
+    assert '# 16-bit and float images come out wrong here: cnnrs read them with scale="full".' in run.recipe()
 
 
 # -- predict and hidden files ------------------------------------------------------------------------------------------
