@@ -406,5 +406,6 @@ class _Pure:
 def impurities(model: nn.Module) -> list[str]:
     """Why calling ``model`` once more, or with a batch that lies otherwise in memory, might be noticed."""
     looking = _Pure(model)
-    looking.recorder.run()
+    if not looking.is_layer(model):
+        looking.recorder.run()
     return looking.recorder.reasons
