@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from torch import nn
 
+from cnnrs.classifier.heads import Preprocessing
 from cnnrs.classifier.names import CARD, MODEL
 from cnnrs.classifier.neighbours import Neighbours
 from cnnrs.layers import last_linear
-
-if TYPE_CHECKING:
-    from cnnrs.classifier.run_folder import Run
 
 _LITE0 = "efficientnet_lite0"
 _MLP = [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
 
 
-def recipe(run: Run, folder: str = "RUN", photo: str = "photo.jpg") -> str:
+class Made(Protocol):
+    """What a recipe needs to know of a :class:`cnnrs.Run`."""
+
+    model: nn.Module
+    classes: list[str]
+    preprocessing: Preprocessing
+    backbone: str
+    head: str
+    options: dict[str, Any]
+    read: dict[str, Any]
+    multilabel: bool
+
+
+def recipe(run: Made, folder: str = "RUN", photo: str = "photo.jpg") -> str:
     """Python that opens a classifier, with cnnrs, and without it where plain PyTorch can build the network.
 
     Args:
@@ -80,7 +91,7 @@ for name, probability, threshold in zip(card["classes"], scores.sigmoid().tolist
         print(name, probability)"""
 
 
-def _opened(run: Run, photo: str) -> str:
+def _opened(run: Made, photo: str) -> str:
     """The lines that make a picture in RGB of a file, as the run reads it."""
     lines = [f"photo = Image.open({_quoted(photo)})"]
     if page := run.read.get("page"):
@@ -92,7 +103,7 @@ def _opened(run: Run, photo: str) -> str:
     return "\n".join([*lines, 'photo = photo.convert("RGB")'])
 
 
-def _built(run: Run) -> tuple[str, str] | None:
+def _built(run: Made) -> tuple[str, str] | None:
     """An import, and the lines that build the network with random weights; None where only cnnrs can."""
     import torchvision
 

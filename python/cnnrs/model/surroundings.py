@@ -195,7 +195,8 @@ class Watch:
                 self._state.keep_name(frame.f_globals, name, f"global {name}")
         if enclosing:
             held = frame.f_locals
-            for name in enclosing & held.keys():
+            # Of Python 3.13 on the keys are a list.
+            for name in enclosing.intersection(held):
                 self._state.keep_name(held, name, f"variable {name} of an enclosing function")
 
 
