@@ -39,14 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="default: all")
     for name in parser.parse_args().names or BENCHMARKS:
-        load = os.getloadavg()[0]
-        tables = []
+        # Of the code that is measured: others may commit meanwhile.
+        tables = [machine(os.getloadavg()[0]), ""]
         for comparison in BENCHMARKS[name]():
             tables.append(comparison.measure().table())
             print(tables[-1], flush=True)
         if name == "loader":
             tables.append(import_time())
-        part = "\n".join([machine(load), "", *tables])
+        part = "\n".join(tables)
         # After each, so that nothing is lost when a later one fails.
         text = RESULTS.read_text() if RESULTS.exists() else ""
         RESULTS.write_text(together({**parts(text), name: part}))

@@ -72,7 +72,7 @@ def white(rows: Tensor) -> Tensor:
     some = torch.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).round().long().to(rows.device)
     sample = rows[some].float()
     # A burst counts as one photo: otherwise, where it is half of a set, its differences are those that photos have.
-    weights = 1 / _alike_in(sample).double()
+    weights = 1 / _alike_in(unit(rows, some)).double()
     count = float(weights.sum())
     mean = (weights @ sample.double() * count / (count**2 + _FEW)).float()
     sample -= mean
@@ -89,8 +89,7 @@ def white(rows: Tensor) -> Tensor:
 
 
 def _alike_in(rows: Tensor) -> Tensor:
-    """(n,) for each of (n, D) float32 rows how many are about the same, itself included."""
-    rows = unit(rows)
+    """(n,) for each of (n, D) float32 rows of length 1 how many are about the same, itself included."""
     apart = 1 - rows @ rows.T
     # Most pairs are of different photos, even where most photos are of one burst.
     usual = apart.flatten().kthvalue(1 + int(_USUAL * (apart.numel() - 1))).values

@@ -123,19 +123,15 @@ class MemoryOrder:
     def __init__(self, model: nn.Module, allowed: bool, training: bool) -> None:
         self._model = model
         self._training = training
-        self._allowed = allowed
-        self._known: dict[Any, _Trial] = {}
-        if allowed and obstacle(model) is None:
-            self._known = _MEASURED.setdefault(model, {})
-        else:
-            self._allowed = False
+        may = allowed and obstacle(model) is None
+        self._known: dict[Any, _Trial] | None = _MEASURED.setdefault(model, {}) if may else None
         self._timed: tuple[_Trial, bool] | None = None
         self._seconds = 0.0
 
     def ordered(self, inputs: Any) -> Any:
         """The same numbers; the batch itself stays as it is."""
         self._timed, self._seconds = None, 0.0
-        if not self._allowed or not _may_change(inputs):
+        if self._known is None or not _may_change(inputs):
             return inputs
         form = (tuple(inputs.shape[1:]), torch.get_num_threads())
         trial = self._known.get(form)
@@ -143,12 +139,11 @@ class MemoryOrder:
             if not self._training or inputs[:, 0].numel() < LEAST_PIXELS:
                 return inputs
             trial = self._known[form] = _Trial(len(inputs), not _runs(self._model, inputs))
-        last = trial.last if self._training or trial.is_over else False
-        if self._training and not trial.is_over and len(inputs) == trial.size:
-            self._timed = trial, last
-        elif not trial.is_over:
-            return inputs
-        return inputs.contiguous(memory_format=torch.channels_last) if last else inputs
+        if not trial.is_over:
+            if not self._training or len(inputs) != trial.size:
+                return inputs
+            self._timed = trial, trial.last
+        return inputs.contiguous(memory_format=torch.channels_last) if trial.last else inputs
 
     @contextmanager
     def timing(self) -> Iterator[None]:

@@ -91,6 +91,15 @@ def test_a_burst_that_is_half_of_all(number: int) -> None:
     assert groups == [*range(number), *[number] * number]
 
 
+@pytest.mark.parametrize("row", [2442, 2443])
+def test_the_row_that_is_not_finite_is_named(row: int) -> None:
+    """Whether it is among those that tell how rows differ, or not."""
+    rows = torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))
+    rows[row, 3] = torch.nan
+    with pytest.raises(ValueError, match=f"row {row} of the features holds NaN"):
+        alike(rows)
+
+
 def test_what_all_have_in_common_does_not_count() -> None:
     """Rows of a network whose features are all large: their cosines are all above 0.99."""
     generator = torch.Generator().manual_seed(0)

@@ -183,6 +183,8 @@ def test_of_many_rows_a_share_chooses_the_penalty_and_all_are_solved_for() -> No
     chosen = Probe().fit(features, labels, valid)
     losses = [Probe(penalty=p).fit(features, labels, valid).loss_ or 0 for p in logistic.PENALTIES[3:12:4]]
     assert chosen.loss_ == pytest.approx(min(losses), rel=0.01)
+    # Chosen by 8,192 of them, and less for all, in proportion.
+    assert any(chosen.penalty_ == pytest.approx(p * 8192 / 12_000) for p in logistic.PENALTIES)
     again = Probe(penalty=chosen.penalty_).fit(features, labels, valid)
     assert chosen.loss_ == pytest.approx(again.loss_, rel=1e-3)
 
