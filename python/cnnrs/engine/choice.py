@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from cnnrs import _cnnrs
 from cnnrs.engine import cpu_inference, cpu_training, cuda_graph
 from cnnrs.engine.companion import libtorch
+from cnnrs.engine.frozen_front import Front, front_of
 from cnnrs.engine.losses import known_loss
 from cnnrs.errors import UnsupportedModelError
 from cnnrs.model.lowering import Lowered, lower
@@ -40,6 +41,8 @@ class Question:
         channels_last: whether that order of memory is asked for.
         looked_at: whether somebody looks at every batch's loss, or at gradients that are not applied yet.
         surroundings: modes of torch that only its own kernels obey.
+        training: whether there will be gradients.
+        batches: how many an epoch has; many, where nobody has said.
     """
 
     purpose: Literal["fit", "preconv"]
@@ -55,6 +58,8 @@ class Question:
     channels_last: bool = False
     looked_at: bool = False
     surroundings: tuple[str, ...] = ()
+    training: bool = True
+    batches: int = 100
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,12 @@ class Choice:
     Attributes:
         engine: "cpu", "torch", "python", or "recorded": the module's step as a CUDA graph.
         reasons: why it is not "cpu"; empty where it is, or where another was asked for.
+        front: with "python": what the engine of features computes of it; None: nothing.
     """
 
     engine: Literal["cpu", "recorded", "torch", "python"]
     reasons: tuple[str, ...] = ()
+    front: Front | None = None
 
 
 def decide(question: Question) -> Choice:
@@ -87,7 +94,9 @@ def decide(question: Question) -> Choice:
             return Choice("python", reasons)
     if question.purpose == "fit" and _is_recorded(question, lowered):
         return Choice("recorded", reasons)
-    return Choice("torch" if question.engine == "torch" else "python", reasons)
+    if question.engine == "torch":
+        return Choice("torch", reasons)
+    return Choice("python", reasons, _front(question, lowered))
 
 
 def _against_cpu(question: Question, lowered: Lowered) -> tuple[str, ...]:
@@ -110,6 +119,15 @@ def _against_cpu(question: Question, lowered: Lowered) -> tuple[str, ...]:
     if question.channels_last:
         reasons.append("it computes on contiguous memory only, and memory_format asks for channels_last")
     return tuple(reasons or (slow_on_cpu(lowered) if auto else []))
+
+
+def _front(question: Question, lowered: Lowered) -> Front | None:
+    """The part of a called network that has the numbers of features, where rounding may be another."""
+    if question.purpose != "fit" or question.inputs is None or question.surroundings or question.channels_last:
+        return None
+    if question.amp is not None:
+        return None
+    return front_of(lowered, question.inputs, question.training, question.batches)
 
 
 def _is_recorded(question: Question, lowered: Lowered) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from cnnrs.engine import memory_order
 from cnnrs.engine.choice import Question, decide
+from cnnrs.engine.frozen_front import Front
 from cnnrs.engine.verify import known_difference
 from cnnrs.model.lowering import Lowered, lower
 from cnnrs.model.modes import frozen
@@ -29,6 +30,7 @@ class Explanation:
             depends on the images' size, which was not given.
         preconv_reasons: what keeps the frozen model from engine "cpu"; empty where that is taken, or open.
         order: on engine "python", in which order of memory a convolutional network gets its batches, and why.
+        front: on engine "python", which part of the network the engine of features computes; None: no part.
     """
 
     engine: str
@@ -37,6 +39,7 @@ class Explanation:
     preconv: str
     preconv_reasons: tuple[str, ...] = ()
     order: str | None = None
+    front: str | None = None
 
     def __str__(self) -> str:
         return f"{self._fit()}\n{self._preconv()}"
@@ -58,7 +61,7 @@ class Explanation:
                 "float32, and amp take engine 'python', which has the plain loop's bits"
             )
         first = "engine 'python': the model is called as it is, once per batch, because"
-        return "\n".join([first, *listed(self.reasons), *filter(None, [self.order])])
+        return "\n".join([first, *listed(self.reasons), *filter(None, [self.front, self.order])])
 
     __repr__ = __str__
 
@@ -106,9 +109,17 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
         reasons += ("where loss, optimizer and options allow it, whole steps are recorded there once, and replayed",)
     operations = 0 if lowered is None or fit.reasons else len(lowered.graph) - 1
     order = memory_order.said(model) if trained.engine == "python" else None
+    front = None if trained.front is None else _said(trained.front)
     return Explanation(
-        trained.engine, operations, reasons, "open" if is_open else preconv.engine, preconv.reasons, order
+        trained.engine, operations, reasons, "open" if is_open else preconv.engine, preconv.reasons, order, front
     )
+
+
+def _said(front: Front) -> str:
+    how = "in native code, as in preconv: equal to the model up to float rounding"
+    if front.rest is None:
+        return f"validation: all {len(front.front.graph) - 1} operations run {how}"
+    return f"everything up to {front.last} is frozen and runs {how}; behind it the model's operations are called"
 
 
 def _question(purpose: Literal["fit", "preconv"], model: nn.Module, input_shape: Sequence[int] | None) -> Question:
@@ -121,7 +132,7 @@ def _question(purpose: Literal["fit", "preconv"], model: nn.Module, input_shape:
         return Question(purpose, "auto", lowered, (reason,))
     shape = _shape(lowered, input_shape)
     inputs = None if shape is None else torch.empty(1, dtype=torch.float32, device="cpu").expand(tuple(shape))
-    return Question(purpose, "auto", lowered, inputs=inputs)
+    return Question(purpose, "auto", lowered, inputs=inputs, training=model.training)
 
 
 def _shape(lowered: Lowered, given: Sequence[int] | None) -> Sequence[int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain
+from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,15 @@ def on_device(
             _each_tensor(_as_tensor(inputs), lambda tensor: ordered(_moved(tensor, device))),
             _each_tensor(_as_tensor(targets), lambda tensor: _moved(tensor, device)),
         )
+
+
+def length_of(loader: Iterable[Any]) -> int:
+    """How many batches a loader says it has; 1 where it does not say."""
+    try:
+        return max(length_hint(loader), 1)
+    except Exception:
+        # A ``__len__`` of the user's own, which nothing else needs.
+        return 1
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

@@ -87,7 +87,10 @@ def _run(job: Job, engine: Engine, batches: Iterator[Any], rows: FeatureRows | N
     if engine == "cpu" and choice.reasons:
         raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this:", *choice.reasons]))
     if choice.engine == "python":
-        return python_engine.run(job, batches)
+        front = choice.front
+        if front is not None and job.check and _differs(job, lowered, choice.engine, first[0]):
+            front = None
+        return python_engine.run(job, batches, front=front)
     if reason := _called_for(job, lowered, choice.engine, first[0]):
         if engine != "auto":
             raise UnsupportedModelError(f"engine {engine!r} cannot run this model:\n{reason}")
@@ -114,6 +117,7 @@ def _question(job: Job, engine: Engine) -> Question:
     return Question(
         "fit", engine, lowered, reasons, loss_fn=job.loss_fn, optimizer=job.optimizer, amp=job.amp, around=job.around,
         channels_last=job.channels_last, looked_at=job.loop.on_batch_end is not None or job.loop.accumulate > 1,
+        training=job.optimizer is not None, batches=job.batches,
     )  # fmt: skip
 
 
@@ -131,8 +135,10 @@ def _called_for(job: Job, lowered: Lowered, engine: str, inputs: torch.Tensor) -
     """Why the module is to be called, although it could be lowered."""
     if reason := trained_elsewhere(reached(lowered), job.optimizer, job.loss_fn, job.loop.on_batch_end is not None):
         return reason
-    if not job.check:
-        return None
+    return _differs(job, lowered, engine, inputs) if job.check else None
+
+
+def _differs(job: Job, lowered: Lowered, engine: str, inputs: torch.Tensor) -> str | None:
     return verify.differs(job.model, lowered, inputs, engine=engine, optimizer=job.optimizer, amp=job.amp)
 
 

@@ -16,7 +16,7 @@ from cnnrs.model.around import autocast_dtype, check_gradients_are_on
 from cnnrs.model.modes import device_of
 from cnnrs.training import arguments, epochs
 from cnnrs.training.arguments import Amp
-from cnnrs.training.batches import on_device
+from cnnrs.training.batches import length_of, on_device
 from cnnrs.training.job import Job, Loop, Phase
 from cnnrs.training.rows import FeatureRows
 
@@ -131,6 +131,7 @@ def fit(
         epoch, phase, model, loss_fn, optimizer if phase == "training" else None, device, loop, channels_last,
         asked or around, scaled=asked is torch.float16, around=around is not None, check=check,
         orders=engine == "auto" and memory_format is None and (asked or around) is None and device.type == "cpu",
+        batches=length_of(loader),
     )  # fmt: skip
     shown = verbose if progress is None else progress
     rows = FeatureRows.of(loader) if on_batch_end is None and not (shown and is_shown()) else None

@@ -54,6 +54,7 @@ class Job:
         around: whether it is an enclosing ``torch.autocast`` that asks for ``amp``.
         check: whether the first batch also goes through the module itself.
         orders: whether a called module may get its batches in another order of memory.
+        batches: how many there are; 1 where there is no telling.
     """
 
     epoch: int
@@ -69,6 +70,7 @@ class Job:
     around: bool
     check: bool
     orders: bool
+    batches: int
 
     def module(self) -> Module:
         """What the plain loop would call."""

@@ -13,31 +13,35 @@ from torch.optim import Optimizer
 from cnnrs import _cnnrs
 from cnnrs._records import Epoch
 from cnnrs._util.kept_memory import kept_memory
+from cnnrs.engine.frozen_front import Front, Network
 from cnnrs.engine.losses import Totals, call, counts, measured
 from cnnrs.engine.memory_order import MemoryOrder
 from cnnrs.training.arguments import needs_closure
 from cnnrs.training.batches import describe, samples_of, to_channels_last
 from cnnrs.training.buffers import Buffers
 from cnnrs.training.job import Job
+from cnnrs.training.watch import modules_as_they_are
 
 #: Scales of fp16 gradients go on from epoch to epoch.
 _SCALERS: WeakKeyDictionary[Optimizer, torch.amp.GradScaler] = WeakKeyDictionary()
 
 
-def run(job: Job, batches: Iterator[Any], before: Totals | None = None) -> Totals:
+def run(job: Job, batches: Iterator[Any], before: Totals | None = None, front: Front | None = None) -> Totals:
     """One epoch, or what is left of it.
 
     Args:
         job: what to do.
         batches: yields (inputs, targets) of any form; the model is called with the inputs as they are.
         before: what another engine has done of this epoch.
+        front: what is not computed by calling the model.
     """
     if job.channels_last:
         to_channels_last(job.model)
-    engine = _Engine(job, begins=before is None or before.gathered == 0)
+    engine = _Engine(job, before is None or before.gathered == 0, front)
 
     def after(batch: int, mean: float) -> None:
         job.call_user(batch, mean)
+        engine.look_again()
 
     try:
         called = None if job.loop.on_batch_end is None else after
@@ -57,18 +61,20 @@ def _is_large(model: torch.nn.Module) -> bool:
 
 
 class _Engine:
-    """The steps of the loop; ``begins``: the next gradients start a new sum.
+    """The steps of the loop; ``begins``: the next gradients start a new sum; ``front``: not called but computed.
 
     Attributes:
         kept: the buffers as they were before the step under way.
     """
 
-    def __init__(self, job: Job, begins: bool) -> None:
+    def __init__(self, job: Job, begins: bool, front: Front | None) -> None:
         self.kept = Buffers(job.model)
         self._job = job
         self._begins = begins
         self._clip = job.loop.clipper()
-        self._order = MemoryOrder(job.model, job.orders, job.optimizer is not None)
+        self._network = None if front is None else Network(job.model, front)
+        self._modules = self._as_they_are()
+        self._order = MemoryOrder(job.model, job.orders and front is None, job.optimizer is not None)
         self._pending: list[torch.Tensor] = []
         self._scaler: torch.amp.GradScaler | None = None
         #: What an optimizer with a closure evaluates again: the batches since its last step, and their losses.
@@ -92,6 +98,15 @@ class _Engine:
             samples = samples_of(inputs, targets, outputs)
             return (*counts(measured(self._job.loss_fn, loss, outputs, targets, samples)), samples)
 
+    def look_again(self) -> None:
+        """The user has had the model in hand."""
+        if self._network is not None and self._as_they_are() != self._modules:
+            self._network.stop()
+
+    def _as_they_are(self) -> Any:
+        watched = self._network is not None and self._job.loop.on_batch_end is not None
+        return modules_as_they_are(self._job.model) if watched else None
+
     def _evaluate(self, inputs: Any, targets: Any, training: bool) -> tuple[Any, torch.Tensor]:
         job = self._job
         if job.around:
@@ -99,7 +114,7 @@ class _Engine:
             torch.clear_autocast_cache()
         with torch.set_grad_enabled(training), job.autocast(keep=True):
             try:
-                outputs = job.model(inputs)
+                outputs = (self._network or job.model)(inputs)
             except TypeError as error:
                 _explain_call(job.model, inputs, error)
                 raise

@@ -15,9 +15,6 @@ from cnnrs.engine.optimizers import Step
 from cnnrs.training.batches import Stream
 from cnnrs.training.job import Job
 
-#: Whose objects are no settings.
-_LIBRARIES = frozenset({"builtins", "torch", "collections", "threading", "_thread"})
-
 
 class Watch:
     """Calls the user after a batch; an engine whose model, loss or optimizer has become another one is stopped.
@@ -51,10 +48,16 @@ class Watch:
         """What the engine has taken for granted."""
         known: Mapping[str, Any] = known_loss(self._job.loss_fn) or {}
         loss = [(_identity(part), getattr(part, "_version", 0)) for part in known.values()]
-        return [loss, *((id(module), _identity(vars(module))) for module in self._job.model.modules())]
+        return [loss, *modules_as_they_are(self._job.model)]
+
+
+def modules_as_they_are(model: nn.Module) -> list[Any]:
+    """Equal as long as no layer, parameter or setting has been replaced; weights may have other numbers."""
+    return [(id(module), _identity(vars(module))) for module in model.modules()]
 
 
 _NO_SETTINGS = (nn.Module, type, ModuleType, FunctionType, MethodType)
+#: Whose objects are no settings.
 _LIBRARIES = frozenset({"builtins", "torch", "collections", "threading", "_thread"})
 #: Compared by value.
 _PLAIN = frozenset({type(None), bool, int, float, str})

@@ -9,7 +9,7 @@ use super::method::{Method, window};
 use super::steps::{
     self, Binary, Cat, Conv, Depthwise, LayerNorm, Load, Packing, Pad, Pointwise, Pool, Relayout, Softmax, Step,
 };
-use super::steps::{Source, Store, Taps, Winograd};
+use super::steps::{Filters, Source, Store, Taps, Winograd};
 use crate::engine::cpu::common::analysis::unsupported;
 use crate::engine::cpu::common::arena::Arena;
 use crate::engine::cpu::common::geometry::{self, Window};
@@ -31,11 +31,12 @@ pub struct Network<'a> {
     pub workers: usize,
 }
 
-type Write<'a> = Box<dyn Fn(&mut [f32]) + Sync + 'a>;
+type Write<'a> = Box<dyn Fn(usize, &mut [f32]) + Sync + 'a>;
 
-/// Numbers that a step reads, to be written before the first batch.
+/// Numbers that a step reads, to be written before the first batch: in pieces, each by a worker, after its number.
 pub struct Fill<'a> {
     pub len: usize,
+    pub piece: usize,
     pub write: Write<'a>,
 }
 
@@ -48,10 +49,14 @@ pub struct Weights<'a> {
 
 impl<'a> Weights<'a> {
     fn reserve(&mut self, len: usize, write: impl Fn(&mut [f32]) + Sync + 'a) -> usize {
+        self.reserve_in(len, len, move |_, to| write(to))
+    }
+
+    fn reserve_in(&mut self, len: usize, piece: usize, write: impl Fn(usize, &mut [f32]) + Sync + 'a) -> usize {
         let offset = self.len;
         // Whole cache lines, so that no vector straddles two.
         self.len += len.next_multiple_of(LANES);
-        self.fills.push(Fill { len, write: Box::new(write) });
+        self.fills.push(Fill { len, piece, write: Box::new(write) });
         offset
     }
 
@@ -70,14 +75,14 @@ impl<'a> Weights<'a> {
         let mut parts = Vec::with_capacity(self.fills.len());
         for fill in &self.fills {
             let (part, more) = rest.split_at_mut(fill.len.next_multiple_of(LANES));
-            parts.push((&mut part[..fill.len], &fill.write));
+            parts.extend(part[..fill.len].chunks_mut(fill.piece.max(1)).enumerate().map(|(i, p)| (i, p, &fill.write)));
             rest = more;
         }
         let parts = Mutex::new(parts);
         team.run(&|_, _| {
             let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).pop();
-            while let Some((part, write)) = next() {
-                write(part);
+            while let Some((number, part, write)) = next() {
+                write(number, part);
             }
         })?;
         drop(parts);
@@ -235,8 +240,9 @@ impl<'a> Network<'a> {
         let (ins, outs) = (w.channels.next_multiple_of(LANES), w.out_channels.next_multiple_of(LANES));
         Ok(match method {
             Method::Winograd(size) => {
-                let weights = weights.reserve(ins * outs * size.products(), move |u| {
-                    steps::transform(size, isa, w.out_channels, w.channels, filters, scale.as_deref(), u);
+                let weight = Filters { size, isa, out: w.out_channels, inp: w.channels, weight: filters, scale: None };
+                let weights = weights.reserve_in(ins * outs * size.products(), weight.panel(), move |number, u| {
+                    Filters { scale: scale.as_deref(), ..weight }.transform(number, u);
                 });
                 let tiles = steps::tiles(size, w.output);
                 let pool = layer.pool;
@@ -306,7 +312,11 @@ impl<'a> Network<'a> {
         let inp = w.channels / groups;
         let taps = Taps::new(&input.geometry, inp, w.kernel, w.dilation);
         let (depth, packing) = (taps.depth(), taps.clone());
-        let weights = weights.reserve(w.out_channels.next_multiple_of(LANES) * depth, move |to| {
+        let len = w.out_channels.next_multiple_of(LANES) * depth;
+        let wide = isa.columns() * LANES;
+        // What is joined is made for all panels at once.
+        let piece = if groups == 1 && w.groups == 1 { wide * depth } else { len };
+        let weights = weights.reserve_in(len, piece, move |number, to| {
             let joined = join(&w, groups, filters);
             let packing = Packing {
                 isa,
@@ -319,7 +329,7 @@ impl<'a> Network<'a> {
                 weight: joined.as_deref().unwrap_or(filters),
                 scale: scale.as_deref(),
             };
-            steps::pack(&packing, to);
+            steps::pack(&packing, number * wide, to);
         });
         let (stride, padding) = (w.stride, w.padding);
         Ok(Conv { isa, input, output, residual, weights, bias, stride, padding, groups, taps, activation })

@@ -56,14 +56,21 @@ impl Size {
         }
     }
 
-    /// G g G^T for one 3 x 3 filter, in float64; `out` has [`Size::products`] entries.
-    pub fn transform_weights(self, filter: &[f64; 9], out: &mut [f64]) {
+    /// G g G^T for W filters of 3 x 3, in float64; `out` has [`Size::products`] entries.
+    #[inline(always)]
+    pub fn transform_weights<const W: usize>(self, filter: &[[f64; W]; 9], out: &mut [[f64; W]]) {
         let g = self.weight_matrix();
         for (i, left) in g.iter().enumerate() {
-            let half: [f64; 3] =
-                std::array::from_fn(|x| left[0] * filter[x] + left[1] * filter[3 + x] + left[2] * filter[6 + x]);
-            for (j, right) in g.iter().enumerate() {
-                out[i * g.len() + j] = half[0] * right[0] + half[1] * right[1] + half[2] * right[2];
+            let mut half = [[0.0; W]; 3];
+            for (x, half) in half.iter_mut().enumerate() {
+                for (w, half) in half.iter_mut().enumerate() {
+                    *half = left[0] * filter[x][w] + left[1] * filter[3 + x][w] + left[2] * filter[6 + x][w];
+                }
+            }
+            for (right, out) in g.iter().zip(&mut out[i * g.len()..]) {
+                for (w, out) in out.iter_mut().enumerate() {
+                    *out = half[0][w] * right[0] + half[1][w] * right[1] + half[2][w] * right[2];
+                }
             }
         }
     }

@@ -249,24 +249,40 @@ impl Conv {
     }
 }
 
-/// Weights in the order in which the microkernel reads them. `weight`: `[out][in of a group][kernel]`.
-pub fn pack(conv: &Packing<'_>, packed: &mut [f32]) {
-    let Packing { isa, out, groups, inp, kernel, taps, pixel, weight, scale } = *conv;
-    let (depth, wide) = (taps.depth(), isa.columns() * LANES);
-    let (group_out, window) = (out / groups, kernel[0] * kernel[1]);
-    let padded = group_out.next_multiple_of(LANES);
-    for o in 0..out {
-        let (group, lane) = (o / group_out, o % group_out);
-        let (start, column) = (lane / wide * wide, lane % wide);
+/// Weights in the order in which the microkernel reads them: panel by panel `[depth][out of the panel]`.
+///
+/// `first`: the output channel, counted with the padding of the groups before it, at which `packed` begins.
+pub fn pack(conv: &Packing<'_>, first: usize, packed: &mut [f32]) {
+    let (depth, wide) = (conv.taps.depth(), conv.isa.columns() * LANES);
+    let padded = (conv.out / conv.groups).next_multiple_of(LANES);
+    let (mut next, mut rest) = (first, packed);
+    while !rest.is_empty() {
+        let (group, start) = (next / padded, next % padded);
         let width = wide.min(padded - start);
-        let panel = &mut packed[(group * padded + start) * depth..][..width * depth];
-        let scale = scale.map_or(1.0, |s| s[o]);
-        for i in 0..inp {
-            for k in 0..window {
+        let (panel, more) = rest.split_at_mut(width * depth);
+        pack_panel(conv, group, start, width, panel);
+        (next, rest) = (next + width, more);
+    }
+}
+
+/// `width` output channels of a group, from `start` on.
+fn pack_panel(conv: &Packing<'_>, group: usize, start: usize, width: usize, panel: &mut [f32]) {
+    let Packing { out, groups, inp, kernel, pixel, weight, scale, .. } = *conv;
+    let (group_out, window) = (out / groups, kernel[0] * kernel[1]);
+    // A few rows of the panel at a time, which stay in the cache until all their columns are written.
+    let step = (64 / window).max(1);
+    for from in (0..inp).step_by(step) {
+        for column in 0..width.min(group_out.saturating_sub(start)) {
+            let o = group * group_out + start + column;
+            let scale = scale.map_or(1.0, |s| s[o]);
+            for i in from..(from + step).min(inp) {
                 // Narrow images: [window][channel]; blocks of channels: [block][window][channel of the block].
                 let (first, lane) = (i / pixel * pixel, i % pixel);
-                let row = first * window + k * pixel.min(inp - first) + lane;
-                panel[row * width + column] = (f64::from(weight[(o * inp + i) * window + k]) * scale) as f32;
+                let rows = first * window + lane;
+                for (k, &w) in weight[(o * inp + i) * window..][..window].iter().enumerate() {
+                    let row = rows + k * pixel.min(inp - first);
+                    panel[row * width + column] = (f64::from(w) * scale) as f32;
+                }
             }
         }
     }

@@ -16,7 +16,7 @@ pub use layout::{Cat, Load, Pad, Relayout, Store};
 pub use pointwise::{Binary, Pointwise};
 pub use pool::Pool;
 pub use softmax::Softmax;
-pub use winograd::{Winograd, best_size, tiles, transform};
+pub use winograd::{Filters, Winograd, best_size, tiles};
 
 use super::memory::Context;
 
