@@ -35,7 +35,8 @@ class Case:
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """SGD, as in the tutorial."""
-        return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.SGD(trained, lr=self.lr, momentum=self.momentum)
 
     def batches(self, steps: int | None = None) -> Batches:
         """Random numbers that lie in memory."""
@@ -91,6 +92,19 @@ def whole(name: str, batch: int, steps: int, size: int = 224) -> Case:
     return Case(title, lambda: get_model(name, num_classes=10), (3, size, size), batch, 10, steps, momentum=0.9)
 
 
+def partly(name: str, batch: int, steps: int, trained: list[str]) -> Case:
+    """The same with all but some layers frozen, batch norm's statistics included."""
+    case = whole(name, batch, steps)
+
+    def make() -> nn.Module:
+        model = cnnrs.freeze(case.make(), statistics=True)
+        for layer in trained:
+            cnnrs.unfreeze(model.get_submodule(layer))
+        return model
+
+    return replace(case, name=f"{case.name}, only {' and '.join(trained)}", make=make)
+
+
 #: "auto" calls these. As many steps as tell what an epoch costs: each one looks at the model once, a tenth of a second.
 CALLED = [
     whole("resnet18", 32, 8, size=64),
@@ -100,6 +114,22 @@ CALLED = [
     whole("efficientnet_b0", 8, 8),
     whole("vgg11_bn", 4, 2),
 ]
+#: The last block and the head, or the head alone, of a network whose other layers are frozen.
+PARTLY = [
+    partly("resnet18", 16, 8, ["layer4", "fc"]),
+    partly("resnet18", 16, 8, ["fc"]),
+    partly("mobilenet_v3_large", 16, 8, ["features.15", "features.16", "classifier"]),
+    partly("mobilenet_v3_large", 16, 8, ["classifier"]),
+]
+#: Validation of whole networks; their weights are other ones at every epoch.
+VALIDATED = [
+    whole("resnet18", 32, 20, size=64),
+    whole("resnet18", 16, 8),
+    whole("resnet50", 8, 8),
+    whole("mobilenet_v3_large", 16, 8),
+    whole("efficientnet_b0", 8, 8),
+    whole("vgg16", 4, 16),
+]
 
 
 def comparisons() -> list[Any]:
@@ -108,6 +138,8 @@ def comparisons() -> list[Any]:
     return [
         *(Comparison(f"Training: {case.name}", "ms/step", contenders(case), rounds=5) for case in CASES),
         *(AgainstBetter(f"Training: {case.name}, whole", "ms/step", both_orders(case)) for case in CALLED),
+        *(AgainstBetter(f"Training: {case.name}", "ms/step", both_orders(case)) for case in PARTLY),
+        *(AgainstBetter(f"Validation: {case.name}", "ms/batch", validations(case)) for case in VALIDATED),
         Comparison("Training: MnistNet, batches of 32, loading included", "ms/step", with_loader(), rounds=3),
         *(on_gpu() if torch.cuda.is_available() else []),
         Sweep(),
@@ -172,6 +204,44 @@ def both_orders(case: Case) -> list[Contender]:
     for _ in range(8 // len(batches)):
         ours.run()
     return [loop, Contender("the tutorial's loop, channels_last", last), ours]
+
+
+def validations(case: Case) -> list[Contender]:
+    """The plain loop in both orders of memory, and ``fit(..., "validation")`` of weights that have just changed."""
+    batches = case.batches()
+
+    @torch.no_grad()
+    def plain(model: nn.Module, batches: Batches) -> None:
+        model.eval()
+        for inputs, targets in batches:
+            outputs = model(inputs)
+            case.loss_fn(outputs, targets).item()
+            (outputs.argmax(1) == targets).sum().item()
+
+    def contender(name: str, model: nn.Module, epoch: Callable[[nn.Module], object]) -> Contender:
+        def run() -> int:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.0)
+            epoch(model)
+            return len(batches)
+
+        return Contender(name, run)
+
+    last = [(x.to(memory_format=torch.channels_last), y) for x, y in batches]
+    return [
+        contender("the plain loop", case.make(), lambda model: plain(model, batches)),
+        contender(
+            "the plain loop, channels_last",
+            case.make().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+            lambda model: plain(model, last),
+        ),
+        contender(
+            "cnnrs.fit, engine='auto'",
+            case.make(),
+            lambda model: cnnrs.fit(0, model, batches, "validation", loss_fn=case.loss_fn, verbose=False),
+        ),
+    ]
 
 
 def on_gpu() -> list[Comparison]:

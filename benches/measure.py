@@ -27,7 +27,7 @@ class Comparison:
     """The same work by several contenders; the first one is the baseline."""
 
     work: str
-    #: "img/s", "files/s" or "rows/s" (more is better), or "ms/step" (less is better).
+    #: "img/s", "files/s" or "rows/s" (more is better), or "ms/step" or "ms/batch" (less is better).
     unit: str
     contenders: list[Contender]
     rounds: int = 5
@@ -47,7 +47,9 @@ class Comparison:
     def table(self) -> str:
         """A Markdown table: median, smallest, largest, and the median of the single rounds' ratios to the baseline."""
         baseline = self.contenders[0]
-        things = {"img/s": "images", "files/s": "files", "rows/s": "rows"}.get(self.unit, "steps")
+        things = {"img/s": "images", "files/s": "files", "rows/s": "rows", "ms/batch": "batches"}.get(
+            self.unit, "steps"
+        )
         lines = [
             f"### {self.work}",
             "",

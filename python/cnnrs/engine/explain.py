@@ -11,7 +11,7 @@ from torch import nn
 
 from cnnrs.engine import memory_order
 from cnnrs.engine.choice import Question, decide
-from cnnrs.engine.frozen_front import Front
+from cnnrs.engine.frozen_front import Front, moving_statistics
 from cnnrs.engine.verify import known_difference
 from cnnrs.model.lowering import Lowered, lower
 from cnnrs.model.modes import frozen
@@ -110,6 +110,11 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
     operations = 0 if lowered is None or fit.reasons else len(lowered.graph) - 1
     order = memory_order.said(model) if trained.engine == "python" else None
     front = None if trained.front is None else _said(trained.front)
+    if lowered is not None and trained.engine == "python" and model.training and (name := moving_statistics(lowered)):
+        front = (
+            f"{name} (BatchNorm2d) is frozen, but its statistics move: with cnnrs.freeze(module, statistics=True) they "
+            "do not, and the frozen layers run in native code, as in preconv"
+        )
     return Explanation(
         trained.engine, operations, reasons, "open" if is_open else preconv.engine, preconv.reasons, order, front
     )

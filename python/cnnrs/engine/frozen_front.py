@@ -6,7 +6,7 @@ validation, everything is front.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,14 +34,24 @@ class Front:
     Attributes:
         front: from the batch to the value that training begins with.
         rest: from there to the output; None where nothing is left.
-        last: name and kind of the front's last operation.
+        at: the front's last operation.
+        last: its name and kind.
         shape: of the samples that the front takes.
     """
 
     front: Lowered
     rest: Lowered | None
+    at: int
     last: str
     shape: tuple[int, ...]
+
+    def run(self, lowered: Lowered, tensors: list[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        """The whole network, for a comparison with the module; behind the front over other tensors than its own."""
+        features = cpu_inference.network(self.front)(inputs)
+        if self.rest is None:
+            return features
+        rest = _behind(replace(lowered, tensors=tensors), self.at)
+        return play(rest, rest.tensors, features)
 
 
 def front_of(lowered: Lowered, inputs: torch.Tensor, training: bool, batches: int) -> Front | None:
@@ -68,7 +78,7 @@ def front_of(lowered: Lowered, inputs: torch.Tensor, training: bool, batches: in
         return None
     if cpu_inference.obstacle(front, inputs) is not None:
         return None
-    return Front(front, rest, f"{lowered.names[last]} ({lowered.kinds[last]})", tuple(inputs.shape[1:]))
+    return Front(front, rest, last, f"{lowered.names[last]} ({lowered.kinds[last]})", tuple(inputs.shape[1:]))
 
 
 def _last(lowered: Lowered, training: bool) -> int:
@@ -97,6 +107,17 @@ def _is_in_motion(kind: str, attributes: dict[str, Any]) -> bool:
     if kind == "Dropout":
         return bool(attributes["training"] and attributes["p"] > 0.0)
     return kind == "BatchNorm2d" and (attributes["training"] or attributes["running_mean"] is None)
+
+
+def moving_statistics(lowered: Lowered) -> str | None:
+    """The batch norm before all that is trained whose statistics move although its weights are frozen, if there is one."""
+    for number, reads in enumerate(lowered.graph.parameters()):
+        if any(lowered.tensors[index].requires_grad for index in reads):
+            return None
+        _, kind, _, attributes = lowered.operations[number]
+        if kind == "BatchNorm2d" and attributes["training"] and reads:
+            return lowered.names[number]
+    return None
 
 
 def _upto(lowered: Lowered, last: int) -> Lowered:

@@ -88,7 +88,7 @@ def _run(job: Job, engine: Engine, batches: Iterator[Any], rows: FeatureRows | N
         raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this:", *choice.reasons]))
     if choice.engine == "python":
         front = choice.front
-        if front is not None and job.check and _differs(job, lowered, choice.engine, first[0]):
+        if front is not None and job.check and _differs(job, lowered, "front", first[0], front.run):
             front = None
         return python_engine.run(job, batches, front=front)
     if reason := _called_for(job, lowered, choice.engine, first[0]):
@@ -138,8 +138,10 @@ def _called_for(job: Job, lowered: Lowered, engine: str, inputs: torch.Tensor) -
     return _differs(job, lowered, engine, inputs) if job.check else None
 
 
-def _differs(job: Job, lowered: Lowered, engine: str, inputs: torch.Tensor) -> str | None:
-    return verify.differs(job.model, lowered, inputs, engine=engine, optimizer=job.optimizer, amp=job.amp)
+def _differs(
+    job: Job, lowered: Lowered, engine: str, inputs: torch.Tensor, run: verify.Run | None = None
+) -> str | None:
+    return verify.differs(job.model, lowered, inputs, engine=engine, run=run, optimizer=job.optimizer, amp=job.amp)
 
 
 def _only_the_module(job: Job) -> tuple[str, ...]:

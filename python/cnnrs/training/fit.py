@@ -47,7 +47,9 @@ def fit(
     which one "auto" takes): on the CPU "python" and "torch" have its bits, dropout included; "cpu" equals it up to
     float rounding, draws dropout from a generator of its own (seeded by torch's) and leaves no ``.grad``. Where "auto"
     calls a large convolutional network on the CPU, batches go to it in the faster order of memory, timed on the first
-    eight: equal up to float rounding, which may differ from run to run; not under deterministic algorithms.
+    eight: equal up to float rounding, which may differ from run to run; not under deterministic algorithms. What is
+    frozen in front of the first trained layer, in validation everything, is computed as by :func:`cnnrs.preconv`: equal
+    up to float rounding, the same in every run.
 
     Args:
         epoch: number of the epoch; only messages use it.

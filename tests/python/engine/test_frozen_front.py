@@ -348,3 +348,8 @@ def test_explain_names_it() -> None:
     everything = cnnrs.explain(model.eval(), (8, 3, 16, 16)).front
     assert everything is not None and everything.startswith("validation: all 13 operations run in native code")
     assert cnnrs.explain(net(lambda net: []).train(), (8, 3, 16, 16)).front is None
+    # Frozen weights alone: who does that means the statistics too, as a rule.
+    model = net(lambda net: [net.stem])
+    model.a.requires_grad_(False)
+    assert "a.1 (BatchNorm2d) is frozen, but its statistics move" in str(cnnrs.explain(model.train(), (8, 3, 16, 16)))
+    assert "move" not in str(cnnrs.explain(model.eval(), (8, 3, 16, 16)))
