@@ -127,7 +127,10 @@ class Epoch(TypedDict):
 
 
 class CpuTask(TypedDict):
-    """What engine ``cpu`` makes of the model's output: no rows for validation; ``seed`` is that of dropout."""
+    """What engine ``cpu`` makes of the model's output: no rows for validation; ``seed`` is that of dropout.
+
+    ``unseen``: whether nobody looks at weights and optimizer before the epoch ends.
+    """
 
     loss: Loss
     sgd: Sequence[IndexedSgdRow]
@@ -135,6 +138,7 @@ class CpuTask(TypedDict):
     clip: Clip | None
     workers: int
     seed: int
+    unseen: bool
 
 
 class EpochTotals(TypedDict):

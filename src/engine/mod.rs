@@ -76,6 +76,14 @@ pub trait Engine {
     /// As for [`Engine::forward`].
     fn update(&mut self) -> Result<()>;
 
+    /// The epoch is over: weights and optimizer are as its steps have made them.
+    ///
+    /// # Errors
+    /// As for [`Engine::forward`].
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// Back to the state after the last [`Engine::update`]: what forward passes since then have changed is put back.
     ///
     /// # Errors

@@ -78,6 +78,8 @@ pub struct Task {
     workers: usize,
     /// Key of this epoch's dropout.
     seed: u64,
+    /// Whether nobody looks at weights and optimizer before the epoch ends.
+    unseen: bool,
 }
 
 impl FromPyObject<'_> for Task {
@@ -91,6 +93,7 @@ impl FromPyObject<'_> for Task {
                 clip: clip.map(|clip| variant("clip", &clip, CLIPS)).transpose()?,
                 workers: r.get("workers")?,
                 seed: r.get("seed")?,
+                unseen: r.get("unseen")?,
             })
         })
     }
@@ -110,7 +113,7 @@ pub fn fit_cpu(
     batches: &Bound<'_, PyAny>,
 ) -> PyResult<Totals> {
     let Epoch { number, phase, accumulate, after } = epoch;
-    let Task { loss, sgd, adam, clip, workers, seed } = task;
+    let Task { loss, sgd, adam, clip, workers, seed, unseen } = task;
     let order: Vec<usize> = sgd.iter().map(|r| r.parameter).chain(adam.iter().map(|r| r.parameter)).collect();
     let graph = graph.inner.clone();
     // These keep the memory alive until the epoch is over.
@@ -135,6 +138,9 @@ pub fn fit_cpu(
         let mut kept = std::mem::take(&mut *plans.inner.lock().unwrap_or_else(PoisonError::into_inner));
         let engine = CpuEngine::new(graph, &mut kept.plans, memory, loss, rules, clip, accumulate, seed, workers)?;
         let mut engine = InPlace { engine, tensors: &tensors };
+        if unseen {
+            engine.engine.is_unseen();
+        }
         let mut counters = Counters { tensors: &tensors, which: counters, shown: 0 };
         let result = run(Metrics::new(number, phase), &mut engine, batches, accumulate, |engine, batch, loss| {
             if after.0.is_some() {
@@ -223,6 +229,11 @@ impl Engine for InPlace<'_, '_> {
     fn update(&mut self) -> Result<()> {
         self.check()?;
         self.engine.update()
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.check()?;
+        self.engine.finish()
     }
 
     fn undo(&mut self) -> Result<()> {

@@ -21,8 +21,9 @@ pub fn epoch<E: Engine>(
     after: impl FnMut(&mut E, usize, f64) -> Result<()>,
 ) -> Result<Metrics> {
     let result = steps(metrics, engine, batches, accumulate, after);
-    if result.is_err() {
-        engine.undo()?;
+    match result {
+        Ok(_) => engine.finish()?,
+        Err(_) => engine.undo()?,
     }
     result
 }

@@ -115,6 +115,7 @@ def run(
     clip: Clip | None = None,
     accumulate: int = 1,
     after: Callable[[int, float, Step | None], Any] | None = None,
+    unseen: bool = False,
 ) -> Totals:
     """One epoch; :func:`obstacles` must have found none.
 
@@ -133,6 +134,7 @@ def run(
         accumulate: batches per step of the optimizer.
         after: called with number and mean loss of every batch, and the optimizer's rows; returns their new options or
             None.
+        unseen: whether nobody looks at weights and optimizer before the epoch ends: steps may wait for each other.
 
     Returns:
         What has been added up.
@@ -140,6 +142,7 @@ def run(
     plans = _PLANS.setdefault(model, _cnnrs.CpuPlans())
     task: CpuTask = {
         "loss": loss, "sgd": [], "adam": [], "clip": None, "workers": torch.get_num_threads(), "seed": 0,
+        "unseen": unseen and after is None,
     }  # fmt: skip
     told: Epoch = {"number": epoch, "phase": phase, "accumulate": 1, "after": None}
     if phase == "validation" or optimizer is None:

@@ -249,6 +249,7 @@ def _run_cpu(job: Job, lowered: Lowered, stream: Stream, rows: FeatureRows | Non
         return cpu_training.run(
             job.epoch, job.phase, job.model, lowered, loss, job.optimizer, batches,
             loop.clip, loop.accumulate, Watch(job, stream) if loop.on_batch_end is not None else None,
+            unseen=rows is not None or job.unseen,
         )  # fmt: skip
 
     if rows is not None:

@@ -133,7 +133,7 @@ def fit(
         epoch, phase, model, loss_fn, optimizer if phase == "training" else None, device, loop, channels_last,
         asked or around, scaled=asked is torch.float16, around=around is not None, check=check,
         orders=engine == "auto" and memory_format is None and (asked or around) is None and device.type == "cpu",
-        batches=length_of(loader),
+        batches=length_of(loader), unseen=type(loader) in (list, tuple),
     )  # fmt: skip
     shown = verbose if progress is None else progress
     rows = FeatureRows.of(loader) if on_batch_end is None and not (shown and is_shown()) else None

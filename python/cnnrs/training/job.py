@@ -55,6 +55,7 @@ class Job:
         check: whether the first batch also goes through the module itself.
         orders: whether a called module may get its batches in another order of memory.
         batches: how many there are; 1 where there is no telling.
+        unseen: whether batches come without code of the user's, who could look at the weights.
     """
 
     epoch: int
@@ -71,6 +72,7 @@ class Job:
     check: bool
     orders: bool
     batches: int
+    unseen: bool
 
     def module(self) -> Module:
         """What the plain loop would call."""

@@ -33,7 +33,7 @@ ADAM: dict[str, Any] = {
     "maximize": False, "decoupled": False,
 }  # fmt: skip
 EPOCH: dict[str, Any] = {"number": 0, "phase": "training", "accumulate": 1, "after": None}
-TASK: dict[str, Any] = {"loss": NLL, "sgd": [], "adam": [], "clip": None, "workers": 1, "seed": 0}
+TASK: dict[str, Any] = {"loss": NLL, "sgd": [], "adam": [], "clip": None, "workers": 1, "seed": 0, "unseen": False}
 READ: dict[str, Any] = {
     "decode": "exact", "truncated": "error", "exif": False, "limits": {"pixels": None, "bytes": None},
     "deep": "read", "paged": "leave",

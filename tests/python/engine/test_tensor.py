@@ -264,7 +264,7 @@ def test_the_border_has_torchs_error_where_there_is_no_memory(kind: str) -> None
 def task(sgd: list[IndexedSgdRow]) -> CpuTask:
     """Cross entropy, by one thread."""
     loss: CrossEntropy = {"kind": "cross_entropy", "weight": None, "ignore_index": -100, "label_smoothing": 0.0}
-    return {"loss": loss, "sgd": sgd, "adam": [], "clip": None, "workers": 1, "seed": 0}
+    return {"loss": loss, "sgd": sgd, "adam": [], "clip": None, "workers": 1, "seed": 0, "unseen": False}
 
 
 def test_wrong_tensors_of_a_graph_are_refused_before_anything_is_written() -> None:

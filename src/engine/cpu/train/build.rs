@@ -6,7 +6,7 @@ use super::layers::binary::{Add, Cat, Map, Mul};
 use super::layers::conv::Conv;
 use super::layers::conv_pool::{BackwardSlots, Chain, ConvPool, Slots};
 use super::layers::dropout::Dropout;
-use super::layers::large_linear::LargeLinear;
+use super::layers::large_linear::{Kept, LargeLinear};
 use super::layers::linear::Linear;
 use super::layers::max_pool::MaxPool;
 use super::layers::norm::Norm;
@@ -15,6 +15,7 @@ use super::layers::softmax::Softmax;
 use super::maps::{broadcast_map, mean_targets};
 use super::memory::{Place, Slot};
 use super::structure::{Item, Structure};
+use super::waiting::most_steps;
 use crate::engine::cpu::common::analysis::axis;
 use crate::engine::cpu::common::geometry::{self, Reduce, Span, Window};
 use crate::engine::cpu::train::kernels::skinny::PANEL;
@@ -311,6 +312,19 @@ impl<'a> Builder<'a> {
         let columns = LargeLinear::columns(self.batch, in_features);
         let trained = self.training && self.trained[weight];
         let nothing = Slot { place: Place::Worker, offset: 0, len: 0 };
+        let most = most_steps(self.batch);
+        // The derivative of an input is that of the weights as they are: who wants it cannot wait.
+        let kept = (trained && input.grad.is_none() && most > 1).then(|| {
+            let (batch, columns) = (self.batch, LargeLinear::columns(self.batch * most, in_features));
+            Kept {
+                most,
+                inputs: self.shared(batch * in_features, most),
+                grads: self.shared(batch * out_features, most),
+                packed: self.own(batch * most * columns),
+                terms: [batch, batch, 1].map(|each| self.own(out_features * each * most)),
+                columns,
+            }
+        });
         LargeLinear {
             in_features,
             out_features,
@@ -327,6 +341,7 @@ impl<'a> Builder<'a> {
             terms: [self.batch, self.batch, 1]
                 .map(|each| if trained { self.own(out_features * each) } else { nothing }),
             columns,
+            kept,
         }
     }
 

@@ -6,6 +6,7 @@ use super::plan::{Pass, Plan};
 use super::statistics::Statistics;
 use super::structure;
 use super::update::{Clip, Gathered, Rule, Updates};
+use super::waiting::{Waiting, most_steps};
 use crate::engine::cpu::common::team::Team;
 use crate::engine::{Engine, Outcome, Phase};
 use crate::error::{Error, Result};
@@ -148,7 +149,8 @@ impl<'a, B: HostBatch> CpuEngine<'a, B> {
             None
         };
         let statistics = Statistics::of(&graph);
-        let updates = Updates { rules, roots: nowhere, clip, gathered };
+        let (unseen, waiting) = (false, Waiting::default());
+        let updates = Updates { rules, roots: nowhere, clip, gathered, unseen, waiting };
         Ok(Self {
             graph,
             plans,
@@ -184,6 +186,7 @@ impl<'a, B: HostBatch> CpuEngine<'a, B> {
         if self.current.as_ref().is_some_and(|(key, _)| key.input == shape && key.training == training) {
             return Ok(());
         }
+        self.settle()?;
         self.plans.plans.extend(self.current.take());
         let (key, mut plan) = self.plans.take(&self.graph, self.key(shape, training))?;
         plan.memory_mut().tensors.clone_from(&self.tensors);
@@ -202,6 +205,20 @@ impl<'a, B: HostBatch> CpuEngine<'a, B> {
         self.statistics.kept = None;
         self.updates.finish();
         self.steps += 1;
+    }
+
+    /// Nobody looks at weights and optimizer before the epoch ends, in `finish` or `undo`.
+    pub fn is_unseen(&mut self) {
+        self.updates.unseen = true;
+    }
+
+    /// Takes the steps that wait.
+    fn settle(&mut self) -> Result<()> {
+        if self.updates.waiting.steps > 0 {
+            self.run(None, |plan, team, pass| plan.settle(team, pass))?;
+            self.updates.waiting.steps = 0;
+        }
+        Ok(())
     }
 
     /// As the optimizer's groups have changed.
@@ -274,7 +291,12 @@ impl<B: HostBatch> Engine for CpuEngine<'_, B> {
         }
         // Gradients are applied where they arise.
         self.updates.begin();
+        self.updates.waiting.joins = self.updates.may_wait();
         self.rest_of_backward()?;
+        if self.updates.waiting.joins {
+            let batch = self.current.as_ref().map_or(0, |(_, plan)| plan.batch);
+            self.updates.waiting.steps = (self.updates.waiting.steps + 1) % most_steps(batch);
+        }
         self.stepped();
         Ok(())
     }
@@ -289,8 +311,13 @@ impl<B: HostBatch> Engine for CpuEngine<'_, B> {
         Ok(())
     }
 
+    fn finish(&mut self) -> Result<()> {
+        self.settle()
+    }
+
     fn undo(&mut self) -> Result<()> {
         self.pending = None;
+        self.settle()?;
         if let Some(forwards) = self.statistics.put_back(&self.tensors) {
             self.forwards = forwards;
         }

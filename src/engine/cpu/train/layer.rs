@@ -187,6 +187,9 @@ pub trait Layer: Send + Sync {
 
     /// Once per worker after the last `backward` of a step.
     fn end(&self, _cx: &Context<'_>) {}
+
+    /// Takes the steps that wait.
+    fn settle(&self, _cx: &Context<'_>) {}
 }
 
 /// The part of `0..len` that belongs to worker `index` of `count`: contiguous, sizes differ by one `unit` at most.

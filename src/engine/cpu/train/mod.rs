@@ -8,7 +8,8 @@
 //!       update                     new weights from what is gathered
 //! ```
 //! Every worker has its own copy of the gradients of small parameters; they are added in the order of the workers, so a
-//! run repeats bit for bit with the same number of threads. The gradients of large matrices never exist as a whole.
+//! run repeats bit for bit with the same number of threads. The gradients of large matrices never exist as a whole, and with
+//! few samples their steps wait for each other (`waiting`).
 
 mod borrows;
 mod build;
@@ -26,6 +27,7 @@ mod structure;
 #[cfg(test)]
 mod tests;
 mod update;
+mod waiting;
 
 pub use engine::{CpuEngine, HostBatch, Plans, obstacle};
 pub use loss::{ClassLoss, Loss, Targets};

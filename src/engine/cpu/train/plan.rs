@@ -157,6 +157,14 @@ impl Plan {
         self.on_team(team, pass, &|_, cx| update_gathered(cx))
     }
 
+    /// New weights by the steps that wait.
+    ///
+    /// # Errors
+    /// `Panic` for a bug of ours.
+    pub fn settle(&mut self, team: &mut Team, pass: &Pass<'_>) -> Result<()> {
+        self.on_team(team, pass, &|plan, cx| plan.layers.iter().for_each(|layer| layer.settle(cx)))
+    }
+
     fn on_team(&self, team: &mut Team, pass: &Pass<'_>, job: &(dyn Fn(&Self, &Context<'_>) + Sync)) -> Result<()> {
         let workers = team.workers();
         self.memory.borrows.begin();

@@ -4,6 +4,7 @@ use super::layer::{Context, Grain, Layer};
 use super::memory::{Place, Slot};
 use super::plan::{Pass, Plan};
 use super::update::Updates;
+use super::waiting::Waiting;
 use super::*;
 use crate::engine::cpu::common::team::Team;
 use crate::engine::optimizer::{Adam, Sgd};
@@ -243,6 +244,61 @@ fn branches_and_everything_else() {
     check(&n);
 }
 
+/// Weights and momentum after some steps, of which the last batches are smaller.
+fn after_steps(batch: usize, steps: usize, momentum: f64, workers: usize, unseen: bool) -> Vec<f32> {
+    let mut n = Network::new(&[batch, 701]);
+    let x = n.linear(0, [701, 389]);
+    let x = n.act(x, Activation::Tanh, false);
+    n.linear(x, [389, 3]);
+    let lens: Vec<usize> = n.graph.tensors.iter().map(|shape| shape.iter().product()).collect();
+    let mut memory: Vec<Vec<f32>> =
+        lens.iter().enumerate().map(|(i, &len)| numbers(len, i as u64).map(|x| x * 0.05).collect()).collect();
+    // Nobody may read a buffer that has never been used.
+    memory.extend(lens.iter().map(|&len| vec![f32::NAN; len]));
+    // SAFETY: the vectors outlive the engine, and nobody touches them before it is gone.
+    let lent: Vec<Floats> = memory.iter_mut().map(|floats| unsafe { Floats::of(floats) }).collect();
+    let (tensors, buffers) = lent.split_at(lens.len());
+    let sgd = Sgd { lr: 0.05, momentum, dampening: 0.1, weight_decay: 0.01, nesterov: false, maximize: false };
+    let rule = |&buffer| Some(Rule::Sgd { options: sgd, momentum: (momentum > 0.0).then_some((buffer, false)) });
+    let rules = buffers.iter().map(rule).collect();
+    let tensors = tensors.iter().copied().map(Tensor::Floats).collect();
+    let loss = Loss::Classes(ClassLoss { cross_entropy: true, weight: None, ignore_index: -100, label_smoothing: 0.0 });
+    let mut plans = Plans::default();
+    let mut engine = CpuEngine::new(n.graph, &mut plans, tensors, loss, rules, None, 1, 0, workers).unwrap();
+    if unseen {
+        engine.is_unseen();
+    }
+    for number in 0..steps {
+        let samples = if number + 2 < steps { batch } else { batch - 1 };
+        let inputs = numbers(samples * 701, number as u64 + 99).collect();
+        let targets = (0..samples as i64).map(|i| (i * 7 + number as i64) % 3).collect();
+        engine.forward(Batch { shape: vec![samples, 701], inputs, targets }, Phase::Training).unwrap();
+        engine.step().unwrap();
+    }
+    // What comes next is undone, the steps before it are not.
+    let batch = Batch { shape: vec![1, 701], inputs: vec![0.0; 701], targets: vec![0] };
+    engine.forward(batch, Phase::Training).unwrap();
+    engine.undo().unwrap();
+    drop(engine);
+    memory.truncate(if momentum > 0.0 { memory.len() } else { lens.len() });
+    memory.into_iter().flatten().collect()
+}
+
+#[test]
+fn steps_that_wait_are_taken_in_the_end() {
+    for (batch, momentum) in [(5, 0.9), (8, 0.0), (2, 0.5)] {
+        for steps in [3, 12, 25] {
+            let expected = after_steps(batch, steps, momentum, 1, false);
+            for workers in [1, 2, 3] {
+                let got = after_steps(batch, steps, momentum, workers, true);
+                let gap = got.iter().zip(&expected).map(|(g, e)| (g - e).abs()).fold(0.0, f32::max);
+                // Weights up to 0.05 and sums of 701 terms: some roundings of 2^-24 a step.
+                assert!(gap < 1e-6, "{batch} samples, {steps} steps, {workers} workers: {gap:.1e}");
+            }
+        }
+    }
+}
+
 #[test]
 fn only_a_step_changes_the_weights() {
     let mut n = Network::new(&[4, 2]);
@@ -320,7 +376,14 @@ fn fault(layer: impl Fn(Slot) -> Box<dyn Layer>) -> Option<String> {
     let lent = weights.iter_mut().map(|w| Tensor::Floats(unsafe { Floats::of(&mut w[..]) })).collect();
     plan.memory_mut().tensors = lent;
     let nowhere = Slot { place: Place::Worker, offset: 0, len: 0 };
-    let updates = Updates { rules: vec![None, None], roots: nowhere, clip: None, gathered: None };
+    let updates = Updates {
+        rules: vec![None, None],
+        roots: nowhere,
+        clip: None,
+        gathered: None,
+        unseen: false,
+        waiting: Waiting::default(),
+    };
     let pass = Pass {
         inputs: &[0.0; 8],
         targets: Targets::Values(&[0.0; 8]),

@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::layer::{Context, Param, share};
 use super::memory::{Floats, Part, Slot, arena};
+use super::waiting::{Combination, Waiting};
 use crate::engine::cpu::common::arena::Arena;
 use crate::engine::optimizer::{Adam, AdamState, Sgd};
 use crate::error::Result;
@@ -35,6 +36,9 @@ pub struct Updates {
     pub clip: Option<Clip>,
     /// Where gradients wait that cannot be applied where they arise.
     pub gathered: Option<Gathered>,
+    /// Whether nobody looks at the weights between the steps.
+    pub unseen: bool,
+    pub waiting: Waiting,
 }
 
 /// Gradients of several batches, or of one until its norm is known.
@@ -133,6 +137,24 @@ impl Updates {
             if let Rule::Sgd { momentum: Some((_, used)), .. } = rule {
                 *used = true;
             }
+        }
+    }
+
+    /// Whether steps may wait for each other: those of SGD, with momentum that has been used before.
+    pub fn may_wait(&self) -> bool {
+        let mut rules = self.rules.iter().flatten();
+        let plain = |rule: &Rule| matches!(rule, Rule::Sgd { momentum: None | Some((_, true)), .. });
+        self.unseen && self.clip.is_none() && self.gathered.is_none() && rules.all(plain)
+    }
+
+    /// What the weights of a tensor are beside the steps that wait; its momentum buffer.
+    pub fn combination(&self, tensor: Tensor) -> Option<(Combination, Floats)> {
+        match self.rules.get(tensor) {
+            Some(Some(Rule::Sgd { options, momentum })) if self.waiting.steps > 0 => {
+                let combination = Combination::after(self.waiting.steps, options, momentum.is_some());
+                Some((combination, momentum.map_or(Floats::NONE, |(buffer, _)| buffer)))
+            }
+            _ => None,
         }
     }
 

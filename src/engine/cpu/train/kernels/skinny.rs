@@ -5,6 +5,8 @@ use super::simd::{Kernel, Vector, dispatch};
 /// `y[b][r] += x[b] . w[r]` for `rows` rows of `w`, all `k` long.
 pub struct Dots<'a> {
     pub w: &'a [f32],
+    /// A matrix like `w` and two factors: then `factors[0] w + factors[1] other` takes the place of `w`.
+    pub other: Option<(&'a [f32], [f32; 2])>,
     pub rows: usize,
     pub x: &'a [f32],
     pub batch: usize,
@@ -27,45 +29,62 @@ impl Kernel for Dots<'_> {
     fn run<V: Vector>(mut self) {
         assert!(self.w.len() >= self.rows * self.k && self.x.len() >= self.batch * self.k);
         assert!(self.batch == 0 || self.y.len() >= (self.batch - 1) * self.ldy + self.rows);
-        let step = (RESIDENT / self.batch.max(1)).clamp(512, self.k.max(512)) / 8 * 8;
-        for k0 in (0..self.k).step_by(step) {
-            let k1 = (k0 + step).min(self.k);
-            let mut row = 0;
-            while row + 4 <= self.rows {
-                self.row_block::<V, 4>(row, k0, k1);
-                row += 4;
-            }
-            while row < self.rows {
-                self.row_block::<V, 1>(row, k0, k1);
-                row += 1;
-            }
+        assert!(self.other.is_none_or(|(other, _)| other.len() >= self.rows * self.k));
+        match self.other {
+            Some(_) => self.all::<V, true>(),
+            None => self.all::<V, false>(),
         }
     }
 }
 
 impl Dots<'_> {
     #[inline(always)]
-    fn row_block<V: Vector, const R: usize>(&mut self, row: usize, k0: usize, k1: usize) {
+    fn all<V: Vector, const SUM: bool>(&mut self) {
+        let step = (RESIDENT / self.batch.max(1)).clamp(512, self.k.max(512)) / 8 * 8;
+        for k0 in (0..self.k).step_by(step) {
+            let k1 = (k0 + step).min(self.k);
+            let mut row = 0;
+            while row + 4 <= self.rows {
+                self.row_block::<V, SUM, 4>(row, k0, k1);
+                row += 4;
+            }
+            while row < self.rows {
+                self.row_block::<V, SUM, 1>(row, k0, k1);
+                row += 1;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn row_block<V: Vector, const SUM: bool, const R: usize>(&mut self, row: usize, k0: usize, k1: usize) {
         let mut b = 0;
         while b + 3 <= self.batch {
-            self.tile::<V, R, 3>(row, b, k0, k1);
+            self.tile::<V, SUM, R, 3>(row, b, k0, k1);
             b += 3;
         }
         match self.batch - b {
-            2 => self.tile::<V, R, 2>(row, b, k0, k1),
-            1 => self.tile::<V, R, 1>(row, b, k0, k1),
+            2 => self.tile::<V, SUM, R, 2>(row, b, k0, k1),
+            1 => self.tile::<V, SUM, R, 1>(row, b, k0, k1),
             _ => {}
         }
     }
 
     #[inline(always)]
     #[allow(clippy::needless_range_loop)] // r indexes registers and addresses alike
-    fn tile<V: Vector, const R: usize, const B: usize>(&mut self, row: usize, b: usize, k0: usize, k1: usize) {
+    fn tile<V: Vector, const SUM: bool, const R: usize, const B: usize>(
+        &mut self,
+        row: usize,
+        b: usize,
+        k0: usize,
+        k1: usize,
+    ) {
         let (w, x) = (self.w[row * self.k..].as_ptr(), self.x[b * self.k..].as_ptr());
+        let (all, [first, second]) = self.other.unwrap_or((self.w, [1.0, 0.0]));
+        let (other, factors) = (all[row * self.k..].as_ptr(), [V::splat(first), V::splat(second)]);
         let mut acc = [[V::splat(0.0); R]; B];
         let mut at = k0;
         while at + 8 <= k1 {
-            // SAFETY: rows `row..row + R` of `w` and `b..b + B` of `x` exist (asserted by `run`), `at + 8 <= k`.
+            // SAFETY: rows `row..row + R` of `w` and `other` and `b..b + B` of `x` exist (asserted by `run`), `at + 8 <= k`.
             unsafe {
                 // Three inputs, one row and twelve sums fit the sixteen registers.
                 let mut inputs = [V::splat(0.0); B];
@@ -76,8 +95,15 @@ impl Dots<'_> {
                     if b == 0 {
                         // The first to pass by fetches for all; rows cross pages, where the processor's own prefetch stops.
                         V::prefetch(w.wrapping_add(r * self.k + at + AHEAD));
+                        if SUM {
+                            V::prefetch(other.wrapping_add(r * self.k + at + AHEAD));
+                        }
                     }
-                    let row = V::load(w.add(r * self.k + at));
+                    let mut row = V::load(w.add(r * self.k + at));
+                    if SUM {
+                        let other = V::load(other.add(r * self.k + at)).mul_add(factors[1], V::splat(0.0));
+                        row = row.mul_add(factors[0], other);
+                    }
                     for i in 0..B {
                         acc[i][r] = inputs[i].mul_add(row, acc[i][r]);
                     }
@@ -87,7 +113,11 @@ impl Dots<'_> {
         }
         for (i, acc) in acc.into_iter().enumerate() {
             for (r, acc) in acc.into_iter().enumerate() {
-                let tail: f32 = (at..k1).map(|j| self.x[(b + i) * self.k + j] * self.w[(row + r) * self.k + j]).sum();
+                let weight = |j: usize| match SUM {
+                    true => first * self.w[(row + r) * self.k + j] + second * all[(row + r) * self.k + j],
+                    false => self.w[(row + r) * self.k + j],
+                };
+                let tail: f32 = (at..k1).map(|j| self.x[(b + i) * self.k + j] * weight(j)).sum();
                 self.y[(b + i) * self.ldy + row + r] += acc.sum() + tail;
             }
         }
@@ -249,13 +279,18 @@ mod tests {
             let (w, x) = (numbers(rows * k), numbers(batch * k));
             let ldy = rows + 2;
             let mut y = vec![1.0; batch * ldy];
-            dots(Dots { w: &w, rows, x: &x, batch, k, y: &mut y, ldy });
-            let mut z = vec![1.0; batch * ldy];
-            Dots { w: &w, rows, x: &x, batch, k, y: &mut z, ldy }.run::<Portable>();
-            for b in 0..batch {
-                for r in 0..rows {
-                    let exact = 1.0 + (0..k).map(|j| x[b * k + j] * w[r * k + j]).sum::<f32>();
-                    assert_eq!((y[b * ldy + r], z[b * ldy + r]), (exact, exact));
+            let second: Vec<f32> = w.iter().rev().copied().collect();
+            for (other, [f, g]) in [(None, [1.0, 0.0]), (Some((&second[..], [2.0, -1.0])), [2.0, -1.0])] {
+                y.fill(1.0);
+                dots(Dots { w: &w, other, rows, x: &x, batch, k, y: &mut y, ldy });
+                let mut z = vec![1.0; batch * ldy];
+                Dots { w: &w, other, rows, x: &x, batch, k, y: &mut z, ldy }.run::<Portable>();
+                for b in 0..batch {
+                    for r in 0..rows {
+                        let weight = |j: usize| f * w[r * k + j] + g * second[r * k + j];
+                        let exact = 1.0 + (0..k).map(|j| x[b * k + j] * weight(j)).sum::<f32>();
+                        assert_eq!((y[b * ldy + r], z[b * ldy + r]), (exact, exact));
+                    }
                 }
             }
         }

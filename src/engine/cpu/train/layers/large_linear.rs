@@ -6,7 +6,8 @@ use std::ops::Range;
 use crate::engine::cpu::train::kernels::skinny::{Dots, OUTER_ROWS, Outer, PANEL, dots, outer, pack_transposed};
 use crate::engine::cpu::train::kernels::sparse::{BLOCK, ROWS, RowTerms, SparseOuter, pack_blocks, sparse_outer};
 use crate::engine::cpu::train::layer::{Context, Edge, Grain, Layer, Out, Param, share};
-use crate::engine::cpu::train::memory::Slot;
+use crate::engine::cpu::train::memory::{Floats, Read, Slot};
+use crate::engine::cpu::train::waiting::FEW_SAMPLES;
 
 pub struct LargeLinear {
     pub in_features: usize,
@@ -30,6 +31,20 @@ pub struct LargeLinear {
     /// how many there are in each row.
     pub terms: [Slot; 3],
     /// Columns of the weights that are updated together.
+    pub columns: usize,
+    /// Where steps wait for each other.
+    pub kept: Option<Kept>,
+}
+
+/// Steps that wait.
+pub struct Kept {
+    pub most: usize,
+    /// `most` times `batch x in_features` of the input and `batch x out_features` of the output's derivative.
+    pub inputs: Slot,
+    pub grads: Slot,
+    /// As those of the layer, for `most` steps.
+    pub packed: Slot,
+    pub terms: [Slot; 3],
     pub columns: usize,
 }
 
@@ -143,12 +158,107 @@ impl LargeLinear {
         }
     }
 
-    /// Few samples: the matrix streams past the inputs once, row by row.
+    /// Few samples: the matrix streams past the inputs once, row by row. With it its momentum, where steps wait.
     fn forward_few(&self, cx: &Context<'_>, own: Range<usize>, sums: &mut [f32]) {
         let (k, rows) = (self.in_features, own.len());
-        // SAFETY: between barriers nobody writes the input, nor in a forward pass the weights.
-        let (x, weights) = unsafe { (cx.all(self.input.value), cx.tensor(self.weight.tensor)) };
-        dots(Dots { w: &weights[own.start * k..own.end * k], rows, x: &x, batch: cx.batch, k, y: sums, ldy: rows });
+        let after = cx.updates.combination(self.weight.tensor).filter(|_| self.kept.is_some());
+        // SAFETY: between barriers nobody writes the input, nor in a forward pass weights and momentum.
+        let (x, of) = unsafe { (cx.all(self.input.value), |m: Floats| cx.read(m.part(own.start * k..own.end * k))) };
+        let w = of(cx.memory.tensor(self.weight.tensor));
+        let momentum = after.as_ref().filter(|(_, buffer)| !buffer.is_empty()).map(|&(_, buffer)| of(buffer));
+        let factors = after.as_ref().map_or([1.0, 0.0], |(after, _)| [after.weight as f32, after.momentum as f32]);
+        let other = (factors != [1.0, 0.0]).then(|| (momentum.as_deref().unwrap_or(&w), factors));
+        dots(Dots { w: &w, other, rows, x: &x, batch: cx.batch, k, y: sums, ldy: rows });
+        if let (Some(kept), Some((after, _))) = (&self.kept, after) {
+            self.add_steps(cx, kept, &after.steps, &x, own, sums);
+        }
+    }
+
+    /// What the steps that wait make of the outputs, each by its factor.
+    fn add_steps(
+        &self,
+        cx: &Context<'_>,
+        kept: &Kept,
+        factors: &[f64],
+        x: &[f32],
+        own: Range<usize>,
+        sums: &mut [f32],
+    ) {
+        let (k, n, rows) = (self.in_features, self.out_features, own.len());
+        let mut products = [0.0; FEW_SAMPLES * FEW_SAMPLES];
+        for (step, &factor) in factors.iter().enumerate() {
+            // SAFETY: between barriers nobody writes what is kept.
+            let (inputs, grads) = unsafe { (cx.one(kept.inputs, step), cx.one(kept.grads, step)) };
+            products.fill(0.0);
+            let y = &mut products[..cx.batch * cx.batch];
+            dots(Dots { w: &inputs, other: None, rows: cx.batch, x, batch: cx.batch, k, y, ldy: cx.batch });
+            for (sums, products) in sums.chunks_exact_mut(rows).zip(y.chunks_exact(cx.batch)) {
+                for (grads, &product) in grads.chunks_exact(n).zip(products) {
+                    let factor = product * factor as f32;
+                    sums.iter_mut().zip(&grads[own.clone()]).for_each(|(s, &g)| *s += g * factor);
+                }
+            }
+        }
+    }
+
+    /// This worker's share of what the step under way leaves to wait.
+    fn keep(&self, cx: &Context<'_>, kept: &Kept, x: &[f32], dy: &[f32]) {
+        for (slot, values) in [(kept.inputs, x), (kept.grads, dy)] {
+            let own = share(values.len(), cx.worker, cx.workers, 16);
+            let part = cx.memory.part_of_sample(slot, cx.updates.waiting.steps, own.clone());
+            // SAFETY: every worker has a part of its own until the barrier.
+            unsafe { cx.write(part) }.copy_from_slice(&values[own]);
+        }
+    }
+
+    /// Takes steps that wait, one after the other for a few rows and columns at a time.
+    fn take_steps(&self, cx: &Context<'_>, kept: &Kept, steps: usize) {
+        let (k, n, batch) = (self.in_features, self.out_features, cx.batch);
+        // SAFETY: behind a barrier nobody writes what is kept.
+        let each = |slot| -> Vec<Read<'_>> { (0..steps).map(|step| unsafe { cx.one(slot, step) }).collect() };
+        let (inputs, grads) = (each(kept.inputs), each(kept.grads));
+        // SAFETY: different slots, each taken once.
+        let [mut values, mut samples, mut counts] = kept.terms.map(|slot| unsafe { cx.own(slot) });
+        // SAFETY: as before.
+        let (mut packed, mut rows_of) = unsafe { (cx.own(kept.packed), cx.own(self.rows)) };
+        let parts = values.chunks_exact_mut(n * batch).zip(samples.chunks_exact_mut(n * batch));
+        let mut terms: Vec<_> = parts
+            .zip(counts.chunks_exact_mut(n))
+            .take(steps)
+            .map(|((values, samples), counts)| RowTerms { values, samples, counts, batch })
+            .collect();
+        terms.iter_mut().zip(&grads).for_each(|(terms, dy)| terms.find(dy, n));
+        let (weights, state) = (cx.memory.tensor(self.weight.tensor), cx.updates.state(self.weight.tensor));
+        let own = share(k, cx.worker, cx.workers, PANEL);
+        for start in own.clone().step_by(kept.columns) {
+            let columns = start..(start + kept.columns).min(own.end);
+            let blocks = columns.len().div_ceil(BLOCK);
+            let packed_len = batch * blocks * BLOCK;
+            for (x, packed) in inputs.iter().zip(packed.chunks_exact_mut(packed_len)) {
+                pack_blocks(x, k, columns.start, columns.len(), packed);
+            }
+            for row in (0..n).step_by(ROWS) {
+                let rows = row..(row + ROWS).min(n);
+                for (step, (terms, packed)) in terms.iter().zip(packed.chunks_exact(packed_len)).enumerate() {
+                    let next = rows.end * k + columns.start;
+                    let ahead =
+                        [weights, state].map(|floats| floats.address(if step == 0 { next } else { usize::MAX }));
+                    sparse_outer(SparseOuter {
+                        terms,
+                        first: row,
+                        rows: rows.len(),
+                        x: packed,
+                        blocks,
+                        out: &mut rows_of,
+                        ahead,
+                        ahead_row: k,
+                    });
+                    for (r, grad) in rows.clone().zip(rows_of.chunks_exact_mut(blocks * BLOCK)) {
+                        cx.updates.take(cx, self.weight.tensor, r * k + columns.start, &mut grad[..columns.len()]);
+                    }
+                }
+            }
+        }
     }
 
     /// Many samples: they lie across the lanes, and a block of their features stays in the cache.
@@ -190,9 +300,6 @@ impl LargeLinear {
     }
 }
 
-/// Up to this many samples the matrix is read as rows; above, samples fill the lanes.
-const FEW: usize = 8;
-
 impl Layer for LargeLinear {
     fn grain(&self) -> Grain {
         Grain::Batch
@@ -205,17 +312,18 @@ impl Layer for LargeLinear {
         // SAFETY: nobody else in this call takes the sums, and nobody writes parameters in a forward pass.
         let (mut sums, bias) = unsafe { (cx.own(self.sums), self.bias.map(|b| cx.tensor(b.tensor))) };
         let sums = &mut sums[..cx.batch * rows];
-        for row in sums.chunks_exact_mut(rows.max(1)) {
-            match &bias {
-                Some(bias) => row.copy_from_slice(&bias[own.clone()]),
-                None => row.fill(0.0),
-            }
-        }
+        sums.fill(0.0);
         if rows > 0 {
             match cx.batch {
-                ..=FEW => self.forward_few(cx, own.clone(), sums),
+                // The matrix is read as rows; above, samples fill the lanes.
+                ..=FEW_SAMPLES => self.forward_few(cx, own.clone(), sums),
                 _ => self.forward_many(cx, own.clone(), sums),
             }
+        }
+        if let Some(bias) = &bias {
+            sums.chunks_exact_mut(rows.max(1)).for_each(|row| {
+                row.iter_mut().zip(&bias[own.clone()]).for_each(|(s, b)| *s += b);
+            });
         }
         for (sample, row) in sums.chunks_exact(rows.max(1)).enumerate() {
             let out = cx.memory.part_of_sample(self.out.value, sample, own.clone());
@@ -236,6 +344,17 @@ impl Layer for LargeLinear {
             let mut share = unsafe { cx.own(share) };
             dy.chunks_exact(n).for_each(|row| share.iter_mut().zip(row).for_each(|(db, d)| *db += d));
         }
+        if let Some(kept) = self.kept.as_ref().filter(|_| cx.updates.waiting.joins) {
+            self.keep(cx, kept, &x, &dy);
+            drop((x, dy));
+            cx.meet();
+            let steps = cx.updates.waiting.steps + 1;
+            if steps == kept.most {
+                self.take_steps(cx, kept, steps);
+                cx.meet();
+            }
+            return;
+        }
         // SAFETY: three slots, each taken once.
         let [mut values, mut samples, mut counts] = self.terms.map(|slot| unsafe { cx.own(slot) });
         let mut terms = RowTerms { values: &mut values, samples: &mut samples, counts: &mut counts, batch: cx.batch };
@@ -248,5 +367,11 @@ impl Layer for LargeLinear {
             self.backward_columns(cx, &dy, &x, &terms, columns);
         }
         cx.meet();
+    }
+
+    fn settle(&self, cx: &Context<'_>) {
+        if let Some(kept) = &self.kept {
+            self.take_steps(cx, kept, cx.updates.waiting.steps);
+        }
     }
 }
