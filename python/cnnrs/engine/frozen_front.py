@@ -110,7 +110,7 @@ def _is_in_motion(kind: str, attributes: dict[str, Any]) -> bool:
 
 
 def moving_statistics(lowered: Lowered) -> str | None:
-    """The batch norm before all that is trained whose statistics move although its weights are frozen, if there is one."""
+    """The batch norm in front of what is trained whose statistics move although its weights are frozen, if any."""
     for number, reads in enumerate(lowered.graph.parameters()):
         if any(lowered.tensors[index].requires_grad for index in reads):
             return None
