@@ -212,9 +212,14 @@ impl<'a, B: HostBatch> CpuEngine<'a, B> {
         self.updates.unseen = true;
     }
 
+    /// Whether `finish` and `undo` have steps to take.
+    pub fn steps_wait(&self) -> bool {
+        self.updates.waiting.steps > 0
+    }
+
     /// Takes the steps that wait.
     fn settle(&mut self) -> Result<()> {
-        if self.updates.waiting.steps > 0 {
+        if self.steps_wait() {
             self.run(None, |plan, team, pass| plan.settle(team, pass))?;
             self.updates.waiting.steps = 0;
         }
