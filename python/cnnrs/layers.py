@@ -65,6 +65,14 @@ def freeze(module: Module, statistics: bool = False) -> Module:
     return module
 
 
+def keep_in_eval(module: Module) -> Module:
+    """Eval mode for a module and all in it, dropout included, whoever calls ``train()``; :func:`unfreeze` undoes it."""
+    for layer in module.modules():
+        layer.eval()
+        layer.train = _StaysInEval(layer)  # type: ignore[method-assign]
+    return module
+
+
 def _has_statistics(layer: nn.Module) -> bool:
     return any(name.startswith("running_") and buffer is not None for name, buffer in layer._buffers.items())
 

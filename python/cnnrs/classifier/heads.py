@@ -69,12 +69,14 @@ class Parts:
         body: computed once.
         head: trained.
         join: makes the network whole again and returns it, with ``head``, or with another one that was trained.
+        path: of the head in the whole network.
         early: whether the cut is before the whole classifier, not before its last layer.
     """
 
     body: nn.Module
     head: nn.Module
     join: Callable[..., nn.Module]
+    path: str
     early: bool
 
 
@@ -114,7 +116,7 @@ def cut(found: Found, head: str, num_classes: int, dropout: float = 0.0) -> Part
         put(model, path, trained)
         return model
 
-    return Parts(body, last, join, early=head == "classifier")
+    return Parts(body, last, join, path, early=head == "classifier")
 
 
 def new_head(kind: str, in_features: int, num_classes: int, dropout: float = 0.0) -> nn.Module:

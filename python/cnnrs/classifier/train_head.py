@@ -136,18 +136,12 @@ def _descend(
 ) -> Trained:  # fmt: skip
     torch.manual_seed(options.seed)
     head = make().to(options.device)
-    weight = class_weights(data.labels[train], options.classes) if options.balance != "none" else None
-    order: dict[str, Any] = {"shuffle": True}
     passes = 1 if options.epochs else math.ceil(_LEAST_STEPS * options.batch_size / len(train))
-    if options.balance == "sampler" and weight is not None:
-        order, weight = {"sampler": _sampler(data.labels[passes * train.tolist()], weight)}, None
+    order, loss_fn = balanced(data.labels[passes * train.tolist()], options)
     learn = DataLoader(Subset(data, passes * train.tolist()), batch_size=options.batch_size, **order)
     look = DataLoader(Subset(data, valid.tolist()), batch_size=256) if len(valid) else None
-    rate = options.lr or (1e-4 if kind == "classifier" else 1e-3)
-    fit = compile(
-        optimizer=torch.optim.AdamW(head.parameters(), lr=rate),
-        loss_fn=_loss(data.labels, None if weight is None else weight.to(options.device)), verbose=False,
-    )  # fmt: skip
+    optimizer = torch.optim.AdamW(head.parameters(), lr=rate_of(kind, options))
+    fit = compile(optimizer=optimizer, loss_fn=loss_fn, verbose=False)
     stop = EarlyStopping(_PATIENCE, _LEAST_GAIN)
     history, best, state = History(), 0, copy.deepcopy(head.state_dict())
     stopped = f"all {most:,} epochs were made"
@@ -164,6 +158,19 @@ def _descend(
             break
     head.load_state_dict(state)
     return Trained(kind, head, history, best, stopped)
+
+
+def rate_of(kind: str, options: HeadOptions) -> float:
+    """The learning rate of a head's first training."""
+    return options.lr or (1e-4 if kind == "classifier" else 1e-3)
+
+
+def balanced(labels: Tensor, options: HeadOptions) -> tuple[dict[str, Any], Callable[..., Tensor]]:
+    """What gives rare classes their weight: arguments of a loader over rows of these labels, and the loss."""
+    weight = class_weights(labels, options.classes) if options.balance != "none" else None
+    if options.balance == "sampler" and weight is not None:
+        return {"sampler": _sampler(labels, weight)}, _loss(labels, None)
+    return {"shuffle": True}, _loss(labels, None if weight is None else weight.to(options.device))
 
 
 def _loss(labels: Tensor, weight: Tensor | None) -> Callable[..., Tensor]:

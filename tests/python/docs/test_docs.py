@@ -35,6 +35,22 @@ GIVEN = {
 }
 
 
+def check_fine_tuned(page: dict[str, object]) -> None:
+    """The recipe has changed the block and the head, and neither what is before them nor any running statistics."""
+    network: torch.nn.Module = page["network"]  # type: ignore[assignment]
+    learns = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert {".".join(name.split(".")[:-2]) for name in learns} == {"0.body.layer4.1", ""}
+    pretrained = cnnrs.backbone("resnet18").state_dict()
+    best = torch.load("fine-tuned.pt", weights_only=True)
+    changed = {name for name in pretrained if not torch.equal(pretrained[name], best["model"][f"0.{name}"])}
+    assert changed <= {name.removeprefix("0.") for name in learns} and bool(changed) == (best["epoch"] >= 0)
+    assert set(best["model"]) == set(network.state_dict())
+
+
+#: What is looked at when a page has run.
+AFTER = {"training.md": check_fine_tuned}
+
+
 def blocks(name: str) -> list[tuple[str, str]]:
     """(language, text) of every fenced block that can be run."""
     found = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs" / name).read_text(), flags=re.M | re.S)
@@ -67,6 +83,7 @@ def test_blocks_run(name: str, cats_and_dogs: Path) -> None:
             words = shlex.split(line, comments=True)
             if words and words[0] == "cnnrs":
                 assert main(words[1:]) == 0, line
+    AFTER.get(name, lambda page: None)(namespace)
 
 
 def test_every_page_is_linked_and_links_lead_somewhere() -> None:

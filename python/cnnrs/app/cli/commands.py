@@ -88,6 +88,7 @@ examples:
   cnnrs train pets                                 vgg16, into runs/pets
   cnnrs train pets --backbone resnet50 --out runs/resnet
   cnnrs train pets --head mlp --epochs 30          features are there: seconds
+  cnnrs train pets --finetune last                 then its last block, on photos
   cnnrs train pets --weights vgg16-397923af.pth    without network
 
 exit codes: 0 trained, 2 it could not be done, 130 stopped by Ctrl-C; features that were
@@ -181,6 +182,12 @@ def train(parser: argparse.ArgumentParser) -> None:
     )
     add_columns(parser)
     add_reading(parser)
+    parser.add_argument(
+        "--finetune",
+        choices=("last", "all"),
+        help="a second stage, on the photos themselves: last trains the last block of the network with what is behind "
+        "it, all the whole network; says first what it takes, and keeps what was better (not in folds)",
+    )
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of split and training (default: 0)")
     parser.add_argument(
         "--features", type=place, metavar="DIR", help="where features are kept (default: beside the run)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -83,8 +84,7 @@ def measure(
         say: hears of the epochs.
         also: heads to train for comparison.
     """
-    few = len(data) < deal.FEW or len(set(groups)) < deal.FEW_GROUPS
-    if test is None and "test" not in parts and few:
+    if in_folds(parts, groups, test):
         return _by_folds(data, groups, kinds, makers, options, VALID if valid is None else valid, clock, say, also)
     split = deal.deal(
         data.labels, parts, groups, VALID if valid is None else valid, TEST if test is None else test, options.seed
@@ -96,7 +96,7 @@ def measure(
     split, note = deal.apart(split, data.labels, groups)
     say(f"{len(split.train):,} photos train, {len(split.valid):,} choose, {len(split.test):,} measure")
     with clock.stage("training"):
-        choice = choose(kinds, makers, data, split.train, split.valid, options, _teller(say), also)
+        choice = choose(kinds, makers, data, split.train, split.valid, options, teller(say), also)
     with clock.stage("result"):
         rows, how = (split.test, "test photos") if len(split.test) else (split.valid, "validation photos")
         scores = scores_of(choice.chosen.module, data.features, rows)
@@ -107,6 +107,12 @@ def measure(
                 scores_of(choice.chosen.module, data.features, split.valid), data.labels[split.valid]
             )
     return Measured(choice.chosen, rows, scores, how, bool(len(split.test)), tried, split, limits, note)
+
+
+def in_folds(parts: Sequence[Part | None], groups: Sequence[int | str], test: float | Path | None) -> bool:
+    """Whether rows, each of a part and a group, are so few that all of them measure, in folds."""
+    few = len(parts) < deal.FEW or len(set(groups)) < deal.FEW_GROUPS
+    return test is None and "test" not in parts and few
 
 
 def _by_folds(
@@ -150,7 +156,9 @@ def _tried(choices: Sequence[Choice]) -> list[Tried]:
     return sorted(found, key=lambda one: one.loss)
 
 
-def _teller(say: Callable[[str], None]) -> Callable[[str], Tell]:
+def teller(say: Callable[[str], None]) -> Callable[[str], Tell]:
+    """By what is trained: what says how its epochs go."""
+
     def announce(kind: str) -> Tell:
         def tell(epoch: int, most: int, trained: tuple[float, float], checked: tuple[float, float] | None) -> None:
             # Every one of the first ten, then ten of each power of ten.

@@ -25,12 +25,14 @@ from cnnrs.app.jobs.clock import Clock, typed
 from cnnrs.app.jobs.device import device_of
 from cnnrs.app.jobs.evidence import gather
 from cnnrs.app.jobs.features import compute, numbers_of
-from cnnrs.app.jobs.judge import headline, judge
-from cnnrs.app.jobs.measure import Measured, measure
+from cnnrs.app.jobs.finetune import check_head, check_parts, second_stage
+from cnnrs.app.jobs.judge import Verdict, headline, judge
+from cnnrs.app.jobs.measure import Measured, in_folds, measure
 from cnnrs.app.jobs.photos import Columns, Photos, Say, find_photos, name_of
 from cnnrs.app.report import write_report
 from cnnrs.classifier.choose_head import AUTO, COMPARED, Makers
 from cnnrs.classifier.heads import Preprocessing, cut, new_head
+from cnnrs.classifier.last_block import WHICH, Which
 from cnnrs.classifier.names import CLOSED, HEADS, REPORT
 from cnnrs.classifier.novelty import MOST_ROWS, Novelty
 from cnnrs.classifier.run_folder import Run, beside
@@ -69,6 +71,7 @@ def train(
     scale: str = "none",
     page: int = 0,
     exif: bool = True,
+    finetune: Which | None = None,
     seed: int = 0,
     features: Place | None = None,
     device: str | None = None,
@@ -109,6 +112,9 @@ def train(
         scale: of 16-bit and float images, as of :class:`cnnrs.DataLoader`: "none", "full" or "percentile".
         page: of files with several, from 0.
         exif: turn photos upright as their EXIF data say.
+        finetune: a second stage, on photos: "last" trains the last block of the network and what is behind it, "all"
+            the whole network. The photos that choose say which epoch is kept, and whether it is better than the first
+            stage, which stays otherwise, and when it is stopped. Not in folds.
         seed: of split and training.
         features: where features are kept; None: beside the run.
         device: "cpu" or "cuda"; None: cuda where there is one.
@@ -122,11 +128,15 @@ def train(
 
     Raises:
         FileNotFoundError: no photos, or no weights.
-        ValueError: the layout is unclear, a photo cannot be read, an option is no such value.
+        ValueError: the layout is unclear, a photo cannot be read, an option is no such value; ``finetune`` with head
+            "knn", or where photos are so few that they would measure in folds.
         FileExistsError: ``out`` holds something else than a run.
     """
     _check("head", head, (*HEADS, "auto"))
     _check("balance", balance, ("auto", "none", "loss", "sampler"))
+    if finetune is not None:
+        _check("finetune", finetune, WHICH)
+        check_head(head)
     _check_shares(valid, test)
     clock = Clock()
 
@@ -153,7 +163,9 @@ def train(
         )
     if isinstance(test, float) and "test" in photos.parts:
         raise ValueError(f"--test {test:g}: there is a folder to measure with already; leave the share out")
-    if head in CLOSED and (epochs is not None or lr is not None):
+    if finetune is not None:
+        check_parts(in_folds(photos.parts, photos.groups or [path for path, _ in photos.data.samples], test))
+    if head in CLOSED and finetune is None and (epochs is not None or lr is not None):
         say(f"note: epochs and learning rates are for heads trained by descent, {head} is solved for")
     say(f"{len(photos.data):,} photos of {_list(photos.classes)}")
     with clock.stage("looking at the photos"):
@@ -178,6 +190,10 @@ def train(
         said = None if photos.groups is None else [photos.groups[number] for number in numbers]
         groups_of, pairs, warnings = deal.join(rows, said)
         warnings += deal.contradictions(rows, pairs, photos.classes)
+    part_of = [photos.parts[number] for number in numbers]
+    if finetune is not None:
+        # Once more: what is alike is known only now.
+        check_parts(in_folds(part_of, groups_of, test))
     if balance == "auto":
         balance = "loss" if imbalance(rows.labels) >= UNBALANCED else "none"
         if balance != "none":
@@ -187,37 +203,82 @@ def train(
             )
     options = HeadOptions(len(photos.classes), epochs, batch_size, lr, balance, seed, on)  # type: ignore[arg-type]
     measured = measure(
-        FeatureDataset(*rows), [photos.parts[number] for number in numbers], groups_of,
-        AUTO if head == "auto" else (head,), _makers(parts.head, rows, len(photos.classes), dropout), options,
+        FeatureDataset(*rows), part_of, groups_of, AUTO if head == "auto" else (head,),
+        _makers(parts.head, rows, len(photos.classes), dropout), options,
         valid if isinstance(valid, float) else None, test if isinstance(test, float) else None, clock, say,
         also=() if parts.early else COMPARED,
     )  # fmt: skip
     warnings += [measured.note] if measured.note else []
-    with clock.stage("result"):
-        novelty = _novelty(rows, measured.split, seed)
-    verdict = judge(measured.scores, rows.labels[measured.rows], photos.classes, measured.thresholds)
-    facts = {
-        **verdict.facts, **_made_of(measured), "balance": balance, "data": str(root.resolve()), "weights": found.name,
-        "seed": seed, "command": typed("cnnrs.train"), "measured_with": _digest(rows, measured.rows),
-        "warnings": [*verdict.warnings, *glanced, *warnings],
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"), "versions": _versions(), "device": str(on),
-        "skipped": [{"path": path, "reason": reason} for path, reason in photos.skipped],
-        "seconds": round(time.perf_counter() - clock.start, 3),
-    }  # fmt: skip
-    run = Run(
-        parts.join(measured.trained.module).eval().cpu(), photos.classes, preprocessing, backbone,
-        measured.trained.kind, dropout, {**facts, "stages": clock.stages}, found.options, reading,
-        photos.data.multilabel, novelty,
-    )  # fmt: skip
-    evidence = gather(rows, measured, verdict, photos, numbers, groups_of, pairs, novelty, [*glanced, *warnings])
-    place = _save(run, place, old, measured.trained.history, force, say)
-    with clock.stage("report"):
-        write_report(place / REPORT, facts, evidence, run, clock.stages)
-    for text in (*verdict.warnings, *warnings):
-        say(f"note: {text}")
-    say(headline(facts))
-    say(f"{time.perf_counter() - clock.start:.0f} s in all; the report: {shown(str(place / REPORT))}")
+    outcome = _Outcome(rows, measured)
+
+    def made(outcome: _Outcome) -> Run:
+        """The classifier, with what is known of it."""
+        with clock.stage("result"):
+            novelty = _novelty(outcome.rows, outcome.measured.split, seed)
+        verdict = outcome.verdict(photos.classes)
+        facts = {
+            **verdict.facts, **_made_of(outcome.measured), **outcome.more, "balance": balance,
+            "data": str(root.resolve()), "weights": found.name, "seed": seed, "command": typed("cnnrs.train"),
+            "measured_with": _digest(rows, measured.rows), "warnings": [*verdict.warnings, *glanced, *warnings],
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"), "versions": _versions(),
+            "device": str(on), "skipped": [{"path": path, "reason": reason} for path, reason in photos.skipped],
+            "seconds": round(time.perf_counter() - clock.start, 3), "stages": clock.stages,
+        }  # fmt: skip
+        return Run(
+            parts.join(outcome.measured.trained.module).eval().cpu(), photos.classes, preprocessing, backbone,
+            outcome.measured.trained.kind, dropout, facts, found.options, reading, photos.data.multilabel, novelty,
+        )  # fmt: skip
+
+    def finish(run: Run, outcome: _Outcome, force: bool) -> None:
+        """Save and report."""
+        verdict = outcome.verdict(photos.classes)
+        where = _save(run, place, old, outcome.measured.trained.history, force, say)
+        assert run.novelty is not None
+        evidence = gather(
+            outcome.rows, outcome.measured, verdict, photos, numbers, groups_of, pairs, run.novelty,
+            [*glanced, *warnings], rows,
+        )  # fmt: skip
+        with clock.stage("report"):
+            write_report(where / REPORT, run.facts, evidence, run, clock.stages)
+        for text in (*verdict.warnings, *warnings):
+            say(f"note: {text}")
+        say(headline(run.facts))
+        say(f"{time.perf_counter() - clock.start:.0f} s in all; the report: {shown(str(where / REPORT))}")
+
+    run = made(outcome)
+    if finetune is not None:
+        if old is None:
+            # From here on a kill costs the second stage only. A run that is there is whole as well, and stays until it
+            # is known what it is to be compared with.
+            _save(run, place, None, measured.trained.history, force, say)
+        try:
+            second = second_stage(
+                finetune, run, parts.path, rows, measured, photos, numbers, options, clock, say, threads, verbose
+            )  # fmt: skip
+        except BaseException as error:
+            # Whatever has ended the second stage, the first is whole.
+            finish(run, outcome, force or old is None)
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"{shown(str(run.folder))} holds the first stage, not fine-tuned") from None
+            raise
+        outcome = _Outcome(second.rows, second.measured, {"finetune": second.tuned.facts()})
+        run = made(outcome)
+    # The first stage gives way to what the photos that choose found better, whatever those say that measure.
+    finish(run, outcome, force or (finetune is not None and old is None))
     return run
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """Features of all photos, what was trained on them and measured, and what else the card says."""
+
+    rows: Features
+    measured: Measured
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def verdict(self, classes: Sequence[str]) -> Verdict:
+        measured = self.measured
+        return judge(measured.scores, self.rows.labels[measured.rows], classes, measured.thresholds)
 
 
 # -- before anything takes time ------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from cnnrs.app.report import headline, photos, several
 from cnnrs.app.report.activation import NoMap, activation_maps
 from cnnrs.app.report.charts import curves, rates, reliability
 from cnnrs.app.report.evidence import ClassRow, Curve, Evidence
+from cnnrs.classifier.finetune import described
 from cnnrs.classifier.names import MISTAKES, REPORT, SUSPECTS
 from cnnrs.training.metrics import Confusion, Loss, calibration, confusion
 
@@ -98,6 +99,7 @@ def page(facts: Mapping[str, Any], evidence: Evidence, run: Run, stages: Mapping
         advice=headline.advice(evidence),
         mistakes_file=mistakes_path(path).name,
         **_threshold_curves(evidence),
+        finetuned=None if facts.get("finetune") is None else described(facts["finetune"]),
         stages=_stages(stages),
         made=_made(facts, run),
         command=shlex.join(["cnnrs", "predict", folder, _example(evidence)]),
