@@ -78,7 +78,7 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
     Args:
         model: any module; for fit it is looked at in its present mode (train or eval), for preconv in eval mode. It is
             not changed.
-        input_shape: (N, C, H, W) or (N, F) of a batch: some obstacles depend on it. None: (1, 3, 224, 224) for models
+        input_shape: (N, C, H, W) or (N, F) of a batch: some obstacles depend on it. None: (32, 3, 224, 224) for models
             that begin with a convolution of three channels and can run on that.
 
     What the check on the first batch of an earlier ``fit`` or ``preconv`` has found is among the reasons.
@@ -109,22 +109,28 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
         reasons += ("where loss, optimizer and options allow it, whole steps are recorded there once, and replayed",)
     operations = 0 if lowered is None or fit.reasons else len(lowered.graph) - 1
     order = memory_order.said(model) if trained.engine == "python" else None
-    front = None if trained.front is None else _said(trained.front)
-    if lowered is not None and trained.engine == "python" and model.training and (name := moving_statistics(lowered)):
-        front = (
-            f"{name} (BatchNorm2d) is frozen, but its statistics move: with cnnrs.freeze(module, statistics=True) they "
-            "do not, and the frozen layers run in native code, as in preconv"
-        )
+    front = _said(trained.front, fit) if trained.engine == "python" else None
     return Explanation(
         trained.engine, operations, reasons, "open" if is_open else preconv.engine, preconv.reasons, order, front
     )
 
 
-def _said(front: Front) -> str:
+def _said(front: Front | None, question: Question) -> str | None:
+    said = []
     how = "in native code, as in preconv: equal to the model up to float rounding"
-    if front.rest is None:
-        return f"validation: all {len(front.front.graph) - 1} operations run {how}"
-    return f"everything up to {front.last} is frozen and runs {how}; behind it the model's operations are called"
+    if front is not None and front.is_all:
+        said = [f"but large batches of validation: all {len(front.front.graph) - 1} operations run {how}"]
+    elif front is not None:
+        said = [f"but everything up to {front.end} is frozen and runs {how}"]
+    lowered, inputs = question.lowered, question.inputs
+    if lowered is None or inputs is None or not question.training:
+        return said[0] if said else None
+    if name := moving_statistics(lowered, inputs, question.batches):
+        said.append(
+            f"{name} (BatchNorm2d) is frozen, but its statistics move: with cnnrs.freeze(module, statistics=True) they "
+            "do not, and all layers in front of the first trained one run in native code, as in preconv"
+        )
+    return "; ".join(said) or None
 
 
 def _question(purpose: Literal["fit", "preconv"], model: nn.Module, input_shape: Sequence[int] | None) -> Question:
@@ -161,7 +167,7 @@ def _shape(lowered: Lowered, given: Sequence[int] | None) -> Sequence[int] | Non
                 lowered.graph.shapes([1, 3, 224, 224])
             except RuntimeError:
                 return None
-            return (1, 3, 224, 224) if channels == 3 else None
+            return (32, 3, 224, 224) if channels == 3 else None
         else:
             return None
     return None

@@ -6,17 +6,20 @@ validation, everything is front.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from cnnrs import _cnnrs
-from cnnrs._records import Node
-from cnnrs._util.notes import note_once
+from cnnrs._records import Attributes, Node
+from cnnrs._util.notes import note
 from cnnrs._util.plain import is_plain
 from cnnrs.engine import cpu_inference
+from cnnrs.engine.memory_order import MemoryOrder
+from cnnrs.engine.verify import outputs_differ
 from cnnrs.model.lowering import Lowered
 from cnnrs.model.player import play
 
@@ -29,29 +32,29 @@ _LEAST_FLOPS_PER_WEIGHT = 4000
 
 @dataclass(frozen=True)
 class Front:
-    """A network in two parts.
+    """Where a network is divided.
 
     Attributes:
-        front: from the batch to the value that training begins with.
-        rest: from there to the output; None where nothing is left.
-        at: the front's last operation.
-        last: its name and kind.
+        whole: the network.
+        front: its operations up to the value that training begins with.
+        last: number of the last of them.
         shape: of the samples that the front takes.
     """
 
+    whole: Lowered
     front: Lowered
-    rest: Lowered | None
-    at: int
-    last: str
+    last: int
     shape: tuple[int, ...]
 
-    def run(self, lowered: Lowered, tensors: list[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-        """The whole network, for a comparison with the module; behind the front over other tensors than its own."""
-        features = cpu_inference.network(self.front)(inputs)
-        if self.rest is None:
-            return features
-        rest = _behind(replace(lowered, tensors=tensors), self.at)
-        return play(rest, rest.tensors, features)
+    @property
+    def is_all(self) -> bool:
+        """Whether nothing is left behind it."""
+        return self.last == self.whole.output
+
+    @property
+    def end(self) -> str:
+        """Name and kind of the last operation."""
+        return f"{self.whole.names[self.last]} ({self.whole.kinds[self.last]})"
 
 
 def front_of(lowered: Lowered, inputs: torch.Tensor, training: bool, batches: int) -> Front | None:
@@ -65,165 +68,178 @@ def front_of(lowered: Lowered, inputs: torch.Tensor, training: bool, batches: in
         training: whether what requires gradients gets them.
         batches: how many of them an epoch has, as far as is known.
     """
-    if not is_plain(inputs) or inputs.device.type != "cpu" or inputs.dim() != 4 or inputs.dtype is not torch.float32:
+    if not _is_batch(inputs):
         return None
     last = _last(lowered, training)
-    if last == 0:
+    if not _is_worth(lowered, last, inputs, batches):
         return None
-    front, rest = _upto(lowered, last), None if last == lowered.output else _behind(lowered, last)
-    shapes = front.graph.shapes(list(inputs.shape))
-    flops = sum(cost for cost, _ in front.graph.costs(shapes))
-    weights = sum(tensor.numel() for tensor in front.tensors)
-    if flops < LEAST_FLOPS or flops * batches < _LEAST_FLOPS_PER_WEIGHT * weights:
-        return None
+    front = _upto(lowered, last)
     if cpu_inference.obstacle(front, inputs) is not None:
         return None
-    return Front(front, rest, last, f"{lowered.names[last]} ({lowered.kinds[last]})", tuple(inputs.shape[1:]))
+    return Front(lowered, front, last, tuple(inputs.shape[1:]))
 
 
-def _last(lowered: Lowered, training: bool) -> int:
+def moving_statistics(lowered: Lowered, inputs: torch.Tensor, batches: int) -> str | None:
+    """The batch norm that ends the front of a network in training because its statistics move, not its weights.
+
+    None where there is none, and where the front would not be worth its while without that.
+    """
+    last, further = _last(lowered, True), _last(lowered, True, statistics_move=False)
+    if further <= last or not _is_batch(inputs) or not _is_worth(lowered, further, inputs, batches):
+        return None
+    moving = (number for number, (_, kind, *_) in enumerate(lowered.operations) if kind == "BatchNorm2d")
+    return next((lowered.names[number] for number in moving if last < number <= further), None)
+
+
+def _is_batch(inputs: torch.Tensor) -> bool:
+    return is_plain(inputs) and inputs.device.type == "cpu" and inputs.dim() == 4 and inputs.dtype is torch.float32
+
+
+def _is_worth(lowered: Lowered, last: int, inputs: torch.Tensor, batches: int) -> bool:
+    reads = {index for numbers in lowered.graph.parameters()[: last + 1] for index in numbers}
+    weights = sum(lowered.tensors[index].numel() for index in reads)
+    costs = lowered.graph.costs(lowered.graph.shapes(list(inputs.shape)))
+    flops = sum(cost for cost, _ in costs[: last + 1])
+    return last > 0 and flops >= LEAST_FLOPS and flops * batches >= _LEAST_FLOPS_PER_WEIGHT * weights
+
+
+def _last(lowered: Lowered, training: bool, statistics_move: bool = True) -> int:
     """The last node that alone, of all up to it, is read behind it, and behind which nothing is trained yet; or 0."""
     reads = lowered.graph.parameters()
     last_reader = list(range(len(lowered.operations)))
-    best = 0
     for number, (_, _, sources, attributes) in enumerate(lowered.operations):
         # The number of samples is that of any value.
         sizes = [dim[0] for dim in attributes.get("dims", ()) if isinstance(dim, tuple) and dim[1] != 0]
         for node in (*sources, *sizes):
             last_reader[node] = number
-    open_until = 0
+    best, read_until = 0, 0
     for number, (_, kind, _, attributes) in enumerate(lowered.operations):
         trained = training and any(lowered.tensors[index].requires_grad for index in reads[number])
-        if trained or number > lowered.output or _is_in_motion(kind, attributes):
+        moves = _is_in_motion(kind, attributes) and (statistics_move or kind != "BatchNorm2d")
+        if trained or moves or number > lowered.output:
             break
-        if number > 0 and open_until <= number:
+        if number > 0 and read_until <= number:
             best = number
-        open_until = max(open_until, last_reader[number])
+        read_until = max(read_until, last_reader[number])
     return best
 
 
-def _is_in_motion(kind: str, attributes: dict[str, Any]) -> bool:
+def _is_in_motion(kind: str, attributes: Attributes) -> bool:
     """Whether it draws, or computes with the batch's own statistics."""
     if kind == "Dropout":
         return bool(attributes["training"] and attributes["p"] > 0.0)
     return kind == "BatchNorm2d" and (attributes["training"] or attributes["running_mean"] is None)
 
 
-def moving_statistics(lowered: Lowered) -> str | None:
-    """The batch norm in front of what is trained whose statistics move although its weights are frozen, if any."""
-    for number, reads in enumerate(lowered.graph.parameters()):
-        if any(lowered.tensors[index].requires_grad for index in reads):
-            return None
-        _, kind, _, attributes = lowered.operations[number]
-        if kind == "BatchNorm2d" and attributes["training"] and reads:
-            return lowered.names[number]
-    return None
-
-
-def _upto(lowered: Lowered, last: int) -> Lowered:
-    """The operations up to one of them, over the tensors that they read."""
-    operations = lowered.operations[: last + 1]
-    return _over_own_tensors(lowered, operations, last, list(range(last + 1)))
-
-
-def _behind(lowered: Lowered, last: int) -> Lowered:
-    """The operations behind one of them, whose value takes the place of the batch."""
-    first: Node = ("input", "Input", [], {})
-    moved = [max(node - last, 0) for node in range(len(lowered.operations))]
-    operations = [first, *lowered.operations[last + 1 :]]
-    return _over_own_tensors(lowered, operations, lowered.output - last, moved, last)
-
-
 #: Attributes that are indices of tensors.
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "factor")
 
 
-def _over_own_tensors(
-    lowered: Lowered, operations: list[Node], output: int, moved: list[int], skipped: int = 0
-) -> Lowered:
-    tensors: list[torch.Tensor] = []
+def _upto(lowered: Lowered, last: int) -> Lowered:
+    """The operations up to one of them, over the tensors that they read."""
     places: dict[int, int] = {}
-
-    def place(index: int) -> int:
-        if index not in places:
-            places[index] = len(tensors)
-            tensors.append(lowered.tensors[index])
-        return places[index]
-
-    made: list[Node] = []
-    for name, kind, sources, attributes in operations:
-        own = dict(attributes)
-        for key in _TENSORS:
-            if own.get(key) is not None:
-                own[key] = place(own[key])
-        if kind == "View":
-            own["dims"] = [(moved[dim[0]], dim[1]) if isinstance(dim, tuple) else dim for dim in own["dims"]]
-        made.append((name, kind, [moved[source] for source in sources], own))
-    graph = _cnnrs.Graph(made, output, [list(tensor.shape) for tensor in tensors])
-    start = skipped + 1
-    names = [made[0][0], *lowered.names[start : start + len(made) - 1]]
-    kinds = ["Input", *lowered.kinds[start : start + len(made) - 1]]
-    return Lowered(graph, tensors, names, kinds, made, output)
+    operations: list[Node] = []
+    for name, kind, sources, attributes in lowered.operations[: last + 1]:
+        read = {key: attributes[key] for key in _TENSORS if attributes.get(key) is not None}
+        own = {key: places.setdefault(index, len(places)) for key, index in read.items()}
+        operations.append((name, kind, sources, {**attributes, **own}))
+    tensors = [lowered.tensors[index] for index in places]
+    graph = _cnnrs.Graph(operations, last, [list(tensor.shape) for tensor in tensors])
+    return Lowered(graph, tensors, lowered.names[: last + 1], lowered.kinds[: last + 1], operations, last)
 
 
 class Network:
     """A model for batches of one shape, its front in the frozen engine.
 
     Args:
-        model: what is called for any other batch, and from the moment on at which others of its tensors are trained.
+        model: what is called for any other batch, and from the moment on at which something of it has changed.
         front: its parts.
+        orders: whether the rest may get its values in another order of memory.
+        training: whether there are gradients.
+        state: what somebody may change between the batches; equal as long as nothing has.
+        called_back: whether the user's code runs between the batches, which may write into weights.
+        check: whether two samples also go through PyTorch.
+
+    Attributes:
+        order: that of the values behind the front.
     """
 
-    def __init__(self, model: nn.Module, front: Front) -> None:
+    def __init__(
+        self, model: nn.Module, front: Front, *, orders: bool, training: bool, state: Callable[[], Any],
+        called_back: bool, check: bool,
+    ) -> None:  # fmt: skip
+        self.order = MemoryOrder(model, orders and not front.is_all, training, self._behind)
         self._model = model
         self._front = front
-        self._trained = self._requires_grad()
+        self._check = check
+        self._state = state
         self._network: _cnnrs.CpuNetwork | None = None
-        self._versions: list[Any] = []
-        self._on = True
+        self._is_on = True
+        self._before = self._known()
+        # What `.data` and NumPy write leaves no trace but the numbers.
+        tensors = front.front.tensors if called_back else []
+        self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
-    def stop(self) -> None:
-        """From now on the model is called."""
-        self._on, self._network = False, None
+    def __call__(self, inputs: Any) -> Any:
+        if not self._takes(inputs) or (features := self._features(inputs)) is None:
+            return self._model(inputs)
+        if self._front.is_all:
+            return features
+        whole = self._front.whole
+        return play(whole, whole.tensors, self.order.ordered(features), start=self._front.last)
 
-    def takes(self, inputs: Any) -> bool:
-        """Whether the front computes this batch."""
+    def _takes(self, inputs: Any) -> bool:
+        if not self._is_on:
+            return False
+        if self._known() != self._before or any(not torch.equal(now, before) for now, before in self._copies):
+            self._stop()
+            return False
         return (
-            self._on
-            and isinstance(inputs, torch.Tensor)
-            and is_plain(inputs)
-            and inputs.dtype is torch.float32
-            and inputs.device.type == "cpu"
+            isinstance(inputs, torch.Tensor)
+            and _is_batch(inputs)
             and tuple(inputs.shape[1:]) == self._front.shape
             and len(inputs) > 0
             and not inputs.requires_grad
             and inputs.is_contiguous()
-            and self._requires_grad() == self._trained
         )
 
-    def __call__(self, inputs: Any) -> Any:
-        if not self.takes(inputs):
-            return self._model(inputs)
-        try:
-            features = self._computed(inputs)
-        except MemoryError:
-            note_once(
-                "no memory for a frozen front",
-                f"no memory for a copy of the weights of {type(self._model).__name__} in the order of memory of the "
-                "faster engine: the model is called itself",
-            )
-            self.stop()
-            return self._model(inputs)
-        rest = self._front.rest
-        return features if rest is None else play(rest, rest.tensors, features)
-
-    def _computed(self, inputs: torch.Tensor) -> torch.Tensor:
-        # Somebody may load other weights meanwhile.
+    def _known(self) -> Any:
         tensors = self._front.front.tensors
-        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        if self._network is None or versions != self._versions:
-            self._network, self._versions = cpu_inference.network(self._front.front), versions
-        return self._network(inputs)
+        return self._state(), [(t.data_ptr(), t.requires_grad, 0 if t.is_inference() else t._version) for t in tensors]
 
-    def _requires_grad(self) -> list[bool]:
-        return [tensor.requires_grad for tensor in self._front.front.tensors]
+    def _features(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        """None where the model is to be called instead, from now on."""
+        front, new = self._front.front, self._network is None
+        try:
+            self._network = self._network or cpu_inference.network(front)
+            features = self._network(inputs)
+        except MemoryError:
+            self._stop(
+                "there is no memory for its frozen layers in native code, several times that of their weights: it is "
+                "called itself"
+            )
+            return None
+        if new and self._check and (reason := self._difference(inputs[:2], features[:2])):
+            self._stop(
+                f"it is called itself, because its frozen layers in native code do not do what they do: {reason}"
+            )
+            return None
+        return features
+
+    @torch.no_grad()
+    def _difference(self, inputs: torch.Tensor, features: torch.Tensor) -> str | None:
+        # What becomes of NaN in a sum is nobody's promise.
+        if not inputs.isfinite().all():
+            return None
+        front = self._front.front
+        return outputs_differ(play(front, front.tensors, inputs), features)
+
+    def _behind(self, features: torch.Tensor) -> torch.Tensor:
+        """The rest, on copies of what it changes."""
+        whole = self._front.whole
+        return play(whole, [tensor.detach().clone() for tensor in whole.tensors], features, start=self._front.last)
+
+    def _stop(self, reason: str = "") -> None:
+        self._is_on, self._network, self._copies = False, None, []
+        if reason:
+            note(f"fit, {type(self._model).__name__}: {reason}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +66,7 @@ def said(model: nn.Module) -> str | None:
         return None
     if reason := obstacle(model):
         return f"order of memory: that of the batches, because {reason}"
-    for (shape, _), trial in _MEASURED.get(model, {}).items():
+    for (shape, *_), trial in _MEASURED.get(model, {}).items():
         if trial.fails:
             return "order of memory: that of the batches, because the model does not run in channels_last"
         if trial.is_over:
@@ -118,12 +118,20 @@ class MemoryOrder:
         model: on the CPU, in the mode it will run in.
         allowed: whether this epoch may have another order than its batches; asked once, with :func:`obstacle`.
         training: whether batches are timed; validation follows what is known.
+        rest: the part of the model that gets them, on copies of what it changes; None: the model gets them. Of what it
+            consists of nothing sees strides.
     """
 
-    def __init__(self, model: nn.Module, allowed: bool, training: bool) -> None:
+    def __init__(
+        self, model: nn.Module, allowed: bool, training: bool, rest: Callable[[torch.Tensor], Any] | None = None
+    ) -> None:
         self._model = model
+        self._rest = rest
         self._training = training
-        may = allowed and obstacle(model) is None
+        if rest is None:
+            may = allowed and obstacle(model) is None
+        else:
+            may = allowed and not torch.are_deterministic_algorithms_enabled()
         self._known: dict[Any, _Trial] | None = _MEASURED.setdefault(model, {}) if may else None
         self._timed: tuple[_Trial, bool] | None = None
         self._seconds = 0.0
@@ -133,12 +141,13 @@ class MemoryOrder:
         self._timed, self._seconds = None, 0.0
         if self._known is None or not _may_change(inputs):
             return inputs
-        form = (tuple(inputs.shape[1:]), torch.get_num_threads())
+        form = (tuple(inputs.shape[1:]), torch.get_num_threads(), self._rest is None)
         trial = self._known.get(form)
         if trial is None:
-            if not self._training or inputs[:, 0].numel() < LEAST_PIXELS:
+            enough = inputs[:, 0] if self._rest is None else inputs
+            if not self._training or enough.numel() < LEAST_PIXELS:
                 return inputs
-            trial = self._known[form] = _Trial(len(inputs), not _runs(self._model, inputs))
+            trial = self._known[form] = _Trial(len(inputs), not _runs(self._rest or self._model, inputs))
         if not trial.is_over:
             if not self._training or len(inputs) != trial.size:
                 return inputs
@@ -176,7 +185,7 @@ def _may_change(inputs: Any) -> bool:
     )
 
 
-def _runs(model: nn.Module, inputs: torch.Tensor) -> bool:
+def _runs(model: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> bool:
     """Whether two samples in channels_last go through, and nobody can tell: on a copy that shares the parameters.
 
     ``view`` behind a convolution raises there; outputs of four dimensions would have other strides, which the loss may
@@ -189,9 +198,10 @@ def _runs(model: nn.Module, inputs: torch.Tensor) -> bool:
         # The run gives the same ones.
         warnings.simplefilter("ignore")
         try:
-            twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+            if isinstance(model, nn.Module):
+                model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
             with drawing:
-                outputs = twin(x)
+                outputs = model(x)
         except Exception:
             return False
         finally:

@@ -87,6 +87,14 @@ def _libtorch(lowered: Lowered, tensors: list[torch.Tensor], inputs: torch.Tenso
     return companion.network(lowered)(tensors, inputs)
 
 
+def outputs_differ(theirs: torch.Tensor, ours: torch.Tensor) -> str | None:
+    """Why two results are not the same up to rounding, None where they are."""
+    gap, size = _gap(theirs, ours), _size(theirs)
+    if gap <= _tolerance(theirs, None) * size:
+        return None
+    return f"values of up to {size:.3g} differ by up to {gap:.3g}"
+
+
 def known_difference(model: nn.Module, lowered: Lowered) -> str | None:
     """What :func:`differs` has found of a model with the same operations."""
     operations = repr(lowered.operations)

@@ -16,7 +16,7 @@ Visit = Callable[[int, torch.Tensor], object]
 
 
 def play(
-    lowered: Lowered, tensors: list[torch.Tensor], inputs: torch.Tensor, visit: Visit | None = None
+    lowered: Lowered, tensors: list[torch.Tensor], inputs: torch.Tensor, visit: Visit | None = None, start: int = 0
 ) -> torch.Tensor:
     """The output of a lowered model for one batch, with autograd behind it where Python has it on.
 
@@ -28,14 +28,17 @@ def play(
         tensors: what takes the place of ``lowered.tensors``.
         inputs: (N, ...).
         visit: sees every value before a later operation may overwrite it.
+        start: the node whose value ``inputs`` are; nothing behind it may read what is in front of it.
     """
     values: dict[int, torch.Tensor] = {}
     done = _last_read(lowered)
     for number, (_, kind, sources, attributes) in enumerate(lowered.operations):
-        if kind == "Input":
+        if number < start:
+            continue
+        if number == start:
             value = inputs
         elif kind == "View":
-            value = values[sources[0]].reshape(_sizes(attributes["dims"], values))
+            value = values[sources[0]].reshape(_sizes(attributes["dims"], values, inputs))
         else:
             value = OPERATIONS[kind](_Operation([values[source] for source in sources], attributes, tensors))
         values[number] = value
@@ -43,7 +46,7 @@ def play(
             visit(number, value)
         del value
         for node in done[number]:
-            del values[node]
+            values.pop(node, None)
     return values[lowered.output]
 
 
@@ -140,8 +143,9 @@ def _add(o: _Operation) -> torch.Tensor:
     return o.x.add_(o.values[1]) if o["inplace"] else o.x + o.values[1]
 
 
-def _sizes(dims: list[Any], values: dict[int, torch.Tensor]) -> list[int]:
-    return [dim if isinstance(dim, int) else values[dim[0]].shape[dim[1]] for dim in dims]
+def _sizes(dims: list[Any], values: dict[int, torch.Tensor], inputs: torch.Tensor) -> list[int]:
+    # In front of the start there are samples only, and as many.
+    return [dim if isinstance(dim, int) else values.get(dim[0], inputs).shape[dim[1]] for dim in dims]
 
 
 #: Kind of a node -> its function; ``Input`` and ``View`` are :func:`play`'s own.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain
-from operator import length_hint
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from cnnrs._util import plain
 from cnnrs._util.progress import progress as bar
+from cnnrs.data.loader import DataLoader
 from cnnrs.model.lowering import Lowered
 from cnnrs.model.modes import to_device
 
@@ -53,12 +54,16 @@ def on_device(
 
 
 def length_of(loader: Iterable[Any]) -> int:
-    """How many batches a loader says it has; 1 where it does not say."""
-    try:
-        return max(length_hint(loader), 1)
-    except Exception:
-        # A ``__len__`` of the user's own, which nothing else needs.
+    """How many batches a loader has; 1 where only code of the user's could tell, which the plain loop does not ask."""
+    if isinstance(loader, (list, tuple)):
+        return max(len(loader), 1)
+    if not isinstance(loader, torch.utils.data.DataLoader) or loader.batch_size is None:
         return 1
+    # Of an iterable data set the length is what its author says, and too much of it a warning.
+    known = type(loader) in (DataLoader, torch.utils.data.DataLoader) and not isinstance(
+        loader.dataset, IterableDataset
+    )
+    return max(len(loader), 1) if known and type(loader.sampler).__module__.startswith("torch.utils.data") else 1
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

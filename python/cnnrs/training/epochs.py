@@ -88,13 +88,14 @@ def _run(job: Job, engine: Engine, batches: Iterator[Any], rows: FeatureRows | N
         raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this:", *choice.reasons]))
     if choice.engine == "python":
         front = choice.front
-        if front is not None and job.check and _differs(job, lowered, "front", first[0], front.run):
+        if front is not None and job.check and (reason := _differs(job, lowered, "front", first[0])):
             front = None
+            _note_called(job, reason)
         return python_engine.run(job, batches, front=front)
     if reason := _called_for(job, lowered, choice.engine, first[0]):
         if engine != "auto":
             raise UnsupportedModelError(f"engine {engine!r} cannot run this model:\n{reason}")
-        note(f"fit calls {type(job.model).__name__} itself, as engine='python' does: {reason}")
+        _note_called(job, reason)
         return python_engine.run(job, batches)
     if choice.engine == "cpu":
         native = takes.natively(*first)
@@ -138,10 +139,12 @@ def _called_for(job: Job, lowered: Lowered, engine: str, inputs: torch.Tensor) -
     return _differs(job, lowered, engine, inputs) if job.check else None
 
 
-def _differs(
-    job: Job, lowered: Lowered, engine: str, inputs: torch.Tensor, run: verify.Run | None = None
-) -> str | None:
-    return verify.differs(job.model, lowered, inputs, engine=engine, run=run, optimizer=job.optimizer, amp=job.amp)
+def _note_called(job: Job, reason: str) -> None:
+    note(f"fit calls {type(job.model).__name__} itself, as engine='python' does: {reason}")
+
+
+def _differs(job: Job, lowered: Lowered, engine: str, inputs: torch.Tensor) -> str | None:
+    return verify.differs(job.model, lowered, inputs, engine=engine, optimizer=job.optimizer, amp=job.amp)
 
 
 def _only_the_module(job: Job) -> tuple[str, ...]:
@@ -249,7 +252,7 @@ def _run_cpu(job: Job, lowered: Lowered, stream: Stream, rows: FeatureRows | Non
         return cpu_training.run(
             job.epoch, job.phase, job.model, lowered, loss, job.optimizer, batches,
             loop.clip, loop.accumulate, Watch(job, stream) if loop.on_batch_end is not None else None,
-            unseen=rows is not None or job.unseen,
+            unseen=job.unseen,
         )  # fmt: skip
 
     if rows is not None:

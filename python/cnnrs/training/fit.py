@@ -129,14 +129,16 @@ def fit(
     device, asked = device_of(model), arguments.amp_dtype(amp)
     around = autocast_dtype(device) if asked is None else None
     model.train(phase == "training")
+    found = FeatureRows.of(loader)
     job = Job(
         epoch, phase, model, loss_fn, optimizer if phase == "training" else None, device, loop, channels_last,
         asked or around, scaled=asked is torch.float16, around=around is not None, check=check,
         orders=engine == "auto" and memory_format is None and (asked or around) is None and device.type == "cpu",
-        batches=length_of(loader), unseen=type(loader) in (list, tuple),
+        batches=length_of(loader),
+        unseen=on_batch_end is None and (found is not None or type(loader) in (list, tuple)),
     )  # fmt: skip
     shown = verbose if progress is None else progress
-    rows = FeatureRows.of(loader) if on_batch_end is None and not (shown and is_shown()) else None
+    rows = found if on_batch_end is None and not (shown and is_shown()) else None
     batches = on_device(loader, device, channels_last, f"{phase} epoch {epoch}", shown)
     totals = epochs.run(job, engine, batches, rows)
     if totals.samples == 0:

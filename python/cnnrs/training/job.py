@@ -55,7 +55,7 @@ class Job:
         check: whether the first batch also goes through the module itself.
         orders: whether a called module may get its batches in another order of memory.
         batches: how many there are; 1 where there is no telling.
-        unseen: whether batches come without code of the user's, who could look at the weights.
+        unseen: whether no code of the user's runs between the batches, who could look at model and optimizer.
     """
 
     epoch: int

@@ -41,7 +41,6 @@ def run(job: Job, batches: Iterator[Any], before: Totals | None = None, front: F
 
     def after(batch: int, mean: float) -> None:
         job.call_user(batch, mean)
-        engine.look_again()
 
     try:
         called = None if job.loop.on_batch_end is None else after
@@ -72,9 +71,17 @@ class _Engine:
         self._job = job
         self._begins = begins
         self._clip = job.loop.clipper()
-        self._network = None if front is None else Network(job.model, front)
-        self._modules = self._as_they_are()
-        self._order = MemoryOrder(job.model, job.orders and front is None, job.optimizer is not None)
+        training = job.optimizer is not None
+        self._network: Network | None = None
+        if front is None:
+            self._order = MemoryOrder(job.model, job.orders, training)
+        else:
+            self._network = Network(
+                job.model, front, orders=job.orders, training=training, check=job.check,
+                state=lambda: None if job.unseen else modules_as_they_are(job.model),
+                called_back=job.loop.on_batch_end is not None,
+            )  # fmt: skip
+            self._order = self._network.order
         self._pending: list[torch.Tensor] = []
         self._scaler: torch.amp.GradScaler | None = None
         #: What an optimizer with a closure evaluates again: the batches since its last step, and their losses.
@@ -88,7 +95,8 @@ class _Engine:
     def forward(self, inputs: Any, targets: Any, training: bool) -> tuple[float, float, int | None, int, int]:
         """Outputs and loss of one batch; returns what to count of it."""
         self.kept.keep()
-        inputs = self._order.ordered(inputs)
+        if self._network is None:
+            inputs = self._order.ordered(inputs)
         with self._order.timing():
             outputs, loss = self._evaluate(inputs, targets, training)
         self._pending[:] = [loss]
@@ -97,15 +105,6 @@ class _Engine:
         with torch.no_grad(), self._job.autocast(keep=False):
             samples = samples_of(inputs, targets, outputs)
             return (*counts(measured(self._job.loss_fn, loss, outputs, targets, samples)), samples)
-
-    def look_again(self) -> None:
-        """The user has had the model in hand."""
-        if self._network is not None and self._as_they_are() != self._modules:
-            self._network.stop()
-
-    def _as_they_are(self) -> Any:
-        watched = self._network is not None and self._job.loop.on_batch_end is not None
-        return modules_as_they_are(self._job.model) if watched else None
 
     def _evaluate(self, inputs: Any, targets: Any, training: bool) -> tuple[Any, torch.Tensor]:
         job = self._job

@@ -14,9 +14,10 @@ from torch import nn
 import cnnrs
 import tutorial
 import which_engine
-from cnnrs.engine import cpu_inference, frozen_front
+from cnnrs.engine import cpu_inference, frozen_front, memory_order
 from cnnrs.engine.frozen_front import front_of
 from cnnrs.model.lowering import lower
+from cnnrs.training.batches import length_of
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -51,13 +52,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the batches that a front has computed."""
     found: list[int] = []
-    original = frozen_front.Network._computed
+    original = frozen_front.Network._features
 
-    def spy(self: Any, inputs: torch.Tensor) -> torch.Tensor:
-        found.append(len(inputs))
-        return original(self, inputs)
+    def spy(self: Any, inputs: torch.Tensor) -> torch.Tensor | None:
+        features = original(self, inputs)
+        if features is not None:
+            found.append(len(inputs))
+        return features
 
-    monkeypatch.setattr(frozen_front.Network, "_computed", spy)
+    monkeypatch.setattr(frozen_front.Network, "_features", spy)
     return found
 
 
@@ -150,7 +153,7 @@ def test_validation_computes_the_whole_network(loss_fn: Any, computed: list[int]
 
 def ends(model: nn.Module, training: bool = True, size: int = 16) -> str | None:
     front = front_of(lower(model.train(training), gradients=training), torch.zeros(2, 3, size, size), training, 1)
-    return None if front is None else front.last
+    return None if front is None else front.end
 
 
 @pytest.mark.parametrize(
@@ -223,6 +226,21 @@ def test_short_epochs_of_many_weights_are_not_worth_their_while(monkeypatch: pyt
     assert front_of(lowered, inputs, training=False, batches=2) is None
 
 
+def test_how_many_batches_there_are_is_asked_of_nobody_who_does_not_know(recwarn: pytest.WarningsRecorder) -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return ((x[0], y[0]) for x, y in batches(7))
+
+        def __len__(self) -> int:
+            return 2
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=2)
+    cnnrs.fit(0, net(), loader, "validation", loss_fn=F.cross_entropy, verbose=False)
+    assert length_of(loader) == 1 and length_of(iter([])) == 1 and length_of(batches(7)) == 8
+    assert length_of(cnnrs.DataLoader([0] * 7, batch_size=2)) == 4
+    assert not recwarn.list
+
+
 # -- what else may come --------------------------------------------------------------------------------------
 
 
@@ -248,55 +266,64 @@ def test_other_batches_are_called(computed: list[int]) -> None:
     close(ours, theirs)
 
 
-@pytest.mark.parametrize("change", ["unfreeze", "eval", "replace", "weights", "hook", "rates"])
+def changed(change: str, model: Net, optimizer: torch.optim.Optimizer) -> None:
+    """What a user's code may do between two batches."""
+    torch.manual_seed(8)
+    if change == "unfreeze":
+        cnnrs.unfreeze(model.a)
+    elif change == "eval":
+        model.eval()
+    elif change == "front":
+        model.stem = cnnrs.freeze(nn.Conv2d(3, 16, 3, stride=2, padding=1))
+    elif change == "rest":
+        model.b = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1))
+    elif change == "p":
+        model.drop.p = 0.9
+    elif change == "weights":
+        with torch.no_grad():
+            model.a[0].weight.mul_(2)
+    elif change == "data":
+        model.a[0].weight.data.mul_(2)
+    elif change == "numpy":
+        model.a[0].weight.detach().numpy()[:] *= 2
+    elif change == "hook":
+        model.a.register_forward_hook(lambda module, args, output: output * 0.5)
+    else:
+        optimizer.param_groups[0]["lr"] = 0.001
+
+
+CHANGES = ["unfreeze", "eval", "front", "rest", "p", "weights", "data", "numpy", "hook", "rates"]
+
+
+@pytest.mark.filterwarnings("ignore:on_batch_end has left the model in eval mode")
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_the_user_changes_between_batches_holds(change: str, computed: list[int]) -> None:
-    def changing(model: Net, optimizer: torch.optim.Optimizer) -> Callable[[int, float], None]:
-        def changed(batch: int, mean: float) -> None:
-            if batch != 1:
-                return
-            torch.manual_seed(8)
-            if change == "unfreeze":
-                cnnrs.unfreeze(model.a)
-            elif change == "eval":
-                model.eval()
-            elif change == "replace":
-                model.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
-            elif change == "weights":
-                with torch.no_grad():
-                    model.a[0].weight.mul_(2)
-            elif change == "hook":
-                model.a.register_forward_hook(lambda module, args, output: output * 0.5)
-            else:
-                optimizer.param_groups[0]["lr"] = 0.001
-
-        return changed
-
     theirs, their_optimizer, ours, our_optimizer = tutorial.twins(net(), sgd)
-    call = changing(theirs, their_optimizer)  # type: ignore[arg-type]
+
+    def changing(model: Any, optimizer: torch.optim.Optimizer) -> Callable[[int, float], None]:
+        return lambda batch, mean: changed(change, model, optimizer) if batch == 1 else None
+
+    call = changing(theirs, their_optimizer)
     expected = trained(theirs, batches(), their_optimizer, engine="python", on_batch_end=call)
-    call = changing(ours, our_optimizer)  # type: ignore[arg-type]
+    call = changing(ours, our_optimizer)
     assert trained(ours, batches(), our_optimizer, on_batch_end=call) == pytest.approx(expected, rel=1e-5)
-    assert len(computed) == (5 if change in ("weights", "rates") else 2)
+    assert len(computed) == (5 if change == "rates" else 2)
     close(ours, theirs)
 
 
-def test_a_loader_that_trains_is_followed(computed: list[int]) -> None:
-    def loading(model: Net) -> Iterator[Any]:
+@pytest.mark.parametrize("change", [change for change in CHANGES if change not in ("data", "numpy", "eval")])
+def test_what_a_loader_changes_holds(change: str, computed: list[int]) -> None:
+    def loading(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
         for number, batch in enumerate(batches()):
-            if number == 1:
-                with torch.no_grad():
-                    model.stem.weight.mul_(2)
-            elif number == 2:
-                model.stem.weight.data = model.stem.weight.data * 0.25
-            elif number == 3:
-                model.a[0].weight.requires_grad_(True)
+            if number == 2:
+                changed(change, model, optimizer)
             yield batch
 
     theirs, their_optimizer, ours, our_optimizer = tutorial.twins(net(), sgd)
     torch.manual_seed(5)
-    expected = tutorial.fit(theirs, loading(theirs), "training", their_optimizer, F.cross_entropy)  # type: ignore[arg-type]
-    got = trained(ours, loading(ours), our_optimizer)  # type: ignore[arg-type]
-    assert got == pytest.approx(expected, rel=1e-5) and computed == [6, 6, 6]
+    expected = tutorial.fit(theirs, loading(theirs, their_optimizer), "training", their_optimizer, F.cross_entropy)
+    assert trained(ours, loading(ours, our_optimizer), our_optimizer) == pytest.approx(expected, rel=1e-5)
+    assert len(computed) == (5 if change == "rates" else 2)
     close(ours, theirs)
 
 
@@ -308,23 +335,70 @@ def test_without_memory_the_model_is_called(monkeypatch: pytest.MonkeyPatch) -> 
     theirs, their_optimizer, ours, our_optimizer = tutorial.twins(net(), sgd)
     torch.manual_seed(5)
     expected = tutorial.fit(theirs, batches(), "training", their_optimizer, F.cross_entropy)
-    with pytest.warns(UserWarning, match="no memory for a copy of the weights of Net"):
+    with pytest.warns(UserWarning, match="fit, Net: there is no memory for its frozen layers in native code"):
         assert trained(ours, batches(), our_optimizer) == expected
     assert tutorial.same(ours.state_dict(), theirs.state_dict())
 
 
 def test_a_forward_that_does_more_is_called(computed: list[int]) -> None:
     class Doubled(Net):
-        """Its operations do not say what happens around them."""
+        """Tells what looks at it from what runs it."""
 
-        def __call__(self, x: torch.Tensor) -> torch.Tensor:
-            return super().__call__(x) * 2  # type: ignore[no-any-return]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return F.relu(y) if type(x) is torch.Tensor else y
 
     model = Doubled()
-    cnnrs.freeze(model.stem)
     expected = cnnrs.fit(0, model, batches(), "validation", loss_fn=F.cross_entropy, engine="python", verbose=False)
-    got = cnnrs.fit(0, model, batches(), "validation", loss_fn=F.cross_entropy, verbose=False)
+    with pytest.warns(UserWarning, match="fit calls Doubled itself, .* its outputs"):
+        got = cnnrs.fit(0, model, batches(), "validation", loss_fn=F.cross_entropy, verbose=False)
     assert got == expected and not computed
+
+
+def test_a_front_that_computes_something_else_is_left(monkeypatch: pytest.MonkeyPatch, computed: list[int]) -> None:
+    original = cpu_inference.network
+    monkeypatch.setattr(cpu_inference, "network", lambda lowered: lambda inputs: original(lowered)(inputs) * 1.01)
+    theirs, their_optimizer, ours, our_optimizer = tutorial.twins(net(), sgd)
+    torch.manual_seed(5)
+    expected = tutorial.fit(theirs, batches(), "training", their_optimizer, F.cross_entropy)
+    with pytest.warns(UserWarning, match="its frozen layers in native code do not do what they do"):
+        assert trained(ours, batches(), our_optimizer) == expected
+    assert not computed and tutorial.same(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("name", "frozen"), [("resnet18", "layer4"), ("mobilenet_v3_small", "features.11")])
+def test_networks_people_fine_tune_have_a_front(
+    name: str, frozen: str, seed: int, computed: list[int], recwarn: pytest.WarningsRecorder
+) -> None:
+    import torchvision
+
+    torch.manual_seed(seed)
+    model = cnnrs.freeze(torchvision.models.get_model(name, num_classes=3), statistics=True)
+    for part in (model.get_submodule(frozen), list(model.modules())[-1]):
+        cnnrs.unfreeze(part)
+    data = [(torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]))] * 2
+    trained(model, data, sgd([p for p in model.parameters() if p.requires_grad]))
+    assert computed == [4, 4] and not recwarn.list
+
+
+def test_the_rest_may_have_another_order_of_memory(monkeypatch: pytest.MonkeyPatch, computed: list[int]) -> None:
+    monkeypatch.setattr(memory_order, "LEAST_PIXELS", 1)
+    seen: list[bool] = []
+    original = memory_order.MemoryOrder.ordered
+
+    def ordered(self: Any, inputs: Any) -> Any:
+        result = original(self, inputs)
+        seen.append(result.is_contiguous(memory_format=torch.channels_last))
+        return result
+
+    monkeypatch.setattr(memory_order.MemoryOrder, "ordered", ordered)
+    theirs, their_optimizer, ours, our_optimizer = tutorial.twins(net(), sgd)
+    torch.manual_seed(5)
+    expected = tutorial.fit(theirs, batches(8), "training", their_optimizer, F.cross_entropy)
+    assert trained(ours, batches(8), our_optimizer) == pytest.approx(expected, rel=1e-5)
+    assert seen[:8] == [False, True] * 4 and len(computed) == 9
+    close(ours, theirs)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights() -> None:
@@ -343,13 +417,25 @@ def test_a_loss_that_is_not_finite_leaves_the_weights() -> None:
 def test_explain_names_it() -> None:
     model = net()
     why = cnnrs.explain(model.train(), (8, 3, 16, 16))
-    assert why.engine == "python" and why.front is not None and "everything up to relu_1 (ReLU) is frozen" in why.front
+    assert why.engine == "python" and why.front is not None
+    assert why.front.startswith("but everything up to relu_1 (ReLU) is frozen") and "move" not in why.front
     assert why.front in str(why)
     everything = cnnrs.explain(model.eval(), (8, 3, 16, 16)).front
-    assert everything is not None and everything.startswith("validation: all 13 operations run in native code")
+    assert everything is not None and "all 13 operations run in native code" in everything
     assert cnnrs.explain(net(lambda net: []).train(), (8, 3, 16, 16)).front is None
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_explain_names_statistics_that_move(affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # Frozen weights alone: who does that means the statistics too, as a rule.
     model = net(lambda net: [net.stem])
+    if not affine:
+        model.a[1] = nn.BatchNorm2d(16, affine=False)
     model.a.requires_grad_(False)
-    assert "a.1 (BatchNorm2d) is frozen, but its statistics move" in str(cnnrs.explain(model.train(), (8, 3, 16, 16)))
+    front = str(cnnrs.explain(model.train(), (8, 3, 16, 16)).front)
+    assert "everything up to relu (ReLU) is frozen" in front
+    assert "a.1 (BatchNorm2d) is frozen, but its statistics move" in front
     assert "move" not in str(cnnrs.explain(model.eval(), (8, 3, 16, 16)))
+    # Not where it would not help.
+    monkeypatch.undo()
+    assert cnnrs.explain(model.train(), (8, 3, 16, 16)).front is None

@@ -19,14 +19,14 @@ BATCH = 5
 
 
 def head() -> nn.Module:
-    """2^18 weights and more in the first layer; smooth, so that rounding does not grow."""
+    """2^22 weights and more in the first layer; smooth, so that rounding does not grow."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(701, 400), nn.Tanh(), nn.Linear(400, 3))
+    return nn.Sequential(nn.Linear(10_501, 400), nn.Tanh(), nn.Linear(400, 3))
 
 
 def columns(rows: int = 63) -> tuple[torch.Tensor, torch.Tensor]:
     drawn = torch.Generator().manual_seed(1)
-    return torch.randn(rows, 701, generator=drawn), torch.randint(3, (rows,), generator=drawn)
+    return torch.randn(rows, 10_501, generator=drawn), torch.randint(3, (rows,), generator=drawn)
 
 
 def batches(features: torch.Tensor, labels: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -119,6 +119,13 @@ def test_an_epoch_that_ends_early_has_taken_every_step_before(data: Callable[...
     same(ours.parameters(), theirs.parameters())
     same(*([sgd.state[p]["momentum_buffer"] for p in m.parameters()]
            for m, sgd in ((ours, our_sgd), (theirs, their_sgd))))  # fmt: skip
+
+
+def test_a_bar_changes_nothing(unseen: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cnnrs.training.fit.is_shown", lambda: True)
+    model = head()
+    fit(model, rows(*columns()), torch.optim.SGD(model.parameters(), lr=0.01), progress=True)
+    assert unseen == [True]
 
 
 def test_what_cannot_wait_does_not(unseen: list[bool]) -> None:

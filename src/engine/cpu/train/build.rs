@@ -15,7 +15,7 @@ use super::layers::softmax::Softmax;
 use super::maps::{broadcast_map, mean_targets};
 use super::memory::{Place, Slot};
 use super::structure::{Item, Structure};
-use super::waiting::most_steps;
+use super::waiting::{is_worth, most_steps};
 use crate::engine::cpu::common::analysis::axis;
 use crate::engine::cpu::common::geometry::{self, Reduce, Span, Window};
 use crate::engine::cpu::train::kernels::skinny::PANEL;
@@ -314,7 +314,8 @@ impl<'a> Builder<'a> {
         let nothing = Slot { place: Place::Worker, offset: 0, len: 0 };
         let most = most_steps(self.batch);
         // The derivative of an input is that of the weights as they are: who wants it cannot wait.
-        let kept = (trained && input.grad.is_none() && most > 1).then(|| {
+        let waits = trained && input.grad.is_none() && most > 1 && is_worth(in_features, out_features);
+        let kept = waits.then(|| {
             let (batch, columns) = (self.batch, LargeLinear::columns(self.batch * most, in_features));
             Kept {
                 most,

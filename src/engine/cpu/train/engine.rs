@@ -219,11 +219,13 @@ impl<'a, B: HostBatch> CpuEngine<'a, B> {
 
     /// Takes the steps that wait.
     fn settle(&mut self) -> Result<()> {
-        if self.steps_wait() {
-            self.run(None, |plan, team, pass| plan.settle(team, pass))?;
-            self.updates.waiting.steps = 0;
+        if !self.steps_wait() {
+            return Ok(());
         }
-        Ok(())
+        let result = self.run(None, |plan, team, pass| plan.settle(team, pass));
+        // Whatever has become of them: never twice.
+        self.updates.waiting.steps = 0;
+        result
     }
 
     /// As the optimizer's groups have changed.

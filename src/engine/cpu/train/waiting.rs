@@ -13,6 +13,11 @@ const MOST_SAMPLES: usize = 40;
 /// Batches of more samples are bound by arithmetic, not by the bus.
 pub const FEW_SAMPLES: usize = 8;
 
+/// Outputs that make carrying the weights dearer than multiplying the inputs with those of all steps that wait.
+const LEAST_OUTPUTS: usize = 2 * MOST_SAMPLES;
+/// Weights that no core's cache holds. Tests make do with fewer.
+const LEAST_WEIGHTS: usize = if cfg!(test) { 1 << 18 } else { 1 << 22 };
+
 /// How many steps wait, in one epoch of one batch size.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Waiting {
@@ -24,6 +29,11 @@ pub struct Waiting {
 /// Steps that are taken together, for batches of this size; 1: none waits.
 pub fn most_steps(batch: usize) -> usize {
     if (1..=FEW_SAMPLES).contains(&batch) { MOST_SAMPLES / batch } else { 1 }
+}
+
+/// Whether a layer gains by that.
+pub fn is_worth(in_features: usize, out_features: usize) -> bool {
+    out_features >= LEAST_OUTPUTS && in_features * out_features >= LEAST_WEIGHTS
 }
 
 /// Weights after some steps: `weight W + momentum B + sum over the steps of steps[i] G_i`, of the weights and the momentum
