@@ -4,7 +4,7 @@ import resource
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +76,8 @@ CATDOG = Case("CatDogNet, batches of 32", cnnrs.models.CatDogNet, (3, 224, 224),
 CASES = [
     MNIST,
     CATDOG,
-    head(5, 4),
+    # As many steps as a hundred photos make.
+    head(5, 20),
     head(32, 3),
     head(64, 2),
     Case("SimpleCNN, batches of 32", cnnrs.models.SimpleCNN, (3, 32, 32), 32, 10, 30),
@@ -132,19 +133,24 @@ VALIDATED = [
 ]
 
 
-def comparisons() -> list[Any]:
-    """The tutorial's two networks, the head of VGG16, a network with batch norm; what a step costs and why."""
+def comparisons() -> Iterator[Any]:
+    """The tutorial's networks and heads, networks people fine-tune, validation; what a step costs and why.
+
+    One after the other: together their models would fill the memory.
+    """
     warnings.filterwarnings("ignore", message="dropout2d: Received a 2-D input")
-    return [
-        *(Comparison(f"Training: {case.name}", "ms/step", contenders(case), rounds=5) for case in CASES),
-        *(AgainstBetter(f"Training: {case.name}, whole", "ms/step", both_orders(case)) for case in CALLED),
-        *(AgainstBetter(f"Training: {case.name}", "ms/step", both_orders(case)) for case in PARTLY),
-        *(AgainstBetter(f"Validation: {case.name}", "ms/batch", validations(case)) for case in VALIDATED),
-        Comparison("Training: MnistNet, batches of 32, loading included", "ms/step", with_loader(), rounds=3),
-        *(on_gpu() if torch.cuda.is_available() else []),
-        Sweep(),
-        Limits([MNIST, CATDOG, *(head(batch, 2) for batch in (5, 32, 64))]),
-    ]
+    for case in CASES:
+        yield Comparison(f"Training: {case.name}", "ms/step", contenders(case), rounds=5)
+    for case in CALLED:
+        yield AgainstBetter(f"Training: {case.name}, whole", "ms/step", both_orders(case))
+    for case in PARTLY:
+        yield AgainstBetter(f"Training: {case.name}", "ms/step", both_orders(case))
+    for case in VALIDATED:
+        yield AgainstBetter(f"Validation: {case.name}", "ms/batch", validations(case))
+    yield Comparison("Training: MnistNet, batches of 32, loading included", "ms/step", with_loader(), rounds=3)
+    yield from on_gpu() if torch.cuda.is_available() else []
+    yield Sweep()
+    yield Limits([MNIST, CATDOG, *(head(batch, 2) for batch in (5, 32, 64))])
 
 
 def contenders(case: Case) -> list[Contender]:

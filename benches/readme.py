@@ -5,12 +5,15 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 #: Contenders that the README compares with.
-THEIRS = ("torchvision + DataLoader", "the tutorial's loop", "torch eager", "ONNX Runtime", "OpenVINO")
+THEIRS = (
+    "torchvision + DataLoader", "the tutorial's loop", "the plain loop", "torch eager", "ONNX Runtime", "OpenVINO",
+)  # fmt: skip
 LINK = "[benches/RESULTS.md](benches/RESULTS.md)"
 #: What a reader wants to know first, where cnnrs gains little included; the beginnings of titles.
 SHOWN = (
     "Loading: 700 photos", "Loading: 32 large photos", "Training: MnistNet, batches of 32", "Training: CatDogNet",
-    "Training: head of VGG16 (25088-4096-4096-2), batches of 64", "Training: resnet18 at 64 x 64",
+    "Training: head of VGG16 (25088-4096-4096-2), batches of 64", "Training: resnet18 at 224 x 224",
+    "Validation: resnet18 at 224 x 224",
     "Frozen vgg16.features, batches of 8", "Frozen resnet50", "Frozen efficientnet_lite0",
 )  # fmt: skip
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
@@ -41,7 +44,8 @@ def figures(results: str) -> str:
         ]
         if not theirs or not ours or not title.startswith(SHOWN):
             continue
-        fastest = max(theirs, key=lambda name: float(cells[name].replace(",", "")))
+        best = max if unit[1].endswith("/s") else min
+        fastest = best(theirs, key=lambda name: float(cells[name].replace(",", "")))
         ratio = better[1] if better else ratios[ours[0]]
         rows.append(f"| {title} | {cells[fastest]} {unit[1]} | {cells[ours[0]]} {unit[1]} | {ratio} |")
     return "\n".join([*rows, "", f"{where(results)}. Spread, other contenders, all measurements: {LINK}.", ""])
