@@ -40,6 +40,8 @@ _HEAD_RATE, _BODY_RATE = 0.1, 0.01
 # Both rise over this share of all steps, because the optimizer's averages are empty at first, and fall to nothing over
 # the rest, as in the first of the two. So all epochs are made: the last, small steps are what the others were for.
 _WARM = 0.1
+# What a card says where the second stage was killed, stopped, or met an error.
+_UNFINISHED = "interrupted"
 # Steps that are timed; the first sets PyTorch's kernels up and does not count.
 _TIMED = 4
 
@@ -59,7 +61,9 @@ class Plan:
         steps: of each.
         rates: largest learning rate of the network's layers, and of the head.
         before: (loss, accuracy) of the first stage on the photos that choose.
-        seconds: that all of it would take.
+        seconds: that all of it would take, the features of all photos that are computed again afterwards included.
+
+    Where a loss is not finite before anything has learnt, the last two are NaN.
     """
 
     which: Which
@@ -79,7 +83,8 @@ class Tuned:
 
     Attributes:
         plan: what it was going to do.
-        kept: whether the network is the fine-tuned one; otherwise it is that of the first stage, bit for bit.
+        kept: whether the network is the fine-tuned one, as it was after the epoch ``best``; otherwise it is that of the
+            first stage, bit for bit.
         why: why training ended before all epochs were made, in words; "" where they were.
         history: of its epochs.
         best: the epoch with the least loss on the photos that choose, from 0.
@@ -109,9 +114,22 @@ class Tuned:
 
 
 def _figures(found: Sequence[float]) -> dict[str, float | None]:
-    loss, accuracy = found
     # Several labels per photo have no accuracy.
-    return {"loss": round(loss, 6), "accuracy": None if math.isnan(accuracy) else round(accuracy, 4)}
+    loss, accuracy = (value if math.isfinite(value) else None for value in found)
+    return {
+        "loss": None if loss is None else round(loss, 6), "accuracy": None if accuracy is None else round(accuracy, 4)
+    }  # fmt: skip
+
+
+def unfinished(which: Which) -> dict[str, Any]:
+    """For the card of a first stage whose second has not come to its end."""
+    return {"which": which, "kept": False, "stopped": _UNFINISHED}
+
+
+def is_unfinished(card: Mapping[str, Any]) -> bool:
+    """Whether a card is of such a run."""
+    facts = card.get("finetune")
+    return isinstance(facts, Mapping) and facts.get("stopped") == _UNFINISHED
 
 
 def fine_tune(
@@ -136,45 +154,71 @@ def fine_tune(
         announce: hears the plan before training begins.
         tell: called after every epoch, as that of ``train_head``.
         progress: whether bars are shown.
+
+    Raises:
+        ValueError: nothing could choose, or there is nothing beside the head.
     """
     start = time.perf_counter()
     if labels.dim() == 1:
         # A class that nobody can have learnt says nothing about what to choose.
         valid = valid[torch.isin(labels[valid], labels[train])]
-    model.to(options.device)
-    block = thaw(model, head, which)
-    before = {name: parameter.detach().clone() for name, parameter in _trained(model)}
+        if not len(valid):
+            raise ValueError(
+                "--finetune: all photos that choose are of classes without photos that train, so that nothing can say "
+                "which stage is better; give others with --valid"
+            )
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    before: dict[str, Tensor] = {}
     kept = False
     try:
+        model.to(options.device)
+        block = thaw(model, head, which)
+        before = _values(model)
         order, loss_fn = balanced(labels[train], options)
         learn = load(Subset(photos, train.tolist()), batch_size=options.batch_size, **order)
         look = load(Subset(photos, valid.tolist()), batch_size=options.batch_size)
-        least, most = _EPOCHS
-        epochs = min(max(math.ceil(_STEPS / len(learn)), least), most, options.epochs or most)
-        rate = rate_of(kind, options)
-        rates = (_BODY_RATE * rate, _HEAD_RATE * rate)
         common: dict[str, Any] = {"loss_fn": loss_fn, "verbose": False}
-        since = time.perf_counter()
-        first = fit(0, model, look, "validation", progress=progress, **common)
-        looking = time.perf_counter() - since
-        each = _step_seconds(model, learn, **common)
-        numbers, every = (sum(map(Tensor.numel, part)) for part in (before.values(), model.parameters()))
-        seconds = epochs * (len(learn) * each + looking)
-        plan = Plan(which, block, numbers, every, epochs, len(learn), rates, first, seconds)
-        announce(plan)
-        torch.manual_seed(options.seed)
-        tuned = _descend(model, head, plan, learn, look, tell, {**common, "progress": progress})
+        plan = _plan(model, which, block, len(learn), rate_of(kind, options), options.epochs)
+        try:
+            clock = _Ticks()
+            first = fit(0, model, look, "validation", progress=progress, on_batch_end=clock, **common)
+            photo = clock.per_photo(len(valid), options.batch_size)
+            each = _step_seconds(model, learn, before, **common)
+        except NonFiniteLossError as error:
+            tuned = Tuned(plan, False, f"given up before anything has learnt: {error}")
+        else:
+            seconds = plan.epochs * (len(learn) * each + len(valid) * photo) + len(labels) * photo
+            plan = replace(plan, before=first, seconds=seconds)
+            announce(plan)
+            torch.manual_seed(options.seed)
+            tuned = _descend(model, head, plan, learn, look, tell, {**common, "progress": progress})
         kept = tuned.kept
     finally:
         if not kept:
             _put(model, before)
-        # Whoever gets the network may train it.
+        # Whoever gets the network may train it, as far as those did who made it.
         unfreeze(model).eval().cpu()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name]).grad = None
     return replace(tuned, seconds=time.perf_counter() - start, undo=functools.partial(_put, model, before))
+
+
+def _plan(model: nn.Module, which: Which, block: str, steps: int, rate: float, limit: int | None) -> Plan:
+    """What will be done; what it costs and what there is to beat is not known yet."""
+    least, most = _EPOCHS
+    epochs = min(max(math.ceil(_STEPS / steps), least), most, limit or most)
+    learns, every = (sum(map(Tensor.numel, part)) for part in ((one for _, one in _trained(model)), model.parameters()))
+    rates = (_BODY_RATE * rate, _HEAD_RATE * rate)
+    return Plan(which, block, learns, every, epochs, steps, rates, (math.nan, math.nan), math.nan)
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what learns, where they take no memory of a GPU."""
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in _trained(model)}
 
 
 @torch.no_grad()
@@ -184,14 +228,36 @@ def _put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             parameter.copy_(values[name])
 
 
-def _step_seconds(model: nn.Module, learn: DataLoader[Any], **common: Any) -> float:
+class _Ticks:
+    """Called at the end of every batch; of these the first sets PyTorch's kernels up, and does not count."""
+
+    def __init__(self) -> None:
+        self.ends = [time.perf_counter()]
+
+    def __call__(self, *_: object) -> None:
+        self.ends.append(time.perf_counter())
+
+    def per_batch(self) -> float:
+        found = [after - before for before, after in itertools.pairwise(self.ends)]
+        return statistics.median(found[1:] or found)
+
+    def per_photo(self, photos: int, batch_size: int) -> float:
+        """Neither the first batch, with its setting up, nor a rest of few photos is to make it look dear."""
+        start, first, *_, end = [*self.ends, self.ends[-1]]
+        rest = (end - first) / (photos - batch_size) if photos > batch_size else math.inf
+        return min((end - start) / photos, rest)
+
+
+def _step_seconds(model: nn.Module, learn: DataLoader[Any], before: Mapping[str, Tensor], **common: Any) -> float:
     """How long a step takes on these photos: real ones are made, by an optimizer that moves nothing."""
-    ends = [time.perf_counter()]
     still = torch.optim.AdamW([parameter for _, parameter in _trained(model)], lr=0.0)
-    some = itertools.islice(learn, _TIMED)
-    fit(0, model, some, optimizer=still, on_batch_end=lambda *_: ends.append(time.perf_counter()), **common)
-    seconds = [after - before for before, after in itertools.pairwise(ends)]
-    return statistics.median(seconds[1:] or seconds)
+    clock = _Ticks()
+    try:
+        fit(0, model, itertools.islice(learn, _TIMED), optimizer=still, on_batch_end=clock, **common)
+    finally:
+        # Where a gradient is not finite, not even nothing times it is nothing.
+        _put(model, before)
+    return clock.per_batch()
 
 
 def _descend(
@@ -206,25 +272,23 @@ def _descend(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (every - step) / max(1, every - warm))
     )
-    history, best = History(), 0
-    least, state = plan.before[0], None
+    history, best, state, why = History(), 0, dict[str, Tensor](), ""
     for epoch in range(plan.epochs):
         try:
             trained = fit(epoch, model, learn, optimizer=optimizer, on_batch_end=lambda *_: schedule.step(), **common)
             checked = fit(epoch, model, look, "validation", **common)
         except NonFiniteLossError as error:
-            return Tuned(plan, False, f"given up: {error}", history, best)
+            why = f"given up: {error}"
+            break
         history.append(train=trained, valid=checked)
+        if not state or checked[0] < history.val_losses[best]:
+            best, state = epoch, _values(model)
         if tell is not None:
             tell(epoch, plan.epochs, trained, checked)
-        if checked[0] < history.val_losses[best]:
-            best = epoch
-        if checked[0] < least - _LEAST_GAIN:
-            least, state = checked[0], {name: parameter.detach().clone() for name, parameter in _trained(model)}
-    if state is None:
-        return Tuned(plan, False, "", history, best)
-    _put(model, state)
-    return Tuned(plan, True, "", history, best)
+    kept = bool(state) and history.val_losses[best] < plan.before[0] - _LEAST_GAIN
+    if kept:
+        _put(model, state)
+    return Tuned(plan, kept, why, history, best)
 
 
 # -- in words ------------------------------------------------------------------------------------------------
@@ -241,23 +305,29 @@ def announced(plan: Plan, photos: int) -> str:
 
 def described(facts: Mapping[str, Any]) -> str:
     """What came of it, in a sentence or two, from what the card says."""
+    if is_unfinished({"finetune": facts}):
+        return "Fine-tuning was interrupted before its end: this is the first stage"
     said = f"fine-tuned {_layers(facts['which'], facts['block'], facts['trained'], facts['parameters'])}"
-    if facts["stopped"]:
-        return f"{said}: {facts['stopped']}; the first stage is kept"
     before, after = facts["before"], facts["after"]
+    if after is None:
+        return f"{said}: {facts['stopped']}; the first stage is kept"
     body, head = facts["rates"]
     right = ""
     if before["accuracy"] is not None:
         right = f"; {before['accuracy']:.2f} % right before, {after['accuracy']:.2f} % after"
+    stopped = f", {facts['stopped']}" if facts["stopped"] else ""
     return (
-        f"{said}, learning rates {body:g} and {head:g} for the head, epoch {facts['epoch']} of {facts['epochs']}. The "
-        f"photos that choose: loss {before['loss']:.4f} before, {after['loss']:.4f} after{right}"
-        f"{'' if facts['kept'] else '. The loss is no smaller: the first stage is kept'}"
+        f"{said}, learning rates {body:g} and {head:g} for the head, best epoch {facts['epoch']} of "
+        f"{facts['epochs']}{stopped}. The photos that choose: loss {before['loss']:.4f} before, {after['loss']:.4f} "
+        f"after{right}"
+        f"{'' if facts['kept'] else f'. That is not smaller by more than {_LEAST_GAIN:g}: the first stage is kept'}"
     )
 
 
 def _layers(which: str, block: str, trained: int, parameters: int) -> str:
     what = "the whole network" if which == "all" else f"{block} and all behind it"
+    if parameters < 1e6:
+        return f"{what} ({trained:,} of {parameters:,} weights)"
     return f"{what} ({trained / 1e6:.2g} of {parameters / 1e6:.2g} million weights)"
 
 

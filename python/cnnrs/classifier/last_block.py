@@ -71,17 +71,19 @@ def thaw(model: nn.Module, head: str, which: Which) -> str:
 
     Running statistics stay as they are everywhere: the network begins as the one the head was trained on, and batches
     of a few photos know less about them than the photos they come from. What is in front of the block computes what it
-    computed for the head, without dropout. ``layers.unfreeze`` undoes all of it.
+    computed for the head, without dropout. What did not require gradients before, beside the head, is frozen by those
+    who made the network, and stays so. ``layers.unfreeze`` undoes all of it.
 
     Returns:
         Path of the last block, also where everything is trained.
     """
+    required = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     freeze(model, statistics=True)
     block = last_block(model, head)
     begun = which == "all"
     for name, parameter in model.named_parameters():
         begun = begun or is_in(name, block)
-        parameter.requires_grad_(begun or is_in(name, head))
+        parameter.requires_grad_((begun and name in required) or is_in(name, head))
     for path, module in model.named_modules():
         if which == "all" or is_in(path, block):
             break

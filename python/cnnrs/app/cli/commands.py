@@ -88,7 +88,7 @@ examples:
   cnnrs train pets                                 vgg16, into runs/pets
   cnnrs train pets --backbone resnet50 --out runs/resnet
   cnnrs train pets --head mlp --epochs 30          features are there: seconds
-  cnnrs train pets --finetune last                 then its last block, on photos
+  cnnrs train pets --finetune last                 then its last block, too
   cnnrs train pets --weights vgg16-397923af.pth    without network
 
 exit codes: 0 trained, 2 it could not be done, 130 stopped by Ctrl-C; features that were
@@ -144,7 +144,13 @@ def train(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="passes over the photos, at most (default: until validation no longer improves)",
     )
-    parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="photos per step (default: 32)")
+    parser.add_argument(
+        "--batch-size",
+        type=whole(1),
+        default=32,
+        metavar="N",
+        help="photos per step, of both stages with --finetune (default: 32)",
+    )
     parser.add_argument(
         "--lr", type=positive, metavar="X", help="learning rate (default: 0.001; 0.0001 for classifier)"
     )

@@ -114,7 +114,7 @@ def _head(tried: Tried, chosen: bool) -> HeadRow:
 
 def gather(
     rows: Features, measured: Measured, verdict: Verdict, photos: Photos, numbers: Sequence[int],
-    groups: Sequence[int], pairs: Sequence[Pair], novelty: Novelty, warnings: Sequence[str], unlearnt: Features,
+    groups: Sequence[int], pairs: Sequence[Pair], novelty: Novelty, warnings: Sequence[str], pretrained: Features,
 ) -> Evidence:  # fmt: skip
     """Everything that a training shows.
 
@@ -128,7 +128,7 @@ def gather(
         pairs: of near-duplicates.
         novelty: how far photos are from those that trained.
         warnings: to be said first.
-        unlearnt: features by a network that saw no label: a fine-tuned one has learnt the wrong ones, too.
+        pretrained: features by a network that saw no label: a fine-tuned one has learnt the wrong ones, too.
     """
     split, trained, classes = measured.split, measured.trained, photos.classes
     labels = rows.labels[measured.rows]
@@ -149,7 +149,7 @@ def gather(
     wrong = (measured.scores.argmax(dim=1) != labels).nonzero().squeeze(1)
     like = neighbours(rows, measured.rows[wrong], split.train, groups, classes)
     return replace(
-        scored, suspects=_suspects(unlearnt, classes, groups),
+        scored, suspects=_suspects(pretrained, classes, groups),
         twins=twins(rows, pairs, classes, {row: photos.parts[number] or "" for row, number in enumerate(numbers)}),
         neighbours={int(number): like[row] for number, row in zip(wrong, measured.rows[wrong].tolist(), strict=True)},
     )  # fmt: skip

@@ -18,10 +18,9 @@ from cnnrs.data.loader import DataLoader
 from cnnrs.errors import DecodeError
 from cnnrs.features.features import Features
 from cnnrs.features.preconv import preconv
-from cnnrs.layers import freeze
 
-# Photos that go through the network together: more costs memory and saves nothing.
-_AT_A_TIME = 32
+#: Photos that go through the network together: more costs memory and saves nothing.
+AT_A_TIME = 32
 _AFTER_BAD = "\n  cnnrs check {} lists every such file, --fix move puts them aside; or train with --skip-bad"
 
 
@@ -52,9 +51,8 @@ def compute(
     data.transform = preprocessing.transform()
     data._join_transforms()
     loader = DataLoader(
-        data, batch_size=_AT_A_TIME, num_workers=threads, on_error="skip" if skip_bad else "raise", **(read or {})
+        data, batch_size=AT_A_TIME, num_workers=threads, on_error="skip" if skip_bad else "raise", **(read or {})
     )
-    freeze(body)
     before = time.perf_counter()
     try:
         with steps() as found:

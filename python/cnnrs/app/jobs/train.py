@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -25,12 +26,13 @@ from cnnrs.app.jobs.clock import Clock, typed
 from cnnrs.app.jobs.device import device_of
 from cnnrs.app.jobs.evidence import gather
 from cnnrs.app.jobs.features import compute, numbers_of
-from cnnrs.app.jobs.finetune import check_head, check_parts, second_stage
+from cnnrs.app.jobs.finetune import advice, check_head, check_parts, is_left_over, second_stage
 from cnnrs.app.jobs.judge import Verdict, headline, judge
-from cnnrs.app.jobs.measure import Measured, in_folds, measure
+from cnnrs.app.jobs.measure import Measured, measure
 from cnnrs.app.jobs.photos import Columns, Photos, Say, find_photos, name_of
 from cnnrs.app.report import write_report
 from cnnrs.classifier.choose_head import AUTO, COMPARED, Makers
+from cnnrs.classifier.finetune import unfinished
 from cnnrs.classifier.heads import Preprocessing, cut, new_head
 from cnnrs.classifier.last_block import WHICH, Which
 from cnnrs.classifier.names import CLOSED, HEADS, REPORT
@@ -155,6 +157,9 @@ def train(
     if out is None and old is not None and old.get("data") != str(root.resolve()):
         # Other photos in a folder of the same name.
         place, old = beside(place), None
+    if finetune is not None and old is not None and is_left_over(old, root, backbone, head):
+        # The photos that measure do not decide between the two stages of one training.
+        old = None
     on = device_of(device)
     with clock.stage("scan"):
         columns = Columns(path_column, label_column, separator)
@@ -164,7 +169,8 @@ def train(
     if isinstance(test, float) and "test" in photos.parts:
         raise ValueError(f"--test {test:g}: there is a folder to measure with already; leave the share out")
     if finetune is not None:
-        check_parts(in_folds(photos.parts, photos.groups or [path for path, _ in photos.data.samples], test))
+        paths = [path for path, _ in photos.data.samples]
+        check_parts(photos.parts, photos.groups or paths, paths, test)
     if head in CLOSED and finetune is None and (epochs is not None or lr is not None):
         say(f"note: epochs and learning rates are for heads trained by descent, {head} is solved for")
     say(f"{len(photos.data):,} photos of {_list(photos.classes)}")
@@ -193,7 +199,7 @@ def train(
     part_of = [photos.parts[number] for number in numbers]
     if finetune is not None:
         # Once more: what is alike is known only now.
-        check_parts(in_folds(part_of, groups_of, test))
+        check_parts(part_of, groups_of, rows.paths or [], test)
     if balance == "auto":
         balance = "loss" if imbalance(rows.labels) >= UNBALANCED else "none"
         if balance != "none":
@@ -209,17 +215,16 @@ def train(
         also=() if parts.early else COMPARED,
     )  # fmt: skip
     warnings += [measured.note] if measured.note else []
-    outcome = _Outcome(rows, measured)
+    outcome = _Outcome(rows, measured, photos.classes)
 
     def made(outcome: _Outcome) -> Run:
         """The classifier, with what is known of it."""
         with clock.stage("result"):
             novelty = _novelty(outcome.rows, outcome.measured.split, seed)
-        verdict = outcome.verdict(photos.classes)
         facts = {
-            **verdict.facts, **_made_of(outcome.measured), **outcome.more, "balance": balance,
+            **outcome.verdict.facts, **_made_of(outcome.measured), **outcome.more, "balance": balance,
             "data": str(root.resolve()), "weights": found.name, "seed": seed, "command": typed("cnnrs.train"),
-            "measured_with": _digest(rows, measured.rows), "warnings": [*verdict.warnings, *glanced, *warnings],
+            "measured_with": _digest(rows, measured.rows), "warnings": [*outcome.verdict.warnings, *glanced, *warnings],
             "date": datetime.now().astimezone().isoformat(timespec="seconds"), "versions": _versions(),
             "device": str(on), "skipped": [{"path": path, "reason": reason} for path, reason in photos.skipped],
             "seconds": round(time.perf_counter() - clock.start, 3), "stages": clock.stages,
@@ -227,44 +232,61 @@ def train(
         return Run(
             parts.join(outcome.measured.trained.module).eval().cpu(), photos.classes, preprocessing, backbone,
             outcome.measured.trained.kind, dropout, facts, found.options, reading, photos.data.multilabel, novelty,
+            parts.path,
         )  # fmt: skip
 
-    def finish(run: Run, outcome: _Outcome, force: bool) -> None:
-        """Save and report."""
-        verdict = outcome.verdict(photos.classes)
-        where = _save(run, place, old, outcome.measured.trained.history, force, say)
+    def save(run: Run, outcome: _Outcome, say: Say, over: Path | None = None) -> Path:
+        # The first stage gives way to what the photos that choose found better, whatever those say that measure.
+        sure = force or over is not None or (finetune is not None and old is None)
+        history = outcome.measured.trained.history
+        return _save(run, over or place, old if over is None else None, history, sure, say)
+
+    def report(run: Run, outcome: _Outcome, place: Path) -> None:
         assert run.novelty is not None
         evidence = gather(
-            outcome.rows, outcome.measured, verdict, photos, numbers, groups_of, pairs, run.novelty,
+            outcome.rows, outcome.measured, outcome.verdict, photos, numbers, groups_of, pairs, run.novelty,
             [*glanced, *warnings], rows,
         )  # fmt: skip
         with clock.stage("report"):
-            write_report(where / REPORT, run.facts, evidence, run, clock.stages)
-        for text in (*verdict.warnings, *warnings):
+            write_report(place / REPORT, run.facts, evidence, run, clock.stages)
+
+    def tell(run: Run, outcome: _Outcome, place: Path) -> None:
+        for text in (*outcome.verdict.warnings, *warnings):
             say(f"note: {text}")
         say(headline(run.facts))
-        say(f"{time.perf_counter() - clock.start:.0f} s in all; the report: {shown(str(where / REPORT))}")
+        say(f"{time.perf_counter() - clock.start:.0f} s in all; the report: {shown(str(place / REPORT))}")
 
     run = made(outcome)
-    if finetune is not None:
-        if old is None:
-            # From here on a kill costs the second stage only. A run that is there is whole as well, and stays until it
-            # is known what it is to be compared with.
-            _save(run, place, None, measured.trained.history, force, say)
-        try:
-            second = second_stage(
-                finetune, run, parts.path, rows, measured, photos, numbers, options, clock, say, threads, verbose
-            )  # fmt: skip
-        except BaseException as error:
-            # Whatever has ended the second stage, the first is whole.
-            finish(run, outcome, force or old is None)
-            if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(f"{shown(str(run.folder))} holds the first stage, not fine-tuned") from None
-            raise
-        outcome = _Outcome(second.rows, second.measured, {"finetune": second.tuned.facts()})
-        run = made(outcome)
-    # The first stage gives way to what the photos that choose found better, whatever those say that measure.
-    finish(run, outcome, force or (finetune is not None and old is None))
+    if finetune is None:
+        written = save(run, outcome, say)
+        report(run, outcome, written)
+        tell(run, outcome, written)
+        return run
+    first, alone = run, outcome
+    first.facts["finetune"] = unfinished(finetune)
+    # From here on a kill costs the second stage only. A run that is there is whole as well, and stays until it is known
+    # what it is to be compared with.
+    holds = save(first, alone, say) if old is None else None
+    try:
+        with second_stage(
+            finetune, first, parts.path, rows, measured, photos, numbers, options, clock, say, where / name, threads,
+            verbose,
+        ) as second:  # fmt: skip
+            outcome = _Outcome(second.rows, second.measured, photos.classes, {"finetune": second.tuned.facts()})
+            run, holds = made(outcome), None
+            written = save(run, outcome, say)
+            report(run, outcome, written)
+    except BaseException as error:
+        # Whatever has ended the second stage, the first is whole.
+        written = holds or save(first, alone, lambda text: None, None if run is first else run.folder)
+        report(first, alone, written)
+        what = f"{shown(str(written))} holds the first stage, not fine-tuned{advice(error)}"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(what) from None
+        if not isinstance(error, BrokenPipeError):
+            print(f"note: {what}", file=sys.stderr, flush=True)
+        raise
+    tell(run, outcome, written)
     return run
 
 
@@ -274,11 +296,13 @@ class _Outcome:
 
     rows: Features
     measured: Measured
+    classes: Sequence[str]
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def verdict(self, classes: Sequence[str]) -> Verdict:
+    @functools.cached_property
+    def verdict(self) -> Verdict:
         measured = self.measured
-        return judge(measured.scores, self.rows.labels[measured.rows], classes, measured.thresholds)
+        return judge(measured.scores, self.rows.labels[measured.rows], self.classes, measured.thresholds)
 
 
 # -- before anything takes time ------------------------------------------------------------------------------
