@@ -14,9 +14,10 @@ import cnnrs
 from cnnrs.app.cli import main
 from cnnrs.app.jobs import finetune
 from cnnrs.app.jobs import train as job
-from cnnrs.classifier.finetune import described
+from cnnrs.classifier.finetune import Plan, Tuned, described, unfinished
 from cnnrs.classifier.neighbours import unit
 from cnnrs.classifier.run_folder import Run, load_run
+from cnnrs.training.history import History
 from fruit import fruit, train
 
 # 28 photos train, 4 choose and 8 measure: an epoch has one step.
@@ -123,7 +124,7 @@ def test_the_head_alone_where_that_is_no_worse(workplace: Path, few: Path, tmp_p
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("fc"))
     facts = load_run(tmp_path / "run").facts["finetune"]
     assert (facts["which"], facts["kept"], run.facts["epochs"]) == ("all", False, 1)
-    assert described(facts).endswith("The loss is no smaller: the first stage is kept")
+    assert described(facts).endswith("That is not smaller by more than 0.0001: the first stage is kept")
 
 
 def test_stopped(
@@ -142,8 +143,9 @@ def test_stopped(
     assert main(["train", str(workplace / "fruit"), *given, "--finetune", "last"]) == 130
     assert f"stopped; {tmp_path / 'run'} holds the first stage" in capsys.readouterr().err
     (killed,), stopped = there, load_run(tmp_path / "run")
-    assert killed.accuracy == stopped.accuracy and "finetune" not in stopped.facts
-    assert (tmp_path / "run" / "report.html").exists()
+    assert killed.accuracy == stopped.accuracy and killed.facts == stopped.facts
+    assert stopped.facts["finetune"] == {"which": "last", "kept": False, "stopped": "interrupted"}
+    assert "Fine-tuning was interrupted" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_stopped_when_the_network_has_changed_already(
@@ -175,3 +177,94 @@ def test_what_is_refused_before_anything_takes_time(
     with pytest.raises(ValueError, match=reason):
         cnnrs.train(**options(workplace, few, tmp_path, features=tmp_path / "features", **more))
     assert not list(tmp_path.iterdir())
+
+
+def test_photos_without_a_group_are_groups_of_their_own() -> None:
+    bursts = [f"burst {i % 10}" for i in range(100)]
+    paths = [str(i) for i in range(1000)]
+    finetune.check_parts([None] * 1000, bursts + [""] * 900, paths, None)
+    with pytest.raises(ValueError, match=r"1,000 photos in 11 groups are few \(300 and 20 at least\)"):
+        finetune.check_parts([None] * 1000, bursts + ["others"] * 900, paths, None)
+
+
+def test_features_are_computed_where_the_network_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[Any] = []
+
+    class Net(torch.nn.Flatten):
+        def to(self, *to: Any, **_: Any) -> Net:  # type: ignore[override]
+            places.extend(to)
+            return self
+
+        def cpu(self) -> Net:
+            places.append("cpu")
+            return self
+
+        def halves(self) -> tuple[Net, None]:
+            return self.model, None
+
+    run = Net()
+    run.model = Net()
+    monkeypatch.setattr(finetune, "preconv", lambda *_, **more: places.append(more["out"]))
+    finetune._features(run, None, torch.device("cuda"), tmp_path, False)  # type: ignore[arg-type]
+    assert places == [torch.device("cuda"), tmp_path / "all", "cpu"]
+
+
+@pytest.fixture
+def better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second stage that takes no time: the head's biases grow by one."""
+
+    def tune(model: Any, head: str, kind: str, which: Any, *_: Any) -> Tuned:
+        def move(by: int) -> None:
+            with torch.no_grad():
+                model.fc.bias.add_(by)
+
+        history, plan = History(), Plan(which, "layer4.1", 1, 2, 1, 1, (1e-5, 1e-4), (0.5, 50.0), 1.0)
+        history.append(train=(0.4, 50.0), valid=(0.4, 50.0))
+        move(1)
+        return Tuned(plan, True, "", history, undo=lambda: move(-1))
+
+    monkeypatch.setattr(finetune, "fine_tune", tune)
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("where", "error"), [("print", BrokenPipeError), ("_novelty", KeyboardInterrupt), ("write_report", RuntimeError)]
+)
+def test_whatever_ends_the_second_stage(
+    where: str, error: type[BaseException], there: bool, workplace: Path, few: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, no_report: None, better: None, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What is in the folder is the first stage, with a report, and the same command begins anew."""
+    if there:
+        cnnrs.train(**options(workplace, few, tmp_path, seed=1))
+    calls, reports = list[str](), list[Any]()
+    monkeypatch.setattr(job, "write_report", lambda path, facts, *_: reports.append(facts))
+    own = print if where == "print" else getattr(job, where)
+    # The first stage is made before; a report is that of the second first.
+    fatal = 2 if where == "_novelty" else 1
+
+    def fail(*words: Any, **more: Any) -> Any:
+        if where != "print" or str(words[0]).startswith("fine-tuned"):
+            calls.append(where)
+            if len(calls) == fatal:
+                raise error("out of memory")
+        return own(*words, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print" if where == "print" else f"{job.__name__}.{where}", fail)
+        with pytest.raises(error):
+            cnnrs.train(**options(workplace, few, tmp_path, finetune="last", force=True, verbose=where == "print"))
+    run = load_run(tmp_path / "run")
+    assert run.facts["finetune"] == reports[-1]["finetune"] == unfinished("last")
+    assert float(run.model.fc.bias.abs().max()) < 0.5  # type: ignore[operator, union-attr]
+    assert ("a smaller --batch-size" in capsys.readouterr().err) == (error is RuntimeError)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not list(few.parent.rglob("fine-tuned-*"))
+    if there or where != "print":
+        return
+    # As good as this none can be: the photos that measure would keep it.
+    card = json.loads((tmp_path / "run" / "model.json").read_text())
+    (tmp_path / "run" / "model.json").write_text(json.dumps({**card, "accuracy": 101.0}))
+    done = cnnrs.train(**options(workplace, few, tmp_path, finetune="last"))
+    assert done.folder == tmp_path / "run" and done.facts["finetune"]["kept"]
+    assert float(done.model.fc.bias.min()) > 0.5  # type: ignore[operator, union-attr]

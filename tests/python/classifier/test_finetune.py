@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from cnnrs import NonFiniteLossError
+from cnnrs.classifier import finetune
 from cnnrs.classifier.finetune import Plan, Tuned, described, fine_tune
 from cnnrs.classifier.heads import cut
 from cnnrs.classifier.last_block import last_block, thaw
@@ -72,7 +76,7 @@ def tuned(
     **more: Any,
 ) -> Tuned:  # fmt: skip
     photos = photos or Pictures()
-    options = HeadOptions(2, batch_size=8, lr=lr)
+    options = HeadOptions(2, batch_size=8, lr=lr, epochs=more.pop("epochs", None))
     announce = more.pop("announce", lambda plan: None)
     return fine_tune(
         model, "fc", kind, which, photos, photos.shown, TRAIN, VALID, options, DataLoader, announce, **more
@@ -222,3 +226,69 @@ def test_the_cost_is_known_before_anything_changes() -> None:
     assert plan.seconds > 0 and (plan.epochs, plan.steps, plan.block) == (10, 3, "blocks.0.1")
     learns = (model.blocks[0][1], model.blocks[1], model.fc)  # type: ignore[index]
     assert plan.trained == sum(parameter.numel() for part in learns for parameter in part.parameters())
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "why"),
+    [
+        ([0.4, 0.39995, 0.45], None, ""),
+        ([0.4, 0.39995, 0.3999, 0.39985, 0.3998], 4, ""),
+        ([0.4, 0.5, 0.3, math.nan], 2, "given up: "),
+        ([0.4, math.nan], None, "given up: "),
+        ([math.nan], None, "given up before anything has learnt: "),
+    ],
+)
+def test_the_weights_are_those_of_the_epoch_that_is_named(
+    losses: list[float], best: int | None, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation finds these losses, the first before anything has learnt; an epoch adds one to a bias."""
+    left, model = list(losses), network()
+    before = model.fc.bias.detach().clone()  # type: ignore[union-attr]
+
+    def fit(epoch: int, model: Any, loader: Any, phase: str = "training", **more: Any) -> tuple[float, float]:
+        if isinstance(ticks := more.get("on_batch_end"), finetune._Ticks):
+            ticks(0, 0.0)
+        if phase == "validation":
+            if not math.isfinite(loss := left.pop(0)):
+                raise NonFiniteLossError("the loss is nan")
+            return loss, 50.0
+        with torch.no_grad():
+            # A learning rate of nothing times a gradient that is not finite.
+            model.fc.bias.add_(math.nan if isinstance(loader, itertools.islice) else 1)
+        return 0.1, 50.0
+
+    monkeypatch.setattr(finetune, "fit", fit)
+    done = tuned(model, epochs=max(1, len(losses) - 1))
+    assert torch.allclose(model.fc.bias, before + (best or 0))  # type: ignore[arg-type, operator]
+    facts = done.facts()
+    assert (facts["kept"], facts["epoch"] if facts["kept"] else None) == (best is not None, best)
+    assert facts["stopped"].startswith(why) and bool(facts["stopped"]) == bool(why)
+    assert described(facts).endswith("the first stage is kept") == (best is None)
+
+
+def test_what_was_frozen_stays_frozen() -> None:
+    model = network()
+    model.blocks[0][1].one.requires_grad_(False)  # type: ignore[index]
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    before = state(model)
+    tuned(model, which="all")
+    moved = changed(before, model)
+    assert "blocks.0.1.two.weight" in moved and not [name for name in moved if name.startswith("blocks.0.1.one")]
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_can_choose() -> None:
+    photos = Pictures()
+    photos.shown[:24], photos.shown[24:36] = 0, 1
+    with pytest.raises(ValueError, match="all photos that choose are of classes without photos that train"):
+        tuned(network(), photos)
+
+
+def test_what_a_photo_takes() -> None:
+    """Neither the setting up of the first batch nor a rest of one photo counts for all."""
+    clock = finetune._Ticks()
+    clock.ends = [0.0, 100.0, 132.0, 133.0]
+    assert clock.per_photo(65, 32) == 1.0 and clock.per_batch() == 16.5
+    clock.ends = [0.0, 8.0]
+    assert clock.per_photo(8, 32) == 1.0 and clock.per_batch() == 8.0
