@@ -96,7 +96,8 @@ def page(facts: Mapping[str, Any], evidence: Evidence, run: Run, stages: Mapping
         total=len(evidence.labels),
         loss_curves=_loss_curves(evidence),
         accuracy_curves=_accuracy_curves(evidence),
-        advice=headline.advice(evidence),
+        # Of two stages, whose rates fall to nothing in the end, the curves do not say what more epochs would.
+        advice=None if (facts.get("finetune") or {}).get("kept") else headline.advice(evidence),
         mistakes_file=mistakes_path(path).name,
         **_threshold_curves(evidence),
         finetuned=None if facts.get("finetune") is None else described(facts["finetune"]),
