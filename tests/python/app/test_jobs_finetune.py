@@ -191,7 +191,7 @@ def test_features_are_computed_where_the_network_is_trained(tmp_path: Path, monk
     places: list[Any] = []
 
     class Net(torch.nn.Flatten):
-        def to(self, *to: Any, **_: Any) -> Net:  # type: ignore[override]
+        def to(self, *to: Any, **_: Any) -> Net:
             places.extend(to)
             return self
 

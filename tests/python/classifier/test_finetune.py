@@ -243,7 +243,7 @@ def test_the_weights_are_those_of_the_epoch_that_is_named(
 ) -> None:
     """Validation finds these losses, the first before anything has learnt; an epoch adds one to a bias."""
     left, model = list(losses), network()
-    before = model.fc.bias.detach().clone()  # type: ignore[union-attr]
+    before = model.fc.bias.detach().clone()  # type: ignore[operator, union-attr]
 
     def fit(epoch: int, model: Any, loader: Any, phase: str = "training", **more: Any) -> tuple[float, float]:
         if isinstance(ticks := more.get("on_batch_end"), finetune._Ticks):
@@ -259,7 +259,7 @@ def test_the_weights_are_those_of_the_epoch_that_is_named(
 
     monkeypatch.setattr(finetune, "fit", fit)
     done = tuned(model, epochs=max(1, len(losses) - 1))
-    assert torch.allclose(model.fc.bias, before + (best or 0))  # type: ignore[arg-type, operator]
+    assert torch.allclose(model.fc.bias, before + (best or 0))  # type: ignore[arg-type, union-attr]
     facts = done.facts()
     assert (facts["kept"], facts["epoch"] if facts["kept"] else None) == (best is not None, best)
     assert facts["stopped"].startswith(why) and bool(facts["stopped"]) == bool(why)
@@ -268,7 +268,7 @@ def test_the_weights_are_those_of_the_epoch_that_is_named(
 
 def test_what_was_frozen_stays_frozen() -> None:
     model = network()
-    model.blocks[0][1].one.requires_grad_(False)  # type: ignore[index]
+    model.blocks[0][1].one.requires_grad_(False)  # type: ignore[index, union-attr]
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     before = state(model)
     tuned(model, which="all")

@@ -18,7 +18,7 @@ from cnnrs.app.jobs.clock import Clock
 from cnnrs.app.jobs.features import AT_A_TIME
 from cnnrs.app.jobs.measure import Measured, in_folds, teller
 from cnnrs.app.jobs.photos import Part, Photos
-from cnnrs.classifier.finetune import RIGID, Tuned, announced, described, fine_tune, is_unfinished
+from cnnrs.classifier.finetune import RIGID, Loader, Tuned, announced, described, fine_tune, is_unfinished
 from cnnrs.classifier.last_block import Which
 from cnnrs.classifier.run_folder import Run
 from cnnrs.classifier.train_head import HeadOptions, scores_of
@@ -121,7 +121,7 @@ def second_stage(
         threads: that read photos; None: all cores.
         verbose: whether bars are shown.
     """
-    read = functools.partial(DataLoader, num_workers=threads, **run.read)
+    read: Loader = functools.partial(DataLoader, num_workers=threads, **run.read)
     # Without photos that the first stage could not read.
     images = Subset(photos.data, list(numbers))
     split, first = measured.split, measured.trained
