@@ -346,7 +346,6 @@ impl Layer for LargeLinear {
         }
         if let Some(kept) = self.kept.as_ref().filter(|_| cx.updates.waiting.joins) {
             self.keep(cx, kept, &x, &dy);
-            drop((x, dy));
             cx.meet();
             let steps = cx.updates.waiting.steps + 1;
             if steps == kept.most {
