@@ -60,17 +60,14 @@ def freeze(module: Module, statistics: bool = False) -> Module:
     module.requires_grad_(False)
     if statistics:
         for layer in filter(_has_statistics, module.modules()):
-            layer.eval()
-            layer.train = _StaysInEval(layer)  # type: ignore[method-assign]
+            keep_in_eval(layer)
     return module
 
 
-def keep_in_eval(module: Module) -> Module:
-    """Eval mode for a module and all in it, dropout included, whoever calls ``train()``; :func:`unfreeze` undoes it."""
-    for layer in module.modules():
-        layer.eval()
-        layer.train = _StaysInEval(layer)  # type: ignore[method-assign]
-    return module
+def keep_in_eval(layer: nn.Module) -> None:
+    """Eval mode for one layer, whoever calls its ``train()``; :func:`unfreeze` undoes it."""
+    layer.eval()
+    layer.train = _StaysInEval(layer)  # type: ignore[method-assign]
 
 
 def _has_statistics(layer: nn.Module) -> bool:

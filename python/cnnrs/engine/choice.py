@@ -123,9 +123,8 @@ def _against_cpu(question: Question, lowered: Lowered) -> tuple[str, ...]:
 
 def _front(question: Question, lowered: Lowered) -> Front | None:
     """The part of a called network that has the numbers of features, where rounding may be another."""
-    if question.purpose != "fit" or question.inputs is None or question.surroundings or question.channels_last:
-        return None
-    if question.amp is not None:
+    own_kernels = question.surroundings or question.channels_last or question.amp is not None
+    if question.purpose != "fit" or question.inputs is None or own_kernels:
         return None
     return front_of(lowered, question.inputs, question.training, question.batches)
 

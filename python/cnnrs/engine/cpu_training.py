@@ -142,7 +142,7 @@ def run(
     plans = _PLANS.setdefault(model, _cnnrs.CpuPlans())
     task: CpuTask = {
         "loss": loss, "sgd": [], "adam": [], "clip": None, "workers": torch.get_num_threads(), "seed": 0,
-        "unseen": unseen and after is None,
+        "unseen": unseen,
     }  # fmt: skip
     told: Epoch = {"number": epoch, "phase": phase, "accumulate": 1, "after": None}
     if phase == "validation" or optimizer is None:

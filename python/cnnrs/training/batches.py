@@ -53,17 +53,14 @@ def on_device(
         )
 
 
-def length_of(loader: Iterable[Any]) -> int:
+def length_of(loader: Any) -> int:
     """How many batches a loader has; 1 where only code of the user's could tell, which the plain loop does not ask."""
-    if isinstance(loader, (list, tuple)):
-        return max(len(loader), 1)
-    if not isinstance(loader, torch.utils.data.DataLoader) or loader.batch_size is None:
-        return 1
-    # Of an iterable data set the length is what its author says, and too much of it a warning.
-    known = type(loader) in (DataLoader, torch.utils.data.DataLoader) and not isinstance(
-        loader.dataset, IterableDataset
-    )
-    return max(len(loader), 1) if known and type(loader.sampler).__module__.startswith("torch.utils.data") else 1
+    known = type(loader) in (list, tuple)
+    if type(loader) in (DataLoader, torch.utils.data.DataLoader):
+        own = not type(loader.sampler).__module__.startswith("torch.utils.data")
+        # Of an iterable data set the length is what its author says, and too much of it a warning.
+        known = loader.batch_size is not None and not own and not isinstance(loader.dataset, IterableDataset)
+    return max(len(loader), 1) if known else 1
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
