@@ -68,7 +68,6 @@ impl LargeLinear {
         let (mut packed, mut grads, mut tile) =
             unsafe { (cx.own(self.packed), cx.own(self.rows), self.input_grads.map(|slot| cx.own(slot))) };
         let (weights, state) = (cx.memory.tensor(self.weight.tensor), cx.updates.state(self.weight.tensor));
-        let blocks = columns.len().div_ceil(BLOCK);
         if self.trained {
             pack_blocks(x, k, columns.start, columns.len(), &mut packed);
         }
@@ -83,19 +82,8 @@ impl LargeLinear {
             if !self.trained {
                 continue;
             }
-            sparse_outer(SparseOuter {
-                terms,
-                first: row,
-                rows: rows.len(),
-                x: &packed,
-                blocks,
-                out: &mut grads,
-                ahead: [weights, state].map(|floats| floats.address(rows.end * k + columns.start)),
-                ahead_row: k,
-            });
-            for (r, grad) in rows.zip(grads.chunks_exact_mut(blocks * BLOCK)) {
-                cx.updates.take(cx, self.weight.tensor, r * k + columns.start, &mut grad[..columns.len()]);
-            }
+            let ahead = [weights, state].map(|floats| floats.address(rows.end * k + columns.start));
+            self.update(cx, terms, &packed, rows, columns.clone(), ahead, &mut grads);
         }
         let (Some(tile), Some(input)) = (tile, self.input.grad) else { return };
         for (sample, row) in tile.chunks_exact(self.columns).take(cx.batch).enumerate() {
@@ -105,6 +93,26 @@ impl LargeLinear {
                 true => dx.iter_mut().zip(row).for_each(|(d, t)| *d += t),
                 false => dx.copy_from_slice(&row[..columns.len()]),
             }
+        }
+    }
+
+    /// One step of some rows and columns of the weights; `packed`: those columns of its inputs.
+    #[allow(clippy::too_many_arguments)] // every one of them is another thing
+    fn update(
+        &self,
+        cx: &Context<'_>,
+        terms: &RowTerms<'_>,
+        packed: &[f32],
+        rows: Range<usize>,
+        columns: Range<usize>,
+        ahead: [*const f32; 2],
+        grads: &mut [f32],
+    ) {
+        let (k, blocks) = (self.in_features, columns.len().div_ceil(BLOCK));
+        let (first, x, out) = (rows.start, packed, &mut *grads);
+        sparse_outer(SparseOuter { terms, first, rows: rows.len(), x, blocks, out, ahead, ahead_row: k });
+        for (r, grad) in rows.zip(grads.chunks_exact_mut(blocks * BLOCK)) {
+            cx.updates.take(cx, self.weight.tensor, r * k + columns.start, &mut grad[..columns.len()]);
         }
     }
 
@@ -243,19 +251,7 @@ impl LargeLinear {
                     let next = rows.end * k + columns.start;
                     let ahead =
                         [weights, state].map(|floats| floats.address(if step == 0 { next } else { usize::MAX }));
-                    sparse_outer(SparseOuter {
-                        terms,
-                        first: row,
-                        rows: rows.len(),
-                        x: packed,
-                        blocks,
-                        out: &mut rows_of,
-                        ahead,
-                        ahead_row: k,
-                    });
-                    for (r, grad) in rows.clone().zip(rows_of.chunks_exact_mut(blocks * BLOCK)) {
-                        cx.updates.take(cx, self.weight.tensor, r * k + columns.start, &mut grad[..columns.len()]);
-                    }
+                    self.update(cx, terms, packed, rows.clone(), columns.clone(), ahead, &mut rows_of);
                 }
             }
         }
