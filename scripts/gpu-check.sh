@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that a GPU is needed for, in one command: about six minutes on an H100 or H200, nine at most.
+# All that a GPU is needed for, in one command: six or seven minutes on an H100 or H200 (estimated), nine at most.
 #
 #   make gpu-carry                        # makes the folder build/gpu-carry; take it to the machine with the GPU
 #   scripts/gpu-check.sh [PART...]        # there, in that folder; parts are the names in the summary, default: all
@@ -22,6 +22,8 @@ if [[ ! -d site/cnnrs ]]; then
 fi
 # Nothing else that may lie about: what is tested is what was carried.
 export PYTHONPATH=$root/site:$root/benches:$root/tests/python/support PYTHONUNBUFFERED=1
+# Plug-ins of that machine may not go with this pytest.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 CNNRS_COMMIT=$(<commit)
 export CNNRS_COMMIT
 if [[ -d photos ]]; then export CNNRS_PHOTOS=$root/photos; fi
@@ -68,8 +70,8 @@ mapfile -t files < <(grep -rlE 'mark\.gpu\b' tests/python --include='test_*.py' 
 
 part smoke 60 - "^preconv: " "$python" -m gpu.smoke "$device"
 part ceilings 60 "$results" '"part": "ceilings"' "$python" -m gpu.ceilings "$device" "$out"
-part tests 150 - "[0-9]+ passed" "$python" -m pytest -q -rs -p no:cacheprovider "${tests[@]}" "${files[@]}"
-part preconv 200 "$results" '"part": "preconv"' "$python" -m gpu.features "$device" "$out"
+part tests 150 - "[0-9]+ passed" "$python" -m pytest -q -rfEs -p pytest_timeout -p no:cacheprovider "${tests[@]}" "${files[@]}"
+part preconv 240 "$results" '"part": "preconv"' "$python" -m gpu.features "$device" "$out"
 part fit 150 "$results" '"part": "fit"' "$python" -m gpu.training "$device" "$out"
 part trace 60 "$out/trace-fit.json.gz" traceEvents "$python" -m gpu.trace "$device" "$out"
 for race in "${races[@]}"; do

@@ -73,7 +73,7 @@ def stages(scale: Scale, model: nn.Module, folder: Path, scratch: Path) -> Itera
     pin = scale.device == "cuda"
     images = torch.zeros(size, 3, scale.pixels, scale.pixels, dtype=torch.uint8, pin_memory=pin)
     rows = model(torch.zeros(1, 3, scale.pixels, scale.pixels)).flatten(1).shape[1]
-    features = torch.zeros(size, rows, device=scale.device)
+    features = torch.randn(size, rows, device=scale.device)
     host = torch.zeros(size, rows, pin_memory=pin)
 
     def times(work: Callable[[], object]) -> Callable[[], int]:
@@ -87,10 +87,10 @@ def stages(scale: Scale, model: nn.Module, folder: Path, scratch: Path) -> Itera
 
     yield Contender("copy of bytes to the device", times(lambda: images.to(scale.device, non_blocking=True)))
     yield Contender("copy of float32 features to the host", times(lambda: host.copy_(features, non_blocking=True)))
-    batches = [batch for batch, _ in resident(scale)[:2]]
+    (batch, _), *_ = resident(scale)
     for precision in PRECISIONS:
         run = tuned(on_device(scale, model), scale, precision)
-        yield Contender(f"forward, {precision}", times(lambda run=run: run(batches[0])))
+        yield Contender(f"forward, {precision}", times(lambda run=run: run(batch)))
 
     def write() -> int:
         with open(scratch / "rows", "wb", buffering=0) as file:

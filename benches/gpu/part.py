@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,13 @@ def main(part: str, trials: Callable[[Scale], Iterator[Any]]) -> None:
 
         keep({"machine": machine(os.getloadavg()[0])})
         for trial in trials(SCALES[device]):
-            trial.measure()
+            try:
+                trial.measure()
+            except Exception:
+                # Of which no contender was to blame.
+                traceback.print_exc()
+                failed = True
+                continue
             print(trial.table(), flush=True)
             keep(record(part, trial))
             failed = failed or bool(trial.failures)

@@ -95,6 +95,7 @@ def fit(device: str, engine: str = "python") -> None:
             model = network().to(place)
             sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
             batches = cnnrs.DataLoader(data, 8, device=place)
+            print(cnnrs.explain(model, (8, 3, 32, 32)))
             for phase in ("training", "training", "validation"):
                 loss, _ = cnnrs.fit(
                     0, model, batches, phase, optimizer=sgd, loss_fn=nn.functional.cross_entropy,
