@@ -43,9 +43,8 @@ part() {
         status="no time left"
     else
         timeout --kill-after=5 "$limit" "$@" >"$printed" 2>&1 || rc=$?
-        [[ $file != - ]] || file=$printed
         case $rc in
-        0) zgrep -qE -- "$pattern" "$file" || status="failed: no '$pattern' in ${file##*/}" ;;
+        0) zgrep -qsE -- "$pattern" "${file/#-/$printed}" || status="failed: no '$pattern' in ${file/#-/what it printed}" ;;
         124 | 137) status="failed: stopped after $limit s" ;;
         *) status="failed: exit code $rc" ;;
         esac

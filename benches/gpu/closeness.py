@@ -12,8 +12,8 @@ from gpu.inputs import fewer, on_device, transform
 from gpu.scale import Scale
 from gpu.titles import CLOSENESS
 
-#: Half a unit of the last of 24, 11, 8 and 11 bits, times 10: thirteen layers, each of which rounds inputs, weights and,
-#: in half precision, results; errors of either sign add up like the root of their number. In float32 Winograd's
+#: Half a unit of the last of 24, 11, 8 and 11 bits, times 10: thirteen layers, each of which rounds inputs, weights
+#: and, in half precision, results; errors of either sign add up like the root of their number. In float32 Winograd's
 #: algorithm, which cuDNN may choose, costs five bits more.
 BOUNDS = {"exact": 10 * 2**-19, "tf32": 10 * 2**-11, "bf16": 10 * 2**-8, "fp16": 10 * 2**-11}
 
