@@ -1,7 +1,8 @@
 """Where streams meet: ``python races.py NAME DEVICE`` runs one of these, on CUDA under PyTorch's sanitizer.
 
 The sanitizer (TORCH_CUDA_SANITIZER=1) takes over the whole process and ends it at the first access that nothing orders
-after another stream's: hence one process each. On the CPU the same code runs, and only numbers are compared.
+after another stream's: hence one process each. It sees the device's memory only; whether the host reads too early shows
+in the numbers, which are compared. On the CPU the same code runs.
 """
 
 from __future__ import annotations
