@@ -65,11 +65,13 @@ else
     tests=(-k test_numbers_made_on_a_device) races=(all) sanitizer=()
     export OMP_WAIT_POLICY=passive
 fi
-mapfile -t files < <(grep -rlE 'mark\.gpu\b' tests/python --include='test_*.py' | sort)
+# Whole folders: a fixture of their conftest may be what is marked.
+mapfile -t folders < <(grep -rlE 'mark\.gpu\b' tests/python/*/ --include='*.py' --exclude-dir=support --exclude-dir=package |
+    xargs -n1 dirname | sort -u)
 
 part smoke 60 - "^preconv: " "$python" -m gpu.smoke "$device"
 part ceilings 60 "$results" '"part": "ceilings"' "$python" -m gpu.ceilings "$device" "$out"
-part tests 150 - "[0-9]+ passed" "$python" -m pytest -q -rfEs -p pytest_timeout -p no:cacheprovider "${tests[@]}" "${files[@]}"
+part tests 150 - "[0-9]+ passed" "$python" -m pytest -q -rfEs -p pytest_timeout -p no:cacheprovider "${tests[@]}" "${folders[@]}"
 part preconv 240 "$results" '"part": "preconv"' "$python" -m gpu.features "$device" "$out"
 part fit 150 "$results" '"part": "fit"' "$python" -m gpu.training "$device" "$out"
 part trace 60 "$out/trace-fit.json.gz" traceEvents "$python" -m gpu.trace "$device" "$out"
