@@ -11,8 +11,10 @@ def main() -> None:
     """Of what was measured twice the last counts."""
     device, out = sys.argv[1], Path(sys.argv[2])
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    machine = next(line["machine"] for line in reversed(lines) if "machine" in line)
     records = {line["work"]: line for line in lines if "work" in line}
+    if not records:
+        sys.exit("nothing has been measured")
+    machine = next(line["machine"] for line in reversed(lines) if "machine" in line)
     judgement = Judgement(list(records.values()))
     tables = [*(record["table"] for record in records.values()), judgement.table()]
     note = [] if device == "cuda" else ["A rehearsal without a GPU: the figures mean nothing.", ""]
