@@ -24,6 +24,8 @@ trap 'rm -f "$log"' EXIT
     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --python-version "$python_version" \
     --target "$carry/site" -r requirements/gpu-check.txt "${wheels[0]}" >"$log" 2>&1 ||
     fail "pip could not get requirements/gpu-check.txt and the wheel: $(grep -m1 ERROR "$log" || tail -n1 "$log")"
+compiled=$(find "$carry/site" -name '*.cpython-*')
+[[ -z $compiled ]] || fail "compiled for one version of Python only: $compiled"
 
 cp pyproject.toml "$carry"
 mkdir -p "$carry/scripts" "$carry/tests"

@@ -30,8 +30,8 @@ if [[ -d photos ]]; then export CNNRS_PHOTOS=$root/photos; fi
 if ((${#wanted[@]} == 0)); then rm -f "$summary" "$log" "$results" "$out"/results.md "$out"/trace-*.json.gz; fi
 touch "$results"
 
-# part NAME SECONDS FILE PATTERN COMMAND...: runs it in a process of its own, after which FILE must have a line with PATTERN.
-# FILE "-" is what the command printed.
+# part NAME SECONDS FILE PATTERN COMMAND...: runs it in a process of its own, after which FILE must have a line with
+# PATTERN. FILE "-" is what the command printed.
 part() {
     local name=$1 limit=$2 file=$3 pattern=$4 began=$SECONDS status=ok rc=0
     shift 4
@@ -44,7 +44,10 @@ part() {
     else
         timeout --kill-after=5 "$limit" "$@" >"$printed" 2>&1 || rc=$?
         case $rc in
-        0) zgrep -qsE -- "$pattern" "${file/#-/$printed}" || status="failed: no '$pattern' in ${file/#-/what it printed}" ;;
+        0)
+            zgrep -qsE -- "$pattern" "${file/#-/$printed}" ||
+                status="failed: no '$pattern' in ${file/#-/what it printed}"
+            ;;
         124 | 137) status="failed: stopped after $limit s" ;;
         *) status="failed: exit code $rc" ;;
         esac
@@ -66,17 +69,21 @@ else
     export OMP_WAIT_POLICY=passive
 fi
 # Whole folders: a fixture of their conftest may be what is marked.
-mapfile -t folders < <(grep -rlE 'mark\.gpu\b' tests/python/*/ --include='*.py' --exclude-dir=support --exclude-dir=package |
+mapfile -t folders < <(grep -rlE 'mark\.gpu\b' tests/python/*/ --include='*.py' --exclude-dir={support,package} |
     xargs -n1 dirname | sort -u)
+# Hypothesis is compiled for one version of Python and not carried; test_marks.py sees to it that no test for a GPU is lost.
+mapfile -t files < <(grep -rL '^from hypothesis' "${folders[@]}" --include='test_*.py' | sort)
 
 part smoke 60 - "^preconv: " "$python" -m gpu.smoke "$device"
 part ceilings 60 "$results" '"part": "ceilings"' "$python" -m gpu.ceilings "$device" "$out"
-part tests 150 - "[0-9]+ passed" "$python" -m pytest -q -rfEs -p pytest_timeout -p no:cacheprovider "${tests[@]}" "${folders[@]}"
+part tests 150 - "[0-9]+ passed" \
+    "$python" -m pytest -q -rfEs -p pytest_timeout -p no:cacheprovider "${tests[@]}" "${files[@]}"
 part preconv 240 "$results" '"part": "preconv"' "$python" -m gpu.features "$device" "$out"
 part fit 150 "$results" '"part": "fit"' "$python" -m gpu.training "$device" "$out"
 part trace 60 "$out/trace-fit.json.gz" traceEvents "$python" -m gpu.trace "$device" "$out"
 for race in "${races[@]}"; do
-    part "race-$race" 40 - "passed on $device" env "${sanitizer[@]}" "$python" tests/python/support/races.py "$race" "$device"
+    part "race-$race" 40 - "passed on $device" \
+        env "${sanitizer[@]}" "$python" tests/python/support/races.py "$race" "$device"
 done
 # Of whatever has been measured by now.
 stop=535
