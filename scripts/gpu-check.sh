@@ -71,7 +71,7 @@ fi
 # Whole folders: a fixture of their conftest may be what is marked.
 mapfile -t folders < <(grep -rlE 'mark\.gpu\b' tests/python/*/ --include='*.py' --exclude-dir={support,package} |
     xargs -n1 dirname | sort -u)
-# Hypothesis is compiled for one version of Python and not carried; test_marks.py sees to it that no test for a GPU is lost.
+# Hypothesis is compiled for one version of Python and not carried; test_marks.py watches that no test for a GPU is lost.
 mapfile -t files < <(grep -rL '^from hypothesis' "${folders[@]}" --include='test_*.py' | sort)
 
 part smoke 60 - "^preconv: " "$python" -m gpu.smoke "$device"
