@@ -46,7 +46,10 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.gpu is not None:
-        keep("gpu", options.gpu.read_text())
+        text = options.gpu.read_text()
+        if "GPU: none" in text:
+            parser.error(f"{options.gpu} is a rehearsal without a GPU")
+        keep("gpu", text)
         return
     for name in options.names or BENCHMARKS:
         if name == "gpu" and not torch.cuda.is_available():
