@@ -22,8 +22,8 @@ if [[ ! -d site/cnnrs ]]; then
 fi
 # Nothing else that may lie about: what is tested is what was carried.
 export PYTHONPATH=$root/site:$root/benches:$root/tests/python/support PYTHONUNBUFFERED=1
-# Plug-ins of that machine may not go with this pytest.
-export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+# Plug-ins of that machine may not go with this pytest; what crashes or is stopped says where it was.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONFAULTHANDLER=1
 CNNRS_COMMIT=$(<commit)
 export CNNRS_COMMIT
 if [[ -d photos ]]; then export CNNRS_PHOTOS=$root/photos; fi
@@ -42,7 +42,7 @@ part() {
     if ((limit < 1)); then
         status="no time left"
     else
-        timeout --kill-after=5 "$limit" "$@" >"$printed" 2>&1 || rc=$?
+        timeout --signal=ABRT --kill-after=5 "$limit" "$@" >"$printed" 2>&1 || rc=$?
         case $rc in
         0)
             zgrep -qsE -- "$pattern" "${file/#-/$printed}" ||
@@ -77,7 +77,7 @@ mapfile -t files < <(grep -rL '^from hypothesis' "${folders[@]}" --include='test
 part smoke 60 - "^preconv: " "$python" -m gpu.smoke "$device"
 part ceilings 60 "$results" '"part": "ceilings"' "$python" -m gpu.ceilings "$device" "$out"
 part tests 150 - "[0-9]+ passed" \
-    "$python" -m pytest -q -rfEs -p pytest_timeout -p no:cacheprovider "${tests[@]}" "${files[@]}"
+    "$python" -m pytest -v -rfE -p pytest_timeout --timeout 40 -p no:cacheprovider "${tests[@]}" "${files[@]}"
 part preconv 240 "$results" '"part": "preconv"' "$python" -m gpu.features "$device" "$out"
 part fit 150 "$results" '"part": "fit"' "$python" -m gpu.training "$device" "$out"
 part trace 60 "$out/trace-fit.json.gz" traceEvents "$python" -m gpu.trace "$device" "$out"
