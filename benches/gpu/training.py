@@ -17,14 +17,14 @@ import cnnrs
 from gpu import part, titles
 from gpu.by_hand import compiler_is_missing
 from gpu.scale import Scale
-from gpu.titles import CALLED, COMPILED, EAGER, FIT, FUSED, GRAPHS, HALF
+from gpu.titles import CALLED, COMPILED, EAGER, FIT, FUSED, GATHERED, GRAPHS, HALF, LOADED, ROWS
 from gpu.trial import Trial
 
 Epoch = Callable[[nn.Module, torch.optim.Optimizer], object]
 
 
 def trials(scale: Scale) -> Iterator[Trial]:
-    """The tutorial's three trainings; the head once more with its features in the host's memory."""
+    """The tutorial's three trainings; the head once more with its loading."""
     warnings.filterwarnings("ignore", message="dropout2d: Received a 2-D input")
     missing = compiler_is_missing(scale)
     notes = [f"torch.compile: not run ({missing})."] if missing else []
@@ -32,7 +32,7 @@ def trials(scale: Scale) -> Iterator[Trial]:
         title = f"{case.name}, batches of {case.batch}"
         yield Trial(title, "ms/step", contenders(case, scale), scale.rounds, notes=notes)
     head = cases(scale)[-1]
-    yield Trial(f"{head.name}, batches of {head.batch}, loading included", "ms/step", loaded(head, scale), scale.rounds)
+    yield Trial(f"{LOADED}, batches of {head.batch}", "ms/step", loaded(head, scale), scale.rounds)
 
 
 def cases(scale: Scale) -> list[Case]:
@@ -125,7 +125,7 @@ def tuned_loop(
 
 
 def loaded(case: Case, scale: Scale) -> list[Contender]:
-    """Rows in the host's memory, shuffled: torch's loader, rows that lie on the device, and cnnrs."""
+    """Shuffled rows, from the host's memory and from the device's."""
     make = partial(contender, case, scale)
     count = case.steps * case.batch
     generator = torch.Generator().manual_seed(0)
@@ -149,8 +149,9 @@ def loaded(case: Case, scale: Scale) -> list[Contender]:
 
     return [
         make("torch's DataLoader, pinned; no waiting, fused=True", by_hand(moved), fused=True),
-        make("rows on the device, gathered there; no waiting, fused=True", by_hand(gathered), fused=True),
+        make(GATHERED, by_hand(gathered), fused=True),
         make("cnnrs.fit, cnnrs.DataLoader(device=)", partial(fit, ours, case)),
+        make(ROWS, partial(fit, cnnrs.DataLoader(cnnrs.FeatureDataset(*there), case.batch, shuffle=True), case)),
     ]
 
 

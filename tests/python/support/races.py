@@ -108,7 +108,7 @@ def fit(device: str, engine: str = "python") -> None:
                 )  # fmt: skip
             losses.append(loss)
         # cuDNN may use TF32, 11 bits, and ten steps let differences grow.
-        assert abs(losses[1] - losses[0]) <= 0.02 * losses[0], losses
+        assert abs(losses[1] - losses[0]) <= 0.05 * losses[0], losses
 
 
 def recorded(device: str) -> None:
