@@ -105,6 +105,13 @@ bench-peers: ## Install the other loaders and runtimes into an environment of th
 .PHONY: wheel
 wheel: $(WHEEL) ## Build the wheel into dist/: one for every torch and every Python
 
+.PHONY: gpu-carry gpu-rehearsal
+gpu-carry: $(WHEEL) ## All that scripts/gpu-check.sh needs on a machine with a GPU, in build/gpu-carry, below 60 MiB
+	PYTHON="$(PYTHON)" scripts/gpu-carry.sh build/gpu-carry
+gpu-rehearsal: $(PACKAGES) gpu-carry ## The GPU check on the CPU, tiny, in a folder of its own: shows that it runs, measures nothing
+	bare=$$(mktemp -d) && trap 'rm -rf "$$bare"' EXIT && cp -r build/gpu-carry/. "$$bare" && \
+	    DEVICE=cpu OUT=build/gpu-rehearsal PYTHON="$(PYO3_PYTHON)" "$$bare/scripts/gpu-check.sh"
+
 .PHONY: libtorch lint-libtorch test-libtorch
 libtorch: ## Build the wheel of the companion (engine "torch") into dist/libtorch-2.13.0/ (LIBTORCH=2.11.0 for another torch)
 lint-libtorch: ## Clippy of the companion, its stubs against the built module

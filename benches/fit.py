@@ -148,7 +148,6 @@ def comparisons() -> Iterator[Any]:
     for case in VALIDATED:
         yield AgainstBetter(f"Validation: {case.name}", "ms/batch", validations(case))
     yield Comparison("Training: MnistNet, batches of 32, loading included", "ms/step", with_loader(), rounds=3)
-    yield from on_gpu() if torch.cuda.is_available() else []
     yield Sweep()
     yield Limits([MNIST, CATDOG, *(head(batch, 2) for batch in (5, 32, 64))])
 
@@ -247,55 +246,6 @@ def validations(case: Case) -> list[Contender]:
             case.make(),
             lambda model: cnnrs.fit(0, model, batches, "validation", loss_fn=case.loss_fn, verbose=False),
         ),
-    ]
-
-
-def on_gpu() -> list[Comparison]:
-    """The tutorial's loop and ours on CUDA, both at their first choice and in half precision; batches lie there."""
-    cases = [
-        replace(MNIST, steps=300),
-        replace(CATDOG, steps=30),
-        Case("head of VGG16, batches of 64", vgg_head, (25088,), 64, 2, 60, lr=0.0001, momentum=0.5),
-    ]
-    return [
-        Comparison(f"Training on {torch.cuda.get_device_name()}: {case.name}", "img/s", gpu_contenders(case))
-        for case in cases
-    ]
-
-
-def gpu_contenders(case: Case) -> list[Contender]:
-    """As :func:`contenders`; every round ends with all work done."""
-    batches = [(x.cuda(), y.cuda()) for x, y in case.batches()]
-
-    def contender(name: str, epoch: Callable[[nn.Module, torch.optim.Optimizer], object], **options: Any) -> Contender:
-        model = case.make().cuda()
-        optimizer = torch.optim.SGD(model.parameters(), lr=case.lr, momentum=case.momentum, **options)
-
-        def run() -> int:
-            epoch(model, optimizer)
-            torch.cuda.synchronize()
-            return case.batch * len(batches)
-
-        return Contender(name, run)
-
-    def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        tutorials_fit(model, batches, optimizer, case.loss_fn)
-
-    def ours(**options: Any) -> Contender:
-        words = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        return contender(
-            f"cnnrs.fit, {words}" if words else "cnnrs.training.fit",
-            lambda model, optimizer: cnnrs.fit(
-                0, model, batches, optimizer=optimizer, loss_fn=case.loss_fn, verbose=False, **options
-            ),
-        )
-
-    return [
-        contender("the tutorial's loop", loop),
-        contender("the tutorial's loop, fused=True", loop, fused=True),
-        ours(engine="python"),
-        ours(),
-        ours(amp="bf16", memory_format=torch.channels_last),
     ]
 
 

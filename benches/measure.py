@@ -11,15 +11,20 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+#: What is counted, by unit.
+THINGS = {
+    "img/s": "images", "files/s": "files", "rows/s": "rows", "ms/batch": "batches", "TFLOP/s": "TFLOP", "GB/s": "GB",
+}  # fmt: skip
+
 
 @dataclass
 class Contender:
     """Something that does the work once and returns how much it did, e.g. the number of images."""
 
     name: str
-    run: Callable[[], int]
+    run: Callable[[], float]
     seconds: list[float] = field(default_factory=list)
-    amount: int = 0
+    amount: float = 0
 
 
 @dataclass
@@ -27,7 +32,7 @@ class Comparison:
     """The same work by several contenders; the first one is the baseline."""
 
     work: str
-    #: "img/s", "files/s" or "rows/s" (more is better), or "ms/step" or "ms/batch" (less is better).
+    #: "img/s", "files/s", "rows/s", "TFLOP/s" or "GB/s" (more is better), or "ms/step" or "ms/batch" (less is better).
     unit: str
     contenders: list[Contender]
     rounds: int = 5
@@ -47,26 +52,29 @@ class Comparison:
     def table(self) -> str:
         """A Markdown table: median, smallest, largest, and the median of the single rounds' ratios to the baseline."""
         baseline = self.contenders[0]
-        things = {"img/s": "images", "files/s": "files", "rows/s": "rows", "ms/batch": "batches"}.get(
-            self.unit, "steps"
-        )
+        things = THINGS.get(self.unit, "steps")
         lines = [
             f"### {self.work}",
             "",
-            f"n = {self.rounds} rounds of {baseline.amount:,} {things}.",
+            f"n = {self.rounds} rounds of {show(baseline.amount)} {things}.",
             "",
             f"| who | median {self.unit} | smallest to largest | times as fast |",
             "|---|---:|---:|---:|",
         ]
         for contender in self.contenders:
             figures = [self.figure(contender, s) for s in contender.seconds]
-            ratio = statistics.median(b / s for b, s in zip(baseline.seconds, contender.seconds, strict=True))
+            ratio = statistics.median(self.ratios(contender, baseline))
             spread = f"{show(min(figures))} to {show(max(figures))}"
             lines.append(
                 f"| {contender.name} | {show(statistics.median(figures))} | {spread} "
                 f"| {'baseline' if contender is baseline else f'{ratio:.2f}'} |"
             )
         return "\n".join([*lines, ""])
+
+    def ratios(self, contender: Contender, baseline: Contender) -> list[float]:
+        """How many times as fast as the baseline the contender was, in each round."""
+        amounts = contender.amount / baseline.amount
+        return [amounts * b / s for b, s in zip(baseline.seconds, contender.seconds, strict=True)]
 
     def figure(self, contender: Contender, seconds: float) -> float:
         """Seconds of one round in the unit of the table."""
@@ -76,6 +84,11 @@ class Comparison:
 def show(figure: float) -> str:
     """Three significant digits."""
     return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
+
+
+def _described() -> str:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return git.stdout
 
 
 def machine(load: float) -> str:
@@ -90,14 +103,15 @@ def machine(load: float) -> str:
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    # Without git where the benchmarks were carried to.
+    commit = os.environ.get("CNNRS_COMMIT") or _described()
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "pillow", "numpy"))
     cores = len(os.sched_getaffinity(0))
     return "\n".join(
         [
             f"- CPU: {cpu}, {cores} cores usable, {memory:.0f} GiB; GPU: {gpu}; {platform.platform()}",
             f"- Python {platform.python_version()}, {versions}",
-            f"- cnnrs {metadata.version('cnnrs')} ({git.stdout.strip()}), {time.strftime('%Y-%m-%d')}",
+            f"- cnnrs {metadata.version('cnnrs')} ({commit.strip()}), {time.strftime('%Y-%m-%d')}",
             f"- torch.get_num_threads() = {torch.get_num_threads()}; load before the run: {load:.1f}"
             + (" (a busy machine: measure again)" if load > cores / 2 else ""),
         ]

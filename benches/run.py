@@ -14,7 +14,9 @@ import folders
 import loader
 import preconv
 import readme
+import torch
 import trainings
+from gpu import everything
 from measure import machine, show
 
 HERE = Path(__file__).parent
@@ -25,6 +27,7 @@ BENCHMARKS = {
     "preconv": preconv.comparisons,
     "classifier": classifier.comparisons,
     "trainings": trainings.comparisons,
+    "gpu": everything.comparisons,
 }
 RESULTS = HERE / "RESULTS.md"
 HEAD = """# Benchmarks
@@ -38,7 +41,20 @@ def main() -> None:
     """Measure what the arguments name, or everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="default: all")
-    for name in parser.parse_args().names or BENCHMARKS:
+    parser.add_argument(
+        "--gpu", type=Path, help="results.md that scripts/gpu-check.sh left elsewhere: taken as part gpu"
+    )
+    options = parser.parse_args()
+    if options.gpu is not None:
+        text = options.gpu.read_text()
+        if "GPU: none" in text:
+            parser.error(f"{options.gpu} is a rehearsal without a GPU")
+        keep("gpu", text)
+        return
+    for name in options.names or BENCHMARKS:
+        if name == "gpu" and not torch.cuda.is_available():
+            print("gpu: left out, there is no GPU here", file=sys.stderr)
+            continue
         # Of the code that is measured: others may commit meanwhile.
         tables = [machine(os.getloadavg()[0]), ""]
         for comparison in BENCHMARKS[name]():
@@ -46,11 +62,15 @@ def main() -> None:
             print(tables[-1], flush=True)
         if name == "loader":
             tables.append(import_time())
-        part = "\n".join(tables)
         # After each, so that nothing is lost when a later one fails.
-        text = RESULTS.read_text() if RESULTS.exists() else ""
-        RESULTS.write_text(together({**parts(text), name: part}))
-        readme.main()
+        keep(name, "\n".join(tables))
+
+
+def keep(name: str, part: str) -> None:
+    """Put a part into RESULTS.md, and its figures into the README."""
+    text = RESULTS.read_text() if RESULTS.exists() else ""
+    RESULTS.write_text(together({**parts(text), name: part}))
+    readme.main()
 
 
 def parts(results: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ import torchvision
 from fit import tutorials_fit, vgg_head
 from loader import DIGITS, TUTORIAL
 from measure import show
+from mnist_files import mnist
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -100,7 +101,7 @@ def comparisons() -> Iterator[Trainings]:
 
 def trainings(scratch: Path) -> Iterator[Training]:
     """Two from scratch; VGG16 as before and after the tutorial's preconv."""
-    root = loader_inputs.mnist(scratch)
+    root = mnist(scratch)
     digits = (torchvision.datasets.MNIST(root, True, DIGITS), cnnrs.MNIST(root, train=True, transform=DIGITS))
     yield _from_scratch("MNIST: MnistNet, 60,000 digits", cnnrs.models.MnistNet, *digits)
     folder = loader_inputs.photos(scratch)[0]

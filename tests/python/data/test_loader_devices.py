@@ -24,7 +24,7 @@ Check = Callable[..., None]
 pytestmark = pytest.mark.filterwarnings("ignore:cnnrs.DataLoader.* in Python")
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FINISHES = {
     "normalize": TUTORIAL,
     "float": transforms.Compose([transforms.Resize((20, 21)), transforms.ToTensor()]),

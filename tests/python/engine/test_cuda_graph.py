@@ -97,8 +97,7 @@ class Counting(Recorder):
         return counted
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -524,7 +523,7 @@ def test_an_error_in_the_model_is_the_models(device: str, recorder: Recorder) ->
         fit(model, optimizer, [])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_recordings_die_with_their_model() -> None:
     model = Net().cuda()
     fit(model, sgd(model.parameters()), batches("cuda"))

@@ -246,7 +246,7 @@ def test_a_head_trains_on_features_as_on_the_images(folder: Path, engine: Any) -
     assert tutorial.same(head[1].state_dict(), model[2].state_dict())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("engine", ENGINES)
 def test_features_from_cuda_come_back(folder: Path, engine: Any) -> None:
     data = cnnrs.ImageFolder(folder, TRANSFORM)

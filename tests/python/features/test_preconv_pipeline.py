@@ -168,10 +168,8 @@ def test_weights_and_settings_are_as_before(folder: Path, engine: Any) -> None:
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", [None, "exact", "tf32", "bf16", "fp16"])
 def test_cuda_computes_what_the_module_computes(folder: Path, tmp_path: Path, precision: Any) -> None:
     model = layers().cuda()
@@ -185,7 +183,7 @@ def test_cuda_computes_what_the_module_computes(folder: Path, tmp_path: Path, pr
     assert [p.stride() for p in model.parameters()] == strides
 
 
-@gpu
+@pytest.mark.gpu
 def test_cuda_halves_for_real(folder: Path, capsys: Any) -> None:
     class Greedy(nn.Module):
         def __init__(self) -> None:

@@ -415,7 +415,7 @@ def test_the_gil_is_released_while_the_engine_works(engine: Any) -> None:
     assert seen[1] > seen[0] + 1000
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("engine", ENGINES)
 def test_training_on_cuda_follows_the_model(engine: Any) -> None:
     theirs, _, ours, _ = tutorial.twins(cnnrs.models.SimpleCNN().cuda(), sgd)
