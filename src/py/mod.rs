@@ -4,6 +4,7 @@ mod batches;
 mod cache;
 mod check;
 mod dlpack;
+mod eager;
 mod enter;
 mod epoch;
 mod error;
@@ -42,6 +43,8 @@ mod _cnnrs {
     use super::check::check_files;
     #[pymodule_export]
     use super::fit::fit_python;
+    #[pymodule_export]
+    use super::eager::Kernels;
     #[pymodule_export]
     use super::fit_cpu::{CpuPlans, cpu_obstacle, cpu_slow, fit_cpu};
     #[pymodule_export]

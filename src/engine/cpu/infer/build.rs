@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::fuse::{Fused, Tensors};
-use super::kernels::lanes::LANES;
+use crate::engine::cpu::common::kernels::lanes::LANES;
 use super::memory::{Geometry, Value, arena};
 use super::method::{Method, window};
 use super::steps::{

@@ -1,7 +1,7 @@
 //! Which kernel computes a convolution, and what that asks of its input.
 
-use super::kernels::lanes::LANES;
-use super::kernels::winograd::Size;
+use crate::engine::cpu::common::kernels::lanes::LANES;
+use crate::engine::cpu::common::kernels::winograd::Size;
 use super::memory::Geometry;
 use super::steps;
 use crate::engine::cpu::common::geometry::Window;

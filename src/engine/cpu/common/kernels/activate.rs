@@ -74,6 +74,32 @@ pub fn activate<V: Lanes>(function: Activate, x: V) -> V {
     }
 }
 
+/// Whether [`derive`] knows the function.
+pub fn has_derivative(function: Activate) -> bool {
+    matches!(function, Activate::Nothing | Activate::Relu | Activate::Relu6 | Activate::Hardswish | Activate::Silu)
+}
+
+/// `g` times the derivative of a function at `x`, as PyTorch has it at its corners.
+#[inline(always)]
+pub fn derive<V: Lanes>(function: Activate, x: V, g: V) -> V {
+    let three = V::splat(3.0);
+    match function {
+        Activate::Relu => g.unless_negative(x),
+        Activate::Relu6 => g.unless_negative(x).unless_negative(V::splat(6.0).sub(x)),
+        Activate::Hardswish => {
+            let inner = g.mul(x.mul_add(V::splat(1.0 / 3.0), V::splat(0.5))).unless_negative(x.add(three));
+            let beyond = x.sub(three);
+            inner.sub(inner.unless_negative(beyond)).add(g.unless_negative(beyond))
+        }
+        Activate::Silu => {
+            // s (1 + x (1 - s))
+            let s = sigmoid(x);
+            g.mul(s).mul(x.mul(V::splat(1.0).sub(s)).add(V::splat(1.0)))
+        }
+        _ => g,
+    }
+}
+
 /// Applies a simple function to sums without forcing them out of their registers; others go over memory again.
 #[inline(always)]
 pub fn activate_sums<V: Lanes, const R: usize, const C: usize>(function: Activate, sums: &mut [[V; C]; R]) {
@@ -160,7 +186,7 @@ fn erf<V: Lanes>(x: f32) -> f32 {
 mod tests {
     use super::*;
     use crate::engine::cpu::common::isa::Isa;
-    use crate::engine::cpu::infer::kernels::lanes::{Kernel, dispatch};
+    use crate::engine::cpu::common::kernels::lanes::{Kernel, dispatch};
     use crate::engine::cpu::infer::reference;
 
     struct Apply<'a>(Activate, &'a [f32], &'a mut Vec<f32>);
