@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use super::enter::enter;
 use super::error::convert;
 use super::tensor::Tensor;
-use crate::engine::cpu::eager::{Activate, Backward, BatchNorm, Conv3x3, Filters, Forward, Shape, Threads, Workspace};
+use crate::engine::cpu::eager::{Activate, Backward, BatchNorm, Conv3x3, Depthwise, Filters, Forward, Shape, Threads, Workspace};
 use crate::error::{Error, Result};
 
 /// The threads and the memory that they share.
@@ -67,6 +67,22 @@ impl Kernels {
         let (from, to) = (shape(&input)?, shape(&derivative)?);
         let conv = Conv3x3 { input: from, outputs: to.channels, padding };
         check(conv.output() == to && gradient.shape() == [to.channels, from.channels, 3, 3], "shapes")?;
+        enter(py, move || {
+            let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: a new tensor of the caller's, which nobody else reads or writes meanwhile.
+            let into = unsafe { written(&gradient)? };
+            conv.weight_gradient(floats(&input)?, floats(&derivative)?, into, &mut workspace)
+        })
+    }
+
+    /// The gradient of the filters (C, 1, k, k) of a depthwise convolution.
+    fn depthwise_weight(
+        &self, py: Python<'_>, input: Tensor, derivative: Tensor, gradient: Tensor, stride: usize, padding: usize,
+    ) -> PyResult<()> {
+        let kernel = gradient.shape().last().copied().unwrap_or(0);
+        let conv = Depthwise { input: images(&input)?, kernel, stride, padding };
+        check(conv.is_known() && conv.output() == images(&derivative)?, "shapes")?;
+        check(gradient.shape() == [conv.input.channels, 1, kernel, kernel], "filters")?;
         enter(py, move || {
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: a new tensor of the caller's, which nobody else reads or writes meanwhile.
@@ -175,11 +191,18 @@ fn check(fits: bool, what: &str) -> PyResult<()> {
     if fits { Ok(()) } else { Err(PyValueError::new_err(format!("{what} do not fit"))) }
 }
 
-fn shape(tensor: &Tensor) -> PyResult<Shape> {
+fn images(tensor: &Tensor) -> PyResult<Shape> {
     match *tensor.shape() {
-        [images, height, width, channels] if channels % 16 == 0 => Ok(Shape { images, size: [height, width], channels }),
-        ref other => Err(PyValueError::new_err(format!("expected (N, H, W, 16 k), got {other:?}"))),
+        [images, height, width, channels] => Ok(Shape { images, size: [height, width], channels }),
+        ref other => Err(PyValueError::new_err(format!("expected (N, H, W, C), got {other:?}"))),
     }
+}
+
+/// Of images whose channels are whole blocks.
+fn shape(tensor: &Tensor) -> PyResult<Shape> {
+    let shape = images(tensor)?;
+    check(shape.channels % 16 == 0, "channels")?;
+    Ok(shape)
 }
 
 fn floats(tensor: &Tensor) -> Result<&[f32]> {

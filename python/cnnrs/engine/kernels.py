@@ -1,7 +1,7 @@
 """Native kernels under PyTorch's autograd, for images in ``channels_last``: what eager PyTorch is slow at on a CPU.
 
-3 x 3 convolutions of stride 1 (forward and both gradients by Winograd's algorithm), and batch norm together with the
-addition and the activation behind it. They run on PyTorch's own threads; everything else of a step stays PyTorch's.
+3 x 3 convolutions of stride 1 (forward and both gradients by Winograd's algorithm), the gradient of depthwise filters, and
+batch norm together with the addition and the activation behind it. They run on PyTorch's own threads; everything else of a step stays PyTorch's.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def _groups(lowered: Lowered, start: int, kernels: Kernels) -> dict[int, Group]:
             continue
         if kind == "Conv2d" and _is_3x3(lowered.tensors[attributes["weight"]], attributes):
             found[number] = Group((number,), tuple(sources), _convolution(kernels, attributes))
+        elif kind == "Conv2d" and _is_depthwise(lowered.tensors[attributes["weight"]], attributes):
+            found[number] = Group((number,), tuple(sources), _depthwise(kernels, attributes))
         elif kind == "BatchNorm2d":
             chain = _chain(lowered, number, readers, taken)
             taken.update(chain)
@@ -82,6 +84,14 @@ def _is_3x3(weight: torch.Tensor, attributes: Attributes) -> bool:
     padding = attributes["padding"]
     square = tuple(weight.shape[2:]) == (3, 3) and padding[0] == padding[1] <= 2
     return alone and square and weight.shape[0] % _LANES == 0 and weight.shape[1] % _LANES == 0
+
+
+def _is_depthwise(weight: torch.Tensor, attributes: Attributes) -> bool:
+    channels, one, *kernel = weight.shape
+    squares = [attributes["stride"], attributes["padding"], tuple(kernel)]
+    square = attributes["dilation"] == (1, 1) and all(len(set(pair)) == 1 for pair in squares)
+    sizes = kernel[0] in (3, 5, 7) and attributes["stride"][0] in (1, 2) and attributes["padding"][0] < kernel[0]
+    return square and sizes and one == 1 and attributes["groups"] == channels >= _LANES
 
 
 def _chain(lowered: Lowered, norm: int, readers: list[list[int]], taken: set[int]) -> list[int]:
@@ -103,6 +113,16 @@ def _convolution(kernels: Kernels, attributes: Attributes) -> Any:
         bias = None if attributes["bias"] is None else tensors[attributes["bias"]]
         weight, padding = tensors[attributes["weight"]], attributes["padding"][0]
         return _Conv3x3.apply(values[0], weight, bias, padding, kernels.native)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _depthwise(kernels: Kernels, attributes: Attributes) -> Any:
+    def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
+        bias = None if attributes["bias"] is None else tensors[attributes["bias"]]
+        stride, padding = attributes["stride"][0], attributes["padding"][0]
+        weight = tensors[attributes["weight"]]
+        return _Depthwise.apply(values[0], weight, bias, stride, padding, kernels.native)  # type: ignore[no-any-return]
 
     return run
 
@@ -183,6 +203,38 @@ class _Conv3x3(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             db = derivative.sum((0, 2, 3))
         return dx, dw, db, None, None
+
+
+class _Depthwise(torch.autograd.Function):
+    """A filter of its own for every channel; all but the gradient of the filters is PyTorch's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, padding: int,
+        native: _cnnrs.Kernels,
+    ) -> torch.Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight)
+        ctx.settings = stride, padding
+        ctx.native = native
+        return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, derivative: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding = ctx.settings
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.aten.convolution_backward(
+                derivative, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], len(weight),
+                [True, False, False],
+            )[0]  # fmt: skip
+        if ctx.needs_input_grad[1]:
+            dw = torch.empty(weight.shape)
+            ctx.native.depthwise_weight(_last(x), _last(derivative), dw, stride, padding)
+        if ctx.needs_input_grad[2]:
+            db = derivative.sum((0, 2, 3))
+        return dx, dw, db, None, None, None
 
 
 class _BatchNorm(torch.autograd.Function):

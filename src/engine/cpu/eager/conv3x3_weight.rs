@@ -20,6 +20,8 @@ use crate::error::Result;
 const MOST_OWN: usize = 1 << 20;
 /// Tiles that a worker transforms before it asks for more.
 const GROUP: usize = 8;
+/// Products that are added up before they join the sum so far, which keeps its rounding error small.
+const CHUNK: usize = 64;
 
 impl Conv3x3 {
     /// The gradient of the filters `[out][in][3][3]`.
@@ -189,27 +191,29 @@ impl Job<'_> {
         let v = block.wrapping_add(k * p.v_plane());
         for i in (0..inputs).step_by(outer_rows::<V>()) {
             let output = u.wrapping_add(k * inputs * p.conv.outputs + panel * p.wide() * inputs + i * width);
-            let tile = Tile {
-                input: v.wrapping_add(i / LANES * p.block * LANES + i % LANES),
-                stride: 1,
-                offsets,
-                len: 1,
-                short: 0,
-                short_len: 0,
-                weights: d,
-                later: d,
-                later_lines: 0,
-                output,
-                output_stride: width,
-                output_block: LANES,
-                bias: std::ptr::null(),
-                residual: if first { std::ptr::null() } else { output },
-                residual_stride: width,
-                residual_block: LANES,
-                activation: Activate::Nothing,
-            };
-            // SAFETY: the caller's promise.
-            unsafe { outer::<V>(width / LANES, &tile) };
+            for (part, offsets) in offsets.chunks(CHUNK).enumerate() {
+                let tile = Tile {
+                    input: v.wrapping_add(i / LANES * p.block * LANES + i % LANES),
+                    stride: 1,
+                    offsets,
+                    len: 1,
+                    short: 0,
+                    short_len: 0,
+                    weights: d.wrapping_add(part * CHUNK * width),
+                    later: d,
+                    later_lines: 0,
+                    output,
+                    output_stride: width,
+                    output_block: LANES,
+                    bias: std::ptr::null(),
+                    residual: if first && part == 0 { std::ptr::null() } else { output },
+                    residual_stride: width,
+                    residual_block: LANES,
+                    activation: Activate::Nothing,
+                };
+                // SAFETY: the caller's promise.
+                unsafe { outer::<V>(width / LANES, &tile) };
+            }
         }
     }
 }

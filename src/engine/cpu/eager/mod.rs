@@ -1,15 +1,17 @@
 //! Operations that PyTorch's autograd calls one by one, over its own tensors in `channels_last`: what its kernels for the
 //! CPU take longer for.
 //!
-//! Images are `[images][height][width][channels]`, channels in whole blocks of sixteen.
+//! Images are `[images][height][width][channels]`.
 
 mod batch_norm;
 mod conv3x3;
 mod conv3x3_weight;
+mod depthwise;
 mod threads;
 
 pub use batch_norm::{BatchNorm, Forward, Backward};
 pub use conv3x3::{Conv3x3, Filters};
+pub use depthwise::Depthwise;
 pub use threads::Threads;
 
 pub use crate::engine::cpu::common::kernels::activate::{Activate, has_derivative};
