@@ -9,7 +9,9 @@ use pyo3::prelude::*;
 use super::enter::enter;
 use super::error::convert;
 use super::tensor::Tensor;
-use crate::engine::cpu::eager::{Activate, Backward, BatchNorm, Conv3x3, Depthwise, Filters, Forward, Shape, Threads, Workspace};
+use crate::engine::cpu::eager::{
+    Activate, Backward, BatchNorm, Conv3x3, Depthwise, Filters, Forward, Shape, Threads, Workspace,
+};
 use crate::error::{Error, Result};
 
 /// The threads and the memory that they share.
@@ -38,7 +40,14 @@ impl Kernels {
     /// A 3 x 3 convolution of stride 1: `input`, `output` (N, H, W, C) and `filters` (O, I, 3, 3) contiguous float32.
     #[pyo3(signature = (input, filters, bias, output, padding, turned))]
     fn conv3x3(
-        &self, py: Python<'_>, input: Tensor, filters: Tensor, bias: Option<Tensor>, output: Tensor, padding: usize, turned: bool,
+        &self,
+        py: Python<'_>,
+        input: Tensor,
+        filters: Tensor,
+        bias: Option<Tensor>,
+        output: Tensor,
+        padding: usize,
+        turned: bool,
     ) -> PyResult<()> {
         let (from, to) = (shape(&input)?, shape(&output)?);
         let mut conv = Conv3x3 { input: from, outputs: to.channels, padding };
@@ -62,7 +71,12 @@ impl Kernels {
 
     /// The gradient of the filters of such a convolution.
     fn conv3x3_weight(
-        &self, py: Python<'_>, input: Tensor, derivative: Tensor, gradient: Tensor, padding: usize,
+        &self,
+        py: Python<'_>,
+        input: Tensor,
+        derivative: Tensor,
+        gradient: Tensor,
+        padding: usize,
     ) -> PyResult<()> {
         let (from, to) = (shape(&input)?, shape(&derivative)?);
         let conv = Conv3x3 { input: from, outputs: to.channels, padding };
@@ -77,7 +91,13 @@ impl Kernels {
 
     /// The gradient of the filters (C, 1, k, k) of a depthwise convolution.
     fn depthwise_weight(
-        &self, py: Python<'_>, input: Tensor, derivative: Tensor, gradient: Tensor, stride: usize, padding: usize,
+        &self,
+        py: Python<'_>,
+        input: Tensor,
+        derivative: Tensor,
+        gradient: Tensor,
+        stride: usize,
+        padding: usize,
     ) -> PyResult<()> {
         let kernel = gradient.shape().last().copied().unwrap_or(0);
         let conv = Depthwise { input: images(&input)?, kernel, stride, padding };
@@ -94,8 +114,18 @@ impl Kernels {
     /// Batch norm, the sum with `residual` and an activation of (N, H, W, C); `gather`: mean and variance are computed first.
     #[pyo3(signature = (input, residual, weight, bias, mean, var, gather, eps, activation, output))]
     fn batch_norm(
-        &self, py: Python<'_>, input: Tensor, residual: Option<Tensor>, weight: Option<Tensor>, bias: Option<Tensor>, mean: Tensor,
-        var: Tensor, gather: bool, eps: f64, activation: &str, output: Tensor,
+        &self,
+        py: Python<'_>,
+        input: Tensor,
+        residual: Option<Tensor>,
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
+        mean: Tensor,
+        var: Tensor,
+        gather: bool,
+        eps: f64,
+        activation: &str,
+        output: Tensor,
     ) -> PyResult<()> {
         let norm = batch_norm(&input, eps, activation)?;
         let vectors = [weight.as_ref(), bias.as_ref(), Some(&mean), Some(&var)];
@@ -119,8 +149,18 @@ impl Kernels {
     /// The gradients of all of it; `training`: mean and variance are the batch's own.
     #[pyo3(signature = (derivative, input, residual, weight, bias, mean, var, training, eps, activation, gradients))]
     fn batch_norm_backward(
-        &self, py: Python<'_>, derivative: Tensor, input: Tensor, residual: Option<Tensor>, weight: Option<Tensor>,
-        bias: Option<Tensor>, mean: Tensor, var: Tensor, training: bool, eps: f64, activation: &str,
+        &self,
+        py: Python<'_>,
+        derivative: Tensor,
+        input: Tensor,
+        residual: Option<Tensor>,
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
+        mean: Tensor,
+        var: Tensor,
+        training: bool,
+        eps: f64,
+        activation: &str,
         gradients: (Option<Tensor>, Option<Tensor>, Tensor, Tensor),
     ) -> PyResult<()> {
         let norm = batch_norm(&input, eps, activation)?;
@@ -133,7 +173,12 @@ impl Kernels {
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: new tensors of the caller's, which nobody else reads or writes meanwhile.
             let (x, residual_gradient, weight_gradient, bias_gradient) = unsafe {
-                (dx.as_ref().map(|t| written(t)).transpose()?, dr.as_ref().map(|t| written(t)).transpose()?, written(&dw)?, written(&db)?)
+                (
+                    dx.as_ref().map(|t| written(t)).transpose()?,
+                    dr.as_ref().map(|t| written(t)).transpose()?,
+                    written(&dw)?,
+                    written(&db)?,
+                )
             };
             let backward = Backward {
                 forward: forward(floats(&input)?, &residual, &weight, &bias, &mean, &var)?,
@@ -167,7 +212,12 @@ fn batch_norm(input: &Tensor, eps: f64, activation: &str) -> PyResult<BatchNorm>
 }
 
 fn forward<'a>(
-    x: &'a [f32], residual: &'a Option<Tensor>, weight: &'a Option<Tensor>, bias: &'a Option<Tensor>, mean: &'a Tensor, var: &'a Tensor,
+    x: &'a [f32],
+    residual: &'a Option<Tensor>,
+    weight: &'a Option<Tensor>,
+    bias: &'a Option<Tensor>,
+    mean: &'a Tensor,
+    var: &'a Tensor,
 ) -> Result<Forward<'a>> {
     Ok(Forward {
         x,
@@ -206,5 +256,7 @@ fn shape(tensor: &Tensor) -> PyResult<Shape> {
 }
 
 fn floats(tensor: &Tensor) -> Result<&[f32]> {
-    tensor.elements().ok_or_else(|| Error::Argument(format!("expected contiguous float32 on cpu, got {}", tensor.describe())))
+    tensor
+        .elements()
+        .ok_or_else(|| Error::Argument(format!("expected contiguous float32 on cpu, got {}", tensor.describe())))
 }

@@ -42,9 +42,9 @@ mod _cnnrs {
     #[pymodule_export]
     use super::check::check_files;
     #[pymodule_export]
-    use super::fit::fit_python;
-    #[pymodule_export]
     use super::eager::Kernels;
+    #[pymodule_export]
+    use super::fit::fit_python;
     #[pymodule_export]
     use super::fit_cpu::{CpuPlans, cpu_obstacle, cpu_slow, fit_cpu};
     #[pymodule_export]

@@ -1,7 +1,7 @@
-"""The frozen front of a network that is called: its first operations, whose result nothing in an epoch changes.
+"""A network that is called, divided: its frozen front, whose result nothing in an epoch changes, and the rest.
 
-It runs in the engine that computes features, the rest through PyTorch's autograd on the module's own parameters. In
-validation, everything is front.
+The front runs in the engine that computes features, the rest through PyTorch's autograd on the module's own parameters,
+with native kernels where they are faster. In validation, everything is front; where a whole network is trained, nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Front:
     Attributes:
         whole: the network.
         front: its operations up to the value that training begins with.
-        last: number of the last of them.
+        last: number of the last of them; 0: that is the batch itself.
         shape: of the samples that the front takes.
     """
 
@@ -52,6 +52,11 @@ class Front:
     def is_all(self) -> bool:
         """Whether nothing is left behind it."""
         return self.last == self.whole.output
+
+    @property
+    def kernels(self) -> int:
+        """Number of operations behind it that have native kernels."""
+        return sum(len(group.nodes) for group in Kernels(self.whole, self.last).groups.values())
 
     @property
     def end(self) -> str:
@@ -178,6 +183,8 @@ class Network:
     ) -> None:  # fmt: skip
         self.order = MemoryOrder(model, orders and not front.is_all, training, self._rest)
         self._kernels = Kernels(front.whole, front.last)
+        #: What has just been found against them.
+        self._wrong = ""
         self._model = model
         self._front = front
         self._check = check
@@ -194,7 +201,11 @@ class Network:
             return self._model(inputs)
         if self._front.is_all:
             return features
-        return self._behind(self.order.ordered(features), self._front.whole.tensors)
+        ordered = self.order.ordered(features)
+        if self._wrong:
+            self._note(f"PyTorch's own kernels are used, because native ones do not do what they do: {self._wrong}")
+            self._wrong = ""
+        return self._behind(ordered, self._front.whole.tensors)
 
     def _takes(self, inputs: Any) -> bool:
         if not self._is_on:
@@ -217,6 +228,8 @@ class Network:
 
     def _features(self, inputs: torch.Tensor) -> torch.Tensor | None:
         """None where the model is to be called instead, from now on."""
+        if self._front.last == 0:
+            return inputs
         front, new = self._front.front, self._network is None
         try:
             self._network = self._network or cpu_inference.network(front)
@@ -257,7 +270,7 @@ class Network:
         else:
             reason = None
         if reason:
-            note(f"fit, {type(self._model).__name__}: PyTorch's own kernels are used, because native ones do not do what they do: {reason}")
+            self._wrong = reason
             raise ArithmeticError(reason)
         return outputs
 
@@ -273,4 +286,7 @@ class Network:
     def _stop(self, reason: str = "") -> None:
         self._is_on, self._network, self._copies = False, None, []
         if reason:
-            note(f"fit, {type(self._model).__name__}: {reason}")
+            self._note(reason)
+
+    def _note(self, text: str) -> None:
+        note(f"fit, {type(self._model).__name__}: {text}")

@@ -1,7 +1,8 @@
 """Native kernels under PyTorch's autograd, for images in ``channels_last``: what eager PyTorch is slow at on a CPU.
 
-3 x 3 convolutions of stride 1 (forward and both gradients by Winograd's algorithm), the gradient of depthwise filters, and
-batch norm together with the addition and the activation behind it. They run on PyTorch's own threads; everything else of a step stays PyTorch's.
+3 x 3 convolutions of stride 1 (forward and both gradients by Winograd's algorithm), the gradient of depthwise filters,
+and batch norm together with the addition and the activation behind it. They run on PyTorch's own threads; everything
+else of a step stays PyTorch's.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ class _Conv3x3(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, derivative: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         filters, last = weight.detach().contiguous(), _last(derivative)
@@ -219,7 +220,7 @@ class _Depthwise(torch.autograd.Function):
         return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, derivative: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         stride, padding = ctx.settings
@@ -264,7 +265,7 @@ class _BatchNorm(torch.autograd.Function):
         return (output, mean, var) if ctx.training else (output, None, None)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, derivative: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
         x, residual, weight, bias, mean, var = ctx.saved_tensors
         if derivative is None:

@@ -38,7 +38,11 @@ impl Conv3x3 {
         gradient: &mut [f32],
         workspace: &mut Workspace,
     ) -> Result<()> {
-        assert_eq!((input.len(), derivative.len()), (self.input.floats(), self.output().floats()), "floats of the images");
+        assert_eq!(
+            (input.len(), derivative.len()),
+            (self.input.floats(), self.output().floats()),
+            "floats of the images"
+        );
         assert_eq!(gradient.len(), self.input.channels * self.outputs * 9, "floats of the filters");
         let (isa, workers) = (workspace.isa, workspace.threads.workers());
         let plan = Plan::new(*self, isa, workers);
@@ -54,15 +58,21 @@ impl Conv3x3 {
         };
         let room = |worker: usize| memory.at(u + worker * tiles);
         if plan.alone {
-            workspace.threads.run(plan.parts, &|part, worker| dispatch(isa, Part { job: &job, part, room: room(worker) }))?;
+            workspace
+                .threads
+                .run(plan.parts, &|part, worker| dispatch(isa, Part { job: &job, part, room: room(worker) }))?;
         } else {
             let groups = plan.block.div_ceil(GROUP);
             workspace.threads.run(groups, &|group, _| dispatch(isa, Transform { job: &job, group, to: room(0) }))?;
             let products = PRODUCTS * plan.panels();
-            workspace.threads.run(products, &|product, _| dispatch(isa, Product { job: &job, product, from: room(0) }))?;
+            workspace
+                .threads
+                .run(products, &|product, _| dispatch(isa, Product { job: &job, product, from: room(0) }))?;
         }
         let room = |worker: usize| memory.at(u + rooms * tiles + worker * plan.piece_len());
-        workspace.threads.run(plan.pieces(), &|piece, worker| dispatch(isa, Piece { job: &job, piece, room: room(worker) }))
+        workspace
+            .threads
+            .run(plan.pieces(), &|piece, worker| dispatch(isa, Piece { job: &job, piece, room: room(worker) }))
     }
 }
 
@@ -184,7 +194,15 @@ impl Job<'_> {
     /// # Safety
     /// V and D of as many tiles as there are offsets are at `block`; nobody else has this part of `u`.
     #[inline(always)]
-    unsafe fn multiply<V: Lanes>(&self, block: *const f32, offsets: &[usize], k: usize, panel: usize, u: *mut f32, first: bool) {
+    unsafe fn multiply<V: Lanes>(
+        &self,
+        block: *const f32,
+        offsets: &[usize],
+        k: usize,
+        panel: usize,
+        u: *mut f32,
+        first: bool,
+    ) {
         let p = self.plan;
         let (inputs, width) = (p.conv.input.channels, p.width(panel));
         let d = block.wrapping_add(PRODUCTS * p.v_plane() + k * p.d_plane() + panel * p.wide() * p.block);
@@ -314,7 +332,9 @@ impl Kernel for Piece<'_> {
         for column in (0..width).step_by(LANES) {
             for (i, taps) in taps.as_chunks_mut::<9>().0.iter_mut().enumerate() {
                 // SAFETY: `Plan::piece_len` made room for dU; nine vectors are nine taps of sixteen floats.
-                unsafe { filter_derivative::<V>(u.wrapping_add(i * width + column), plane, taps.as_mut_ptr().cast(), LANES) };
+                unsafe {
+                    filter_derivative::<V>(u.wrapping_add(i * width + column), plane, taps.as_mut_ptr().cast(), LANES)
+                };
             }
             for (at, taps) in (0..).step_by(LANES).zip(taps.as_chunks::<LANES>().0) {
                 for (lane, row) in V::transpose(*taps).into_iter().enumerate() {

@@ -7,9 +7,11 @@ mod batch_norm;
 mod conv3x3;
 mod conv3x3_weight;
 mod depthwise;
+#[cfg(test)]
+mod tests;
 mod threads;
 
-pub use batch_norm::{BatchNorm, Forward, Backward};
+pub use batch_norm::{Backward, BatchNorm, Forward};
 pub use conv3x3::{Conv3x3, Filters};
 pub use depthwise::Depthwise;
 pub use threads::Threads;
@@ -93,7 +95,8 @@ unsafe fn patch<V: Lanes, const N: usize>(
         for (dx, pixel) in (0..n).zip(row.iter_mut()) {
             let inside = (0..height).contains(&(y + dy)) && (0..width).contains(&(x + dx));
             // SAFETY: the pixel is inside the image.
-            let value = if inside { unsafe { V::load(image.wrapping_offset(at(y + dy, x + dx))) } } else { V::splat(0.0) };
+            let value =
+                if inside { unsafe { V::load(image.wrapping_offset(at(y + dy, x + dx))) } } else { V::splat(0.0) };
             // SAFETY: sixteen floats.
             unsafe { value.store(pixel.as_mut_ptr()) };
         }

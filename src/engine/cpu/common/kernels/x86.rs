@@ -119,10 +119,8 @@ impl Lanes for Avx2 {
         // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
         unsafe {
             let zero = _mm256_setzero_ps();
-            let keep = [
-                _mm256_cmp_ps::<_CMP_NLE_UQ>(condition.0, zero),
-                _mm256_cmp_ps::<_CMP_NLE_UQ>(condition.1, zero),
-            ];
+            let keep =
+                [_mm256_cmp_ps::<_CMP_NLE_UQ>(condition.0, zero), _mm256_cmp_ps::<_CMP_NLE_UQ>(condition.1, zero)];
             Self(_mm256_and_ps(keep[0], self.0), _mm256_and_ps(keep[1], self.1))
         }
     }
