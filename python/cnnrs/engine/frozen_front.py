@@ -1,7 +1,7 @@
 """A network that is called, divided: its frozen front, whose result nothing in an epoch changes, and the rest.
 
 The front runs in the engine that computes features, the rest through PyTorch's autograd on the module's own parameters,
-with native kernels where they are faster. In validation, everything is front; where a whole network is trained, nothing.
+with native kernels where they are faster. In validation, everything is front; where all layers are trained, nothing.
 """
 
 from __future__ import annotations
