@@ -15,6 +15,7 @@ __all__ = [
     "CpuNetwork",
     "CpuPlans",
     "Graph",
+    "Kernels",
     "Loader",
     "Memory",
     "__version__",
@@ -218,6 +219,71 @@ class CpuPlans:
     @property
     def steps(self) -> int:
         """Optimizer steps of the last epoch, also after an exception."""
+
+class Kernels:
+    """Operations that autograd calls, over contiguous float32 (N, H, W, C), with the threads and memory they share."""
+
+    def __new__(cls, workers: int, torch: str | None) -> Kernels:
+        """``workers``: number of threads; ``torch``: the library whose threads they are, if it has some of OpenMP's."""
+
+    @property
+    def openmp(self) -> bool:
+        """Whether the threads are PyTorch's own."""
+
+    def conv3x3(
+        self,
+        input: torch.Tensor,
+        filters: torch.Tensor,
+        bias: torch.Tensor | None,
+        output: torch.Tensor,
+        padding: int,
+        turned: bool,
+    ) -> None:
+        """A 3 x 3 convolution of stride 1 with filters (O, I, 3, 3), all channels multiples of 16, into ``output``.
+
+        ``turned``: from the output's gradient to that of the input, with the same filters and padding.
+        """
+
+    def conv3x3_weight(
+        self, input: torch.Tensor, derivative: torch.Tensor, gradient: torch.Tensor, padding: int
+    ) -> None:
+        """The gradient of the filters of such a convolution."""
+
+    def depthwise_weight(
+        self, input: torch.Tensor, derivative: torch.Tensor, gradient: torch.Tensor, stride: int, padding: int
+    ) -> None:
+        """The gradient of the filters (C, 1, k, k) of a depthwise convolution; k is 3, 5 or 7, stride 1 or 2."""
+
+    def batch_norm(
+        self,
+        input: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        gather: bool,
+        eps: float,
+        activation: str,
+        output: torch.Tensor,
+    ) -> None:
+        """Batch norm, the sum with ``residual`` and an activation; ``gather``: mean and variance are computed first."""
+
+    def batch_norm_backward(
+        self,
+        derivative: torch.Tensor,
+        input: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        training: bool,
+        eps: float,
+        activation: str,
+        gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor],
+    ) -> None:
+        """All gradients: of input, residual, weight and bias; ``training``: mean and variance are the batch's own."""
 
 def cpu_obstacle(graph: Graph, input: Sequence[int], targets: Sequence[int] | None) -> str | None:
     """Why the cpu engine cannot run a graph on inputs (and targets that are values) of this shape; None if it can."""

@@ -1,7 +1,7 @@
 //! The twins of `unix`, with nothing but `std`.
 
 use std::borrow::Cow;
-use std::ffi::OsStr;
+use std::ffi::{CStr, OsStr, c_void};
 use std::fs::{self, File, FileType};
 use std::io::{self, ErrorKind};
 #[cfg(unix)]
@@ -94,3 +94,8 @@ pub fn reserve(file: &File, bytes: u64) -> io::Result<()> {
 }
 
 pub fn ask_for_large_pages(_: &MmapMut) {}
+
+/// Libraries are not looked into here.
+pub fn symbol(_library: &Path, _name: &CStr) -> Option<*const c_void> {
+    None
+}

@@ -1,7 +1,7 @@
 //! Linux, and other systems with POSIX's files.
 
 use std::borrow::Cow;
-use std::ffi::OsStr;
+use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -75,4 +75,22 @@ pub fn ask_for_large_pages(map: &MmapMut) {
     let _ = map.advise(memmap2::Advice::HugePage);
     #[cfg(not(target_os = "linux"))]
     let _ = map;
+}
+
+/// The address of a function in a library that is loaded already, or in one that it has loaded.
+pub fn symbol(library: &Path, name: &CStr) -> Option<*const c_void> {
+    unsafe extern "C" {
+        fn dlopen(path: *const c_char, mode: c_int) -> *mut c_void;
+        fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
+    }
+    // Of <dlfcn.h>: nothing is loaded that is not.
+    const LAZY: c_int = 1;
+    const NO_LOAD: c_int = if cfg!(target_os = "macos") { 0x10 } else { 4 };
+    let path = CString::new(library.as_os_str().as_bytes()).ok()?;
+    // SAFETY: both get strings with a zero at their end, and `dlsym` a library that stays open.
+    let address = unsafe {
+        let handle = dlopen(path.as_ptr(), LAZY | NO_LOAD);
+        if handle.is_null() { handle } else { dlsym(handle, name.as_ptr()) }
+    };
+    (!address.is_null()).then_some(address.cast_const())
 }

@@ -4,6 +4,7 @@ mod batches;
 mod cache;
 mod check;
 mod dlpack;
+mod eager;
 mod enter;
 mod epoch;
 mod error;
@@ -40,6 +41,8 @@ mod _cnnrs {
     use super::cache::Cache;
     #[pymodule_export]
     use super::check::check_files;
+    #[pymodule_export]
+    use super::eager::Kernels;
     #[pymodule_export]
     use super::fit::fit_python;
     #[pymodule_export]

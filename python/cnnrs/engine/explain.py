@@ -30,7 +30,8 @@ class Explanation:
             depends on the images' size, which was not given.
         preconv_reasons: what keeps the frozen model from engine "cpu"; empty where that is taken, or open.
         order: on engine "python", in which order of memory a convolutional network gets its batches, and why.
-        front: on engine "python", which part of the network the engine of features computes; None: no part.
+        front: on engine "python", what native code computes of the network: its frozen front, or operations that have
+            kernels; None: nothing.
     """
 
     engine: str
@@ -118,7 +119,11 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
 def _said(front: Front | None, question: Question) -> str | None:
     said = []
     how = "in native code, as in preconv: equal to the model up to float rounding"
-    if front is not None and front.is_all:
+    if front is not None and front.last == 0:
+        said = [
+            f"but {front.kernels} of its operations have native kernels, which large batches get where they are faster"
+        ]
+    elif front is not None and front.is_all:
         said = [f"but large batches of validation: all {len(front.front.graph) - 1} operations run {how}"]
     elif front is not None:
         said = [f"but everything up to {front.end} is frozen and runs {how}"]

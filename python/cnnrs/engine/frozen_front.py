@@ -1,7 +1,7 @@
-"""The frozen front of a network that is called: its first operations, whose result nothing in an epoch changes.
+"""A network that is called, divided: its frozen front, whose result nothing in an epoch changes, and the rest.
 
-It runs in the engine that computes features, the rest through PyTorch's autograd on the module's own parameters. In
-validation, everything is front.
+The front runs in the engine that computes features, the rest through PyTorch's autograd on the module's own parameters,
+with native kernels where they are faster. In validation, everything is front; where all layers are trained, nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from torch import nn
 
 from cnnrs import _cnnrs
 from cnnrs._records import Attributes, Node
+from cnnrs._util.generators import Generators
 from cnnrs._util.notes import note
 from cnnrs._util.plain import is_plain
 from cnnrs.engine import cpu_inference
+from cnnrs.engine.kernels import Kernels
 from cnnrs.engine.memory_order import MemoryOrder
 from cnnrs.engine.verify import outputs_differ
 from cnnrs.model.lowering import Lowered
@@ -37,7 +39,7 @@ class Front:
     Attributes:
         whole: the network.
         front: its operations up to the value that training begins with.
-        last: number of the last of them.
+        last: number of the last of them; 0: that is the batch itself.
         shape: of the samples that the front takes.
     """
 
@@ -50,6 +52,11 @@ class Front:
     def is_all(self) -> bool:
         """Whether nothing is left behind it."""
         return self.last == self.whole.output
+
+    @property
+    def kernels(self) -> int:
+        """Number of operations behind it that have native kernels."""
+        return sum(len(group.nodes) for group in Kernels(self.whole, self.last).groups.values())
 
     @property
     def end(self) -> str:
@@ -71,12 +78,18 @@ def front_of(lowered: Lowered, inputs: torch.Tensor, training: bool, batches: in
     if not _is_batch(inputs):
         return None
     last = _last(lowered, training)
-    if not _is_worth(lowered, last, inputs, batches):
-        return None
     front = _upto(lowered, last)
-    if cpu_inference.obstacle(front, inputs) is not None:
-        return None
+    if not _is_worth(lowered, last, inputs, batches) or cpu_inference.obstacle(front, inputs) is not None:
+        if not training or not _has_kernels(lowered, inputs):
+            return None
+        last, front = 0, _upto(lowered, 0)
     return Front(lowered, front, last, tuple(inputs.shape[1:]))
+
+
+def _has_kernels(lowered: Lowered, inputs: torch.Tensor) -> bool:
+    """Whether native kernels behind the inputs are worth being tried."""
+    costs = lowered.graph.costs(lowered.graph.shapes(list(inputs.shape)))
+    return sum(cost for cost, _ in costs) >= LEAST_FLOPS and bool(Kernels(lowered).groups)
 
 
 def moving_statistics(lowered: Lowered, inputs: torch.Tensor, batches: int) -> str | None:
@@ -168,7 +181,10 @@ class Network:
         self, model: nn.Module, front: Front, *, orders: bool, training: bool, state: Callable[[], Any],
         called_back: bool, check: bool,
     ) -> None:  # fmt: skip
-        self.order = MemoryOrder(model, orders and not front.is_all, training, self._behind)
+        self.order = MemoryOrder(model, orders and not front.is_all, training, self._rest)
+        self._kernels = Kernels(front.whole, front.last)
+        #: What has just been found against them.
+        self._wrong = ""
         self._model = model
         self._front = front
         self._check = check
@@ -185,8 +201,11 @@ class Network:
             return self._model(inputs)
         if self._front.is_all:
             return features
-        whole = self._front.whole
-        return play(whole, whole.tensors, self.order.ordered(features), start=self._front.last)
+        ordered = self.order.ordered(features)
+        if self._wrong:
+            self._note(f"PyTorch's own kernels are used, because native ones do not do what they do: {self._wrong}")
+            self._wrong = ""
+        return self._behind(ordered, self._front.whole.tensors)
 
     def _takes(self, inputs: Any) -> bool:
         if not self._is_on:
@@ -209,6 +228,8 @@ class Network:
 
     def _features(self, inputs: torch.Tensor) -> torch.Tensor | None:
         """None where the model is to be called instead, from now on."""
+        if self._front.last == 0:
+            return inputs
         front, new = self._front.front, self._network is None
         try:
             self._network = self._network or cpu_inference.network(front)
@@ -234,12 +255,38 @@ class Network:
         front = self._front.front
         return outputs_differ(play(front, front.tensors, inputs), features)
 
-    def _behind(self, features: torch.Tensor) -> torch.Tensor:
-        """The rest, on copies of what it changes."""
+    def _rest(self, features: torch.Tensor) -> torch.Tensor:
+        """What is behind the front, in ``channels_last`` and on copies of what it changes.
+
+        Raises:
+            ArithmeticError: native kernels do not do what PyTorch does.
+        """
+        generators = Generators()
+        outputs = self._behind(features, self._copied())
+        if self._check and features.isfinite().all():
+            # The same random numbers.
+            generators.put_back()
+            reason = outputs_differ(self._behind(features.contiguous(), self._copied()), outputs)
+        else:
+            reason = None
+        if reason:
+            self._wrong = reason
+            raise ArithmeticError(reason)
+        return outputs
+
+    def _copied(self) -> list[torch.Tensor]:
+        return [tensor.detach().clone() for tensor in self._front.whole.tensors]
+
+    def _behind(self, features: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
         whole = self._front.whole
-        return play(whole, [tensor.detach().clone() for tensor in whole.tensors], features, start=self._front.last)
+        if features.is_contiguous():
+            return play(whole, tensors, features, start=self._front.last)
+        return self._kernels.play(whole, tensors, features)
 
     def _stop(self, reason: str = "") -> None:
         self._is_on, self._network, self._copies = False, None, []
         if reason:
-            note(f"fit, {type(self._model).__name__}: {reason}")
+            self._note(reason)
+
+    def _note(self, text: str) -> None:
+        note(f"fit, {type(self._model).__name__}: {text}")

@@ -66,14 +66,15 @@ def said(model: nn.Module) -> str | None:
         return None
     if reason := obstacle(model):
         return f"order of memory: that of the batches, because {reason}"
-    for (shape, *_), trial in _MEASURED.get(model, {}).items():
+    for (shape, _, called), trial in _MEASURED.get(model, {}).items():
         if trial.fails:
             return "order of memory: that of the batches, because the model does not run in channels_last"
+        other = "channels_last" if called else "channels_last with native kernels"
         if trial.is_over:
             plain, last = (1e3 * min(trial.seconds[order][1:]) for order in (False, True))
-            chosen = "channels_last" if trial.last else "that of the batches"
+            chosen = other if trial.last else "that of the batches"
             sizes = " x ".join(map(str, (trial.size, *shape)))
-            return f"order of memory: {chosen}; {sizes} take {last:.3g} ms in channels_last, {plain:.3g} ms contiguous"
+            return f"order of memory: {chosen}; {sizes} take {last:.3g} ms in {other}, {plain:.3g} ms contiguous"
     return (
         f"order of memory: the faster one for large batches, timed on the first {2 * TIMED + 2} of training; with "
         "engine='python' that of the batches"

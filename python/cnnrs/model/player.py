@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +16,25 @@ from cnnrs.model.lowering import Lowered
 Visit = Callable[[int, torch.Tensor], object]
 
 
+@dataclass(frozen=True)
+class Group:
+    """Operations that are computed together.
+
+    Attributes:
+        nodes: their numbers; only the value of the last one is there afterwards.
+        sources: the nodes whose values they read.
+        run: gets these values and all tensors, and returns the value of the last node.
+    """
+
+    nodes: tuple[int, ...]
+    sources: tuple[int, ...]
+    run: Callable[[list[torch.Tensor], list[torch.Tensor]], torch.Tensor]
+
+
 def play(
-    lowered: Lowered, tensors: list[torch.Tensor], inputs: torch.Tensor, visit: Visit | None = None, start: int = 0
-) -> torch.Tensor:
+    lowered: Lowered, tensors: list[torch.Tensor], inputs: torch.Tensor, visit: Visit | None = None, start: int = 0,
+    groups: Mapping[int, Group] | None = None,
+) -> torch.Tensor:  # fmt: skip
     """The output of a lowered model for one batch, with autograd behind it where Python has it on.
 
     Batch norm in training mode updates its statistics in ``tensors``, and in-place operations their operands, as the
@@ -29,14 +46,20 @@ def play(
         inputs: (N, ...).
         visit: sees every value before a later operation may overwrite it.
         start: the node whose value ``inputs`` are; nothing behind it may read what is in front of it.
+        groups: what is computed otherwise, by the last node of each.
     """
     values: dict[int, torch.Tensor] = {}
-    done = _last_read(lowered)
+    groups = groups or {}
+    computed_at = {node: end for end, group in groups.items() for node in group.nodes}
+    done = _last_read(lowered, computed_at)
     for number, (_, kind, sources, attributes) in enumerate(lowered.operations):
-        if number < start:
+        if number < start or computed_at.get(number, number) > number:
             continue
         if number == start:
             value = inputs
+        elif number in groups:
+            group = groups[number]
+            value = group.run([values[source] for source in group.sources], tensors)
         elif kind == "View":
             value = values[sources[0]].reshape(_sizes(attributes["dims"], values, inputs))
         else:
@@ -50,12 +73,13 @@ def play(
     return values[lowered.output]
 
 
-def _last_read(lowered: Lowered) -> list[list[int]]:
-    """For every node, the nodes that nobody reads behind it."""
+def _last_read(lowered: Lowered, computed_at: Mapping[int, int]) -> list[list[int]]:
+    """For every node, the nodes that nobody reads behind it; ``computed_at``: where that is not at the node itself."""
     readers = {number: number for number in range(len(lowered.operations))}
     for number, (_, _, sources, attributes) in enumerate(lowered.operations):
         sizes = [dim[0] for dim in attributes.get("dims", ()) if isinstance(dim, tuple)]
-        readers.update(dict.fromkeys([*sources, *sizes], number))
+        for node in (*sources, *sizes):
+            readers[node] = max(readers[node], computed_at.get(number, number))
     done: list[list[int]] = [[] for _ in readers]
     for node, number in readers.items():
         if node != lowered.output:

@@ -1,6 +1,7 @@
 //! Native kernels for the CPU: training and inference side by side, each on what is common to both.
 
 mod common;
+pub mod eager;
 pub mod infer;
 mod train;
 

@@ -153,7 +153,7 @@ def test_validation_computes_the_whole_network(loss_fn: Any, computed: list[int]
 
 def ends(model: nn.Module, training: bool = True, size: int = 16) -> str | None:
     front = front_of(lower(model.train(training), gradients=training), torch.zeros(2, 3, size, size), training, 1)
-    return None if front is None else front.end
+    return None if front is None or front.last == 0 else front.end
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,8 @@ def test_explain_names_it() -> None:
     assert why.front in str(why)
     everything = cnnrs.explain(model.eval(), (8, 3, 16, 16)).front
     assert everything is not None and "all 13 operations run in native code" in everything
-    assert cnnrs.explain(net(lambda net: []).train(), (8, 3, 16, 16)).front is None
+    whole = cnnrs.explain(net(lambda net: []).train(), (8, 3, 16, 16)).front
+    assert whole == "but 8 of its operations have native kernels, which large batches get where they are faster"
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -4,4 +4,5 @@ pub mod analysis;
 pub mod arena;
 pub mod geometry;
 pub mod isa;
+pub mod kernels;
 pub mod team;

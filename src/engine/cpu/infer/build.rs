@@ -3,7 +3,6 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::fuse::{Fused, Tensors};
-use super::kernels::lanes::LANES;
 use super::memory::{Geometry, Value, arena};
 use super::method::{Method, window};
 use super::steps::{
@@ -14,6 +13,7 @@ use crate::engine::cpu::common::analysis::unsupported;
 use crate::engine::cpu::common::arena::Arena;
 use crate::engine::cpu::common::geometry::{self, Window};
 use crate::engine::cpu::common::isa::Isa;
+use crate::engine::cpu::common::kernels::lanes::LANES;
 use crate::engine::cpu::common::team::Team;
 use crate::error::{Error, Result};
 use crate::model::{Graph, Node, Op, Shape, Tensor};

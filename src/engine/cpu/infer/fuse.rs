@@ -7,9 +7,9 @@
 //! x * sigmoid(x) is the activation SiLU; permutations are names (`canonical`)
 //! ```
 
-use super::kernels::activate::Activate;
 use super::method::{Method, joined};
 use crate::engine::cpu::common::analysis::{axis, readers, unsupported};
+use crate::engine::cpu::common::kernels::activate::Activate;
 use crate::error::Result;
 use crate::model::{Activation, Dim, Graph, Node, Op, Shape};
 

@@ -5,8 +5,8 @@
 //! apart (`plan` asserts it). All addresses come from the geometry that `build` computed. Kernels use addresses, never
 //! slices of memory that another task may write.
 
-use super::kernels::lanes::LANES;
 use crate::engine::cpu::common::arena::Arena;
+use crate::engine::cpu::common::kernels::lanes::LANES;
 use crate::error::{Error, Result};
 use crate::model::Pair;
 

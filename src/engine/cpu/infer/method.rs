@@ -1,10 +1,10 @@
 //! Which kernel computes a convolution, and what that asks of its input.
 
-use super::kernels::lanes::LANES;
-use super::kernels::winograd::Size;
 use super::memory::Geometry;
 use super::steps;
 use crate::engine::cpu::common::geometry::Window;
+use crate::engine::cpu::common::kernels::lanes::LANES;
+use crate::engine::cpu::common::kernels::winograd::Size;
 use crate::model::{Graph, Op, Pair, Shape};
 
 /// The window of a convolution, with the zeros of a joined [`Op::Pad`], or of a linear layer as the convolution of one

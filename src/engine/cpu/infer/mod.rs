@@ -10,7 +10,6 @@
 mod build;
 mod canonical;
 mod fuse;
-mod kernels;
 mod memory;
 mod method;
 mod plan;

@@ -11,10 +11,10 @@ use std::time::Instant;
 
 use super::build::{Network, Weights};
 use super::fuse::Fused;
-use super::kernels::lanes::LANES;
 use super::memory::{Context, Geometry, Value, arena};
 use super::steps::Step;
 use crate::engine::cpu::common::arena::Arena;
+use crate::engine::cpu::common::kernels::lanes::LANES;
 use crate::engine::cpu::common::team::{Barrier, Team};
 use crate::error::{Error, Result};
 

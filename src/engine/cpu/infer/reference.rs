@@ -1,5 +1,6 @@
 //! What the operations mean, in float64 and without any cleverness: what the tests compare with.
 
+use crate::engine::cpu::common::kernels::activate::exact_erf;
 use crate::model::{self, Activation, Graph, Op, Pair};
 
 /// The value of the graph's output for NCHW inputs.
@@ -160,16 +161,6 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
     values.swap_remove(graph.output)
 }
 
-/// Simpson's rule: good to 1e-12 for the arguments of tests.
-pub fn erf(x: f64) -> f64 {
-    let n = 2000;
-    let h = x / f64::from(n);
-    let f = |t: f64| (-t * t).exp();
-    let sum: f64 =
-        (1..n).map(|i| f64::from(if i % 2 == 1 { 4 } else { 2 }) * f(f64::from(i) * h)).sum::<f64>() + f(0.0) + f(x);
-    sum * h / 3.0 * 2.0 / std::f64::consts::PI.sqrt()
-}
-
 fn each(shape: &[usize], mut f: impl FnMut([usize; 4], usize)) {
     let [n, c, h, w] = shape.try_into().unwrap();
     for at in 0..n * c * h * w {
@@ -199,6 +190,6 @@ fn activation(function: Activation, x: f64) -> f64 {
         Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
         Activation::Tanh => x.tanh(),
         Activation::Gelu { tanh: true } => unimplemented!("see activate.rs"),
-        Activation::Gelu { tanh: false } => x * 0.5 * (1.0 + erf(x / 2f64.sqrt())),
+        Activation::Gelu { tanh: false } => x * 0.5 * (1.0 + exact_erf(x / 2f64.sqrt())),
     }
 }

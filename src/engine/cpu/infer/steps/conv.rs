@@ -2,9 +2,9 @@
 
 use super::Step;
 use crate::engine::cpu::common::isa::Isa;
-use crate::engine::cpu::infer::kernels::activate::Activate;
-use crate::engine::cpu::infer::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
-use crate::engine::cpu::infer::kernels::tile::{Tile, tile};
+use crate::engine::cpu::common::kernels::activate::Activate;
+use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
+use crate::engine::cpu::common::kernels::tile::{Tile, tile};
 use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
 use crate::model::Pair;
 

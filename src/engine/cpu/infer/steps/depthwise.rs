@@ -3,9 +3,9 @@
 use super::Step;
 use super::conv::{Conv, Pixels};
 use crate::engine::cpu::common::isa::Isa;
-use crate::engine::cpu::infer::kernels::activate::Activate;
-use crate::engine::cpu::infer::kernels::depthwise::{Row, row};
-use crate::engine::cpu::infer::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
+use crate::engine::cpu::common::kernels::activate::Activate;
+use crate::engine::cpu::common::kernels::depthwise::{Row, row};
+use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
 use crate::model::Pair;
 

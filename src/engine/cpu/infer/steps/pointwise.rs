@@ -2,8 +2,8 @@
 
 use super::Step;
 use crate::engine::cpu::common::isa::Isa;
-use crate::engine::cpu::infer::kernels::activate::{Activate, activate};
-use crate::engine::cpu::infer::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
+use crate::engine::cpu::common::kernels::activate::{Activate, activate};
+use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::infer::memory::{Context, Value};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

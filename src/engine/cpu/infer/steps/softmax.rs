@@ -2,7 +2,7 @@
 
 use super::Step;
 use super::layout::clear_spare;
-use crate::engine::cpu::infer::kernels::lanes::LANES;
+use crate::engine::cpu::common::kernels::lanes::LANES;
 use crate::engine::cpu::infer::memory::{Context, Value};
 
 pub struct Softmax {

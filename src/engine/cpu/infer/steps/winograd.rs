@@ -9,10 +9,10 @@
 
 use super::Step;
 use crate::engine::cpu::common::isa::{Compiled, Isa, dispatch_narrow};
-use crate::engine::cpu::infer::kernels::activate::Activate;
-use crate::engine::cpu::infer::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
-use crate::engine::cpu::infer::kernels::tile::{Tile, tile};
-use crate::engine::cpu::infer::kernels::winograd::{Finish, Size, transform_input, transform_output};
+use crate::engine::cpu::common::kernels::activate::Activate;
+use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
+use crate::engine::cpu::common::kernels::tile::{Tile, tile};
+use crate::engine::cpu::common::kernels::winograd::{Finish, Pixels, Size, transform_input, transform_output};
 use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
 use crate::model::Pair;
 
@@ -215,7 +215,8 @@ impl Work<'_> {
                 let to = to.wrapping_add(q * wide * LANES);
                 // SAFETY: the caller's promise.
                 unsafe {
-                    transform_input::<V>(s.size, from.wrapping_add(q * g.plane()), g.row(), to, s.v_plane());
+                    let pixels = Pixels { from: from.wrapping_add(q * g.plane()), row: g.row(), pixel: LANES };
+                    transform_input::<V>(s.size, pixels, to, s.v_plane());
                 }
             }
         }
@@ -280,6 +281,7 @@ impl Work<'_> {
                 let finish = Finish {
                     to: to.wrapping_add(block * s.output.geometry.plane()),
                     row: s.output.geometry.row(),
+                    pixel: LANES,
                     inside: spot.inside,
                     pool: s.pool,
                     bias: bias.wrapping_add(block * LANES),

@@ -48,6 +48,10 @@ pub trait Lanes: Copy {
     fn max_or_nan(self, other: Self) -> Self;
     /// The smaller of both; a NaN in `self` stays.
     fn min(self, other: Self) -> Self;
+    /// `self` where `condition` is above 0 or NaN, else 0.
+    fn unless_negative(self, condition: Self) -> Self;
+    /// Sixteen rows become sixteen columns.
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES];
     /// The nearest integer, of two the even one; |self| at most 2^22.
     fn round(self) -> Self;
     /// `self * 2^n` for integers `n` between -126 and 127.
@@ -141,6 +145,16 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn unless_negative(self, condition: Self) -> Self {
+        self.zip(condition, |a, c| if c <= 0.0 { 0.0 } else { a })
+    }
+
+    #[inline(always)]
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+        std::array::from_fn(|x| Self(std::array::from_fn(|y| rows[y].0[x])))
+    }
+
+    #[inline(always)]
     fn round(self) -> Self {
         // Adding and subtracting 1.5 * 2^23 leaves no room for a fraction.
         let magic = 12_582_912.0;
@@ -221,6 +235,15 @@ mod tests {
                 assert!(error.abs() < 2f64.powi(-22), "1 / {x}: {error:.1e}");
             }
             assert!(all(f32::NAN, V::recip)[0].is_nan());
+            let number = |y: usize, x: usize| (y * LANES + x) as f32;
+            let rows = std::array::from_fn(|y| V::from_array(std::array::from_fn(|x| number(y, x))));
+            for (x, column) in V::transpose(rows).into_iter().enumerate() {
+                assert_eq!(column.to_array(), std::array::from_fn(|y| number(y, x)), "column {x}");
+            }
+            let one = V::splat(1.0);
+            for (condition, kept) in [(-1.0, 0.0), (0.0, 0.0), (-0.0, 0.0), (1e-30, 1.0), (f32::NAN, 1.0)] {
+                assert_eq!(one.unless_negative(V::splat(condition)).to_array(), [kept; LANES], "{condition}");
+            }
         }
     }
 

@@ -74,6 +74,32 @@ pub fn activate<V: Lanes>(function: Activate, x: V) -> V {
     }
 }
 
+/// Whether [`derive`] knows the function.
+pub fn has_derivative(function: Activate) -> bool {
+    matches!(function, Activate::Nothing | Activate::Relu | Activate::Relu6 | Activate::Hardswish | Activate::Silu)
+}
+
+/// `g` times the derivative of a function at `x`, as PyTorch has it at its corners.
+#[inline(always)]
+pub fn derive<V: Lanes>(function: Activate, x: V, g: V) -> V {
+    let three = V::splat(3.0);
+    match function {
+        Activate::Relu => g.unless_negative(x),
+        Activate::Relu6 => g.unless_negative(x).unless_negative(V::splat(6.0).sub(x)),
+        Activate::Hardswish => {
+            let inner = g.mul(x.mul_add(V::splat(1.0 / 3.0), V::splat(0.5))).unless_negative(x.add(three));
+            let beyond = x.sub(three);
+            inner.sub(inner.unless_negative(beyond)).add(g.unless_negative(beyond))
+        }
+        Activate::Silu => {
+            // s (1 + x (1 - s))
+            let s = sigmoid(x);
+            g.mul(s).mul(x.mul(V::splat(1.0).sub(s)).add(V::splat(1.0)))
+        }
+        _ => g,
+    }
+}
+
 /// Applies a simple function to sums without forcing them out of their registers; others go over memory again.
 #[inline(always)]
 pub fn activate_sums<V: Lanes, const R: usize, const C: usize>(function: Activate, sums: &mut [[V; C]; R]) {
@@ -156,12 +182,22 @@ fn erf<V: Lanes>(x: f32) -> f32 {
     x * p / q
 }
 
+/// `erf` by Simpson's rule: good to 1e-12 for the arguments of tests.
+#[cfg(test)]
+pub fn exact_erf(x: f64) -> f64 {
+    let n = 2000;
+    let h = x / f64::from(n);
+    let f = |t: f64| (-t * t).exp();
+    let sum: f64 =
+        (1..n).map(|i| f64::from(if i % 2 == 1 { 4 } else { 2 }) * f(f64::from(i) * h)).sum::<f64>() + f(0.0) + f(x);
+    sum * h / 3.0 * 2.0 / std::f64::consts::PI.sqrt()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::engine::cpu::common::isa::Isa;
-    use crate::engine::cpu::infer::kernels::lanes::{Kernel, dispatch};
-    use crate::engine::cpu::infer::reference;
+    use crate::engine::cpu::common::kernels::lanes::{Kernel, dispatch};
 
     struct Apply<'a>(Activate, &'a [f32], &'a mut Vec<f32>);
 
@@ -188,7 +224,7 @@ mod tests {
                 }
             }
             Activate::Silu => x / (1.0 + (-x).exp()),
-            Activate::Gelu => x * 0.5 * (1.0 + reference::erf(x / 2f64.sqrt())),
+            Activate::Gelu => x * 0.5 * (1.0 + exact_erf(x / 2f64.sqrt())),
             Activate::GeluTanh => {
                 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
             }

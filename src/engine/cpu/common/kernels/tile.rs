@@ -80,6 +80,27 @@ pub unsafe fn tile<V: Lanes, const ANY: bool>(rows: usize, columns: usize, t: &T
     }
 }
 
+/// Rows of [`outer`].
+pub const fn outer_rows<V: Lanes>() -> usize {
+    if V::WIDE { 8 } else { 4 }
+}
+
+/// Sums of products of columns: the "pixels" are [`outer_rows`] floats side by side, each offset is one product.
+///
+/// # Safety
+/// As for [`tile`]; the stride is 1 and so is `len`.
+#[inline(always)]
+pub unsafe fn outer<V: Lanes>(columns: usize, t: &Tile<'_>) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (V::WIDE, columns) {
+            (true, 2) => run::<V, 8, 2, 1>(t),
+            (true, _) => run::<V, 8, 1, 1>(t),
+            (false, _) => run::<V, 4, 1, 1>(t),
+        }
+    }
+}
+
 /// The largest microkernel that [`strides`] has for so many rows.
 #[inline(always)]
 fn largest<V: Lanes>(rows: usize) -> usize {

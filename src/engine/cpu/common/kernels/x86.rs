@@ -12,6 +12,36 @@ pub struct Avx2(__m256, __m256);
 #[derive(Clone, Copy)]
 pub struct Avx512(__m512);
 
+/// Eight rows become eight columns.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn eight(rows: [__m256; 8]) -> [__m256; 8] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut columns = rows;
+        // Within each half of a register: columns j and j + 4 of four rows are then in halves[.][j].
+        let mut halves = [[_mm256_setzero_ps(); 4]; 2];
+        for (i, half) in halves.iter_mut().enumerate() {
+            let [a, b, c, d] = [rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]];
+            let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            let (low2, high2) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+            *half = [
+                _mm256_shuffle_ps::<0x44>(low, low2),
+                _mm256_shuffle_ps::<0xee>(low, low2),
+                _mm256_shuffle_ps::<0x44>(high, high2),
+                _mm256_shuffle_ps::<0xee>(high, high2),
+            ];
+        }
+        for j in 0..4 {
+            columns[j] = _mm256_permute2f128_ps::<0x20>(halves[0][j], halves[1][j]);
+            columns[4 + j] = _mm256_permute2f128_ps::<0x31>(halves[0][j], halves[1][j]);
+        }
+        columns
+    }
+}
+
 impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
@@ -82,6 +112,39 @@ impl Lanes for Avx2 {
         // SAFETY: this type exists only where `dispatch` found AVX2 and FMA. Of a NaN and a number the instruction
         // returns its second operand.
         unsafe { Self(_mm256_min_ps(other.0, self.0), _mm256_min_ps(other.1, self.1)) }
+    }
+
+    #[inline(always)]
+    fn unless_negative(self, condition: Self) -> Self {
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
+        unsafe {
+            let zero = _mm256_setzero_ps();
+            let keep =
+                [_mm256_cmp_ps::<_CMP_NLE_UQ>(condition.0, zero), _mm256_cmp_ps::<_CMP_NLE_UQ>(condition.1, zero)];
+            Self(_mm256_and_ps(keep[0], self.0), _mm256_and_ps(keep[1], self.1))
+        }
+    }
+
+    #[inline(always)]
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+        let mut columns = rows;
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
+        unsafe {
+            for x in 0..2 {
+                for y in 0..2 {
+                    let mut quarter = [_mm256_setzero_ps(); 8];
+                    for (i, row) in quarter.iter_mut().enumerate() {
+                        let Self(low, high) = rows[8 * y + i];
+                        *row = if x == 0 { low } else { high };
+                    }
+                    for (i, column) in eight(quarter).into_iter().enumerate() {
+                        let Self(low, high) = &mut columns[8 * x + i];
+                        *if y == 0 { low } else { high } = column;
+                    }
+                }
+            }
+        }
+        columns
     }
 
     #[inline(always)]
@@ -202,6 +265,47 @@ impl Lanes for Avx512 {
         // SAFETY: this type exists only where `dispatch` found AVX-512. Of a NaN and a number the instruction returns
         // its second operand.
         unsafe { Self(_mm512_min_ps(other.0, self.0)) }
+    }
+
+    #[inline(always)]
+    fn unless_negative(self, condition: Self) -> Self {
+        // SAFETY: this type exists only where `dispatch` found AVX-512.
+        unsafe {
+            let keep = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(condition.0, _mm512_setzero_ps());
+            Self(_mm512_maskz_mov_ps(keep, self.0))
+        }
+    }
+
+    #[inline(always)]
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+        let mut columns = rows;
+        // SAFETY: this type exists only where `dispatch` found AVX-512.
+        unsafe {
+            // Within each quarter of a register: columns j, j + 4, j + 8, j + 12 of four rows are then in fours[.][j].
+            let mut fours = [[_mm512_setzero_ps(); 4]; 4];
+            for (i, four) in fours.iter_mut().enumerate() {
+                let [a, b, c, d] = [rows[4 * i].0, rows[4 * i + 1].0, rows[4 * i + 2].0, rows[4 * i + 3].0];
+                let (low, high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                let (low2, high2) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+                *four = [
+                    _mm512_shuffle_ps::<0x44>(low, low2),
+                    _mm512_shuffle_ps::<0xee>(low, low2),
+                    _mm512_shuffle_ps::<0x44>(high, high2),
+                    _mm512_shuffle_ps::<0xee>(high, high2),
+                ];
+            }
+            // Even and odd quarters (0x88, 0xdd) of pairs, twice.
+            for j in 0..4 {
+                let [a, b, c, d] = [fours[0][j], fours[1][j], fours[2][j], fours[3][j]];
+                let even = [_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d)];
+                let odd = [_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d)];
+                columns[j] = Self(_mm512_shuffle_f32x4::<0x88>(even[0], even[1]));
+                columns[8 + j] = Self(_mm512_shuffle_f32x4::<0xdd>(even[0], even[1]));
+                columns[4 + j] = Self(_mm512_shuffle_f32x4::<0x88>(odd[0], odd[1]));
+                columns[12 + j] = Self(_mm512_shuffle_f32x4::<0xdd>(odd[0], odd[1]));
+            }
+        }
+        columns
     }
 
     #[inline(always)]

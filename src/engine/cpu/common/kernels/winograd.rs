@@ -83,6 +83,47 @@ trait Side<V: Lanes, const N: usize, const M: usize> {
 
 struct Input;
 struct Output;
+struct Derivative;
+struct Filter;
+struct FilterDerivative;
+
+impl<V: Lanes> Side<V, 4, 6> for Derivative {
+    #[inline(always)]
+    fn side(y: [V; 4]) -> [V; 6] {
+        // The transpose of `Output`.
+        let (a, b) = (y[0].add(y[2]), y[1].add(y[3]));
+        let c = y[2].mul_add(V::splat(4.0), y[0]);
+        let d = y[3].mul_add(V::splat(8.0), y[1].add(y[1]));
+        [y[0], a.add(b), a.sub(b), c.add(d), c.sub(d), y[3]]
+    }
+}
+
+impl<V: Lanes> Side<V, 3, 6> for Filter {
+    #[inline(always)]
+    fn side(g: [V; 3]) -> [V; 6] {
+        let (sixth, twelfth) = (V::splat(1.0 / 6.0), V::splat(1.0 / 12.0));
+        let even = g[0].add(g[2]).mul(V::splat(-1.0 / 6.0));
+        let odd = g[1].mul(sixth);
+        let far = g[0].mul_add(V::splat(1.0 / 24.0), g[2].mul(sixth));
+        let near = g[1].mul(twelfth);
+        [g[0].mul(V::splat(0.25)), even.sub(odd), even.add(odd), far.add(near), far.sub(near), g[2]]
+    }
+}
+
+impl<V: Lanes> Side<V, 6, 3> for FilterDerivative {
+    #[inline(always)]
+    fn side(u: [V; 6]) -> [V; 3] {
+        // The transpose of `Filter`.
+        let sixth = V::splat(1.0 / 6.0);
+        let (even, odd) = (u[1].add(u[2]).mul(sixth), u[2].sub(u[1]).mul(sixth));
+        let (far, near) = (u[3].add(u[4]), u[3].sub(u[4]));
+        [
+            far.mul_add(V::splat(1.0 / 24.0), u[0].mul_add(V::splat(0.25), V::splat(0.0).sub(even))),
+            near.mul_add(V::splat(1.0 / 12.0), odd),
+            far.mul_add(sixth, u[5].sub(even)),
+        ]
+    }
+}
 
 impl<V: Lanes> Side<V, 6, 6> for Input {
     #[inline(always)]
@@ -142,45 +183,84 @@ impl<V: Lanes> Side<V, 8, 6> for Output {
     }
 }
 
-/// B^T d B of one tile of 16 channels: pixels at `from`, rows `row` floats apart; product k goes to `to + k * plane`.
+/// Where sixteen channels of the pixels of a tile are.
+#[derive(Clone, Copy)]
+pub struct Pixels {
+    pub from: *const f32,
+    /// Floats from one row to the next.
+    pub row: usize,
+    /// Floats from one pixel to the next.
+    pub pixel: usize,
+}
+
+/// B^T d B of one tile of 16 channels; product k goes to `to + k * plane`.
 ///
 /// # Safety
 /// The tile must be readable and the products writable.
 #[inline(always)]
-pub unsafe fn transform_input<V: Lanes>(size: Size, from: *const f32, row: usize, to: *mut f32, plane: usize) {
+pub unsafe fn transform_input<V: Lanes>(size: Size, from: Pixels, to: *mut f32, plane: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         match size {
-            Size::Four => input::<V, 6>(from, row, to, plane),
-            Size::Six => input::<V, 8>(from, row, to, plane),
+            Size::Four => square::<V, Input, 6, 6>(from, to, plane),
+            Size::Six => square::<V, Input, 8, 8>(from, to, plane),
         }
     }
 }
 
+/// A y A^T of the derivatives y of one tile of outputs of 16 channels: what the products' derivatives are.
+///
 /// # Safety
-/// `N` pixels of [`LANES`] floats must be readable in each of `N` rows, `N * N` products of as many writable.
+/// As for [`transform_input`]; there are as many pixels as the tile has outputs.
 #[inline(always)]
-unsafe fn input<V: Lanes, const N: usize>(from: *const f32, row: usize, to: *mut f32, plane: usize)
-where
-    Input: Side<V, N, N>,
-{
-    let mut half = [[V::splat(0.0); N]; N];
+pub unsafe fn transform_derivative<V: Lanes>(from: Pixels, to: *mut f32, plane: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { square::<V, Derivative, 4, 6>(from, to, plane) }
+}
+
+/// G g G^T of 16 filters; tap t is at `from + t * pixel`.
+///
+/// # Safety
+/// As for [`transform_input`], with 3 x 3 taps as pixels.
+#[inline(always)]
+pub unsafe fn transform_filter<V: Lanes>(from: Pixels, to: *mut f32, plane: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { square::<V, Filter, 3, 6>(from, to, plane) }
+}
+
+/// G^T u G: the derivative of 16 filters from that of their transform, product k of which is at `from + k * plane`.
+///
+/// # Safety
+/// The products must be readable and the taps writable.
+#[inline(always)]
+pub unsafe fn filter_derivative<V: Lanes>(from: *const f32, plane: usize, to: *mut f32, tap: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { square::<V, FilterDerivative, 6, 3>(Pixels { from, row: 6 * plane, pixel: plane }, to, tap) }
+}
+
+/// S d S^T.
+///
+/// # Safety
+/// `N` pixels of [`LANES`] floats must be readable in each of `N` rows, `M * M` results of as many writable.
+#[inline(always)]
+unsafe fn square<V: Lanes, S: Side<V, N, M>, const N: usize, const M: usize>(d: Pixels, to: *mut f32, plane: usize) {
+    let mut half = [[V::splat(0.0); M]; N];
     for (y, half) in half.iter_mut().enumerate() {
-        let mut d = [V::splat(0.0); N];
-        for (x, d) in d.iter_mut().enumerate() {
+        let mut row = [V::splat(0.0); N];
+        for (x, value) in row.iter_mut().enumerate() {
             // SAFETY: the caller's promise.
-            *d = unsafe { V::load(from.add(y * row + x * LANES)) };
+            *value = unsafe { V::load(d.from.add(y * d.row + x * d.pixel)) };
         }
-        *half = Input::side(d);
+        *half = S::side(row);
     }
-    for x in 0..N {
-        let mut d = [V::splat(0.0); N];
-        for (d, half) in d.iter_mut().zip(&half) {
-            *d = half[x];
+    for x in 0..M {
+        let mut column = [V::splat(0.0); N];
+        for (value, half) in column.iter_mut().zip(&half) {
+            *value = half[x];
         }
-        for (y, v) in Input::side(d).into_iter().enumerate() {
+        for (y, v) in S::side(column).into_iter().enumerate() {
             // SAFETY: the caller's promise.
-            unsafe { v.store(to.add((y * N + x) * plane)) };
+            unsafe { v.store(to.add((y * M + x) * plane)) };
         }
     }
 }
@@ -191,6 +271,7 @@ pub struct Finish {
     /// The tile's first pixel, and the distance between rows.
     pub to: *mut f32,
     pub row: usize,
+    pub pixel: usize,
     /// Rows and columns (after pooling) that lie inside the image.
     pub inside: [usize; 2],
     /// Largest of each 2 x 2 pixels.
@@ -253,7 +334,7 @@ where
                 for x in 0..(M / 2).min(f.inside[1]) {
                     let (a, b) = (&out[2 * y], &out[2 * y + 1]);
                     let largest = a[2 * x].max_or_nan(a[2 * x + 1]).max_or_nan(b[2 * x].max_or_nan(b[2 * x + 1]));
-                    activate(f.activation, largest.add(bias)).store(f.to.add(y * f.row + x * LANES));
+                    activate(f.activation, largest.add(bias)).store(f.to.add(y * f.row + x * f.pixel));
                 }
             }
             return;
@@ -264,7 +345,7 @@ where
                 if !f.residual.is_null() {
                     value = value.add(V::load(f.residual.add(y * f.residual_row + x * LANES)));
                 }
-                activate(f.activation, value).store(f.to.add(y * f.row + x * LANES));
+                activate(f.activation, value).store(f.to.add(y * f.row + x * f.pixel));
             }
         }
     }

@@ -1,0 +1,282 @@
+"""Native kernels under PyTorch's autograd, for images in ``channels_last``: what eager PyTorch is slow at on a CPU.
+
+3 x 3 convolutions of stride 1 (forward and both gradients by Winograd's algorithm), the gradient of depthwise filters,
+and batch norm together with the addition and the activation behind it. They run on PyTorch's own threads; everything
+else of a step stays PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from cnnrs import _cnnrs
+from cnnrs._records import Attributes
+from cnnrs.model.lowering import Lowered
+from cnnrs.model.player import Group, play
+
+#: Activations that are computed with a batch norm, and what they are alone.
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "": lambda x: x, "ReLU": F.relu, "ReLU6": F.relu6, "Hardswish": F.hardswish, "SiLU": F.silu,
+}  # fmt: skip
+#: Channels come in vectors of so many.
+_LANES = 16
+
+
+class Kernels:
+    """The kernels of one network behind one of its nodes, and the memory in which they work.
+
+    Attributes:
+        groups: operations that a kernel computes, by the last of them.
+    """
+
+    def __init__(self, lowered: Lowered, start: int = 0) -> None:
+        self._start = start
+        self.groups = _groups(lowered, start, self)
+        self._native: _cnnrs.Kernels | None = None
+
+    @property
+    def native(self) -> _cnnrs.Kernels:
+        """Made when it is needed first: for as many threads as PyTorch has then."""
+        if self._native is None:
+            library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+            self._native = _cnnrs.Kernels(torch.get_num_threads(), str(library))
+        return self._native
+
+    def play(self, lowered: Lowered, tensors: list[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        """As :func:`~cnnrs.model.player.play`, with ``inputs`` in ``channels_last``."""
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return play(lowered, tensors, inputs, start=self._start, groups=self.groups)
+
+
+def _groups(lowered: Lowered, start: int, kernels: Kernels) -> dict[int, Group]:
+    """What is computed together behind a node, by the last of each group."""
+    readers: list[list[int]] = [[] for _ in lowered.operations]
+    for number, (_, _, sources, _) in enumerate(lowered.operations):
+        for source in sources:
+            readers[source].append(number)
+    found: dict[int, Group] = {}
+    taken: set[int] = set()
+    for number, (_, kind, sources, attributes) in enumerate(lowered.operations):
+        if number <= start:
+            continue
+        if kind == "Conv2d" and _is_3x3(lowered.tensors[attributes["weight"]], attributes):
+            found[number] = Group((number,), tuple(sources), _convolution(kernels, attributes))
+        elif kind == "Conv2d" and _is_depthwise(lowered.tensors[attributes["weight"]], attributes):
+            found[number] = Group((number,), tuple(sources), _depthwise(kernels, attributes))
+        elif kind == "BatchNorm2d":
+            chain = _chain(lowered, number, readers, taken)
+            taken.update(chain)
+            rest = [lowered.operations[node] for node in chain[1:]]
+            residual = [s for _, kind, sources, _ in rest if kind == "Add" for s in sources if s != number]
+            activation = next((kind for _, kind, _, _ in rest if kind != "Add"), "")
+            run = _batch_norm(kernels, attributes, activation)
+            found[chain[-1]] = Group(tuple(chain), (*sources, *residual), run)
+    return found
+
+
+def _is_3x3(weight: torch.Tensor, attributes: Attributes) -> bool:
+    alone = attributes["stride"] == attributes["dilation"] == (1, 1) and attributes["groups"] == 1
+    padding = attributes["padding"]
+    square = tuple(weight.shape[2:]) == (3, 3) and padding[0] == padding[1] <= 2
+    return alone and square and weight.shape[0] % _LANES == 0 and weight.shape[1] % _LANES == 0
+
+
+def _is_depthwise(weight: torch.Tensor, attributes: Attributes) -> bool:
+    channels, one, *kernel = weight.shape
+    squares = [attributes["stride"], attributes["padding"], tuple(kernel)]
+    square = attributes["dilation"] == (1, 1) and all(len(set(pair)) == 1 for pair in squares)
+    sizes = kernel[0] in (3, 5, 7) and attributes["stride"][0] in (1, 2) and attributes["padding"][0] < kernel[0]
+    return square and sizes and one == 1 and attributes["groups"] == channels >= _LANES
+
+
+def _chain(lowered: Lowered, norm: int, readers: list[list[int]], taken: set[int]) -> list[int]:
+    """A batch norm, and what alone reads it: an addition, an activation, or one behind the other."""
+    chain = [norm]
+    for kinds in (("Add",), tuple(_ACTIVATIONS)):
+        last = chain[-1]
+        if last == lowered.output or len(readers[last]) != 1:
+            break
+        (next_,) = readers[last]
+        _, kind, sources, _ = lowered.operations[next_]
+        if kind in kinds and next_ not in taken and len(set(sources)) == len(sources):
+            chain.append(next_)
+    return chain
+
+
+def _convolution(kernels: Kernels, attributes: Attributes) -> Any:
+    def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
+        bias = None if attributes["bias"] is None else tensors[attributes["bias"]]
+        weight, padding = tensors[attributes["weight"]], attributes["padding"][0]
+        return _Conv3x3.apply(values[0], weight, bias, padding, kernels.native)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _depthwise(kernels: Kernels, attributes: Attributes) -> Any:
+    def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
+        bias = None if attributes["bias"] is None else tensors[attributes["bias"]]
+        stride, padding = attributes["stride"][0], attributes["padding"][0]
+        weight = tensors[attributes["weight"]]
+        return _Depthwise.apply(values[0], weight, bias, stride, padding, kernels.native)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _batch_norm(kernels: Kernels, attributes: Attributes, activation: str) -> Any:
+    def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
+        x, residual = values[0], values[1] if len(values) > 1 else None
+        weight, bias, mean, var, count = (
+            None if attributes[name] is None else tensors[attributes[name]]
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        )
+        momentum = attributes["momentum"]
+        if attributes["training"] and count is not None:
+            count.add_(1)
+            momentum = 1.0 / float(count) if momentum is None else momentum
+        training = attributes["training"] or mean is None
+        pixels, eps = x.numel() // x.shape[1], attributes["eps"]
+        if not _fits(x, residual, pixels):
+            z = F.batch_norm(x, mean, var, weight, bias, training, momentum or 0.0, eps)
+            return _ACTIVATIONS[activation](z if residual is None else z + residual)
+        y, batch_mean, batch_var = _BatchNorm.apply(
+            x, residual, weight, bias, None if training else mean, var, eps, activation, kernels.native
+        )
+        if attributes["training"] and mean is not None and var is not None:
+            with torch.no_grad():
+                mean.mul_(1 - momentum).add_(batch_mean, alpha=momentum)
+                var.mul_(1 - momentum).add_(batch_var, alpha=momentum * pixels / (pixels - 1))
+        return y  # type: ignore[no-any-return]
+
+    return run
+
+
+def _fits(x: torch.Tensor, residual: torch.Tensor | None, pixels: int) -> bool:
+    """Whether whole vectors of channels come out, for one pixel or some together; one alone has no variance."""
+    together = next(n for n in range(1, _LANES + 1) if n * x.shape[1] % _LANES == 0)
+    return pixels > 1 and pixels % together == 0 and (residual is None or residual.shape == x.shape)
+
+
+def _last(x: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, C) contiguous, which is what ``channels_last`` is in memory."""
+    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+
+
+def _new(n: int, c: int, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, C, H, W) in ``channels_last``, and the same memory as (N, H, W, C)."""
+    memory = torch.empty(n, h, w, c)
+    return memory.permute(0, 3, 1, 2), memory
+
+
+class _Conv3x3(torch.autograd.Function):
+    """3 x 3, stride 1, the same padding on all sides."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: int,
+        native: _cnnrs.Kernels,
+    ) -> torch.Tensor:  # fmt: skip
+        n, _, h, w = x.shape
+        last = _last(x)
+        output, memory = _new(n, len(weight), h + 2 * padding - 2, w + 2 * padding - 2)
+        native.conv3x3(last, weight.detach().contiguous(), bias, memory, padding, False)
+        ctx.save_for_backward(x, weight)
+        ctx.padding, ctx.native = padding, native
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, derivative: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        filters, last = weight.detach().contiguous(), _last(derivative)
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx, memory = _new(*x.shape)
+            ctx.native.conv3x3(last, filters, None, memory, ctx.padding, True)
+        if ctx.needs_input_grad[1]:
+            dw = torch.empty_like(filters)
+            ctx.native.conv3x3_weight(_last(x), last, dw, ctx.padding)
+        if ctx.needs_input_grad[2]:
+            db = derivative.sum((0, 2, 3))
+        return dx, dw, db, None, None
+
+
+class _Depthwise(torch.autograd.Function):
+    """A filter of its own for every channel; all but the gradient of the filters is PyTorch's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, padding: int,
+        native: _cnnrs.Kernels,
+    ) -> torch.Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight)
+        ctx.settings = stride, padding
+        ctx.native = native
+        return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, derivative: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding = ctx.settings
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.aten.convolution_backward(
+                derivative, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], len(weight),
+                [True, False, False],
+            )[0]  # fmt: skip
+        if ctx.needs_input_grad[1]:
+            dw = torch.empty(weight.shape)
+            ctx.native.depthwise_weight(_last(x), _last(derivative), dw, stride, padding)
+        if ctx.needs_input_grad[2]:
+            db = derivative.sum((0, 2, 3))
+        return dx, dw, db, None, None, None
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Batch norm, then the sum with ``residual``, then an activation; ``mean`` None: the batch's own statistics.
+
+    Returns the result, and of the batch mean and biased variance.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None,
+        bias: torch.Tensor | None, mean: torch.Tensor | None, var: torch.Tensor | None, eps: float, activation: str,
+        native: _cnnrs.Kernels,
+    ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+        ctx.training = mean is None
+        if mean is None or var is None:
+            mean, var = torch.empty(x.shape[1]), torch.empty(x.shape[1])
+        output, memory = _new(*x.shape)
+        other = None if residual is None else _last(residual)
+        native.batch_norm(_last(x), other, weight, bias, mean, var, ctx.training, eps, activation, memory)
+        ctx.save_for_backward(x, residual, weight, bias, mean, var)
+        ctx.settings = eps, activation
+        ctx.native = native
+        ctx.set_materialize_grads(False)
+        if ctx.training:
+            ctx.mark_non_differentiable(mean, var)
+        return (output, mean, var) if ctx.training else (output, None, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, derivative: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        x, residual, weight, bias, mean, var = ctx.saved_tensors
+        if derivative is None:
+            return (None,) * 9
+        needs = ctx.needs_input_grad
+        dx, dx_memory = _new(*x.shape) if needs[0] else (None, None)
+        dr, dr_memory = _new(*x.shape) if needs[1] else (None, None)
+        dw, db = torch.empty_like(mean), torch.empty_like(mean)
+        other = None if residual is None else _last(residual)
+        ctx.native.batch_norm_backward(
+            _last(derivative), _last(x), other, weight, bias, mean, var, ctx.training, *ctx.settings,
+            (dx_memory, dr_memory, dw, db),
+        )  # fmt: skip
+        return dx, dr, dw if needs[2] else None, db if needs[3] else None, None, None, None, None, None

@@ -1,0 +1,364 @@
+//! Batch norm with the addition and the activation that follow it, each value read and written as seldom as can be.
+//!
+//! ```text
+//! y = act(z),  z = (x - mean) scale + shift + r,  scale = weight / sqrt(var + eps)
+//! ```
+//! Pixels lie behind each other as rows of channels. Where the channels are no whole blocks of sixteen, several pixels make
+//! a row: the same channels come again every so many.
+
+use super::{Address, Workspace};
+use crate::engine::cpu::common::kernels::activate::{Activate, activate, derive};
+use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
+use crate::error::Result;
+
+/// Floats that are gone over twice, in the second-level cache.
+const CHUNK: usize = 1 << 15;
+
+/// Sizes and kind of a batch norm.
+#[derive(Debug, Clone, Copy)]
+pub struct BatchNorm {
+    pub pixels: usize,
+    pub channels: usize,
+    pub eps: f64,
+    pub activation: Activate,
+}
+
+/// What the forward pass reads and writes.
+pub struct Forward<'a> {
+    pub x: &'a [f32],
+    pub residual: Option<&'a [f32]>,
+    pub weight: Option<&'a [f32]>,
+    pub bias: Option<&'a [f32]>,
+    pub mean: &'a [f32],
+    pub var: &'a [f32],
+}
+
+/// What the backward pass reads besides, and writes.
+pub struct Backward<'a> {
+    pub forward: Forward<'a>,
+    pub derivative: &'a [f32],
+    /// Whether mean and variance are the batch's own.
+    pub training: bool,
+    pub x: Option<&'a mut [f32]>,
+    pub residual: Option<&'a mut [f32]>,
+    pub weight: &'a mut [f32],
+    pub bias: &'a mut [f32],
+}
+
+impl BatchNorm {
+    /// How many pixels make a row of whole blocks; None where the pixels do not divide into such rows.
+    pub fn group(pixels: usize, channels: usize) -> Option<usize> {
+        let group = (1..=LANES).find(|n| (n * channels).is_multiple_of(LANES))?;
+        (pixels > 0 && pixels.is_multiple_of(group)).then_some(group)
+    }
+
+    fn rows(&self) -> Rows {
+        let group = Self::group(self.pixels, self.channels).unwrap_or(1);
+        let width = group * self.channels;
+        let rows = self.pixels / group;
+        let each = (CHUNK / width).clamp(1, rows);
+        Rows { rows, width, each, chunks: rows.div_ceil(each) }
+    }
+
+    /// Mean and variance (the biased one) of every channel.
+    ///
+    /// # Errors
+    /// `NoMemory`; `Panic`.
+    pub fn statistics(&self, x: &[f32], mean: &mut [f32], var: &mut [f32], workspace: &mut Workspace) -> Result<()> {
+        assert_eq!((x.len(), mean.len(), var.len()), (self.pixels * self.channels, self.channels, self.channels));
+        let r = self.rows();
+        let sums = self.sums(workspace, r, |chunk, to| Moments { r, x: x.as_ptr(), chunk, to })?;
+        // Chan, Golub and LeVeque's formula for the moments of parts.
+        for c in 0..self.channels {
+            let (mut n, mut m, mut square) = (0.0f64, 0.0f64, 0.0f64);
+            for (chunk, sums) in sums.chunks_exact(2 * r.width).enumerate() {
+                let rows = r.range(chunk).len() as f64;
+                for at in (c..r.width).step_by(self.channels) {
+                    let delta = f64::from(sums[at]) - m;
+                    m += delta * rows / (n + rows);
+                    square += f64::from(sums[r.width + at]) + delta * delta * n * rows / (n + rows);
+                    n += rows;
+                }
+            }
+            (mean[c], var[c]) = (m as f32, (square / n) as f32);
+        }
+        Ok(())
+    }
+
+    /// y from x.
+    ///
+    /// # Errors
+    /// `NoMemory`; `Panic`.
+    pub fn run(&self, from: &Forward<'_>, y: &mut [f32], workspace: &mut Workspace) -> Result<()> {
+        let floats = self.pixels * self.channels;
+        assert!([Some(from.x), from.residual].iter().flatten().all(|x| x.len() == floats) && y.len() == floats);
+        let (r, isa) = (self.rows(), workspace.isa);
+        let factors = self.factors(from, r);
+        let job = Job::new(self, from, None, &factors);
+        let y = Address(y.as_mut_ptr());
+        workspace.threads.run(r.chunks, &|chunk, _| dispatch(isa, Apply { job: &job, y, chunk }))
+    }
+
+    /// All derivatives.
+    ///
+    /// # Errors
+    /// `NoMemory`; `Panic`.
+    pub fn differentiate(&self, b: Backward<'_>, workspace: &mut Workspace) -> Result<()> {
+        let floats = self.pixels * self.channels;
+        let read = [Some(b.forward.x), b.forward.residual, Some(b.derivative)];
+        assert!(read.iter().flatten().all(|x| x.len() == floats), "floats of what is read");
+        assert!([&b.x, &b.residual].into_iter().flatten().all(|x| x.len() == floats), "floats of what is written");
+        let (r, isa) = (self.rows(), workspace.isa);
+        let mut factors = self.factors(&b.forward, r);
+        let sums = {
+            let job = Job::new(self, &b.forward, Some(b.derivative), &factors);
+            self.sums(workspace, r, |chunk, to| Sums { job: &job, chunk, to })?
+        };
+        for c in 0..self.channels {
+            let (mut plain, mut product) = (0.0f64, 0.0f64);
+            for sums in sums.chunks_exact(2 * r.width) {
+                for at in (c..r.width).step_by(self.channels) {
+                    plain += f64::from(sums[at]);
+                    product += f64::from(sums[r.width + at]);
+                }
+            }
+            let inverse = 1.0 / (f64::from(b.forward.var[c]) + self.eps).sqrt();
+            (b.bias[c], b.weight[c]) = (plain as f32, (product * inverse) as f32);
+            if b.training {
+                let (scale, n) = (f64::from(factors[0][c]), self.pixels as f64);
+                for at in (c..r.width).step_by(self.channels) {
+                    factors[3][at] = (-scale * inverse * inverse * product / n) as f32;
+                    factors[4][at] = (-scale * plain / n) as f32;
+                }
+            }
+        }
+        let job = Job::new(self, &b.forward, Some(b.derivative), &factors);
+        let out = |x: Option<&mut [f32]>| Address(x.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr));
+        let (dx, dr) = (out(b.x), out(b.residual));
+        if dx.0.is_null() && dr.0.is_null() {
+            return Ok(());
+        }
+        workspace.threads.run(r.chunks, &|chunk, _| dispatch(isa, Differentiate { job: &job, dx, dr, chunk }))
+    }
+
+    /// Two sums per float of a row, of every chunk, in one order whatever thread has made them.
+    fn sums<'a, K: Kernel>(
+        &self,
+        workspace: &'a mut Workspace,
+        r: Rows,
+        kernel: impl Fn(usize, *mut f32) -> K + Sync,
+    ) -> Result<&'a [f32]> {
+        let (isa, len) = (workspace.isa, r.chunks * 2 * r.width);
+        let to = Address(workspace.memory(len)?);
+        workspace.threads.run(r.chunks, &|chunk, _| dispatch(isa, kernel(chunk, to.at(chunk * 2 * r.width))))?;
+        // SAFETY: the kernels have filled them, and the workspace is borrowed as long as they are read.
+        Ok(unsafe { std::slice::from_raw_parts(to.0, len) })
+    }
+
+    /// For every float of a row: scale, mean, shift, and the two factors of the derivative (0 as yet).
+    fn factors(&self, from: &Forward<'_>, r: Rows) -> [Vec<f32>; 5] {
+        let mut factors = std::array::from_fn(|_| vec![0.0; r.width]);
+        for at in 0..r.width {
+            let c = at % self.channels;
+            let weight = from.weight.map_or(1.0, |weight| f64::from(weight[c]));
+            factors[0][at] = (weight / (f64::from(from.var[c]) + self.eps).sqrt()) as f32;
+            factors[1][at] = from.mean[c];
+            factors[2][at] = from.bias.map_or(0.0, |bias| bias[c]);
+        }
+        factors
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Rows {
+    rows: usize,
+    width: usize,
+    /// Rows of a chunk.
+    each: usize,
+    chunks: usize,
+}
+
+// SAFETY: a kernel reads the images and writes to a place of its chunk's own.
+unsafe impl Sync for Job<'_> {}
+
+impl Rows {
+    fn range(&self, chunk: usize) -> std::ops::Range<usize> {
+        chunk * self.each..self.rows.min((chunk + 1) * self.each)
+    }
+}
+
+struct Job<'a> {
+    norm: BatchNorm,
+    r: Rows,
+    factors: &'a [Vec<f32>; 5],
+    x: *const f32,
+    residual: *const f32,
+    /// The derivative of y.
+    dy: *const f32,
+}
+
+impl<'a> Job<'a> {
+    fn new(norm: &BatchNorm, from: &Forward<'_>, dy: Option<&[f32]>, factors: &'a [Vec<f32>; 5]) -> Self {
+        let address = |floats: Option<&[f32]>| floats.map_or(std::ptr::null(), <[f32]>::as_ptr);
+        let (residual, dy) = (address(from.residual), address(dy));
+        Self { norm: *norm, r: norm.rows(), factors, x: from.x.as_ptr(), residual, dy }
+    }
+
+    /// Sixteen of one of the factors.
+    #[inline(always)]
+    fn factor<V: Lanes>(&self, which: usize, at: usize) -> V {
+        // SAFETY: a row has whole blocks.
+        unsafe { V::load(self.factors[which].as_ptr().add(at)) }
+    }
+
+    /// x - mean, and z.
+    ///
+    /// # Safety
+    /// `at`, an offset of sixteen floats whose place in their row is `column`, is inside the images.
+    #[inline(always)]
+    unsafe fn value<V: Lanes>(&self, at: usize, f: &[V; 3]) -> [V; 2] {
+        // SAFETY: the caller's promise.
+        let x = unsafe { V::load(self.x.wrapping_add(at)) }.sub(f[1]);
+        let z = x.mul_add(f[0], f[2]);
+        if self.residual.is_null() {
+            return [x, z];
+        }
+        // SAFETY: the caller's promise.
+        [x, z.add(unsafe { V::load(self.residual.wrapping_add(at)) })]
+    }
+
+    #[inline(always)]
+    fn three<V: Lanes>(&self, at: usize) -> [V; 3] {
+        [self.factor(0, at), self.factor(1, at), self.factor(2, at)]
+    }
+}
+
+/// Mean and sum of squared differences from it, of a chunk.
+struct Moments {
+    r: Rows,
+    x: *const f32,
+    chunk: usize,
+    to: *mut f32,
+}
+
+impl Kernel for Moments {
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        let Self { r, x, chunk, to } = self;
+        let rows = r.range(chunk);
+        let n = V::splat(1.0 / rows.len() as f32);
+        for at in (0..2 * r.width).step_by(LANES) {
+            // SAFETY: two sums per float of a row.
+            unsafe { V::splat(0.0).store(to.wrapping_add(at)) };
+        }
+        for row in rows.clone() {
+            for at in (0..r.width).step_by(LANES) {
+                // SAFETY: inside the images, and as above.
+                unsafe {
+                    let sum = V::load(to.wrapping_add(at)).add(V::load(x.wrapping_add(row * r.width + at)));
+                    sum.store(to.wrapping_add(at));
+                }
+            }
+        }
+        for at in (0..r.width).step_by(LANES) {
+            // SAFETY: as above.
+            unsafe { V::load(to.wrapping_add(at)).mul(n).store(to.wrapping_add(at)) };
+        }
+        for row in rows {
+            for at in (0..r.width).step_by(LANES) {
+                // SAFETY: as above.
+                unsafe {
+                    let square = to.wrapping_add(r.width + at);
+                    let d = V::load(x.wrapping_add(row * r.width + at)).sub(V::load(to.wrapping_add(at)));
+                    d.mul_add(d, V::load(square)).store(square);
+                }
+            }
+        }
+    }
+}
+
+struct Apply<'a> {
+    job: &'a Job<'a>,
+    y: Address,
+    chunk: usize,
+}
+
+impl Kernel for Apply<'_> {
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        let (job, r) = (self.job, self.job.r);
+        for row in r.range(self.chunk) {
+            for column in (0..r.width).step_by(LANES) {
+                let at = row * r.width + column;
+                // SAFETY: inside the images, whose lengths `run` has compared; nobody else writes this chunk.
+                unsafe {
+                    let [_, z] = job.value::<V>(at, &job.three(column));
+                    activate(job.norm.activation, z).store(self.y.at(at));
+                }
+            }
+        }
+    }
+}
+
+/// Sums of g, the derivative of z, and of g (x - mean), of a chunk.
+struct Sums<'a> {
+    job: &'a Job<'a>,
+    chunk: usize,
+    to: *mut f32,
+}
+
+impl Kernel for Sums<'_> {
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        let Self { job, chunk, to } = self;
+        let r = job.r;
+        for at in (0..2 * r.width).step_by(LANES) {
+            // SAFETY: two sums per float of a row.
+            unsafe { V::splat(0.0).store(to.wrapping_add(at)) };
+        }
+        for row in r.range(chunk) {
+            for column in (0..r.width).step_by(LANES) {
+                let at = row * r.width + column;
+                // SAFETY: inside the images, whose lengths `differentiate` has compared, and as above.
+                unsafe {
+                    let [x, z] = job.value::<V>(at, &job.three(column));
+                    let g = derive(job.norm.activation, z, V::load(job.dy.wrapping_add(at)));
+                    let (plain, product) = (to.wrapping_add(column), to.wrapping_add(r.width + column));
+                    V::load(plain).add(g).store(plain);
+                    x.mul_add(g, V::load(product)).store(product);
+                }
+            }
+        }
+    }
+}
+
+struct Differentiate<'a> {
+    job: &'a Job<'a>,
+    dx: Address,
+    dr: Address,
+    chunk: usize,
+}
+
+impl Kernel for Differentiate<'_> {
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        let (job, r) = (self.job, self.job.r);
+        for row in r.range(self.chunk) {
+            for column in (0..r.width).step_by(LANES) {
+                let at = row * r.width + column;
+                // SAFETY: inside the images, whose lengths `differentiate` has compared; nobody else writes this chunk.
+                unsafe {
+                    let [x, z] = job.value::<V>(at, &job.three(column));
+                    let g = derive(job.norm.activation, z, V::load(job.dy.wrapping_add(at)));
+                    if !self.dr.0.is_null() {
+                        g.store(self.dr.at(at));
+                    }
+                    if !self.dx.0.is_null() {
+                        let along = x.mul_add(job.factor(3, column), job.factor(4, column));
+                        g.mul_add(job.factor(0, column), along).store(self.dx.at(at));
+                    }
+                }
+            }
+        }
+    }
+}

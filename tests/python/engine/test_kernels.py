@@ -1,0 +1,286 @@
+"""Native kernels under autograd against PyTorch's own, with float64 as the judge."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cnnrs
+from cnnrs import _cnnrs
+from cnnrs.engine import memory_order
+from cnnrs.engine.frozen_front import front_of
+from cnnrs.engine.kernels import Kernels
+from cnnrs.model.lowering import lower
+
+LAST: Any = torch.channels_last
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+
+class Block(nn.Module):
+    """Everything that has a kernel: residual sums, depthwise convolutions, odd numbers of channels."""
+
+    def __init__(self, activation: Callable[[], nn.Module] = nn.SiLU) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), activation())
+        self.conv1, self.bn1 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.wide = nn.Sequential(nn.Conv2d(16, 24, 1), nn.BatchNorm2d(24), activation())
+        self.depthwise = nn.Conv2d(24, 24, 5, 2, 2, groups=24)
+        self.bn3 = nn.BatchNorm2d(24, affine=False, momentum=None)
+        self.act = activation()
+        self.fc = nn.Linear(24, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = self.act(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        y += x
+        x = self.bn3(self.depthwise(self.wide(self.act(y))))
+        return self.fc(x.mean((2, 3)))
+
+
+def outcome(
+    model: nn.Module, inputs: torch.Tensor, kernels: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Output, gradients and buffers behind one batch."""
+    model, inputs = copy.deepcopy(model).to(dtype), inputs.to(dtype, copy=True).requires_grad_()
+    lowered = lower(model, True)
+    output = Kernels(lowered).play(lowered, lowered.tensors, inputs) if kernels else model(inputs)
+    output.square().sum().backward()
+    found = {"output": output.detach(), "input": inputs.grad, **dict(model.named_buffers())}
+    return found | {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_as_exact(model: nn.Module, inputs: torch.Tensor) -> None:
+    """At most ten times the error of PyTorch in float32, or what rounding of 2e-6 becomes where sums cancel."""
+    exact = outcome(model, inputs, False, torch.float64)
+    theirs, ours = outcome(model, inputs, False), outcome(model, inputs, True)
+    assert exact.keys() == ours.keys()
+    largest = max(value.norm() for value in exact.values() if value is not None and value.is_floating_point())
+    for name, value in exact.items():
+        if value is None or not value.is_floating_point():
+            assert ours[name] is value is None or torch.equal(ours[name], value), name
+            continue
+        # In front of a batch norm a bias, or the scale of weights, has no gradient but rounding.
+        floor = 5e-5 * value.norm() + 1e-6 * largest
+        assert (ours[name] - value).norm() <= max(10 * (theirs[name] - value).norm(), floor), name
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.Hardswish, nn.ReLU, nn.ReLU6, nn.GELU])
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen statistics"])
+def test_a_step_has_the_gradients_of_the_module(activation: Any, mode: str) -> None:
+    torch.manual_seed(1)
+    model = Block(activation).train(mode != "eval")
+    # Statistics as they are after some batches.
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        norm.train(norm.training and mode != "frozen statistics")
+    assert_as_exact(model, torch.randn(4, 3, 22, 30))
+
+
+def sequential(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3, padding=0), nn.Conv2d(32, 16, 3, padding=2), nn.Tanh()),
+        sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1, dilation=1, stride=(1, 1), bias=False)),
+        # None of these has a kernel: other strides, paddings, dilations, groups, channels.
+        sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, 2), nn.Conv2d(16, 16, 3, padding=(1, 0)), nn.Tanh()),
+        sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, dilation=2), nn.Conv2d(16, 8, 3), nn.Conv2d(8, 16, 3)),
+        sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=4), nn.Conv2d(16, 32, 3, groups=16), nn.Tanh()),
+        sequential(nn.Conv2d(3, 20, 1), nn.Conv2d(20, 20, 7, padding=3, groups=20), nn.Conv2d(20, 8, 3, groups=4)),
+        # Two batch norms meet in a sum; one is read twice.
+        sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, eps=0.1), nn.BatchNorm2d(16), nn.Hardswish()),
+        # As many pixels as make no whole vectors.
+        sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.SiLU(), nn.Conv2d(10, 10, 3), nn.BatchNorm2d(10)),
+    ],
+)  # fmt: skip
+def test_what_has_a_kernel_and_what_has_none(model: nn.Module) -> None:
+    torch.manual_seed(2)
+    assert_as_exact(model, torch.randn(3, 3, 11, 13))
+
+
+class Shortcut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 16, 1)
+        self.norm_a, self.norm_b = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.norm_a(self.a(x)), self.norm_b(self.b(x))
+        y = F.silu(a + b)
+        return (y * b + b + b).mean((2, 3))
+
+
+def test_sums_of_two_batch_norms_and_results_that_are_read_again() -> None:
+    torch.manual_seed(2)
+    assert_as_exact(Shortcut(), torch.randn(2, 3, 8, 8))
+
+
+def test_the_kernels_are_there() -> None:
+    lowered = lower(Block(nn.ReLU), True)
+    kinds = [[lowered.kinds[node] for node in group.nodes] for group in Kernels(lowered).groups.values()]
+    assert sorted(kinds) == sorted(
+        [["Conv2d"]] * 3 + [["BatchNorm2d", "ReLU"]] * 3 + [["BatchNorm2d", "Add", "ReLU"], ["BatchNorm2d"]]
+    )
+    # Behind a front, a group that begins in it is not complete.
+    norm = lowered.names.index("stem.1")
+    assert all(min(group.nodes) > norm for group in Kernels(lowered, norm).groups.values())
+
+
+@pytest.mark.skipif(not (Path(torch.__file__).parent / "lib" / "libtorch_cpu.so").exists(), reason="another library")
+def test_they_run_on_pytorchs_threads_and_elsewhere_on_others_with_the_same_bits() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 9, 9, 32), torch.randn(48, 32, 3, 3)
+    outputs = []
+    for library in (str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"), None, "/nowhere/libtorch_cpu.so"):
+        native = _cnnrs.Kernels(2, library)
+        assert native.openmp == (library is not None and "nowhere" not in library)
+        outputs.append(torch.empty(2, 9, 9, 48))
+        native.conv3x3(x, w, None, outputs[-1], 1, False)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+def test_sizes_that_do_not_fit_are_errors() -> None:
+    native = _cnnrs.Kernels(1, None)
+    x, w = torch.zeros(1, 4, 4, 16), torch.zeros(16, 16, 3, 3)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        native.conv3x3(x, w, None, torch.zeros(1, 3, 4, 16), 1, False)
+    with pytest.raises(ValueError, match="filters do not fit"):
+        native.conv3x3(x, w[:, :8], None, torch.zeros(1, 4, 4, 16), 1, False)
+    with pytest.raises(ValueError, match="channels do not fit"):
+        native.conv3x3(x[..., :8], w, None, torch.zeros(1, 4, 4, 16), 1, False)
+    with pytest.raises(ValueError, match="float64"):
+        native.conv3x3(x.double(), w, None, torch.zeros(1, 4, 4, 16), 1, False)
+    with pytest.raises(ValueError, match='no activation "Tanh"'):
+        native.batch_norm(x, None, None, None, x[0, 0, 0], x[0, 0, 1], True, 1e-5, "Tanh", x)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        native.depthwise_weight(x, x, torch.zeros(16, 1, 4, 4), 1, 1)
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks count as large, and on the clock native kernels take half as long."""
+
+    def done(self: Any) -> None:
+        if self._timed is not None:
+            trial, last = self._timed
+            trial.seconds[last].append(0.5 if last else 1.0)
+            self._timed = None
+
+    monkeypatch.setattr(memory_order.MemoryOrder, "done", done)
+    monkeypatch.setattr(memory_order, "LEAST_PIXELS", 1)
+    monkeypatch.setattr("cnnrs.engine.frozen_front.LEAST_FLOPS", 1)
+
+
+def batches(count: int, last: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(3)
+    return [(torch.randn(n, 3, 20, 20), torch.randint(4, (n,))) for n in (*[6] * count, last)]
+
+
+class Dropping(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(x), 0.2, self.training)
+
+
+def trained(engine: Any, model: nn.Module, data: Any, **options: Any) -> tuple[Any, ...]:
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    torch.manual_seed(5)
+    results = [
+        cnnrs.fit(
+            epoch, model, data, phase, optimizer=optimizer, loss_fn=F.cross_entropy, engine=engine, verbose=False,
+            **options,
+        )
+        for epoch in range(3)
+        for phase in ("training", "validation")
+    ]  # fmt: skip
+    return results, model, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"clip_grad_norm": 0.5}, {"on_batch_end": lambda *_: None}])
+def test_fit_trains_with_them_as_the_plain_loop_does(
+    options: dict[str, Any], fast: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = []
+    original = Kernels.play
+    monkeypatch.setattr(Kernels, "play", lambda self, *a: played.append(len(a[2])) or original(self, *a))
+    torch.manual_seed(1)
+    model, data = Dropping(), batches(11)
+    theirs, their_model, their_random = trained("python", model, data, **options)
+    assert not played
+    ours, our_model, our_random = trained("auto", model, data, **options)
+    # Two samples first; four of the eight timed batches; then all that come.
+    assert played[:1] == [2] and played.count(6) == 4 + 3 + 2 * 11 and played.count(3) == 3
+    assert torch.equal(our_random, their_random)
+    # 36 steps with smooth activations, each with rounding of some 1e-6.
+    for (loss, _), (expected, _) in zip(ours, theirs, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)
+    for (name, got), wanted in zip(our_model.state_dict().items(), their_model.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4, msg=name)
+    assert "native kernels" in str(cnnrs.explain(our_model.train(), (6, 3, 20, 20)))
+
+
+def test_wrong_kernels_are_found_and_not_used(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Kernels.play
+    monkeypatch.setattr(Kernels, "play", lambda self, *a: original(self, *a) * 1.01)
+    torch.manual_seed(1)
+    model, data = Block(), batches(9)
+    with pytest.warns(UserWarning, match="PyTorch's own kernels are used, because native ones do not do what they do"):
+        ours, our_model, _ = trained("auto", model, data)
+    theirs, their_model, _ = trained("python", model, data)
+    assert [loss for loss, _ in ours[::2]] == [loss for loss, _ in theirs[::2]]
+    assert all(torch.equal(a, b) for a, b in zip(our_model.parameters(), their_model.parameters(), strict=True))
+
+
+def test_what_is_deterministic_stays_as_it_is(fast: None) -> None:
+    torch.manual_seed(1)
+    model, data = Block(), batches(9)
+    torch.use_deterministic_algorithms(True)
+    try:
+        _, our_model, _ = trained("auto", model, data)
+        _, their_model, _ = trained("python", model, data)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(our_model.parameters(), their_model.parameters(), strict=True))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_model_before_that_batch(fast: None) -> None:
+    torch.manual_seed(1)
+    model, data = Block(), batches(12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    cnnrs.fit(0, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+    before = copy.deepcopy(model.state_dict())
+    bad = torch.full((6, 3, 20, 20), torch.nan)
+    with pytest.raises(cnnrs.NonFiniteLossError, match="loss is NaN in training epoch 1, batch 0"):
+        cnnrs.fit(1, model, [(bad, data[0][1])], optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_a_batch_of_one_pixel_is_refused_in_pytorchs_words() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
+    lowered = lower(model, True)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        Kernels(lowered).play(lowered, lowered.tensors, torch.randn(1, 3, 3, 3))
+
+
+def test_only_training_is_divided_for_the_kernels() -> None:
+    lowered = lower(Block().eval(), False)
+    inputs = torch.randn(2, 3, 20, 20)
+    assert front_of(lowered, inputs, training=False, batches=1) is None
+    lowered = lower(Block().train(), True)
+    # Too little to be worth the while.
+    assert front_of(lowered, inputs, training=True, batches=1) is None
+    front = front_of(lowered, torch.empty(1).expand(64, 3, 224, 224), training=True, batches=1)
+    assert front is not None and front.last == 0 and front.kernels == 13
