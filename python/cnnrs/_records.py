@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 #: Operations of a graph: the PyTorch module that does the same, or the function.
 OpKind = Literal[
-    "Input", "Conv2d", "BatchNorm2d", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "Dropout", "Flatten", "View",
+    "Input", "Conv2d", "BatchNorm2d", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "Dropout",
+    "StochasticDepth", "Flatten", "View",
     "Linear", "LayerNorm", "ZeroPad2d", "Permute", "Scale", "Softmax", "Mean", "Add", "Mul", "Cat", "ReLU", "ReLU6",
     "LeakyReLU", "SiLU", "GELU", "Hardswish", "Hardsigmoid", "Sigmoid", "Tanh",
 ]  # fmt: skip

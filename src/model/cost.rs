@@ -62,6 +62,7 @@ fn field(graph: &Graph, node: &Node, known: &[Option<Field>], shapes: &[Shape]) 
         | Op::BatchNorm2d { .. }
         | Op::Activation { .. }
         | Op::Dropout { .. }
+        | Op::StochasticDepth { .. }
         | Op::Flatten { .. }
         | Op::Reshape { .. }
         | Op::Pad { .. }
@@ -93,6 +94,7 @@ fn flops(graph: &Graph, node: &Node, shape: &Shape, shapes: &[Shape]) -> u64 {
         Op::Activation { .. } | Op::Add { .. } | Op::Mul | Op::Scale { .. } => out,
         Op::Input
         | Op::Dropout { .. }
+        | Op::StochasticDepth { .. }
         | Op::Flatten { .. }
         | Op::Reshape { .. }
         | Op::Cat { .. }

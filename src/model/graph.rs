@@ -79,6 +79,11 @@ pub enum Op {
         channels: bool,
         inplace: bool,
     },
+    /// In training: drops samples, or (not `rows`) the whole batch; torchvision's.
+    StochasticDepth {
+        p: f64,
+        rows: bool,
+    },
     Flatten {
         start: i64,
         end: i64,
@@ -196,6 +201,7 @@ impl Op {
             Self::AdaptiveAvgPool2d { .. } => "AdaptiveAvgPool2d",
             Self::Dropout { channels: false, .. } => "Dropout",
             Self::Dropout { channels: true, .. } => "Dropout2d",
+            Self::StochasticDepth { .. } => "StochasticDepth",
             Self::Flatten { .. } => "Flatten",
             Self::Reshape { .. } => "View",
             Self::Linear { .. } => "Linear",
@@ -228,6 +234,7 @@ impl Op {
             | Self::AvgPool2d { .. }
             | Self::AdaptiveAvgPool2d { .. }
             | Self::Dropout { .. }
+            | Self::StochasticDepth { .. }
             | Self::Flatten { .. }
             | Self::Reshape { .. }
             | Self::Pad { .. }

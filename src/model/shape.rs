@@ -70,7 +70,7 @@ fn output(graph: &Graph, node: &Node, known: &[Shape], input: &[usize]) -> Resul
                 [h, w] => Ok(vec![n, c, h, w]),
             }
         }
-        Op::Activation { .. } | Op::Dropout { .. } => Ok(from(0)?.clone()),
+        Op::Activation { .. } | Op::Dropout { .. } | Op::StochasticDepth { .. } => Ok(from(0)?.clone()),
         Op::Softmax { dim, .. } => {
             let shape = from(0)?;
             axis(node, *dim, shape.len()).map(|_| shape.clone())

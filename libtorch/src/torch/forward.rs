@@ -107,6 +107,15 @@ fn apply(node: &Node, tensors: &[Tensor], values: &[Option<Tensor>]) -> Result<T
                 (true, true) => x.f_feature_dropout_(*p, *training)?,
             }
         }
+        Op::StochasticDepth { p, rows } => {
+            // As torchvision draws.
+            let mut size = vec![1; x.dim()];
+            if *rows {
+                size[0] = x.size()[0];
+            }
+            let noise = Tensor::f_empty(&size, (x.kind(), x.device()))?.f_bernoulli_float_(1.0 - p)?;
+            x.f_mul(&if *p < 1.0 { noise.f_div_scalar(1.0 - p)? } else { noise })?
+        }
         Op::Flatten { start, end } => x.f_flatten(*start, *end)?,
         Op::Reshape { dims } => {
             let mut shape = Vec::with_capacity(dims.len());

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from cnnrs import _cnnrs
 from cnnrs._util.generators import Drawing, Generators
 from cnnrs.engine import companion
-from cnnrs.model.lowering import Lowered
+from cnnrs.model.lowering import Lowered, is_stochastic_depth
 from cnnrs.model.operations import LAYERS
 from cnnrs.model.player import play
 
@@ -288,13 +288,18 @@ def _described(error: Exception) -> str:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy that shares nothing with the module, its weights in the usual order of memory: that is no operation."""
+    """A copy that shares nothing with the module, its weights in the usual order of memory: that is no operation.
+
+    Stochastic depth, which is a function of torchvision's and so not seen by a mode, drops nothing in it.
+    """
     try:
         twin = copy.deepcopy(model)
     except Exception as error:
         raise _Unlike(
             f"it cannot be copied, so not compared with {_OPERATIONS} ({_described(error)}); check=False does without"
         ) from None
+    for module in filter(is_stochastic_depth, twin.modules()):
+        module.p = 0.0
     for tensor in [*twin.parameters(), *twin.buffers()]:
         if not tensor.is_contiguous():
             tensor.data = tensor.data.contiguous()
@@ -342,7 +347,7 @@ class _WithoutDropout(TorchFunctionMode):
 def _without_dropout(lowered: Lowered) -> Lowered:
     """The same operations, none of which draws."""
     operations = [
-        (name, kind, inputs, {**attributes, "p": 0.0} if kind == "Dropout" else attributes)
+        (name, kind, inputs, {**attributes, "p": 0.0} if kind in ("Dropout", "StochasticDepth") else attributes)
         for name, kind, inputs, attributes in lowered.operations
     ]
     if operations == lowered.operations:

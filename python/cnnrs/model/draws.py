@@ -14,7 +14,7 @@ def of_graph(lowered: Lowered) -> str:
     active = [
         name
         for name, kind, _, attributes in lowered.operations
-        if kind == "Dropout" and attributes["training"] and attributes["p"] > 0
+        if kind in ("Dropout", "StochasticDepth") and attributes.get("training", True) and attributes["p"] > 0
     ]
     return f"dropout that is always on ({active[0]})" if active else ""
 

@@ -160,7 +160,7 @@ class _Lowering:
 
     def is_layer(self, module: nn.Module) -> bool:
         """Stops at the layers in the table and at torch's own; walks through everything else."""
-        if type(module) in LAYERS or _is_stochastic_depth(module):
+        if type(module) in LAYERS or is_stochastic_depth(module):
             return True
         return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, nn.Sequential)
 
@@ -173,9 +173,10 @@ class _Lowering:
         return result if result is not None else self._nothing()
 
     def _layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Standin:
-        if _is_stochastic_depth(module):
+        if is_stochastic_depth(module):
             if module.training and getattr(module, "p", 1.0) > 0.0:
-                raise Unsupported("stochastic depth in training mode has no counterpart yet")
+                drops: Attributes = {"p": module.p, "rows": module.mode == "row"}
+                return self._apply(name, "StochasticDepth", [self._tensor(args[0])], drops)
             return self._tensor(args[0])
         if type(module) not in LAYERS and type(module) is not nn.Identity:
             raise Unsupported("this layer has no counterpart yet")
@@ -361,7 +362,8 @@ _KEEP_THEIR_RESULT = frozenset(
 _KEEP_THEIR_INPUT = frozenset({"LeakyReLU_"})
 
 
-def _is_stochastic_depth(module: nn.Module) -> bool:
+def is_stochastic_depth(module: nn.Module) -> bool:
+    """Whether it is torchvision's layer, which is no torch layer."""
     return type(module).__module__.startswith("torchvision.ops") and type(module).__name__ == "StochasticDepth"
 
 

@@ -150,6 +150,15 @@ def _dropout(o: _Operation) -> torch.Tensor:
     return dropped
 
 
+def _stochastic_depth(o: _Operation) -> torch.Tensor:
+    # As torchvision.ops.stochastic_depth.
+    if o["p"] == 0.0:
+        return o.x
+    noise = torch.empty([len(o.x) if o["rows"] else 1] + [1] * (o.x.ndim - 1), dtype=o.x.dtype, device=o.x.device)
+    noise.bernoulli_(1.0 - o["p"])
+    return o.x * (noise.div_(1.0 - o["p"]) if o["p"] < 1.0 else noise)
+
+
 def _pad(o: _Operation) -> torch.Tensor:
     (top, left), (bottom, right) = o["before"], o["after"]
     return F.pad(o.x, (left, right, top, bottom))
@@ -191,6 +200,7 @@ OPERATIONS: dict[OpKind, Callable[[_Operation], torch.Tensor]] = {
     "AvgPool2d": _avg_pool2d,
     "AdaptiveAvgPool2d": _adaptive_avg_pool2d,
     "Dropout": _dropout,
+    "StochasticDepth": _stochastic_depth,
     "Flatten": lambda o: torch.flatten(o.x, o["start"], o["end"]),
     "ZeroPad2d": _pad,
     "Permute": lambda o: o.x.permute(o["dims"]),

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models as zoo
+from torchvision.ops import StochasticDepth
 
 import cnnrs
 import which_engine
 from cnnrs import _cnnrs
+from cnnrs.engine import verify
 from cnnrs.model.lowering import lower
 from cnnrs.model.operations import Unsupported
 from cnnrs.model.player import play
@@ -326,7 +328,8 @@ def test_explain_speaks_of_preconv() -> None:
     assert str(cnnrs.explain(branching)).endswith("preconv: engine 'python', for the same reasons")
     # Stochastic depth drops nothing in eval mode.
     deep = zoo.convnext_tiny(stochastic_depth_prob=0.1).train()
-    assert cnnrs.explain(deep).engine == "python" and cnnrs.explain(deep).preconv == "cpu"
+    why = cnnrs.explain(deep)
+    assert why.engine == "python" and why.preconv == "cpu" and why.operations > 0
 
 
 def test_explain_does_not_promise_engine_cpu_what_it_cannot_train() -> None:
@@ -345,3 +348,21 @@ def test_explain_speaks_of_float32_inputs_whatever_is_the_default() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert (why.engine, why.preconv) == ("cpu", "cpu")
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
+def test_stochastic_depth_draws_as_torchvision_does(mode: str, p: float) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), StochasticDepth(p, mode), nn.Flatten(), StochasticDepth(p, mode)).train()
+    lowered, x = lower(model), torch.randn(6, 3, 4, 4)
+    torch.manual_seed(1)
+    expected = model(x)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(play(lowered, lowered.tensors, x), expected) and torch.equal(torch.get_rng_state(), state)
+    kinds = [kind for kind in lowered.kinds if kind == "StochasticDepth"]
+    assert len(kinds) == (2 if p else 0)
+    assert lower(model.eval()).kinds == ["Input", "Conv2d", "Flatten"]
+    model.train()
+    assert verify.differs(model, lowered, x, engine="python") is None
+    assert torch.equal(torch.get_rng_state(), state)

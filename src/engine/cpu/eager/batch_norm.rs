@@ -157,13 +157,14 @@ impl BatchNorm {
 
     /// For every float of a row: scale, mean, shift, and the two factors of the derivative (0 as yet).
     fn factors(&self, from: &Forward<'_>, r: Rows) -> [Vec<f32>; 5] {
-        let mut factors = std::array::from_fn(|_| vec![0.0; r.width]);
-        for at in 0..r.width {
+        let mut factors: [Vec<f32>; 5] = std::array::from_fn(|_| vec![0.0; r.width]);
+        let [scale, mean, shift, ..] = &mut factors;
+        for (at, ((scale, mean), shift)) in scale.iter_mut().zip(mean).zip(shift).enumerate() {
             let c = at % self.channels;
             let weight = from.weight.map_or(1.0, |weight| f64::from(weight[c]));
-            factors[0][at] = (weight / (f64::from(from.var[c]) + self.eps).sqrt()) as f32;
-            factors[1][at] = from.mean[c];
-            factors[2][at] = from.bias.map_or(0.0, |bias| bias[c]);
+            *scale = (weight / (f64::from(from.var[c]) + self.eps).sqrt()) as f32;
+            *mean = from.mean[c];
+            *shift = from.bias.map_or(0.0, |bias| bias[c]);
         }
         factors
     }

@@ -94,9 +94,11 @@ unsafe fn patch<V: Lanes, const N: usize>(
     for (dy, row) in (0..n).zip(patch.iter_mut()) {
         for (dx, pixel) in (0..n).zip(row.iter_mut()) {
             let inside = (0..height).contains(&(y + dy)) && (0..width).contains(&(x + dx));
-            // SAFETY: the pixel is inside the image.
-            let value =
-                if inside { unsafe { V::load(image.wrapping_offset(at(y + dy, x + dx))) } } else { V::splat(0.0) };
+            let value = match inside {
+                // SAFETY: the pixel is inside the image.
+                true => unsafe { V::load(image.wrapping_offset(at(y + dy, x + dx))) },
+                false => V::splat(0.0),
+            };
             // SAFETY: sixteen floats.
             unsafe { value.store(pixel.as_mut_ptr()) };
         }

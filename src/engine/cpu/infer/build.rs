@@ -219,7 +219,7 @@ impl<'a> Network<'a> {
             }
             Op::Flatten { .. } | Op::Reshape { .. } => Box::new(Relayout { input, output }),
             Op::Softmax { log, .. } => Box::new(Softmax { input, output, log: *log }),
-            Op::Input | Op::Dropout { .. } | Op::Permute { .. } => {
+            Op::Input | Op::Dropout { .. } | Op::StochasticDepth { .. } | Op::Permute { .. } => {
                 return Err(Error::internal(format_args!("{}: not a layer", node.name)));
             }
         })

@@ -54,7 +54,7 @@ fn order(graph: &Graph, node: &mut Node, shape: &Shape, orders: &[Vec<usize>]) -
             }
             return Ok(order);
         }
-        Op::Input | Op::Activation { .. } | Op::Dropout { .. } => {}
+        Op::Input | Op::Activation { .. } | Op::Dropout { .. } | Op::StochasticDepth { .. } => {}
         Op::Linear { .. } if !channels_last => {
             return refuse(node, "is applied to another dimension than the channels");
         }

@@ -111,6 +111,9 @@ impl Fusion<'_> {
                 self.source[index] = self.source[node.inputs[0]];
                 return Ok(None);
             }
+            Op::StochasticDepth { .. } => {
+                return Err(unsupported(node, "drops values in training mode; call eval()"));
+            }
             Op::Permute { .. } => {
                 self.source[index] = self.source[node.inputs[0]];
                 return Ok(None);

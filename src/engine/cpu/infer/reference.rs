@@ -154,7 +154,9 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                     first += len;
                 }
             }
-            Op::Dropout { .. } | Op::Flatten { .. } | Op::Reshape { .. } => y.copy_from_slice(x),
+            Op::Dropout { .. } | Op::StochasticDepth { .. } | Op::Flatten { .. } | Op::Reshape { .. } => {
+                y.copy_from_slice(x);
+            }
         }
         values.push(y);
     }

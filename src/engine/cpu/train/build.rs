@@ -223,7 +223,11 @@ impl<'a> Builder<'a> {
                 return Err(Error::internal(format_args!("{}: a view is not a layer", node.name)));
             }
             // `structure` has refused them, with the reason.
-            Op::LayerNorm { .. } | Op::Pad { .. } | Op::Permute { .. } | Op::Scale { .. } => {
+            Op::LayerNorm { .. }
+            | Op::StochasticDepth { .. }
+            | Op::Pad { .. }
+            | Op::Permute { .. }
+            | Op::Scale { .. } => {
                 return Err(Error::internal(format_args!("{} has no kernel", node.name)));
             }
         })

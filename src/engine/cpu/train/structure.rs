@@ -155,6 +155,7 @@ impl Walk<'_> {
             | Op::AvgPool2d { .. }
             | Op::AdaptiveAvgPool2d { .. }
             | Op::Dropout { .. }
+            | Op::StochasticDepth { .. }
             | Op::Flatten { .. }
             | Op::Reshape { .. }
             | Op::Linear { .. }
@@ -207,9 +208,11 @@ impl Walk<'_> {
             Op::Add { .. } | Op::Mul if rank(0) != rank(1) || self.mixes(&node.inputs) => {
                 refuse("broadcasts across samples")
             }
-            Op::LayerNorm { .. } | Op::Pad { .. } | Op::Permute { .. } | Op::Scale { .. } => {
-                refuse("the cpu engine has no training kernel for it")
-            }
+            Op::LayerNorm { .. }
+            | Op::StochasticDepth { .. }
+            | Op::Pad { .. }
+            | Op::Permute { .. }
+            | Op::Scale { .. } => refuse("the cpu engine has no training kernel for it"),
             Op::MaxPool2d { .. } if self.shapes[index].iter().product::<usize>() == 0 => refuse("has an empty output"),
             Op::Input
             | Op::Conv2d { .. }
@@ -343,6 +346,7 @@ fn derivative_reads_output(op: &Op) -> bool {
         | Op::AvgPool2d { .. }
         | Op::AdaptiveAvgPool2d { .. }
         | Op::Dropout { .. }
+        | Op::StochasticDepth { .. }
         | Op::Flatten { .. }
         | Op::Reshape { .. }
         | Op::Linear { .. }
