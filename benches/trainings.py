@@ -13,7 +13,7 @@ import loader_inputs
 import torch
 import torch.nn.functional as F
 import torchvision
-from fit import tutorials_fit, vgg_head
+from fit_cases import tutorials_fit, vgg_head
 from loader import DIGITS, TUTORIAL
 from measure import show
 from mnist_files import mnist

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fit import MNIST
+from fit_cases import MNIST
 from frozen_peers import network
 from torch.profiler import ProfilerActivity, profile
 

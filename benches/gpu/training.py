@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fit import CATDOG, MNIST, Batches, Case, tutorials_fit, vgg_head
+from fit_cases import CATDOG, MNIST, Batches, Case, tutorials_fit, vgg_head
 from measure import Contender
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
