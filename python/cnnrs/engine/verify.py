@@ -299,7 +299,7 @@ def _twin(model: nn.Module) -> nn.Module:
             f"it cannot be copied, so not compared with {_OPERATIONS} ({_described(error)}); check=False does without"
         ) from None
     for module in filter(is_stochastic_depth, twin.modules()):
-        module.p = 0.0
+        module.p = 0.0  # type: ignore[assignment]
     for tensor in [*twin.parameters(), *twin.buffers()]:
         if not tensor.is_contiguous():
             tensor.data = tensor.data.contiguous()
