@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from cnnrs import _cnnrs
 from cnnrs._util.generators import Drawing, Generators
+from cnnrs._util.precision import uses_tf32
 from cnnrs.engine import companion
 from cnnrs.model.lowering import Lowered
 from cnnrs.model.operations import LAYERS
@@ -356,7 +357,7 @@ def _without_dropout(lowered: Lowered) -> Lowered:
 
 def _tolerance(output: torch.Tensor, amp: torch.dtype | None) -> float:
     """Relative to the largest value. Sums of n terms in another order differ by about sqrt(n) eps: n up to 1 / eps."""
-    if output.device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
+    if output.device.type == "cuda" and uses_tf32():
         return math.sqrt(max(torch.finfo(amp or torch.float32).eps, 2.0**-10))
     dtype = amp or (output.dtype if output.is_floating_point() else torch.float32)
     return math.sqrt(torch.finfo(dtype).eps)

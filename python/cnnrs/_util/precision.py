@@ -1,0 +1,70 @@
+"""The switches of a process by which PyTorch chooses its kernels, in the words of old torches and of new ones.
+
+Torch 2.9 has a second interface for the precision of float32, ``fp32_precision``. Reading the first one, ``allow_tf32``
+and ``get_float32_matmul_precision``, raises once the two say different things: where there is the second, only that is
+read and set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_backends: Any = torch.backends
+
+
+def _settings() -> list[Any]:
+    """What has a ``fp32_precision``; empty before torch 2.9."""
+    if not hasattr(_backends.cudnn, "conv"):
+        return []
+    cuda = [_backends.cuda.matmul, _backends.cudnn.conv, _backends.cudnn.rnn]
+    return [*cuda, _backends.mkldnn.matmul, _backends.mkldnn.conv, _backends.mkldnn.rnn]
+
+
+def precisions() -> tuple[Any, ...]:
+    """Equal as long as float32 is computed as precisely."""
+    settings = _settings()
+    if settings:
+        return tuple(setting.fp32_precision for setting in settings)
+    return (torch.get_float32_matmul_precision(), _backends.cudnn.allow_tf32)
+
+
+def uses_tf32() -> bool:
+    """Whether products or convolutions of float32 on a GPU may round their factors to 10 bits."""
+    if _settings():
+        return "tf32" in (_backends.cuda.matmul.fp32_precision, _backends.cudnn.conv.fp32_precision)
+    return bool(_backends.cuda.matmul.allow_tf32 or _backends.cudnn.allow_tf32)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Products and convolutions of float32 on a GPU with or without it, for the time being."""
+    found = _settings()
+    settings = found[:2] if found else [_backends.cuda.matmul, _backends.cudnn]
+    name, value = ("fp32_precision", "tf32" if allowed else "ieee") if found else ("allow_tf32", allowed)
+    before = [getattr(setting, name) for setting in settings]
+    try:
+        for setting in settings:
+            setattr(setting, name, value)
+        yield
+    finally:
+        for setting, old in zip(settings, before, strict=True):
+            setattr(setting, name, old)
+
+
+def kernel_switches() -> tuple[Any, ...]:
+    """Equal as long as PyTorch would choose the same kernels on a GPU for the same operation."""
+    matmul, cudnn = _backends.cuda.matmul, _backends.cudnn
+    return (
+        precisions(),
+        torch.are_deterministic_algorithms_enabled(),
+        (cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic),
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        # Of torch 2.7 on.
+        getattr(matmul, "allow_fp16_accumulation", None),
+        _backends.cuda.preferred_blas_library(),
+    )
