@@ -223,13 +223,13 @@ class _Epoch:
 
     def _launch(self) -> None:
         kept, step, waiting = self.kept, self._task.step, self._waiting
+        kept.fill(waiting)
         if kept.launch is None:
             kept.record(self._recorded, [] if step is None else step.parameters)
         if kept.launch is None:
             self._drain()
             return
         self.meter.expect(len(waiting))
-        kept.fill(waiting)
         kept.launch()
         self._launched, self.stepped, self._waiting = True, True, []
         for parts in waiting:

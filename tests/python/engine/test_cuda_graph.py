@@ -22,28 +22,12 @@ from torch.nn.utils import clip_grad_norm_
 
 import cnnrs
 import tutorial
-from cnnrs.engine import choice, cuda_capture, cuda_graph
+from cnnrs.engine import cuda_capture, cuda_graph
 from cnnrs.engine.recording import WARM_UP
-from recorded import FULL, SIZES, Counting, Net, Recorder, adam, assert_same, batches, fit, random_state, sgd, twins
+from recorded import FULL, SIZES, Net, Recorder, adam, assert_same, batches, fit, random_state, sgd, twins
 
 #: Under "torch" steps are recorded too, but it needs its package even so.
 both = pytest.mark.parametrize("engine", ["auto", "torch"])
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def recorder(device: str, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    made = Recorder() if device == "cpu" else Counting()
-    monkeypatch.setitem(cuda_capture.RECORDERS, device, made)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    # As on CUDA, where there is no engine "cpu" that "auto" would take first.
-    monkeypatch.setattr(choice, "slow_on_cpu", lambda lowered: ["made so"])
-    return made
 
 
 def groups(parameters: Any, **options: Any) -> torch.optim.Optimizer:
