@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from cnnrs.engine import companion
+from fake_cuda import FakeCuda
 
 # A shell lets what it starts in the background ignore Ctrl-C, and the children of that ignore it too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -50,6 +51,13 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fake_cuda() -> Iterator[FakeCuda]:
+    """Two CUDA devices that are none; races and forbidden waits are errors."""
+    with FakeCuda() as cuda:
+        yield cuda
 
 
 @pytest.fixture(scope="session")
