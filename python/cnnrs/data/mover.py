@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cnnrs._records import Finish as FinishSpec
+from cnnrs.data.labels import sent
 from cnnrs.image.spec import Native
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
@@ -96,7 +97,10 @@ class Mover:
             return tensor.to(self.device)
         source = tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()
         sources.append(source)
-        return source.to(self.device, non_blocking=True)
+        moved = source.to(self.device, non_blocking=True)
+        if tensor.dim() == 1:
+            sent(moved, tensor)
+        return moved
 
 
 def _is_bytes(data: Any) -> bool:

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import torch
+
+from cnnrs._util.streams import side_stream
 
 Work = Callable[[], None]
 Launch = Callable[[], None]
 
 
-@cache
 def stream_of(device: torch.device) -> Any:
-    """The stream on which steps of a device run before they are recorded, and are recorded; None for a CPU.
-
-    One for the whole process: memory that was freed on a stream is used again by that stream only.
-    """
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    """The stream on which steps of a device run before they are recorded, and are recorded; None for a CPU."""
+    return side_stream(device, "steps") if device.type == "cuda" else None
 
 
 def _record(work: Work, stream: Any) -> Launch:
@@ -60,7 +57,7 @@ def _leave(device: torch.device, pool: Any) -> None:
     generator = torch.cuda.default_generators[device.index]
     state = generator.get_state()
     try:
-        torch.empty(1, device=device).uniform_()
+        _draw(device)
         generator.set_state(state)
     except RuntimeError:
         # "Offset increment outside graph capture": every draw would raise from now on.
@@ -68,3 +65,7 @@ def _leave(device: torch.device, pool: Any) -> None:
         fresh.set_state(state)
         generator.graphsafe_set_state(fresh)
         _replaced[device] += 1
+
+
+def _draw(device: torch.device) -> None:
+    torch.empty(1, device=device).uniform_()

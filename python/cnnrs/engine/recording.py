@@ -86,8 +86,11 @@ class Recording:
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
 
-    def eagerly(self, work: Callable[[], None]) -> None:
-        """Beside what is recorded, on its stream; work that cannot be done leaves the running statistics alone."""
+    def eagerly(self, work: Callable[[], None], parts: Parts = ()) -> None:
+        """On the stream that records; work that cannot be done leaves the running statistics alone.
+
+        ``parts``: what it reads besides the memory of the recording, which may go back as soon as the host is through.
+        """
         stream = stream_of(self.device)
         try:
             if stream is None:
@@ -95,6 +98,8 @@ class Recording:
                 return
             current = torch.cuda.current_stream(self.device)
             stream.wait_stream(current)
+            for part in parts:
+                part.record_stream(stream)
             try:
                 with torch.cuda.stream(stream):
                     work()
