@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import torch
+
+from cnnrs._util.streams import side_stream
 
 Work = Callable[[], None]
 Launch = Callable[[], None]
 
 
-@cache
 def stream_of(device: torch.device) -> Any:
     """The stream on which steps of a device run before they are recorded, and are recorded; None for a CPU.
 
     One for the whole process: memory that was freed on a stream is used again by that stream only.
     """
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    return side_stream(device, "recordings") if device.type == "cuda" else None
 
 
 def _record(work: Work, stream: Any) -> Launch:
