@@ -1,8 +1,7 @@
 """The switches of a process by which PyTorch chooses its kernels, in the words of old torches and of new ones.
 
 Torch 2.9 has a second interface for the precision of float32, ``fp32_precision``. Reading the first one, ``allow_tf32``
-and ``get_float32_matmul_precision``, raises once the two say different things: where there is the second, only that is
-read and set.
+and ``get_float32_matmul_precision``, raises once the two say different things: where there is the second, that is read.
 """
 
 from __future__ import annotations
@@ -42,17 +41,27 @@ def uses_tf32() -> bool:
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Products and convolutions of float32 on a GPU with or without it, for the time being."""
-    found = _settings()
-    settings = found[:2] if found else [_backends.cuda.matmul, _backends.cudnn]
-    name, value = ("fp32_precision", "tf32" if allowed else "ieee") if found else ("allow_tf32", allowed)
-    before = [getattr(setting, name) for setting in settings]
+    older: list[tuple[Any, str, Any]] = [
+        (_backends.cuda.matmul, "allow_tf32", allowed),
+        (_backends.cudnn, "allow_tf32", allowed),
+    ]
+    newer: list[tuple[Any, str, Any]] = [
+        (setting, "fp32_precision", "tf32" if allowed else "ieee") for setting in _settings()[:3]
+    ]
     try:
-        for setting in settings:
+        # Both, so that the user's code can go on reading both.
+        changes = older + newer
+        before = [(setting, name, getattr(setting, name)) for setting, name, _ in changes]
+    except RuntimeError:
+        changes = newer
+        before = [(setting, name, getattr(setting, name)) for setting, name, _ in changes]
+    try:
+        for setting, name, value in changes:
             setattr(setting, name, value)
         yield
     finally:
-        for setting, old in zip(settings, before, strict=True):
-            setattr(setting, name, old)
+        for setting, name, value in before:
+            setattr(setting, name, value)
 
 
 def kernel_switches() -> tuple[Any, ...]:

@@ -16,8 +16,11 @@ Launch = Callable[[], None]
 
 
 def stream_of(device: torch.device) -> Any:
-    """The stream on which steps of a device run before they are recorded, and are recorded; None for a CPU."""
-    return side_stream(device, "steps") if device.type == "cuda" else None
+    """The stream on which steps of a device run before they are recorded, and are recorded; None for a CPU.
+
+    One for the whole process: memory that was freed on a stream is used again by that stream only.
+    """
+    return side_stream(device, "recordings") if device.type == "cuda" else None
 
 
 def _record(work: Work, stream: Any) -> Launch:

@@ -71,7 +71,7 @@ def loaded(data: Any) -> Iterator[Any]:
 def test_the_plain_loops_bits_without_a_race(make: Any, options: dict[str, Any], recorder: Counting) -> None:
     theirs, their_optimizer, ours, our_optimizer = twins("cpu", recorder, make)
     ours.to(DEVICE)
-    data = batches("cpu")
+    data = batches("cpu", (FULL,) * 9 + (3,))
     for seed in range(2):
         torch.manual_seed(seed)
         theirs.train()
@@ -151,7 +151,9 @@ def test_recordings_share_one_stream_per_device(fake_cuda: FakeCuda, recorder: C
         for phase in ("training", "validation"):
             fit(model, optimizer, loaded(data), phase)
     assert recorder.recorded == 6
-    assert [key for key in streams._STREAMS if key[0] == "steps"] == [("steps", 1)]
+    on_device = [stream for stream, device in fake_cuda.streams.items() if device == torch.device(DEVICE)]
+    # The default one, one for copies, one for steps.
+    assert len(on_device) == 3 and set(streams._STREAMS) == {("copies", 1), ("recordings", 1)}
 
 
 # -- targets from the host ----------------------------------------------------------------------------------------

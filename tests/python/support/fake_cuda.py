@@ -19,6 +19,7 @@ Not modelled: streams of the autograd engine's own, kernels (they are the CPU's)
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,8 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from cnnrs._util import streams
+from cnnrs.engine import choice
+from cnnrs.model.lowering import lower
 from fake_cuda_order import HOST, Memory, Order, Race, place
 from fake_cuda_tensors import CPU, Functions, Operations, accesses
 from host_waits import INDEXED, HostWait, why
@@ -137,6 +140,7 @@ class FakeCuda(Order):
         #: Where a function makes its tensors, whatever they are made of.
         self.placing: torch.device | None = None
         self.recording: CUDAGraph | None = None
+        self._fresh: list[torch.Tensor] = []
         self._undo: dict[int, tuple[Any, Any]] = {}
         self._device = self.devices[0]
 
@@ -161,16 +165,28 @@ class FakeCuda(Order):
             mock.patch.object(torch, "autocast", lambda device, *a, **k: real(as_cpu.get(device, device), *a, **k))
         )
         self._stack.enter_context(mock.patch.dict(streams._STREAMS, clear=True))
+        self._stack.enter_context(mock.patch.object(choice, "lower", self._lower))
         # Its arguments are parsed before anybody is asked.
         self._stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", _record_stream))
-        self._stack.enter_context(Operations(self))
-        self._stack.enter_context(Functions(self))
+        self._modes = [Operations(self), Functions(self)]
+        for mode in self._modes:
+            self._stack.enter_context(mode)
         return self
 
     def __exit__(self, *error: Any) -> None:
         global _active
         self._stack.close()
         _active = None
+
+    def _lower(self, *args: Any, **kwargs: Any) -> Any:
+        """A network is looked into, which modes of torch forbid."""
+        for mode in reversed(self._modes):
+            mode.__exit__(None, None, None)
+        try:
+            return lower(*args, **kwargs)
+        finally:
+            for mode in self._modes:
+                mode.__enter__()
 
     # -- torch.cuda --------------------------------------------------------------------------------------------------
 
@@ -184,6 +200,7 @@ class FakeCuda(Order):
             "current_stream": self._current_on,
             "default_stream": lambda device=None: self._default[self.resolve(device).index],
             "set_stream": self._set_stream, "stream": self._on_stream, "synchronize": self._synchronize,
+            "graph_pool_handle": lambda: (0, 0), "default_generators": (torch.default_generator,) * len(self.devices),
             "is_current_stream_capturing": lambda: self.recording is not None,
             "empty_cache": lambda: None, "is_bf16_supported": lambda *a, **k: True,
             "get_device_capability": lambda device=None: (9, 0), "mem_get_info": lambda device=None: (1 << 34, 1 << 35),
@@ -296,7 +313,9 @@ class FakeCuda(Order):
         device = next(iter(devices)) if devices else target
         for out in made:
             if self.memory(out) is None and target != CPU:
-                self.register(out, target)
+                self.register(out, target).private = self.recording is not None
+                if self.recording is not None:
+                    self._fresh.append(out.detach())
         stream = HOST if device == CPU else self._current[device.index].cuda_stream
         allocates_only = name in ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty")
         self.launch(stream, name, self._keys(reads), self._keys(writes + ([] if allocates_only else made)))
@@ -352,8 +371,13 @@ class FakeCuda(Order):
             finally:
                 self.recording = None
                 # Recording computes nothing.
-                for storage, content in self._undo.values():
-                    storage.copy_(content)
+                with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                    for tensor in self._fresh:
+                        if tensor.is_floating_point():
+                            tensor.fill_(math.nan)
+                    for storage, content in self._undo.values():
+                        storage.copy_(content)
+                self._fresh.clear()
                 self._undo.clear()
 
     def _remember(self, written: list[torch.Tensor]) -> None:

@@ -36,6 +36,8 @@ class Memory:
     pinned: bool = False
     #: The streams of `record_stream`.
     lent: set[int] = field(default_factory=set)
+    #: Of a graph's own pool, which serves nobody else.
+    private: bool = False
 
 
 class Order:
@@ -110,7 +112,7 @@ class Order:
             info = self._handler.tensors_accessed.accesses[memory.key]
             self._handler._handle_memory_deallocation(memory.key)
             # Page-locked memory waits by itself for the copies that use it.
-            if memory.stream == HOST:
+            if memory.stream == HOST or memory.private:
                 continue
             self.order(memory.stream, HOST)
             for access in [*info.reads, *([info.write] if info.write else [])]:
