@@ -6,7 +6,6 @@ import copy
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,34 +18,32 @@ import cnnrs
 import fake_cuda as fakes
 import tutorial
 from cnnrs._util import streams
-from cnnrs.engine import choice, cuda_capture, cuda_graph
+from cnnrs.engine import choice, cuda_capture, cuda_graph, explain
 from cnnrs.engine.recording import WARM_UP, WINDOW
 from cnnrs.training import batches as training_batches
 from cnnrs.training import epochs
 from fake_cuda import FakeCuda
-from recorded import FULL, Counting, adam, assert_same, batches, fit, sgd, twins
+from recorded import FULL, Counting, Net, adam, assert_same, batches, fit, sgd, twins
 
 #: Not the current one.
 DEVICE = "cuda:1"
 
 
 @pytest.fixture
-def recorder(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
+def recorder(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Counting:
     """Lets ``fit`` take the devices for real ones."""
     made = Counting()
     monkeypatch.setitem(cuda_capture.RECORDERS, "cuda", made)
     # What makes the devices are modes, of this thread only, which nobody but the module itself obeys.
     monkeypatch.setattr(epochs, "unseen_by_libtorch", list)
     monkeypatch.setattr(epochs, "unseen_by_cpu", list)
-    lower, group = choice.lower, Optimizer._group_tensors_by_device_and_dtype
+    group = Optimizer._group_tensors_by_device_and_dtype
     # C++ sees that their memory is the CPU's.
     monkeypatch.setattr(Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(lambda *args, **options: {
         (torch.device(DEVICE), dtype): found for (_, dtype), found in group(*args, **options).items()
     }))  # fmt: skip
     monkeypatch.setattr(fakes, "accesses", and_statistics(fakes.accesses))
-    with ThreadPoolExecutor(1) as elsewhere:
-        monkeypatch.setattr(choice, "lower", lambda *args: elsewhere.submit(lower, *args).result())
-        yield made
+    return made
 
 
 def and_statistics(accesses: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,6 +174,22 @@ def test_a_target_without_an_output_never_reaches_a_kernel(
     assert all(p.isfinite().all() for p in model.parameters())
     targets[7 * FULL + 1] = 4
     fit(model, optimizer, data, engine=engine)
+
+
+# -- what is said of it -------------------------------------------------------------------------------------------
+
+
+def test_explain_says_what_is_recorded(recorder: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain, "lower", choice.lower)
+    model = Net().to(DEVICE)
+    said = str(cnnrs.explain(model, (2, 1, 10, 10)))
+    assert "whole steps are recorded on cuda:1 once, and replayed; one kernel after the other with fp16, " in said
+    model.norm.momentum = None
+    said = str(cnnrs.explain(model, (2, 1, 10, 10)))
+    assert (
+        "steps run one kernel after the other on cuda:1: a batch norm with momentum=None counts batches on the host"
+        in said
+    )
 
 
 # -- recordings that fail -----------------------------------------------------------------------------------------
