@@ -69,6 +69,12 @@ def test_rows_on_the_host_for_the_device(fake_cuda: FakeCuda) -> None:
     assert fake_cuda.waits == [] and found.device == torch.device("cuda:1") and found.tolist() == list(range(10))
 
 
+def test_rows_of_another_device(fake_cuda: FakeCuda) -> None:
+    rows = TensorDataset(torch.arange(10.0).cuda(), torch.arange(10).cuda())
+    found = torch.cat([y * 1 for _, y in cnnrs.DataLoader(rows, batch_size=4, device="cuda:1")])
+    assert found.device == torch.device("cuda:1") and found.tolist() == list(range(10))
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_data_gen_on_the_device(fake_cuda: FakeCuda, shuffle: bool) -> None:
     features, labels = torch.arange(20.0).view(10, 2).cuda(), torch.arange(10).cuda()
