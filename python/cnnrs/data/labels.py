@@ -16,4 +16,4 @@ def sent(moved: torch.Tensor, host: torch.Tensor) -> None:
 
 def on_host(labels: object) -> torch.Tensor | None:
     """What these labels are on the host; None where they never were there, or never left."""
-    return _SENT.get(labels) if isinstance(labels, torch.Tensor) else None  # type: ignore[no-any-return, no-untyped-call]
+    return _SENT.get(labels) if isinstance(labels, torch.Tensor) else None  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ import torch
 
 from cnnrs._records import Finish as FinishSpec
 from cnnrs._util.streams import side_stream
+from cnnrs.data.labels import sent
 from cnnrs.image.spec import Native
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
@@ -109,7 +110,10 @@ class Mover:
             return tensor.to(self.device)
         source = tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()
         sources.append(source)
-        return source.to(self.device, non_blocking=True)
+        moved = source.to(self.device, non_blocking=True)
+        if tensor.dim() == 1 and not tensor.is_cuda:
+            sent(moved, tensor)
+        return moved
 
 
 def _is_bytes(data: Any) -> bool:

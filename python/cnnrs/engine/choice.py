@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from cnnrs import _cnnrs
 from cnnrs.engine import cpu_inference, cpu_training, cuda_graph
 from cnnrs.engine.companion import libtorch
-from cnnrs.engine.cuda_capture import RECORDERS
 from cnnrs.engine.frozen_front import Front, front_of
 from cnnrs.engine.losses import known_loss
 from cnnrs.errors import UnsupportedModelError
@@ -71,13 +70,11 @@ class Choice:
         engine: "cpu", "torch", "python", or "recorded": the module's step as a CUDA graph.
         reasons: why it is not "cpu"; empty where it is, or where another was asked for.
         front: with "python": what the engine of features computes of it; None: nothing.
-        unrecorded: with "torch" and "python": why steps are not recorded on a GPU; None where there is none.
     """
 
     engine: Literal["cpu", "recorded", "torch", "python"]
     reasons: tuple[str, ...] = ()
     front: Front | None = None
-    unrecorded: str | None = None
 
 
 def decide(question: Question) -> Choice:
@@ -95,14 +92,11 @@ def decide(question: Question) -> Choice:
             return Choice("cpu")
         if question.engine == "cpu":
             return Choice("python", reasons)
-    unrecorded = None
-    if question.purpose == "fit" and question.inputs is not None and question.inputs.device.type in RECORDERS:
-        unrecorded = _against_recording(question, lowered, question.inputs.device)
-        if unrecorded is None:
-            return Choice("recorded", reasons)
+    if question.purpose == "fit" and _is_recorded(question, lowered):
+        return Choice("recorded", reasons)
     if question.engine == "torch":
-        return Choice("torch", reasons, unrecorded=unrecorded)
-    return Choice("python", reasons, _front(question, lowered), unrecorded)
+        return Choice("torch", reasons)
+    return Choice("python", reasons, _front(question, lowered))
 
 
 def _against_cpu(question: Question, lowered: Lowered) -> tuple[str, ...]:
@@ -135,13 +129,11 @@ def _front(question: Question, lowered: Lowered) -> Front | None:
     return front_of(lowered, question.inputs, question.training, question.batches)
 
 
-def _against_recording(question: Question, lowered: Lowered, device: torch.device) -> str | None:
-    """Why whole steps are not recorded once and replayed."""
-    if question.looked_at:
-        return "on_batch_end is called between the batches of a step"
-    if question.loss_fn is None:
-        return "the loss is not known yet"
-    return cuda_graph.obstacle(lowered, question.loss_fn, question.optimizer, device)
+def _is_recorded(question: Question, lowered: Lowered) -> bool:
+    """Whether whole steps are recorded once and replayed."""
+    if question.inputs is None or question.loss_fn is None or question.looked_at:
+        return False
+    return cuda_graph.obstacle(lowered, question.loss_fn, question.optimizer, question.inputs.device) is None
 
 
 def slow_on_cpu(lowered: Lowered) -> list[str]:

@@ -40,6 +40,26 @@ def _record(work: Work, stream: Any) -> Launch:
 #: Per type of device: takes a step's work and a stream, computes nothing, returns what computes it as often as called.
 RECORDERS: dict[str, Callable[[Work, Any], Launch]] = {"cuda": _record}
 
+
+def why(error: Exception, outside: BaseException | None) -> str:
+    """What ended a recording, in one line: CUDA's own error about its end hides that.
+
+    Args:
+        error: what the recorder has raised.
+        outside: what the caller was handling before.
+
+    Raises:
+        BaseException: what ended it was no ``Exception``, but Ctrl-C for example.
+    """
+    reason: BaseException = error
+    while reason.__context__ not in (None, outside):
+        reason = reason.__context__
+    if not isinstance(reason, Exception):
+        raise reason from None
+    line = str(reason).split("\n")[0]
+    return f"{type(reason).__name__}: {line}"
+
+
 #: How often generators were replaced, per device.
 _replaced: Counter[torch.device] = Counter()
 
@@ -60,7 +80,7 @@ def _leave(device: torch.device, pool: Any) -> None:
     generator = torch.cuda.default_generators[device.index]
     state = generator.get_state()
     try:
-        torch.empty(1, device=device).uniform_()
+        _draw(device)
         generator.set_state(state)
     except RuntimeError:
         # "Offset increment outside graph capture": every draw would raise from now on.
@@ -68,3 +88,7 @@ def _leave(device: torch.device, pool: Any) -> None:
         fresh.set_state(state)
         generator.graphsafe_set_state(fresh)
         _replaced[device] += 1
+
+
+def _draw(device: torch.device) -> None:
+    torch.empty(1, device=device).uniform_()

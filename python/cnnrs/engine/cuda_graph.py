@@ -250,7 +250,7 @@ class _Epoch:
             kept.eagerly(lambda: self._one(kept.slots[0], begins, ends))
             kept.warm += 1
         else:
-            kept.eagerly(lambda: self._one(parts, begins, ends))
+            kept.eagerly(lambda: self._one(parts, begins, ends), parts)
         self._launched = False
         self.gathered = 0 if ends else self.gathered + 1
         self._count(parts)

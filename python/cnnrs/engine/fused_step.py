@@ -97,7 +97,11 @@ class FusedStep:
         """
         self._counts, self._rates = counts, rates
         self._steps = dict(zip(self.parameters, counts.unbind(), strict=True))
-        counts.copy_(torch.tensor([float(self._state[p].get("step", 0)) for p in self.parameters]))
+        none = torch.zeros(())
+        steps = [self._state[p].get("step", none) for p in self.parameters]
+        # Each on its own would be waited for.
+        together = len({step.device for step in steps}) == 1
+        counts.copy_(torch.stack(steps if together else [step.to(counts.device) for step in steps]))
         self.set_rates()
         self._optimizer.zero_grad()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cnnrs._util.notes import note
-from cnnrs.engine.cuda_capture import RECORDERS, Launch, stream_of
+from cnnrs.engine.cuda_capture import RECORDERS, Launch, stream_of, why
 from cnnrs.model.lowering import Lowered
 
 #: What a batch arrives as: inputs and targets, or the rows of features that it takes.
@@ -72,22 +72,19 @@ class Recording:
             self.gradients = [p.grad for p in parameters]
             self.launch = launch
         except Exception as error:
-            # CUDA's own error about the end of the recording hides what ended it.
-            reason: BaseException = error
-            while reason.__context__ not in (None, outside):
-                reason = reason.__context__
-            if not isinstance(reason, Exception):
-                raise reason from None
+            said = why(error, outside)
             self.failed = True
-            line = str(reason).split("\n")[0]
-            note(f"the step cannot be recorded as a CUDA graph and runs eagerly: {type(reason).__name__}: {line}")
+            note(f"the step cannot be recorded as a CUDA graph and runs eagerly: {said}")
         finally:
             # Gradients that were recorded are there after a launch.
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
 
-    def eagerly(self, work: Callable[[], None]) -> None:
-        """Beside what is recorded, on its stream; work that cannot be done leaves the running statistics alone."""
+    def eagerly(self, work: Callable[[], None], parts: Parts = ()) -> None:
+        """On the stream that records; work that cannot be done leaves the running statistics alone.
+
+        ``parts``: what it reads besides the memory of the recording, which may go back as soon as the host is through.
+        """
         stream = stream_of(self.device)
         try:
             if stream is None:
@@ -95,6 +92,8 @@ class Recording:
                 return
             current = torch.cuda.current_stream(self.device)
             stream.wait_stream(current)
+            for part in parts:
+                part.record_stream(stream)
             try:
                 with torch.cuda.stream(stream):
                     work()

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from cnnrs import _cnnrs
+from cnnrs._util.devices import is_out_of_memory
 from cnnrs._util.generators import Drawing, Generators
 from cnnrs._util.precision import uses_tf32
 from cnnrs.engine import companion
@@ -132,7 +133,7 @@ class _Case:
         """Whether these samples decide, and what speaks against the lowered model; ``last``: there are no others."""
         theirs, ours = _tried(lambda: self._of_module(inputs)), _tried(lambda: self._of_operations(inputs))
         failures = [failure for failure in (theirs, ours) if isinstance(failure, Exception)]
-        if any(isinstance(failure, (MemoryError, torch.OutOfMemoryError)) for failure in failures):
+        if any(is_out_of_memory(failure) for failure in failures):
             return True, None
         if isinstance(theirs, _Unlike):
             return True, str(theirs)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from cnnrs._util.notes import note
-from cnnrs.engine.cuda_capture import RECORDERS, stream_of
+from cnnrs.engine.cuda_capture import RECORDERS, stream_of, why
 from cnnrs.engine.recording import WARM_UP
 
 Network = Callable[[torch.Tensor], torch.Tensor]
@@ -52,7 +52,7 @@ class Recorded:
             made[:] = [self._network(fixed)]
 
         outside = sys.exc_info()[1]
-        reason: BaseException | str = "its replay computes other numbers"
+        reason = "its replay computes other numbers"
         try:
             run = RECORDERS[self._device.type](work, stream_of(self._device))
 
@@ -66,13 +66,6 @@ class Recorded:
                 self._replay = replay
                 return
         except Exception as error:
-            # CUDA's own error about the end of the recording hides what ended it.
-            reason = error
-            while reason.__context__ not in (None, outside):
-                reason = reason.__context__
-            if not isinstance(reason, Exception):
-                raise reason from None
-            line = str(reason).split("\n")[0]
-            reason = f"{type(reason).__name__}: {line}"
+            reason = why(error, outside)
         self._failed = True
         note(f"the network cannot be recorded as a CUDA graph and is called for every batch: {reason}")

@@ -73,11 +73,16 @@ class Recorder:
 
 
 class Counting(Recorder):
-    """CUDA itself, counted."""
+    """CUDA itself, or a device that is none, counted."""
 
     def __call__(self, work: Callable[[], None], stream: Any) -> Callable[[], None]:
         self.recorded += 1
-        replay = cuda_capture._record(work, stream)
+        # The device that is none draws from the CPU's generator, also while it records.
+        drawn = torch.get_rng_state()
+        try:
+            replay = cuda_capture._record(work, stream)
+        finally:
+            torch.set_rng_state(drawn)
 
         def counted() -> None:
             self.replayed += 1
