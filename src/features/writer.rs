@@ -15,8 +15,8 @@ type Job = (Box<dyn Rows + Send>, Place);
 const BYTES: usize = 512 << 20;
 /// The least and the most batches that may, however many bytes they have.
 const BATCHES: RangeInclusive<usize> = 3..=1024;
-/// How long rows are written before they count: what a kill can cost, against flushes per second.
-const PERIOD: Duration = Duration::from_millis(100);
+/// How long rows may be written before they count, although more are waiting.
+const PERIOD: Duration = Duration::from_secs(1);
 
 type Running = (SyncSender<Job>, JoinHandle<Result<RowFile>>);
 
@@ -98,9 +98,10 @@ fn join((sender, thread): (SyncSender<Job>, JoinHandle<Result<RowFile>>)) -> Res
 fn run(mut file: RowFile, jobs: &Receiver<Job>) -> Result<RowFile> {
     while let Ok((rows, place)) = jobs.recv() {
         file.write(rows.bytes(), place)?;
-        // One flush for everything that arrives meanwhile.
-        let due = Instant::now() + PERIOD;
-        while let Ok((rows, place)) = jobs.recv_timeout(due.saturating_duration_since(Instant::now())) {
+        // One flush for everything that has arrived during the last one.
+        let began = Instant::now();
+        while began.elapsed() < PERIOD {
+            let Ok((rows, place)) = jobs.try_recv() else { break };
             file.write(rows.bytes(), place)?;
         }
         file.commit()?;
@@ -147,7 +148,7 @@ mod tests {
         let records = || std::fs::read_to_string(&journal).unwrap().lines().count();
         let late = Instant::now() + Duration::from_secs(60);
         while records() == 0 && Instant::now() < late {
-            std::thread::sleep(PERIOD / 10);
+            std::thread::sleep(Duration::from_millis(1));
         }
         assert_eq!(records(), 1);
         writer.append(Box::new(Ones), place(1)).unwrap();

@@ -111,7 +111,7 @@ class Mover:
         source = tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()
         sources.append(source)
         moved = source.to(self.device, non_blocking=True)
-        if tensor.dim() == 1:
+        if tensor.dim() == 1 and not tensor.is_cuda:
             sent(moved, tensor)
         return moved
 

@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from torchvision import transforms
 
 import cnnrs
+from cnnrs.data.labels import on_host
 from fake_cuda import FakeCuda
 
 RESIZED = [transforms.Resize((20, 21))]
@@ -67,6 +68,14 @@ def test_rows_on_the_host_for_the_device(fake_cuda: FakeCuda) -> None:
     loader = cnnrs.DataLoader(TensorDataset(torch.arange(10.0), torch.arange(10)), batch_size=4, device="cuda:1")
     found = torch.cat([y * 1 for _, y in loader])
     assert fake_cuda.waits == [] and found.device == torch.device("cuda:1") and found.tolist() == list(range(10))
+
+
+def test_rows_of_another_device(fake_cuda: FakeCuda) -> None:
+    rows = TensorDataset(torch.arange(10.0).cuda(), torch.arange(10).cuda())
+    found = torch.cat([y * 1 for _, y in cnnrs.DataLoader(rows, batch_size=4, device="cuda:1")])
+    assert found.device == torch.device("cuda:1") and found.tolist() == list(range(10))
+    # Nor does it count as known on the host.
+    assert all(on_host(y) is None for _, y in cnnrs.DataLoader(rows, batch_size=4, device="cuda:1"))
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -437,6 +437,26 @@ def test_a_module_is_on_the_device_for_the_time_of_the_call(fake_cuda: FakeCuda)
     assert next(on_gpu.parameters()).is_cuda
 
 
+def test_a_store_is_the_same_on_any_device(fake_cuda: FakeCuda, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    data = cnnrs.ImageFolder(folder, TRANSFORM)
+    model = layers()
+    for device in ("cuda:1", None, "cuda:0"):
+        found = preconv(data, model, out=tmp_path / "f", device=device, verbose=True)
+        assert ("nothing to compute" in capsys.readouterr().out) == (device != "cuda:1")
+    assert found.body is model and torch.equal(found.features, preconv(data, model, engine="python").features)
+
+
+@pytest.mark.parametrize("device", [None, "cuda:1"])
+def test_an_error_leaves_the_model_as_it_was(fake_cuda: FakeCuda, device: Any) -> None:
+    model = Small(RuntimeError("no"), room=0)
+    if device is None:
+        model = model.cuda()
+    before = [(p.data_ptr(), p.device, p.dtype, p.stride()) for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"^no$"):
+        preconv(batches(), model, device=device, precision="bf16")
+    assert [(p.data_ptr(), p.device, p.dtype, p.stride()) for p in model.parameters()] == before
+
+
 def test_a_data_set_and_a_name(fake_cuda: FakeCuda, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cnnrs.data.mover import Mover
 
