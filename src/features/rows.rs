@@ -47,7 +47,7 @@ pub struct RowFile {
     unsynced: usize,
 }
 
-/// How much may be written before a commit: what a kill can cost, against flushes per second.
+/// How much is copied before a commit.
 const COMMIT: usize = 64 << 20;
 
 impl RowFile {
@@ -112,11 +112,6 @@ impl RowFile {
         Ok(())
     }
 
-    /// Whether so much is uncommitted that it should not get more.
-    pub fn is_due(&self) -> bool {
-        self.unsynced >= COMMIT
-    }
-
     /// Makes all rows written so far count.
     ///
     /// # Errors
@@ -147,7 +142,7 @@ impl RowFile {
             buffer.resize((one.count * self.row_bytes) as usize, 0);
             file.read_exact_at(&mut buffer, HEADER + one.from * self.row_bytes).map_err(io)?;
             self.write(&buffer, Place { runs: vec![(one.to, one.count)], ids: one.ids })?;
-            if self.is_due() {
+            if self.unsynced >= COMMIT {
                 self.commit()?;
             }
         }

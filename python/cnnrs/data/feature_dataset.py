@@ -87,4 +87,10 @@ def _batches(conv_feat: Any, labels: Any, batch_size: int, shuffle: bool) -> Ite
 
 
 def _take(data: Any, rows: Any) -> Any:
-    return data[torch.from_numpy(rows).to(data.device)] if isinstance(data, torch.Tensor) else data[rows]
+    return data[index_on(torch.from_numpy(rows), data.device)] if isinstance(data, torch.Tensor) else data[rows]
+
+
+def index_on(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """(N,) int64 numbers of rows, from the CPU to where the rows are."""
+    # A copy out of pageable memory waits until the device has done all that is queued before it.
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)

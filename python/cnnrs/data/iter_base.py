@@ -58,7 +58,7 @@ class Iter(_BaseDataLoaderIter):
         self._over = False
         # (index, None), or (None, what the sampler raised), of batches that nobody has asked for.
         self._queue: deque[tuple[Any, Exception | None]] = deque()
-        self._mover = None if loader.device is None else Mover(loader.device, None)
+        self._mover = None if loader.device is None else Mover(loader.device)
         self._prepare(loader)
         self._lookahead = loader._workers * max(loader.prefetch_factor or 0, 1)
         self._draw_ahead(self._lookahead)

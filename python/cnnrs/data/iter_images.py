@@ -17,7 +17,7 @@ from cnnrs._util.intraop import one_thread
 from cnnrs.data.bad_files import note_not_scaled, note_turned
 from cnnrs.data.batch import Batch
 from cnnrs.data.iter_base import Iter, collate
-from cnnrs.data.mover import Mover, can_finish, finish_on
+from cnnrs.data.mover import Mover, can_finish
 from cnnrs.data.read_options import ReadOptions
 from cnnrs.data.second_opinion import Pixels, opinions
 from cnnrs.data.sources import Rows, Source, Values, find_source
@@ -67,8 +67,7 @@ class ImagesIter(Iter):
         if self._read.is_scaled and not (first.ops and first.ops[0]["kind"] in RESIZES):
             note_not_scaled()
         if loader.device is not None:
-            on_device = self._whole and can_finish(first)
-            finish = finish_on(loader.device, first.finish) if on_device and first.finish is not None else None
+            finish = first.finish if self._whole and can_finish(first) else None
             self._mover = Mover(loader.device, finish)
             first = replace(first, finish={"kind": "uint8"}) if finish is not None else first
         self._first: _cnnrs.Loader | None = self._loader(first, 0, source.rows(), keeps=True)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, TensorDataset, default_collate
 
-from cnnrs.data.feature_dataset import FeatureDataset
+from cnnrs.data.feature_dataset import FeatureDataset, index_on
 from cnnrs.data.iter_base import Iter, collate
 from cnnrs.data.sources import Source
 
@@ -47,7 +47,8 @@ class RowsIter(Iter):
         if not rows or not -self._size <= min(rows) <= max(rows) < self._size:
             # Slices, masks and whatever else the data set understands, or its own error.
             return self._delivered(self._fetcher().fetch(indices))
-        return self._delivered([_gather(column, rows) for column in self._columns])
+        index = _Index([i + self._size if i < 0 else i for i in rows])
+        return self._delivered([_gather(column, index) for column in self._columns])
 
 
 def unwrap(dataset: Any) -> tuple[Any, list[Any]]:
@@ -79,12 +80,23 @@ def columns(loader: Any) -> list[Any] | None:
     return list(found) if all(a or b for a, b in zip(plain, rows, strict=True)) else None
 
 
-def _gather(column: Any, indices: list[int]) -> Any:
+class _Index:
+    """The rows of a batch, wherever a column is: made once, and copied without waiting for the device."""
+
+    def __init__(self, rows: list[int]) -> None:
+        self.rows = rows
+        self._tensors: dict[torch.device, torch.Tensor] = {}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._tensors:
+            self._tensors[device] = index_on(torch.tensor(self.rows, dtype=torch.int64), device)
+        return self._tensors[device]
+
+
+def _gather(column: Any, index: _Index) -> Any:
     if isinstance(column, torch.Tensor) and column.dtype in GATHERED:
-        size = len(column)
-        rows = torch.tensor([i + size if i < 0 else i for i in indices], dtype=torch.int64, device=column.device)
-        return column.index_select(0, rows)
+        return column.index_select(0, index.on(column.device))
     if isinstance(column, np.ndarray) and column.ndim > 1 and column.dtype.kind in "fiub" and column.dtype.isnative:
-        return torch.from_numpy(np.asarray(column)[indices])
+        return torch.from_numpy(np.asarray(column)[index.rows])
     # Numbers and anything else: torch decides about the type.
-    return collate([column[i] for i in indices])
+    return collate([column[i] for i in index.rows])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from cnnrs._records import Finish as FinishSpec
+from cnnrs._util.streams import side_stream
+from cnnrs.data.labels import sent
 from cnnrs.image.spec import Native
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
@@ -41,14 +44,22 @@ class Mover:
     """Copies batches to a device, on CUDA beside the computation that the consumer has queued.
 
     ``start`` begins a copy, ``take`` hands it over: the consumer's stream then waits for it, the host does not.
+
+    Args:
+        device: where to.
+        finish: what is left of the transform, for the images of a batch that are bytes; None: nothing.
     """
 
-    def __init__(self, device: torch.device, finish: Finish | None) -> None:
+    def __init__(self, device: torch.device, finish: FinishSpec | None = None) -> None:
         self.device = device
-        self.finish = finish
         self.stream: Any = None
         if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.stream = side_stream(device, "copies")
+            # "cuda" is another device when another one is current.
+            self.device = self.stream.device
+        with self._aside():
+            # On the stream that reads its constants.
+            self._finish = None if finish is None else finish_on(self.device, finish)
         # Page-locked sources of copies that may not be over.
         self._sources: deque[tuple[Any, list[torch.Tensor]]] = deque()
 
@@ -57,7 +68,7 @@ class Mover:
         if self.stream is None:
             return self._move(data, []), None
         sources: list[torch.Tensor] = []
-        with torch.cuda.stream(self.stream):
+        with self._aside():
             moved = self._move(data, sources)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self.stream)
@@ -77,11 +88,14 @@ class Mover:
                 tensor.record_stream(current)
         return moved
 
+    def _aside(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
     def _move(self, data: Any, sources: list[torch.Tensor]) -> Any:
         if isinstance(data, torch.Tensor):
             return self._copy(data, sources)
-        if isinstance(data, list) and data and self.finish is not None and _is_bytes(data[0]):
-            images = self.finish(self._copy(data[0], sources))
+        if isinstance(data, list) and data and self._finish is not None and _is_bytes(data[0]):
+            images = self._finish(self._copy(data[0], sources))
             return [images, *(self._move(part, sources) for part in data[1:])]
         if isinstance(data, dict):
             return type(data)({key: self._move(part, sources) for key, part in data.items()})
@@ -96,7 +110,10 @@ class Mover:
             return tensor.to(self.device)
         source = tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()
         sources.append(source)
-        return source.to(self.device, non_blocking=True)
+        moved = source.to(self.device, non_blocking=True)
+        if tensor.dim() == 1 and not tensor.is_cuda:
+            sent(moved, tensor)
+        return moved
 
 
 def _is_bytes(data: Any) -> bool:

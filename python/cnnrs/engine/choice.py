@@ -39,7 +39,7 @@ class Question:
         amp: what the layers compute in, None for what they are.
         around: whether an enclosing ``torch.autocast`` asks for that.
         channels_last: whether that order of memory is asked for.
-        looked_at: whether somebody looks at every batch's loss, or at gradients that are not applied yet.
+        looked_at: whether somebody looks at gradients that are not applied yet.
         surroundings: modes of torch that only its own kernels obey.
         training: whether there will be gradients.
         batches: how many an epoch has; many, where nobody has said.
@@ -133,7 +133,7 @@ def _is_recorded(question: Question, lowered: Lowered) -> bool:
     """Whether whole steps are recorded once and replayed."""
     if question.inputs is None or question.loss_fn is None or question.looked_at:
         return False
-    return cuda_graph.takes(lowered, question.loss_fn, question.optimizer, question.inputs.device)
+    return cuda_graph.obstacle(lowered, question.loss_fn, question.optimizer, question.inputs.device) is None
 
 
 def slow_on_cpu(lowered: Lowered) -> list[str]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from cnnrs.engine import memory_order
+from cnnrs.engine import cuda_graph, memory_order
 from cnnrs.engine.choice import Question, decide
 from cnnrs.engine.frozen_front import Front, moving_statistics
 from cnnrs.engine.verify import known_difference
@@ -106,13 +107,27 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
     is_open = preconv.engine == "cpu" and features.inputs is None
     trained = decide(fit)
     reasons = trained.reasons
-    if lowered is not None and not fit.reasons and any(tensor.device.type == "cuda" for tensor in lowered.tensors):
-        reasons += ("where loss, optimizer and options allow it, whole steps are recorded there once, and replayed",)
+    if lowered is not None and not fit.reasons:
+        reasons += _recorded(lowered)
     operations = 0 if lowered is None or fit.reasons else len(lowered.graph) - 1
     order = memory_order.said(model) if trained.engine == "python" else None
     front = _said(trained.front, fit) if trained.engine == "python" else None
     return Explanation(
         trained.engine, operations, reasons, "open" if is_open else preconv.engine, preconv.reasons, order, front
+    )
+
+
+def _recorded(lowered: Lowered) -> tuple[str, ...]:
+    """What becomes of the steps of a model on a GPU."""
+    device = next((tensor.device for tensor in lowered.tensors if tensor.device.type == "cuda"), None)
+    if device is None:
+        return ()
+    if reason := cuda_graph.obstacle(lowered, F.cross_entropy, None, device):
+        return (f"steps run one kernel after the other on {device}: {reason}",)
+    return (
+        f"whole steps are recorded on {device} once, and replayed; one kernel after the other with fp16, losses and "
+        "optimizers of other kinds, class weights with label smoothing, and on_batch_end within a step of several "
+        "batches",
     )
 
 

@@ -223,6 +223,33 @@ def _hits(outputs: Any, targets: Any, counts: torch.Tensor | None) -> tuple[torc
     return (hits & counts).sum(), counts.sum()
 
 
+def check_targets(loss_fn: Loss, classes: int, targets: torch.Tensor, where: str) -> None:
+    """Raises what PyTorch raises on a CPU; on a GPU a target out of bounds ends the process's use of it.
+
+    Args:
+        loss_fn: any; only ``nll_loss`` and ``cross_entropy`` are known to read targets as indices.
+        classes: outputs of the model per sample.
+        targets: best on the host: where they are is waited for.
+        where: what the message calls them.
+
+    Raises:
+        IndexError: a target, other than the loss's ``ignore_index``, has no output.
+    """
+    loss = _class_loss(loss_fn)
+    if loss is None or targets.is_floating_point() or not targets.numel():
+        return
+    low, high = map(int, torch.aminmax(targets))
+    if low >= 0 and high < classes:
+        return
+    targets = targets.long()
+    wrong = targets[(targets != loss.ignore_index) & ((targets < 0) | (targets >= classes))]
+    if wrong.numel():
+        raise IndexError(
+            f"Target {int(wrong[0])} is out of bounds: the model has {classes} outputs, so classes are "
+            f"0..={classes - 1} ({where})"
+        )
+
+
 def counts(row: torch.Tensor) -> tuple[float, float, int | None, int]:
     """What :func:`measured` has found, read back: loss, weight, correct or None, counted."""
     loss, weight, correct, counted = row.tolist()

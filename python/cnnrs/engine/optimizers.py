@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as _module
-from torch.optim.adam import adam
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
 from cnnrs._records import AdamRow, AdamState, SgdRow, SgdState
 from cnnrs._util.plain import is_plain
@@ -47,7 +44,7 @@ class Step:
         self._optimizer = optimizer
         self._clip = clip
         self._outside = outside
-        rows = [(group, p) for group, parameters in _trained(optimizer, tensors) for p in parameters]
+        rows = [(group, p) for group, parameters in trained(optimizer, tensors) for p in parameters]
         #: Each parameter once; an optimizer that holds one twice steps by itself.
         self._rows = list({id(p): (group, p) for group, p in reversed(rows)}.values())[::-1]
         #: State that the optimizer does not have before its first step.
@@ -108,7 +105,7 @@ class Step:
         state = self._optimizer.state.get(p)
         if not state:
             # The same beginning as torch.optim.Adam's own lazy initialisation.
-            state = {"step": torch.tensor(0.0)} | {name: torch.zeros_like(p) for name in _averages(group)}
+            state = {"step": torch.tensor(0.0)} | {name: torch.zeros_like(p) for name in averages(group)}
             self._fresh[id(p)] = state
         decoupled = group.get("decoupled_weight_decay", type(self._optimizer) is AdamW)
         lr, beta1, beta2, eps, weight_decay = _numbers(group)
@@ -132,7 +129,7 @@ class Step:
             return [parameters]
         buffered = [group.get("momentum", 0) != 0 for group in groups]
         state = [(id(t), t.data_ptr()) for t in state_of(self._optimizer, self.parameters)]
-        return [parameters, options, buffered, state, _is_hooked(self._optimizer)]
+        return [parameters, options, buffered, state, is_hooked(self._optimizer)]
 
     def publish(self, steps: int) -> None:
         """Show gradients and state as they are after so many steps, for who looks at them between two batches."""
@@ -155,131 +152,7 @@ class Step:
                     self._optimizer.state[p].update(self._fresh.pop(id(p)))
 
 
-class FusedStep:
-    """SGD, Adam or AdamW through PyTorch's fused kernels, which read nothing back and obey a flag on the device.
-
-    So a step can be recorded, and a loss that is not finite leaves the weights alone before the host knows of it.
-
-    Args:
-        optimizer: one that :meth:`takes` has accepted; its state is its own again after :meth:`finish`.
-        tensors: the tensors the model reads; parameters that are not among them get no gradient.
-        clip: changes the gradients of the parameters it is given, in place, before they are applied.
-
-    Attributes:
-        parameters: what is trained.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        tensors: list[torch.Tensor],
-        clip: Callable[[list[torch.Tensor]], None] | None = None,
-    ) -> None:
-        self._optimizer = optimizer
-        self._clip = clip
-        self._groups = _trained(optimizer, tensors)
-        self.parameters = [p for _, parameters in self._groups for p in parameters]
-        self._state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
-        for p in self.parameters:
-            found = optimizer.state.get(p, {})
-            state = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-            for name, value in state.items():
-                # The kernels walk through a weight and its state together; the format may have changed in between.
-                if name != "step" and value.stride() != p.stride():
-                    state[name] = torch.empty_like(p).copy_(value)
-            self._state[p] = state
-
-    @staticmethod
-    def takes(optimizer: Optimizer, tensors: list[torch.Tensor]) -> bool:
-        """Whether the fused kernels do what the optimizer does."""
-        if type(optimizer) not in (SGD, Adam, AdamW) or _is_hooked(optimizer):
-            return False
-        for group in optimizer.param_groups:
-            # On CUDA the fused SGD of some versions lets weights grow instead of decay when it maximizes.
-            if group.get("differentiable") or (type(optimizer) is SGD and group["maximize"]):
-                return False
-            if any(isinstance(value, torch.Tensor) for key, value in group.items() if key != "params"):
-                return False
-        parameters = [p for _, group in _trained(optimizer, tensors) for p in group]
-        # The kernels write many parameters at once: each must be there once, in memory of its own.
-        return bool(parameters) and all(p.is_floating_point() for p in parameters) and not overlap(parameters)
-
-    def key(self) -> tuple[Any, ...]:
-        """What a recorded step depends on: options and memory."""
-        options = [[(name, value) for name, value in group.items() if name != "params"] for group, _ in self._groups]
-        memory = [
-            [p.data_ptr(), *(t.data_ptr() for name, t in sorted(self._state[p].items()) if name != "step")]
-            for p in self.parameters
-        ]
-        return (type(self._optimizer), options, memory, [len(parameters) for _, parameters in self._groups])
-
-    def begin(self, counts: torch.Tensor) -> None:
-        """Count the steps of every parameter in ``counts``, float32 (parameters,) on the device, until the end."""
-        self._counts = counts
-        self._steps = dict(zip(self.parameters, counts.unbind(), strict=True))
-        counts.copy_(torch.tensor([float(self._state[p].get("step", 0)) for p in self.parameters]))
-        self._optimizer.zero_grad()
-
-    def __call__(self, loss: torch.Tensor, stopped: torch.Tensor) -> None:
-        """Differentiate ``loss`` and step, unless ``stopped``, float32 () on the device, is 1."""
-        self._optimizer.zero_grad()
-        torch.autograd.backward(loss, inputs=self.parameters)
-        if self._clip is not None:
-            self._clip(self.parameters)
-        with torch.no_grad():
-            for group, parameters in self._groups:
-                moved = [p for p in parameters if p.grad is not None]
-                if type(self._optimizer) is SGD:
-                    # The kernel takes parameters that all have a buffer, or all begin one.
-                    begun = {p for p in moved if "momentum_buffer" in self._state[p]}
-                    self._sgd(group, [p for p in moved if p in begun], stopped)
-                    self._sgd(group, [p for p in moved if p not in begun], stopped)
-                else:
-                    self._adam(group, moved, stopped)
-
-    def _sgd(self, group: dict[str, Any], parameters: list[torch.Tensor], stopped: torch.Tensor) -> None:
-        buffers: list[Any] = [self._state[p].get("momentum_buffer") for p in parameters]
-        sgd(
-            parameters, _gradients(parameters), buffers, foreach=False, fused=True, found_inf=stopped,
-            weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
-            dampening=group["dampening"], nesterov=group["nesterov"], maximize=False,
-        )  # fmt: skip
-        if group["momentum"] != 0:
-            for p, buffer in zip(parameters, buffers, strict=True):
-                self._state[p]["momentum_buffer"] = buffer
-
-    def _adam(self, group: dict[str, Any], parameters: list[torch.Tensor], stopped: torch.Tensor) -> None:
-        names = _averages(group)
-        for p in parameters:
-            for name in names:
-                if name not in self._state[p]:
-                    self._state[p][name] = torch.zeros_like(p)
-        exp_avgs, exp_avg_sqs, *tops = ([self._state[p][name] for p in parameters] for name in names)
-        decoupled = group.get("decoupled_weight_decay", type(self._optimizer) is AdamW)
-        (adamw if decoupled else adam)(
-            parameters, _gradients(parameters), exp_avgs, exp_avg_sqs, tops[0] if tops else [],
-            [self._steps[p] for p in parameters], foreach=False, fused=True, found_inf=stopped,
-            amsgrad=group["amsgrad"], beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-            weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
-        )  # fmt: skip
-
-    def finish(self) -> None:
-        """Leave the optimizer as its own ``step()`` would have."""
-        counts = dict(zip(self.parameters, self._counts.tolist(), strict=True))
-        for group, parameters in self._groups:
-            for p in parameters:
-                state = self._state[p]
-                if "exp_avg" in state:
-                    on_device = group.get("capturable") or group.get("fused")
-                    step = state.setdefault("step", torch.zeros((), device=p.device if on_device else "cpu"))
-                    step.fill_(counts[p])
-                if state:
-                    self._optimizer.state[p].update(state)
-        # What lr_scheduler looks at to see that the optimizer has stepped.
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]
-
-
-def _trained(optimizer: Optimizer, tensors: list[torch.Tensor]) -> list[tuple[dict[str, Any], list[torch.Tensor]]]:
+def trained(optimizer: Optimizer, tensors: list[torch.Tensor]) -> list[tuple[dict[str, Any], list[torch.Tensor]]]:
     """The groups, each with its parameters that get a gradient."""
     used = {id(tensor) for tensor in tensors}
     return [
@@ -302,12 +175,9 @@ def overlap(tensors: Iterable[torch.Tensor]) -> bool:
     return any(later < end for (_, end), (later, _) in pairwise(spans))
 
 
-def _averages(group: dict[str, Any]) -> list[str]:
+def averages(group: dict[str, Any]) -> list[str]:
+    """What Adam keeps of a parameter beside its steps."""
     return ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])
-
-
-def _gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
 
 
 def _options(group: dict[str, Any]) -> tuple[Any, ...]:
@@ -321,7 +191,7 @@ def _numbers(group: dict[str, Any]) -> tuple[float, ...]:
 
 
 def _is_native(optimizer: Optimizer, rows: list[tuple[dict[str, Any], torch.Tensor]]) -> bool:
-    if type(optimizer) not in (SGD, Adam, AdamW) or _is_hooked(optimizer):
+    if type(optimizer) not in (SGD, Adam, AdamW) or is_hooked(optimizer):
         return False
     for group in optimizer.param_groups:
         if any(group.get(option) for option in _LEFT_TO_TORCH):
@@ -356,7 +226,7 @@ def _state(optimizer: Optimizer, group: dict[str, Any], p: torch.Tensor) -> list
     if type(optimizer) is SGD:
         names = ["momentum_buffer"] if state.get("momentum_buffer") is not None else []
     else:
-        names = ["step", *_averages(group)] if state else []
+        names = ["step", *averages(group)] if state else []
     tensors = [state.get(name) for name in names]
     for name, tensor in zip(names, tensors, strict=True):
         if not isinstance(tensor, torch.Tensor) or tensor.shape != (() if name == "step" else p.shape):
@@ -364,7 +234,8 @@ def _state(optimizer: Optimizer, group: dict[str, Any], p: torch.Tensor) -> list
     return tensors
 
 
-def _is_hooked(optimizer: Optimizer) -> bool:
+def is_hooked(optimizer: Optimizer) -> bool:
+    """Whether its step does more than its class's."""
     step: Callable[..., Any] | None = vars(optimizer).get("step")
     # A learning-rate scheduler puts a counting wrapper there; anybody else's wrapper must be called.
     replaced = step is not None and not hasattr(step, "_wrapped_by_lr_sched")

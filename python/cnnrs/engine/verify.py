@@ -22,7 +22,9 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from cnnrs import _cnnrs
+from cnnrs._util.devices import is_out_of_memory
 from cnnrs._util.generators import Drawing, Generators
+from cnnrs._util.precision import uses_tf32
 from cnnrs.engine import companion
 from cnnrs.model.lowering import Lowered, is_stochastic_depth
 from cnnrs.model.operations import LAYERS
@@ -131,7 +133,7 @@ class _Case:
         """Whether these samples decide, and what speaks against the lowered model; ``last``: there are no others."""
         theirs, ours = _tried(lambda: self._of_module(inputs)), _tried(lambda: self._of_operations(inputs))
         failures = [failure for failure in (theirs, ours) if isinstance(failure, Exception)]
-        if any(isinstance(failure, (MemoryError, torch.OutOfMemoryError)) for failure in failures):
+        if any(is_out_of_memory(failure) for failure in failures):
             return True, None
         if isinstance(theirs, _Unlike):
             return True, str(theirs)
@@ -361,7 +363,7 @@ def _without_dropout(lowered: Lowered) -> Lowered:
 
 def _tolerance(output: torch.Tensor, amp: torch.dtype | None) -> float:
     """Relative to the largest value. Sums of n terms in another order differ by about sqrt(n) eps: n up to 1 / eps."""
-    if output.device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
+    if output.device.type == "cuda" and uses_tf32():
         return math.sqrt(max(torch.finfo(amp or torch.float32).eps, 2.0**-10))
     dtype = amp or (output.dtype if output.is_floating_point() else torch.float32)
     return math.sqrt(torch.finfo(dtype).eps)

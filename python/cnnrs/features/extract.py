@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import get_args
 
-import numpy as np
 import torch
 from torch import nn
 
 from cnnrs import _cnnrs
-from cnnrs._util.generators import Generators
 from cnnrs._util.notes import note
 from cnnrs.engine import companion, cpu_inference, verify
 from cnnrs.engine.choice import Engine, Question, decide, lowered_for
 from cnnrs.errors import UnsupportedModelError
+from cnnrs.features.pipeline import Pipeline
+from cnnrs.features.precision import AUTOCAST, Precision, narrowed
 from cnnrs.features.update import File, Item
 from cnnrs.model import draws
 from cnnrs.model.lowering import Lowered
 from cnnrs.model.modes import device_of, to_device
 
-Precision = Literal["exact", "tf32", "bf16", "fp16"]
 #: Computes the features of a batch, on the device of the model.
 Network = Callable[[torch.Tensor], torch.Tensor]
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_TYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Extractor:
@@ -72,7 +66,7 @@ class Extractor:
         self.quiet = True
         # Why the module is called, once that is known.
         self._against: tuple[str, ...] = ()
-        if precision in _AUTOCAST and engine in ("torch", "cpu"):
+        if precision in AUTOCAST and engine in ("torch", "cpu"):
             raise ValueError(f'precision={precision!r} is autocast of the module itself: use engine="auto" or "python"')
 
     def __call__(self, batches: Iterable[Item], file: File | None, expected: int = 0) -> torch.Tensor | None:
@@ -84,13 +78,16 @@ class Extractor:
         pipeline = None
         computed: Generator[Item, None, None]
         if network is None:
-            pipeline = Pipeline(self.model, self.device, self.precision, self.dtype, self.verbose, self.quiet)
+            pipeline = Pipeline(
+                self.model, self.device, self.precision, self.dtype, self.verbose, self.quiet, self.lowered
+            )
             computed = pipeline.run(items)
         else:
-            computed = ((network(to_device(inputs, self.device)), runs, ids) for inputs, runs, ids in items)
-        rows = ((kept(features, self.dtype), runs, ids) for features, runs, ids in computed)
+            computed = (
+                (kept(network(to_device(inputs, self.device)), self.dtype), runs, ids) for inputs, runs, ids in items
+            )
         try:
-            data, shape, made = _cnnrs.extract_rows(rows, file, expected)
+            data, shape, made = _cnnrs.extract_rows(computed, file, expected)
         finally:
             # What it has changed of the module and of torch is put back now, not when an exception is forgotten.
             computed.close()
@@ -100,7 +97,7 @@ class Extractor:
 
     def _network(self, images: torch.Tensor) -> Network | None:
         """What computes features instead of the module, where that is wanted and can run; it needs a batch to tell."""
-        amp = _AUTOCAST.get(self.precision or "")
+        amp = AUTOCAST.get(self.precision or "")
         choice = decide(Question("preconv", self.engine, self.lowered, self._against, images, amp=amp))
         if self.engine == "cpu" and choice.reasons:
             raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this model:", *choice.reasons]))
@@ -156,171 +153,6 @@ def kept(features: torch.Tensor, dtype: str | None) -> torch.Tensor:
     Raises:
         ValueError: for types that features cannot have, and values that ``dtype`` cannot hold.
     """
-    found = str(features.dtype).removeprefix("torch.")
-    if found not in _TYPES:
-        raise ValueError(f"features must be {', '.join(_TYPES[:-1])} or {_TYPES[-1]}, got {found}")
-    converted = features.detach().to(getattr(torch, dtype or found))
-    if dtype == "float16" and found != dtype and bool(converted.isinf().any()):
-        raise ValueError('a feature is larger than float16 can hold (65504): use dtype="bfloat16" or "float32"')
-    return converted.to("cpu").contiguous()
-
-
-def type_name(dtype: str | torch.dtype | np.dtype[Any] | type | None) -> str | None:
-    """Torch's name of a type that features can have.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else np.dtype(dtype).name
-    if name not in _TYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(repr, _TYPES))}, got {dtype!r}")
-    return name
-
-
-class Pipeline:
-    """Calls a module batch by batch, with one batch in flight: the device computes while the host copies and writes.
-
-    On a CPU the same code runs without streams. When memory runs out, the batch is halved, and all after it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        device: torch.device,
-        precision: Precision | None = None,
-        dtype: str | None = None,
-        verbose: bool = True,
-        quiet: bool = True,
-    ) -> None:
-        self.model = model
-        self.device = device
-        self.quiet = quiet
-        # Set by the first call of the model.
-        self.draws: str | None = None
-        self.precision = precision
-        self.dtype = None if dtype is None else getattr(torch, dtype)
-        self.verbose = verbose
-        # Images at a time, once the memory has run out.
-        self.limit: int | None = None
-
-    def run(self, batches: Iterable[Item]) -> Generator[Item, None, None]:
-        """(features on the CPU, runs, ids) of every (inputs, runs, ids)."""
-        flying: deque[tuple[torch.Tensor, Any, Item]] = deque()
-        with _tuned(self.model, self.device, self.precision):
-            for item in batches:
-                flying.append((*self._launch(item[0]), item))
-                if len(flying) > 1:
-                    yield _landed(*flying.popleft())
-            while flying:
-                yield _landed(*flying.popleft())
-
-    def _launch(self, inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """The features on their way to the CPU, and the event after which they are there."""
-        features = self._forward(inputs)
-        if self.device.type != "cuda":
-            # A copy in any case: the model may return the same buffer for the next batch, before this one is used.
-            return features.to("cpu", copy=True), None
-        host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
-        host.copy_(features, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return host, event
-
-    def _forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda" and inputs.device.type == "cpu":
-            inputs = inputs.pin_memory()
-        parts: list[torch.Tensor] = []
-        done = 0
-        while done < len(inputs) or not parts:
-            size = min(self.limit or len(inputs), len(inputs) - done)
-            part = self._try(inputs if size == len(inputs) else inputs[done : done + size])
-            # Handled here, where the exception no longer holds the tensors of the failed attempt.
-            if part is None:
-                self._halve(size)
-            else:
-                parts.append(part)
-                done += size
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _try(self, inputs: torch.Tensor) -> torch.Tensor | None:
-        """The features; None when there is not enough memory, but may be for fewer images."""
-        try:
-            return self._call(to_device(inputs, self.device))
-        except torch.OutOfMemoryError:
-            if len(inputs) <= 1:
-                raise
-        return None
-
-    def _drawn(self, generators: list[str], inputs: torch.Tensor) -> str:
-        """Why the first call's output is a draw, "" when it is none."""
-        # The loader's threads may have drawn meanwhile: then only the model's own operations count.
-        if not generators or not (self.quiet or draws.does_draw(self.model, inputs)):
-            return ""
-        return f"its forward draws from {generators[0]}'s generator"
-
-    def _halve(self, size: int) -> None:
-        self.limit = size // 2
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if self.verbose:
-            print(f"preconv: {self.device} has no memory for {size} images at a time, going on with {self.limit}")
-
-    def _call(self, inputs: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda" and inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        autocast = _AUTOCAST.get(self.precision or "")
-        generators = Generators() if self.draws is None else None
-        with torch.no_grad(), torch.autocast(self.device.type, autocast, enabled=autocast is not None):
-            output = self.model(inputs)
-        if generators is not None:
-            self.draws = self._drawn(generators.drawn(), inputs)
-        if not isinstance(output, torch.Tensor):
-            raise TypeError(f"the model must return one tensor, got {type(output).__name__}")
-        # On a device: fewer bytes cross the bus. Overflow of float16 is looked for where the rows are kept.
-        narrow = self.device.type != "cpu" and self.dtype is not None and self.dtype != torch.float16
-        return output.to(self.dtype) if narrow else output
-
-
-def _landed(features: torch.Tensor, event: Any, item: Item) -> Item:
-    if event is not None:
-        event.synchronize()
-    return features, item[1], item[2]
-
-
-@contextmanager
-def _tuned(model: nn.Module, device: torch.device, precision: Precision | None) -> Iterator[None]:
-    """TF32, cuDNN's search and memory formats for the time being."""
-    if device.type != "cuda":
-        yield
-        return
-    with _tf32(precision), _channels_last(model):
-        yield
-
-
-@contextmanager
-def _tf32(precision: Precision | None) -> Iterator[None]:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    try:
-        if precision in ("exact", "tf32"):
-            matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
-        # Every batch but the last has the same shape.
-        cudnn.benchmark = True
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
-
-
-@contextmanager
-def _channels_last(model: nn.Module) -> Iterator[None]:
-    """4-dimensional weights in the order tensor cores read; the user's own storage comes back afterwards."""
-    before = [(parameter, parameter.data) for parameter in model.parameters() if parameter.dim() == 4]
-    try:
-        for parameter, data in before:
-            parameter.data = data.contiguous(memory_format=torch.channels_last)
-        yield
-    finally:
-        for parameter, data in before:
-            parameter.data = data
+    rows = narrowed(features, dtype)
+    rows.check()
+    return rows.tensor.to("cpu")

@@ -174,7 +174,7 @@ class Features:
                 "a stratified split needs one label per row, or a 0 or 1 per class, got labels of shape "
                 f"{tuple(self.labels.shape)}"
             )
-        return [tuple(row.nonzero().flatten().tolist()) for row in self.labels]
+        return [tuple(row.nonzero().flatten().tolist()) for row in self.labels.cpu()]
 
     @property
     def _has_several_labels(self) -> bool:

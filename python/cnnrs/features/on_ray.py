@@ -20,9 +20,10 @@ from cnnrs import _cnnrs
 from cnnrs.data.image_list import ImageList
 from cnnrs.data.loader import DataLoader
 from cnnrs.engine.choice import Engine
-from cnnrs.features.extract import Extractor, Precision, kept, type_name
+from cnnrs.features.extract import Extractor, kept
 from cnnrs.features.features import Features
 from cnnrs.features.plan import Plan
+from cnnrs.features.precision import Precision, type_name
 from cnnrs.features.samples import Data, elsewhere
 from cnnrs.features.session import Session, source_of
 from cnnrs.features.store import Store
@@ -109,6 +110,7 @@ class Extract:
             samples, number = list(range(len(images))), 0
         else:
             raise KeyError(f'a batch needs the column "path", got {", ".join(batch)}')
+        data.device = self.extractor.device
         cut = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
         features = self.extractor(placed(data.batches(cut, self.seed, number)), None, len(samples))
         assert features is not None

@@ -12,14 +12,16 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from cnnrs._util.devices import usable
 from cnnrs.engine.choice import Engine
 from cnnrs.features import distributed
-from cnnrs.features.extract import Extractor, Precision, type_name
+from cnnrs.features.extract import Extractor
 from cnnrs.features.features import Features
+from cnnrs.features.precision import Precision, type_name
 from cnnrs.features.session import Session, source_of
 from cnnrs.features.store import Store
 from cnnrs.model.backbone import resolve
-from cnnrs.model.modes import frozen
+from cnnrs.model.modes import frozen, on_device
 
 
 def preconv(
@@ -30,8 +32,9 @@ def preconv(
     layer: str | None = None,
     pool: str | None = None,
     weights: Any = "DEFAULT",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     num_workers: int | None = None,
+    device: str | torch.device | None = None,
     engine: Engine = "auto",
     precision: Precision | None = None,
     dtype: str | torch.dtype | np.dtype[Any] | None = None,
@@ -45,7 +48,7 @@ def preconv(
     """Run ``model`` once over ``data`` and keep what it returns: (N, ...) features and (N,) labels.
 
     The model runs in eval mode without gradients; its parameters, batch-norm statistics and train/eval flags are as
-    before afterwards. Batches are moved to the device the model is on; the features come back to the CPU.
+    before afterwards. Batches are moved to the model's device; the features come back to the CPU.
 
     Args:
         data: a loader or any iterable of (inputs, targets), or a dataset (read ``batch_size`` at a time). Images
@@ -61,15 +64,17 @@ def preconv(
         layer: path of the module whose output is taken, ``"features.29"`` for example; see :func:`cnnrs.backbone`.
         pool: ``"avg"`` or ``"max"`` over all positions, ``"cls"`` for the first token, None for everything.
         weights: of a model given by name; see :func:`cnnrs.backbone`.
-        batch_size: images at a time when ``data`` is a dataset.
+        batch_size: images at a time when ``data`` is a dataset; None: 32, on CUDA 256.
         num_workers: threads that read images when ``data`` is a dataset; None: all cores.
+        device: where to compute, ``"cuda"`` for example: the model is there for the time of the call. None: where it
+            is.
         engine: "cpu" computes float32 images on the CPU in native code, equal to PyTorch up to float rounding;
             "python" calls the module. "auto" takes the first that can. "torch" runs the layers through libtorch, and
             needs the package ``cnnrs-libtorch``.
         precision: "exact" (no TF32 on a GPU; no Winograd convolution on a CPU, whose rounding is a little coarser),
             "tf32", or "bf16" and "fp16" by autocast; None: as torch is set.
         dtype: type to keep features in, "float32", "float16" or "bfloat16"; None: what the model returns. A value that
-            float16 cannot hold is an error.
+            float16 cannot hold is an error, and so is one that is infinite or NaN with ``precision="fp16"``.
         passes: how many times all images are augmented and computed: K * N rows, pass by pass.
         seed: of the augmentation in a folder or with passes, which then depends on seed, pass and image only. One pass
             in memory is what the loader gives, which draws as it always does.
@@ -84,8 +89,8 @@ def preconv(
         order of the data set; in memory in the order the loader gives.
 
     Raises:
-        ValueError: no samples; images of different sizes; an unknown engine, layer or type; a transform that is not
-            that of the weights.
+        ValueError: no samples; images of different sizes; an unknown engine, layer or type; a device that is not
+            there; a transform that is not that of the weights.
         TypeError: batches that are no pairs.
         FileExistsError: ``out`` holds something else than features, or those of another model.
         OSError: the disk is full: what is computed is safe, and the next call goes on from there.
@@ -106,10 +111,11 @@ def preconv(
         raise ValueError(f"passes must be at least 1, a whole number, got {passes!r}")
     if not isinstance(seed, SupportsIndex):
         raise TypeError(f"seed must be a whole number, got {seed!r}")
+    place = None if device is None else usable(device)
     body = resolve(model, layer, pool, weights)
-    source = source_of(data, body, batch_size, num_workers, any_transform)
-    with frozen(body):
+    with frozen(body), on_device(body, place):
         passes, seed = operator.index(passes), operator.index(seed)
+        source = source_of(data, body, batch_size, num_workers, any_transform)
         extractor = Extractor(body, engine, precision, type_name(dtype), verbose, check)
         session = Session(source, body, extractor, verbose, overwrite)
         if out is None:

@@ -61,10 +61,12 @@ class Data:
     Attributes:
         files: the image file of each sample, None where there are none.
         classes: class names by index, None where unknown.
+        device: where the model is: loaders of cnnrs that name none deliver there, so that bytes cross the bus.
     """
 
     def __init__(self, data: Iterable[Any]) -> None:
         self.data = data
+        self.device = torch.device("cpu")
         self.files: list[str] | None = None
         self.classes: list[str] | None = None
         self._dataset: Any = None
@@ -274,7 +276,7 @@ class Data:
                 yield _batch(pair, None)
             return
         recorder = _Recorder(data.batch_sampler)
-        loader = _clone(self.data, recorder)
+        loader = self._clone(recorder)
         follow = _Follower(self, loader, recorder.seen)
         for pair in loader:
             batch = _batch(pair, None)
@@ -291,7 +293,7 @@ class Data:
             epoch: the number of the pass.
             others: rows that come from elsewhere: with some, it is no error that all of these files fail.
         """
-        loader = _clone(self.data, samples)
+        loader = self._clone(samples)
         loader.generator = torch.Generator().manual_seed(seed)
         if isinstance(loader, DataLoader):
             loader._epoch = epoch
@@ -306,6 +308,19 @@ class Data:
             # The user's loader has the same list of faults.
             if isinstance(loader, DataLoader):
                 loader._faults.others = 0
+
+    def _clone(self, batches: Any) -> Any:
+        """The same loader over other batches of the same samples."""
+        loader: Any = self.data
+        clone = copy.copy(loader)
+        # Not by assignment, which torch forbids: the loader's other attributes do not depend on these.
+        vars(clone).update(batch_sampler=batches, sampler=None, batch_size=None, _iterator=None)
+        if isinstance(clone, DataLoader):
+            # Threads are busy with whole batches: the order within a batch is what counts them.
+            vars(clone)["batch_size"] = loader.batch_size
+            if clone.device is None and self.device.type == "cuda":
+                clone.device = self.device
+        return clone
 
 
 class _Recorder(BatchSampler):
@@ -346,21 +361,10 @@ class _Follower:
         return found
 
 
-def _clone(loader: Any, batches: Any) -> Any:
-    """The same loader over other batches of the same samples."""
-    clone = copy.copy(loader)
-    # Not by assignment, which torch forbids: the loader's other attributes do not depend on these.
-    vars(clone).update(batch_sampler=batches, sampler=None, batch_size=None, _iterator=None)
-    if isinstance(clone, DataLoader):
-        # Threads are busy with whole batches: the order within a batch is what counts them.
-        vars(clone)["batch_size"] = loader.batch_size
-    return clone
-
-
 def _batch(pair: Any, samples: list[int] | None) -> Batch:
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
         raise TypeError(f"data must yield pairs (inputs, targets), got a {type(pair).__name__}")
-    inputs, targets = torch.as_tensor(pair[0]), torch.as_tensor(pair[1]).detach().cpu()
+    inputs, targets = torch.as_tensor(pair[0]), torch.as_tensor(pair[1]).detach()
     if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
         raise ValueError(
             f"a batch has one target per input, got inputs of shape {tuple(inputs.shape)} and targets of shape "

@@ -30,18 +30,27 @@ from cnnrs.features.store import FORMAT, Store
 from cnnrs.features.update import Compute, File, Item, Update, placed
 from cnnrs.identity.fingerprint import Unidentifiable, fingerprint
 from cnnrs.model.backbone import Backbone
+from cnnrs.model.modes import device_of
 
 
 def source_of(
-    data: Iterable[Any] | Dataset[Any], body: nn.Module, batch_size: int, num_workers: int | None, any_transform: bool
+    data: Iterable[Any] | Dataset[Any],
+    body: nn.Module,
+    batch_size: int | None,
+    num_workers: int | None,
+    any_transform: bool,
 ) -> Data:
     """The images, with the transform that the weights want where they have none.
+
+    ``batch_size`` None: as many at a time as the device of ``body`` is fast with.
 
     Raises:
         ValueError: they have another one, and `any_transform` is not set.
     """
     loader: Any = data
     if isinstance(data, Dataset):
+        if batch_size is None:
+            batch_size = 256 if device_of(body).type == "cuda" else 32
         wanted = body.transform if isinstance(body, Backbone) else None
         loader = DataLoader(with_transform(data, wanted), batch_size=batch_size, num_workers=num_workers)
     source = Data(loader)
@@ -86,6 +95,7 @@ class Session:
         self.verbose = verbose
         self.overwrite = overwrite
         extractor.quiet = not data.runs_python
+        data.device = extractor.device
         # Replaced where several processes share the work.
         self.computes: Compute = self.compute
 
@@ -123,7 +133,7 @@ class Session:
     def _made(self, features: torch.Tensor, labels: list[torch.Tensor], samples: list[int]) -> Features:
         files = self.data.files
         paths = None if files is None or not samples else [files[i] for i in samples]
-        made = torch.cat(labels)
+        made = _joined(labels)
         images = samples if files is None and len(set(samples)) < len(samples) else None
         return Features(
             features, made, paths, self.data.classes, None, self.model, images, self.data.transform, self.data.read
@@ -352,9 +362,17 @@ class Session:
 def _recorded(batches: Iterable[Batch], labels: list[torch.Tensor], samples: list[int]) -> Iterator[Batch]:
     """The batches, while their labels and samples are written down."""
     for batch in batches:
-        labels.append(batch.targets)
+        # Fetching them from a device would wait for all that is queued there. Who made them may use the memory again.
+        labels.append(batch.targets if batch.targets.device.type == "cpu" else batch.targets.clone())
         samples.extend(batch.samples or [])
         yield batch
+
+
+def _joined(labels: list[torch.Tensor]) -> torch.Tensor:
+    """Of all batches, on the CPU; one copy where they are on one device."""
+    if len({part.device for part in labels}) > 1:
+        labels = [part.cpu() for part in labels]
+    return torch.cat(labels).cpu()
 
 
 def _cut(samples: list[int], size: int) -> list[list[int]]:

@@ -207,20 +207,21 @@ class Update:
         """What is missing, read by this process."""
         place = self.plan.places()
         # Beside the model: hashing a file takes about as long as reading it once more.
-        with ThreadPoolExecutor(1, thread_name_prefix="cnnrs-identity") as pool:
+        threads = _cnnrs.available_threads()
+        with ThreadPoolExecutor(threads, thread_name_prefix="cnnrs-identity") as pool:
             for number, batches in self.shares():
-                waiting: tuple[Batch, Future[list[str]]] | None = None
+                waiting: tuple[Batch, list[Future[list[str]]]] | None = None
                 for batch in self.plan.data.batches(batches, self.plan.seed, number, self.plan.rows - self.count):
-                    now = batch, pool.submit(self.plan.identify, batch.samples or [])
+                    now = batch, [pool.submit(self.plan.identify, part) for part in _parts(batch.samples, threads)]
                     if waiting is not None:
                         yield self._item(*waiting, number, place)
                     waiting = now
                 if waiting is not None:
                     yield self._item(*waiting, number, place)
 
-    def _item(self, batch: Batch, identities: Future[list[str]], number: int, place: dict[int, int]) -> Item:
+    def _item(self, batch: Batch, identities: list[Future[list[str]]], number: int, place: dict[int, int]) -> Item:
         rows = [number * len(place) + place[sample] for sample in batch.samples or []]
-        return batch.inputs, runs_of(rows), identities.result()
+        return batch.inputs, runs_of(rows), [one for part in identities for one in part.result()]
 
     def _faults(self) -> dict[str, str]:
         loader: Any = self.plan.data.data
@@ -266,6 +267,13 @@ def runs_of(rows: list[int]) -> list[tuple[int, int]]:
     """Consecutive numbers as (first, how many)."""
     groups = [list(group) for _, group in groupby(enumerate(rows), lambda pair: pair[1] - pair[0])]
     return [(group[0][1], len(group)) for group in groups]
+
+
+def _parts(samples: list[int] | None, most: int) -> list[list[int]]:
+    """For several threads; not so small that handing them over is the work."""
+    samples = samples or []
+    size = max(16, -(-len(samples) // most))
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 
 def _joined(pairs: list[tuple[int, int]], most: int) -> Iterator[tuple[int, int, int]]:

@@ -21,6 +21,31 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def on_device(model: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """Parameters and buffers on ``device`` for the time being, in the module's own tensors; None: where they are.
+
+    Afterwards they have their own memory again, and what the model has written to its buffers.
+    """
+    if device is None:
+        yield
+        return
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.device != device:
+                before.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(device)
+        versions = [tensor._version for tensor, _ in before]
+        yield
+        for (tensor, data), version in zip(before, versions, strict=True):
+            if tensor._version != version:
+                data.copy_(tensor.data)
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The one device that all parameters and buffers of ``model`` are on (CPU for a model without any).
 

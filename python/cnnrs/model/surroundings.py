@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from cnnrs._util.generators import Generators
+from cnnrs._util.precision import precisions
 from cnnrs.model.contents import State
 
 # -- contexts ------------------------------------------------------------------------------------------------
@@ -66,11 +67,10 @@ _OF_NUMBERS: dict[str, Callable[[], Any]] = {
     ],
     "default dtype": torch.get_default_dtype,
     "choice of deterministic algorithms": torch.are_deterministic_algorithms_enabled,
-    "precision of matrix products": torch.get_float32_matmul_precision,
+    "precision of float32": precisions,
     "choice of oneDNN": torch._C._get_mkldnn_enabled,
     "choice of cuDNN": lambda: (
         torch._C._get_cudnn_enabled(), torch._C._get_cudnn_benchmark(), torch._C._get_cudnn_deterministic(),
-        torch._C._get_cudnn_allow_tf32(),
     ),
     "number of threads": torch.get_num_threads,
     "torch dispatch mode": torch._C._len_torch_dispatch_stack,

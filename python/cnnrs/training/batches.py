@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain
 from typing import Any
@@ -14,7 +15,9 @@ from torch.utils.data import IterableDataset
 
 from cnnrs._util import plain
 from cnnrs._util.progress import progress as bar
+from cnnrs.data.labels import sent
 from cnnrs.data.loader import DataLoader
+from cnnrs.data.mover import Mover
 from cnnrs.model.lowering import Lowered
 from cnnrs.model.modes import to_device
 
@@ -45,12 +48,47 @@ def on_device(
     def ordered(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(memory_format=torch.channels_last) if channels_last and tensor.dim() == 4 else tensor
 
+    mover = _Mover(device) if device.type == "cuda" else None
     for batch in bar(loader, description, verbose=progress):
-        inputs, targets = _pair(batch)
+        inputs, targets = map(_as_tensor, _pair(batch))
+        moved = mover.moved([inputs, targets]) if mover else (inputs, targets)
         yield (
-            _each_tensor(_as_tensor(inputs), lambda tensor: ordered(_moved(tensor, device))),
-            _each_tensor(_as_tensor(targets), lambda tensor: _moved(tensor, device)),
+            _each_tensor(moved[0], lambda tensor: ordered(to_device(tensor, device))),
+            _each_tensor(moved[1], lambda tensor: to_device(tensor, device)),
         )
+
+
+class _Mover:
+    """Copies batches beside what the device computes, and no further ahead of it than memory should go."""
+
+    #: Bytes that may be on their way, or there and not read yet; two batches whatever their size.
+    AHEAD = 1 << 28
+
+    def __init__(self, device: torch.device) -> None:
+        self._mover = Mover(device, None)
+        self._device = device
+        #: Of batches that were handed over: an event behind their computation, and their bytes.
+        self._queued: deque[tuple[Any, int]] = deque()
+        self._bytes = 0
+
+    def moved(self, batch: list[Any]) -> list[Any]:
+        """The same with tensors of the CPU on the device; their targets stay known on the host."""
+        if self._bytes:
+            # Whoever asks for a batch has queued what it does with the last one.
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._device))
+            self._queued.append((event, self._bytes))
+        while len(self._queued) > 2 and sum(size for _, size in self._queued) > self.AHEAD:
+            self._queued.popleft()[0].synchronize()
+        found: list[torch.Tensor] = []
+        _each_tensor(batch, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        here = [tensor for tensor in found if tensor.device.type == "cpu"]
+        self._bytes = sum(tensor.nbytes for tensor in here)
+        there = dict(zip(map(id, here), self._mover.take(self._mover.start(here)), strict=True)) if here else {}
+        moved: list[Any] = _each_tensor(batch, lambda tensor: there.get(id(tensor), tensor))
+        if isinstance(batch[1], torch.Tensor):
+            sent(moved[1], batch[1])
+        return moved
 
 
 def length_of(loader: Any) -> int:
@@ -107,13 +145,6 @@ def _is_numbers(part: Any) -> bool:
     if not isinstance(part, (tuple, list)) or not part:
         return False
     return all(isinstance(item, (int, float, complex, np.number)) or _is_numbers(item) for item in part)
-
-
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
-        # A copy out of pageable memory waits until the device has done all that is queued before it.
-        tensor = tensor.pin_memory()
-    return to_device(tensor, device)
 
 
 def samples_of(*parts: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from cnnrs._records import Epoch
 from cnnrs._util.notes import note
 from cnnrs.engine import companion, cpu_training, cuda_graph, verify
 from cnnrs.engine.choice import Engine, Question, decide, lowered_for
-from cnnrs.engine.losses import Totals, called, known_loss
-from cnnrs.engine.optimizers import FusedStep, Step, overlap, reached
+from cnnrs.engine.fused_step import FusedStep
+from cnnrs.engine.losses import Totals, called, check_targets, known_loss
+from cnnrs.engine.optimizers import Step, overlap, reached
 from cnnrs.errors import UnsupportedModelError
 from cnnrs.model.around import unseen_by_cpu, unseen_by_libtorch
 from cnnrs.model.lowering import Lowered
@@ -73,8 +74,10 @@ def _run(job: Job, engine: Engine, batches: Iterator[Any], rows: FeatureRows | N
                 f"engine {engine!r} trains what the model's operations read, and nothing of that requires gradients"
             )
         return python_engine.run(job, batches)
-    # Only engine "cpu" reads rows; the batches of others come to the model's device.
-    if rows is not None and (job.device.type != "cpu" or overlap([rows.features, *lowered.tensors])):
+    # Rows are read where they lie, in the order of memory that they have.
+    if rows is not None and (
+        rows.features.device != job.device or job.channels_last or overlap([rows.features, *lowered.tensors])
+    ):
         rows = None
     first = next(batches, None) if rows is None else rows.example()
     if rows is None and first is not None:
@@ -102,6 +105,8 @@ def _run(job: Job, engine: Engine, batches: Iterator[Any], rows: FeatureRows | N
         return _run_cpu(job, lowered, Stream(batches, native, lowered, job.loop.accumulate, True), rows)
     if job.channels_last:
         to_channels_last(job.model)
+    if choice.engine == "recorded" and rows is not None:
+        return _run_recorded_rows(job, lowered, rows)
     stream = Stream(_outside(job, batches), takes, lowered, job.loop.accumulate, False)
     run = _run_recorded if choice.engine == "recorded" else _run_lowered
     return _and_the_rest(job, stream, run(job, lowered, stream))
@@ -117,8 +122,8 @@ def _question(job: Job, engine: Engine) -> Question:
             lowered = lowered_for(job.model, engine, gradients=job.phase == "training")
     return Question(
         "fit", engine, lowered, reasons, loss_fn=job.loss_fn, optimizer=job.optimizer, amp=job.amp, around=job.around,
-        channels_last=job.channels_last, looked_at=job.loop.on_batch_end is not None or job.loop.accumulate > 1,
-        training=job.optimizer is not None, batches=job.batches,
+        channels_last=job.channels_last, training=job.optimizer is not None, batches=job.batches,
+        looked_at=job.optimizer is not None and job.loop.on_batch_end is not None and job.loop.accumulate > 1,
     )  # fmt: skip
 
 
@@ -261,12 +266,51 @@ def _run_cpu(job: Job, lowered: Lowered, stream: Stream, rows: FeatureRows | Non
     return _and_the_rest(job, stream, run(stream))
 
 
-def _run_recorded(job: Job, lowered: Lowered, batches: Iterator[Any]) -> Totals:
-    optimizer = job.optimizer
-    step = None if optimizer is None else FusedStep(optimizer, reached(lowered), job.loop.clipper())
-    return cuda_graph.run(
-        job.epoch, job.phase, job.model, lowered, job.loss_fn, step, batches,
-        lambda: job.autocast(keep=False), (job.amp, job.loop.clip),
+def _run_recorded(job: Job, lowered: Lowered, stream: Stream) -> Totals:
+    watch = None if job.loop.on_batch_end is None else Watch(job, stream)
+    return cuda_graph.run(_recorded(job, lowered, watch), stream)
+
+
+def _run_recorded_rows(job: Job, lowered: Lowered, rows: FeatureRows) -> Totals:
+    """Rows of features that lie on the device: they are gathered there, several steps per launch."""
+    task, handed = _recorded(job, lowered, None), 0
+
+    def run(found: cpu_training.Rows) -> Totals:
+        features, labels, order, ends = found
+        index = torch.tensor(order, dtype=torch.int64, device=features.device)
+        parts = [index[begin:end] for begin, end in pairwise([0, *ends])]
+        classes = cuda_graph.classes_of(lowered, features.shape)
+
+        def check(rows: torch.Tensor, where: str) -> None:
+            check_targets(job.loss_fn, classes, labels.index_select(0, rows), f"{job.phase} epoch {job.epoch}{where}")
+
+        try:
+            check(index, "")
+        except IndexError:
+            for number, part in enumerate(parts):
+                check(part, f", batch {number}")
+
+        def batches() -> Iterator[tuple[torch.Tensor]]:
+            nonlocal handed
+            for part in parts:
+                handed += 1
+                yield (part,)
+
+        sizes = list(map(len, parts))
+        steps = cuda_graph.steps_per_launch(sizes.count(max(sizes, default=0)), task.accumulate)
+        return cuda_graph.run(replace(task, rows=(features, labels), steps=steps), batches())
+
+    totals: Totals = rows.epoch(run, lambda: handed)
+    return totals
+
+
+def _recorded(job: Job, lowered: Lowered, watch: Watch | None) -> cuda_graph.Task:
+    optimizer, loop = job.optimizer, job.loop
+    return cuda_graph.Task(
+        job.epoch, job.phase, job.model, lowered, job.loss_fn,
+        None if optimizer is None else FusedStep(optimizer, reached(lowered), loop.clipper()),
+        lambda: job.autocast(keep=False), (job.amp, loop.clip),
+        accumulate=1 if optimizer is None else loop.accumulate, after=watch,
     )  # fmt: skip
 
 

@@ -96,7 +96,8 @@ def fit(
             none of the model's parameters; both kinds of clipping; a limit or ``accumulate`` that is not positive.
         TypeError: training without an optimizer, or with something else in its place; a loader that does not yield
             pairs; a loss that is no tensor.
-        IndexError: a target that the model has no output for.
+        IndexError: a target that the model has no output for. On a GPU it is found where labels come from the CPU and
+            the loss is one of ``nll_loss`` and ``cross_entropy``, before anything has read it.
         NonFiniteLossError: the loss is NaN or infinite; the message names epoch, batch and the last finite loss, and
             the weights are those before that batch. On a GPU the loader may be some batches further.
         RuntimeError: shapes or devices that do not fit, in PyTorch's words (the cause names the layer); training inside

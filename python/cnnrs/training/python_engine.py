@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from cnnrs import _cnnrs
 from cnnrs._records import Epoch
 from cnnrs._util.kept_memory import kept_memory
+from cnnrs.data.labels import on_host
 from cnnrs.engine.frozen_front import Front, Network
-from cnnrs.engine.losses import Totals, call, counts, measured
+from cnnrs.engine.losses import Totals, call, check_targets, counts, measured
 from cnnrs.engine.memory_order import MemoryOrder
 from cnnrs.training.arguments import needs_closure
 from cnnrs.training.batches import describe, samples_of, to_channels_last
@@ -37,7 +38,7 @@ def run(job: Job, batches: Iterator[Any], before: Totals | None = None, front: F
     """
     if job.channels_last:
         to_channels_last(job.model)
-    engine = _Engine(job, before is None or before.gathered == 0, front)
+    engine = _Engine(job, before or Totals(), front)
 
     def after(batch: int, mean: float) -> None:
         job.call_user(batch, mean)
@@ -60,16 +61,18 @@ def _is_large(model: torch.nn.Module) -> bool:
 
 
 class _Engine:
-    """The steps of the loop; ``begins``: the next gradients start a new sum; ``front``: not called but computed.
+    """The steps of the loop; ``before``: what was done of the epoch; ``front``: not called but computed.
 
     Attributes:
         kept: the buffers as they were before the step under way.
     """
 
-    def __init__(self, job: Job, begins: bool, front: Front | None) -> None:
+    def __init__(self, job: Job, before: Totals, front: Front | None) -> None:
         self.kept = Buffers(job.model)
         self._job = job
-        self._begins = begins
+        #: The next gradients start a new sum.
+        self._begins = before.gathered == 0
+        self._batch = before.batches
         self._clip = job.loop.clipper()
         training = job.optimizer is not None
         self._network: Network | None = None
@@ -100,6 +103,7 @@ class _Engine:
         with self._order.timing():
             outputs, loss = self._evaluate(inputs, targets, training)
         self._pending[:] = [loss]
+        self._batch += 1
         if self._window is not None:
             self._window.append((inputs, targets))
         with torch.no_grad(), self._job.autocast(keep=False):
@@ -117,7 +121,14 @@ class _Engine:
             except TypeError as error:
                 _explain_call(job.model, inputs, error)
                 raise
+            self._check(outputs, targets)
             return outputs, call(job.loss_fn, outputs, targets)
+
+    def _check(self, outputs: Any, targets: Any) -> None:
+        host = on_host(targets)
+        if host is not None and isinstance(outputs, torch.Tensor) and outputs.dim():
+            where = f"{self._job.phase} epoch {self._job.epoch}, batch {self._batch}"
+            check_targets(self._job.loss_fn, outputs.shape[min(1, outputs.dim() - 1)], host, where)
 
     def backward(self) -> None:
         """Gradients of that loss, added to those since the last step."""

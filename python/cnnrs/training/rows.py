@@ -1,4 +1,4 @@
-"""Features in memory or in a mapped file, whose epochs need no Python per batch."""
+"""Features in memory, on a device or in a mapped file, whose epochs need no Python per batch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cnnrs.data.resume import Progress
 
 
 class FeatureRows:
-    """A `cnnrs.DataLoader` over features in memory or in a mapped file, whose epochs need no Python per batch.
+    """A `cnnrs.DataLoader` over features that lie in one place, whose epochs need no Python per batch.
 
     Attributes:
         features: (N, ...) float32.
-        labels: (N,) int64 or (N, K) float32.
+        labels: (N,) int64 or (N, K) float32, on the same device.
     """
 
     def __init__(self, loader: DataLoader[Any], features: torch.Tensor, labels: torch.Tensor) -> None:
@@ -44,7 +44,8 @@ class FeatureRows:
             return None
         classes = labels.dtype is torch.int64 and labels.dim() == 1
         values = labels.dtype is torch.float32 and labels.dim() == 2
-        return FeatureRows(loader, features, labels) if len(features) == len(labels) and (classes or values) else None
+        fits = len(features) == len(labels) and features.device == labels.device
+        return FeatureRows(loader, features, labels) if fits and (classes or values) else None
 
     def example(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of a batch of the usual size."""
@@ -85,7 +86,7 @@ def _deliver(progress: Progress, parts: list[list[int]]) -> None:
 
 
 def _shared(column: Any) -> torch.Tensor | None:
-    """A column as a contiguous tensor over the same memory, where there is one."""
+    """A column as a contiguous tensor over the same memory, where there is one; lists and arrays are on the CPU."""
     if isinstance(column, list):
         column = np.asarray(column) if all(type(value) is int for value in column) else None
     if isinstance(column, np.ndarray) and column.dtype.isnative and column.flags.c_contiguous and column.flags.aligned:
@@ -93,6 +94,6 @@ def _shared(column: Any) -> torch.Tensor | None:
             # That a mapped file is read-only does not matter: nobody writes to it.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             column = torch.from_numpy(np.asarray(column)) if column.dtype in (np.float32, np.int64) else None
-    if isinstance(column, torch.Tensor) and column.device.type == "cpu" and is_plain(column) and column.is_contiguous():
+    if isinstance(column, torch.Tensor) and is_plain(column) and column.is_contiguous():
         return column.detach()
     return None

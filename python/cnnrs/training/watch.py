@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cnnrs.engine.fused_step import FusedStep
 from cnnrs.engine.losses import known_loss
 from cnnrs.engine.optimizers import Step
 from cnnrs.training.batches import Stream
@@ -31,7 +32,7 @@ class Watch:
         self._stream = stream
         self._before = self._compiled()
 
-    def __call__(self, batch: int, mean: float, step: Step | None) -> list[tuple[float, ...]] | None:
+    def __call__(self, batch: int, mean: float, step: Step | FusedStep | None) -> list[tuple[float, ...]] | None:
         """Returns the optimizer's new numbers if the user has changed them."""
         numbers: list[tuple[float, ...]] = []
         held: list[Any] = []

@@ -411,6 +411,21 @@ def test_errors_are_those_of_the_run(engine: Any) -> None:
         cnnrs.fit(0, model, beyond, "validation", loss_fn=F.nll_loss, engine=engine)
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+], ids=str)  # fmt: skip
+def test_memory_that_runs_out_says_nothing_about_the_model(error: Exception) -> None:
+    class Large(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise error
+
+    model = nn.Sequential(nn.Linear(6, 3))
+    lowered = lower(model)
+    model.__class__ = Large
+    assert differs(model, lowered, batches()[0][0], engine="cpu") is None
+
+
 @pytest.mark.parametrize("engine", ["cpu", "torch"])
 def test_what_only_the_module_refuses_is_refused(engine: Any, believed: Any) -> None:
     class Refusing(Two):

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import transforms
 
 import cnnrs
+from cnnrs.features.plan import Plan
+from cnnrs.features.samples import Data
 from stores import ROUNDING, SEEN, TRANSFORM, Counting, computed, fresh, run, said
 
 # -- types -------------------------------------------------------------------------------------------------------------
@@ -142,6 +144,26 @@ def test_an_image_that_changes_while_it_is_read_is_read_again(images: Path, tmp_
     assert computed() >= 1
     SEEN.append(0)
     assert torch.allclose(found.features, fresh(images, model=Vandal()).features, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 100])
+def test_a_batch_is_hashed_by_several_threads(
+    images: Path, tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    identify = Plan.identify
+
+    def watched(self: Plan, samples: list[int]) -> list[str]:
+        asked.append(len(samples))
+        return identify(self, samples)
+
+    monkeypatch.setattr(Plan, "identify", watched)
+    monkeypatch.setattr("cnnrs._cnnrs.available_threads", lambda: threads)
+    data = cnnrs.ImageFolder(images, TRANSFORM)
+    cnnrs.preconv(data, Counting(), out=tmp_path / "f", batch_size=40, verbose=False)
+    assert sorted(asked) == ([26] if threads == 1 else [10, 16])
+    meta = json.loads((tmp_path / "f" / "meta.json").read_text())
+    assert meta["ids"] == [Data(DataLoader(data)).identity(i) for i in range(26)]
 
 
 @pytest.mark.parametrize("make", [DataLoader, cnnrs.DataLoader])

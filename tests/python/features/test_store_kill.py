@@ -11,7 +11,8 @@ from forks import Fork
 
 KILLS = 50
 BATCH = 2
-# Batches that a kill can cost: one in flight on the device, three waiting for the disk, one being written or flushed.
+# Batches that a kill can cost: one in flight on the device, one being written or flushed, and what waits for the disk,
+# which here is fast enough.
 UNSAFE = 5
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cnnrs import _cnnrs
-from cnnrs.engine import choice, cuda_graph
+from cnnrs.engine import choice, cuda_capture, cuda_graph
 from cnnrs.training import epochs
 
 #: By engine, where its epochs pass, whoever asks for them.
@@ -41,6 +41,6 @@ def watched() -> Iterator[list[str]]:
 def played() -> Iterator[None]:
     """``engine="auto"`` plays lowered models on the CPU as on CUDA; a "recorded" step is one that is called again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cuda_graph.RECORDERS, "cpu", lambda work, stream: work)
+        patch.setitem(cuda_capture.RECORDERS, "cpu", lambda work, stream: work)
         patch.setattr(choice, "slow_on_cpu", lambda lowered: ["played"])
         yield

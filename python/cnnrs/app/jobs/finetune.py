@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
+from cnnrs._util.devices import is_out_of_memory
 from cnnrs.app.jobs import deal
 from cnnrs.app.jobs.clock import Clock
 from cnnrs.app.jobs.features import AT_A_TIME
@@ -76,9 +77,7 @@ def is_left_over(card: Mapping[str, Any], root: Path, backbone: str, head: str) 
 
 def advice(error: BaseException) -> str:
     """What helps, where that is known."""
-    words = ("not enough memory", "can't allocate memory", "out of memory")
-    full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
-    return "; a smaller --batch-size takes less memory" if full else ""
+    return "; a smaller --batch-size takes less memory" if is_out_of_memory(error) else ""
 
 
 @dataclass(frozen=True)
