@@ -34,9 +34,11 @@ PHOTOS = Path(os.environ.get("CNNRS_PHOTOS", REPOSITORY.parent / "shared" / "dat
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what engine ``torch`` runs with ``libtorch``, and skips it where its package is not installed."""
+    """Skips what needs a GPU or engine ``torch`` where there is none; marks what engine ``torch`` runs ``libtorch``."""
     problem = companion.problem()
     for item in items:
+        if not torch.cuda.is_available() and item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         if parameters.get("engine") == "torch":
             item.add_marker(pytest.mark.libtorch)
