@@ -102,14 +102,18 @@ def test_two_batches_are_under_way_while_the_host_takes_a_third(fake_cuda: FakeC
             taken.append(number)
             yield batch
 
-    synchronized: list[int] = []
+    synchronized: list[tuple[int, bool]] = []
     real = torch.cuda.Event.synchronize
-    torch.cuda.Event.synchronize = lambda self: (synchronized.append(len(taken)), real(self))[1]  # type: ignore
-    try:
+
+    def synchronize(event: Any) -> None:
+        synchronized.append((len(taken), event.blocking))
+        real(event)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda.Event, "synchronize", synchronize)
         preconv(data(), layers().cuda(), engine="python")
-    finally:
-        torch.cuda.Event.synchronize = real  # type: ignore[method-assign]
-    assert synchronized == [3, 4, 5, 6, 6, 6]
+    # Asleep: the loader's threads need the cores.
+    assert synchronized == [(count, True) for count in (3, 4, 5, 6, 6, 6)]
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
