@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cnnrs.engine import companion
+from cnnrs.engine import choice, companion, cuda_capture
 from fake_cuda import FakeCuda
+from recorded import Counting, Recorder
 
 # A shell lets what it starts in the background ignore Ctrl-C, and the children of that ignore it too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -60,6 +61,24 @@ def fake_cuda() -> Iterator[FakeCuda]:
     """Two CUDA devices that are none; races and forbidden waits are errors."""
     with FakeCuda() as cuda:
         yield cuda
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
+def device(request: pytest.FixtureRequest) -> str:
+    """Where steps are recorded: by a stand-in for CUDA, and on a GPU if there is one."""
+    return str(request.param)
+
+
+@pytest.fixture
+def recorder(device: str, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """What records there."""
+    made = Recorder() if device == "cpu" else Counting()
+    monkeypatch.setitem(cuda_capture.RECORDERS, device, made)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    # As on CUDA, where there is no engine "cpu" that "auto" would take first.
+    monkeypatch.setattr(choice, "slow_on_cpu", lambda lowered: ["made so"])
+    return made
 
 
 @pytest.fixture(scope="session")

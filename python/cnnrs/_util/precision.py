@@ -73,7 +73,7 @@ def kernel_switches() -> tuple[Any, ...]:
         (cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic),
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
-        # Of torch 2.7 on.
+        # Of newer torches.
         getattr(matmul, "allow_fp16_accumulation", None),
-        _backends.cuda.preferred_blas_library(),
+        getattr(_backends.cuda, "preferred_blas_library", lambda: None)(),
     )

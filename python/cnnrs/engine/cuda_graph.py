@@ -230,8 +230,9 @@ class _Epoch:
             self._drain()
             return
         self.meter.expect(len(waiting))
+        self.stepped = True
         kept.launch()
-        self._launched, self.stepped, self._waiting = True, True, []
+        self._launched, self._waiting = True, []
         for parts in waiting:
             self._count(parts)
 

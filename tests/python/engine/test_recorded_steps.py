@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision import models as zoo
 
-import cnnrs
 from cnnrs.engine import cuda_capture, cuda_graph
 from cnnrs.engine.recording import WARM_UP
+from cnnrs.model.lowering import lower
+from cnnrs.model.player import OPERATIONS, play
 from dry_run import DryRun
 from host_waits import WAITS
 from recorded import FULL, Recorder, adam, assert_same, batches, fit, sgd, twins
@@ -99,6 +101,43 @@ def test_nothing_in_a_step_waits_for_the_device(
     assert strict.recorded == 2
 
 
+class Rest(nn.Module):
+    """The operations that the networks below have not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.ZeroPad2d(1), nn.Conv2d(3, 8, 3), nn.LeakyReLU(), nn.AvgPool2d(2), nn.ReLU6(), nn.Dropout2d(0.5),
+            nn.Tanh(), nn.GELU("tanh"), nn.Sigmoid(),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers(x)
+        return F.softmax(torch.cat([x, x * x], 1).mean((2, 3)).view(x.size(0), -1), 1)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "rest": Rest,
+    "resnet18": lambda: zoo.resnet18(weights=None),
+    "mobilenet_v3_small": lambda: zoo.mobilenet_v3_small(weights=None),
+    # With stochastic depth in training.
+    "convnext_tiny": lambda: zoo.convnext_tiny(weights=None).eval(),
+    "efficientnet_b0": lambda: zoo.efficientnet_b0(weights=None).eval(),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_operation_of_a_network_waits_for_the_device(name: str) -> None:
+    torch.manual_seed(0)
+    lowered, x = lower(NETWORKS[name]()), torch.randn(2, 3, 64, 64)
+    assert waits(lambda: play(lowered, lowered.tensors, x).square().mean().backward()) == []
+
+
+def test_the_networks_have_every_operation() -> None:
+    kinds = {kind for make in NETWORKS.values() for kind in lower(make()).kinds}
+    assert OPERATIONS.keys() <= kinds, OPERATIONS.keys() - kinds
+
+
 @pytest.mark.parametrize("device", ["cpu"])
 def test_what_would_wait_is_not_recorded(device: str, strict: Recorder) -> None:
     theirs, their_sgd, ours, our_sgd = twins(device, strict, sgd)
@@ -115,7 +154,7 @@ def test_what_would_wait_is_not_recorded(device: str, strict: Recorder) -> None:
     fit(ours, our_sgd, data, loss_fn=loss_fn)
     assert strict.recorded == 0
     assert_same(ours, our_sgd, theirs, their_sgd)
-    lowered = cnnrs.model.lowering.lower(ours)
+    lowered = lower(ours)
     said = cuda_graph.obstacle(lowered, loss_fn, our_sgd, torch.device(device))
     assert said == "PyTorch's cross entropy with class weights and label smoothing waits for the device"
 
@@ -283,3 +322,20 @@ def test_another_choice_of_kernels_is_recorded_anew(
             assert recorder.recorded == recorded
     finally:
         switch(False)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.1, 0.3, 1e-3])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_a_learning_rate_on_the_device_is_a_float32_number(make: Any, rate: float, device: str) -> None:
+    """What fused kernels make of a tensor they make of the same number, too, bit by bit."""
+    generator = torch.Generator().manual_seed(0)
+    weights, gradients = torch.randn(2, 1000, generator=generator)
+    results = []
+    for given in (torch.tensor(rate, device=device), torch.tensor(rate).item()):
+        p = nn.Parameter(weights.clone().to(device))
+        optimizer = make([p], lr=given, fused=True)
+        for _ in range(3):
+            p.grad = gradients.clone().to(device)
+            optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)

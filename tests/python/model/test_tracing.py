@@ -324,7 +324,8 @@ def test_the_model_trains_as_in_the_plain_loop(function: Any, engine: str) -> No
     ours, loop = net(function), net(function)
     # What is played steps as PyTorch's fused optimizers do.
     fused = None if engine == "torch" else True
-    sgds = [torch.optim.Adam(model.parameters(), lr=0.01, fused=fused) for model in (ours, loop)]
+    # Which read learning rates as float32.
+    sgds = [torch.optim.Adam(model.parameters(), lr=2**-7, fused=fused) for model in (ours, loop)]
     taken: Any = "torch" if engine == "torch" and cnnrs.explain(ours).operations else "auto"
     seed()
     with nullcontext() if engine == "torch" else which_engine.played():
