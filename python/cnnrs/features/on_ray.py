@@ -24,8 +24,9 @@ from cnnrs.features.extract import Extractor, kept
 from cnnrs.features.features import Features
 from cnnrs.features.plan import Plan
 from cnnrs.features.precision import Precision, type_name
+from cnnrs.features.preparation import source_of
 from cnnrs.features.samples import Data, elsewhere
-from cnnrs.features.session import Session, source_of
+from cnnrs.features.session import Session
 from cnnrs.features.store import Store
 from cnnrs.features.update import File, Item, Update, placed, runs_of
 from cnnrs.model.backbone import Backbone, resolve

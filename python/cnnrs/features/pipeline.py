@@ -128,7 +128,8 @@ class Pipeline:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             there = rows.on(lambda tensor: _to_host(tensor, stream))
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # Who waits for it sleeps: the loader's threads need the cores.
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(stream)
         return there, event
 

@@ -18,7 +18,8 @@ from cnnrs.features import distributed
 from cnnrs.features.extract import Extractor
 from cnnrs.features.features import Features
 from cnnrs.features.precision import Precision, type_name
-from cnnrs.features.session import Session, source_of
+from cnnrs.features.preparation import source_of
+from cnnrs.features.session import Session
 from cnnrs.features.store import Store
 from cnnrs.model.backbone import resolve
 from cnnrs.model.modes import frozen, on_device

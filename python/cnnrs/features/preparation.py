@@ -4,15 +4,69 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch import nn
+from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 
+from cnnrs.data.loader import DataLoader
+from cnnrs.features.samples import Data
 from cnnrs.image.lowering import lower
 from cnnrs.image.spec import kept_ops
 from cnnrs.model.backbone import Backbone
+from cnnrs.model.modes import device_of
+
+
+def source_of(
+    data: Iterable[Any] | Dataset[Any],
+    body: nn.Module,
+    batch_size: int | None,
+    num_workers: int | None,
+    any_transform: bool,
+) -> Data:
+    """The images, with the transform that the weights want where they have none.
+
+    ``batch_size`` None: as many at a time as the device of ``body`` is fast with.
+
+    Raises:
+        ValueError: they have another one, and `any_transform` is not set.
+    """
+    loader: Any = data
+    if isinstance(data, Dataset):
+        if batch_size is None:
+            batch_size = 256 if device_of(body).type == "cuda" else 32
+        wanted = body.transform if isinstance(body, Backbone) else None
+        loader = DataLoader(with_transform(data, wanted), batch_size=batch_size, num_workers=num_workers)
+    source = Data(loader)
+    transforms = transforms_of(getattr(loader, "dataset", None))
+    if isinstance(body, Backbone) and not any_transform:
+        for transform in transforms:
+            check_transform(transform, body)
+    if None in transforms and _are_pictures(loader):
+        advice = "give preconv the data set itself, then it gets the one the weights want, or"
+        known = isinstance(body, Backbone) and body.transform is not None and not isinstance(data, Dataset)
+        raise ValueError(
+            f"the images have no transform that makes tensors of them: {advice if known else ''} "
+            "give the data set a transform, such as transforms.Compose([transforms.Resize((224, 224)), "
+            "transforms.ToTensor()])".replace("  ", " ")
+        )
+    return source
+
+
+def _are_pictures(loader: Any) -> bool:
+    """Whether the first sample is a picture that nobody has made a tensor of, and the loader does not either."""
+    from PIL import Image
+
+    if not isinstance(loader, torch.utils.data.DataLoader) or loader.collate_fn is not default_collate:
+        return False
+    try:
+        image, _ = loader.dataset[0]
+    except Exception:
+        # The loader meets the fault too, and says what its on_error wants.
+        return False
+    return isinstance(image, Image.Image)
 
 
 def with_transform(dataset: Dataset[Any], transform: Any) -> Dataset[Any]:

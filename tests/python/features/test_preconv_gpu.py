@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torchvision import transforms
 
 import cnnrs
-from cnnrs.engine import cuda_capture
 from cnnrs.engine.recording import WARM_UP
-from cnnrs.features.pipeline import Pipeline
-from cnnrs.features.recorded import Recorded
 from fake_cuda import FakeCuda
+from gpu_batches import TRANSFORM, Large, batches, layers, preconv
 
-TRANSFORM = transforms.Compose(
-    [transforms.Resize((24, 24)), transforms.ToTensor(), transforms.Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.4])]
-)
 DEVICES = ["cuda:0", "cuda:1"]
-
-
-def layers() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 22 * 22, 5))
-
-
-def batches(count: int = 7, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(size, 3, 24, 24, generator=generator), torch.arange(size)) for _ in range(count)]
 
 
 def waits(cuda: FakeCuda) -> list[str]:
     """For what the host waited, but for rows, which must have landed."""
     return [one for one in cuda.waits if not one.startswith("Event.synchronize")]
-
-
-def preconv(data: Any, model: Any, **options: Any) -> cnnrs.Features:
-    return cnnrs.preconv(data, model, **({"verbose": False} | options))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -123,14 +102,18 @@ def test_two_batches_are_under_way_while_the_host_takes_a_third(fake_cuda: FakeC
             taken.append(number)
             yield batch
 
-    synchronized: list[int] = []
+    synchronized: list[tuple[int, bool]] = []
     real = torch.cuda.Event.synchronize
-    torch.cuda.Event.synchronize = lambda self: (synchronized.append(len(taken)), real(self))[1]  # type: ignore
-    try:
+
+    def synchronize(event: Any) -> None:
+        synchronized.append((len(taken), event.blocking))
+        real(event)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda.Event, "synchronize", synchronize)
         preconv(data(), layers().cuda(), engine="python")
-    finally:
-        torch.cuda.Event.synchronize = real  # type: ignore[method-assign]
-    assert synchronized == [3, 4, 5, 6, 6, 6]
+    # Asleep: the loader's threads need the cores.
+    assert synchronized == [(count, True) for count in (3, 4, 5, 6, 6, 6)]
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -196,19 +179,6 @@ def test_streams_are_made_once(fake_cuda: FakeCuda) -> None:
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-class Large(nn.Module):
-    """More than float16 can hold, and what becomes of it."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((1, 3 * 24 * 24), 300.0))
-        self.kind = kind
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x.flatten(1).abs() + 1, self.weight)
-        return y - y if self.kind == "NaN" else y
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
@@ -284,127 +254,6 @@ def test_low_precision_is_autocast_with_weights_cast_once(
     casts = [what for what, _ in fake_cuda.launches].count("aten::_to_copy")
     # Four weights once, the images of batches that are not replayed, the rows; or images, weights and rows every time.
     assert casts == (4 + (WARM_UP + 1) + 7 if engine == "auto" else 7 * (1 + 4 + 1))
-
-
-def test_a_resumed_run_has_the_same_bytes(
-    fake_cuda: FakeCuda, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first run replays where the second one calls, and the other way round."""
-    data = cnnrs.ImageFolder(folder, TRANSFORM)
-
-    def run(out: str) -> bytes:
-        preconv(data, layers().cuda(), out=tmp_path / out, batch_size=2)
-        return (tmp_path / out / "features.npy").read_bytes()
-
-    expected = run("whole")
-    launch = Pipeline._launch
-    left = [9]
-
-    def interrupted(self: Pipeline, inputs: torch.Tensor) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        return launch(self, inputs)
-
-    monkeypatch.setattr(Pipeline, "_launch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run("killed")
-    assert not (tmp_path / "killed" / "features.npy").exists()
-    assert run("killed") == expected and -10 < left[0] < -3
-
-
-# -- a recording -------------------------------------------------------------------------------------------------------
-
-
-def replays(cuda: FakeCuda) -> int:
-    return len([what for what, _ in cuda.launches if what == "a graph"])
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"dtype": "float16"}])
-def test_full_batches_are_replayed(fake_cuda: FakeCuda, device: str, options: Any) -> None:
-    data = [*batches(8), (batches(1)[0][0][:3], torch.arange(3))]
-    expected = preconv(data, layers().to(device), engine="python", **options)
-    assert replays(fake_cuda) == 0
-    found = preconv(data, layers().to(device), **options)
-    # After those that warm up, and the one that it is compared with.
-    assert replays(fake_cuda) == 8 - WARM_UP
-    assert torch.equal(found.features, expected.features)
-
-
-def test_what_is_no_graph_or_draws_is_called(fake_cuda: FakeCuda) -> None:
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = layers()
-            self.calls = 0
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.calls += 1
-            return self.layers(x)  # type: ignore[no-any-return]
-
-    class Drawing(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.dropout(x.flatten(1))
-
-    model = Counting().cuda()
-    preconv(batches(), model)
-    assert model.calls == 7
-    with pytest.warns(UserWarning, match="drawn at random"):
-        preconv(batches(), nn.Sequential(Drawing(), nn.Linear(1728, 2)).cuda())
-    assert replays(fake_cuda) == 0
-
-
-def test_a_recording_that_fails_is_said_once_and_loses_nothing(
-    fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(work: Callable[[], None], stream: Any) -> Callable[[], None]:
-        try:
-            raise RuntimeError("an operation that waits\nC++ stack")
-        finally:
-            # As CUDA does about the end of a recording that went wrong.
-            raise RuntimeError("operation failed due to a previous error during capture")
-
-    expected = preconv(batches(), layers().cuda()).features
-    monkeypatch.setitem(cuda_capture.RECORDERS, "cuda", fails)
-    words = "is called for every batch: RuntimeError: an operation that waits$"
-    with pytest.warns(UserWarning, match=words) as notes:
-        assert torch.equal(preconv(batches(), layers().cuda()).features, expected)
-    assert len([one for one in notes if "CUDA graph" in str(one.message)]) == 1
-
-
-def test_a_network_that_waits_is_called(fake_cuda: FakeCuda) -> None:
-    network = Recorded(lambda x: x * x.sum().item(), torch.device("cuda:1"))
-    with pytest.warns(UserWarning, match="is called for every batch: HostWait: the host waits while a graph is rec"):
-        for number in range(8):
-            assert network(torch.full((2,), float(number)).to("cuda:1")).tolist() == [2.0 * number**2] * 2
-
-
-def test_ctrl_c_while_recording_is_ctrl_c(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(work: Callable[[], None], stream: Any) -> Callable[[], None]:
-        try:
-            raise KeyboardInterrupt
-        finally:
-            raise RuntimeError("operation failed due to a previous error during capture")
-
-    monkeypatch.setitem(cuda_capture.RECORDERS, "cuda", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        preconv(batches(), layers().cuda())
-
-
-def test_a_replay_that_computes_something_else_is_not_used(
-    fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = preconv(batches(), layers().cuda()).features
-    real = cuda_capture._record
-
-    def wrong(work: Callable[[], None], stream: Any) -> Callable[[], None]:
-        real(work, stream)
-        return lambda: None
-
-    monkeypatch.setitem(cuda_capture.RECORDERS, "cuda", wrong)
-    with pytest.warns(UserWarning, match="its replay computes other numbers"):
-        assert torch.equal(preconv(batches(), layers().cuda()).features, expected)
 
 
 # -- device= -----------------------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ class Event:
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, **_: Any) -> None:
         self.key = next(_now().numbers)
+        self.blocking = blocking
         self.device: torch.device | None = None
         _now().syncs.create_event(self.key)
 
