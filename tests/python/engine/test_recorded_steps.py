@@ -120,9 +120,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "rest": Rest,
     "resnet18": lambda: zoo.resnet18(weights=None),
     "mobilenet_v3_small": lambda: zoo.mobilenet_v3_small(weights=None),
-    # With stochastic depth in training.
-    "convnext_tiny": lambda: zoo.convnext_tiny(weights=None).eval(),
-    "efficientnet_b0": lambda: zoo.efficientnet_b0(weights=None).eval(),
+    "convnext_tiny": lambda: zoo.convnext_tiny(weights=None),
+    "efficientnet_b0": lambda: zoo.efficientnet_b0(weights=None),
 }
 
 
