@@ -169,8 +169,9 @@ def _last(x: torch.Tensor) -> torch.Tensor:
 
 def _new(n: int, c: int, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, C, H, W) in ``channels_last``, and the same memory as (N, H, W, C)."""
-    memory = torch.empty(n, h, w, c)
-    return memory.permute(0, 3, 1, 2), memory
+    # Not the other way round: autograd lets nobody overwrite a view that a Function returns.
+    images = torch.empty((n, c, h, w), dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    return images, images.permute(0, 2, 3, 1)
 
 
 class _Conv3x3(torch.autograd.Function):
@@ -231,7 +232,7 @@ class _Depthwise(torch.autograd.Function):
                 [True, False, False],
             )[0]  # fmt: skip
         if ctx.needs_input_grad[1]:
-            dw = torch.empty(weight.shape)
+            dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
             ctx.native.depthwise_weight(_last(x), _last(derivative), dw, stride, padding)
         if ctx.needs_input_grad[2]:
             db = derivative.sum((0, 2, 3))
@@ -252,7 +253,7 @@ class _BatchNorm(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
         ctx.training = mean is None
         if mean is None or var is None:
-            mean, var = torch.empty(x.shape[1]), torch.empty(x.shape[1])
+            mean, var = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
         output, memory = _new(*x.shape)
         other = None if residual is None else _last(residual)
         native.batch_norm(_last(x), other, weight, bias, mean, var, ctx.training, eps, activation, memory)

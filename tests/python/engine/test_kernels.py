@@ -100,7 +100,9 @@ def sequential(*layers: nn.Module) -> nn.Module:
         sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, dilation=2), nn.Conv2d(16, 8, 3), nn.Conv2d(8, 16, 3)),
         sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=4), nn.Conv2d(16, 32, 3, groups=16), nn.Tanh()),
         sequential(nn.Conv2d(3, 20, 1), nn.Conv2d(20, 20, 7, padding=3, groups=20), nn.Conv2d(20, 8, 3, groups=4)),
-        # Two batch norms meet in a sum; one is read twice.
+        # What a kernel returns is overwritten.
+        sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.ReLU(True), nn.BatchNorm2d(16), nn.LeakyReLU(0.1, True)),
+        # One batch norm behind the other.
         sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, eps=0.1), nn.BatchNorm2d(16), nn.Hardswish()),
         # As many pixels as make no whole vectors.
         sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.SiLU(), nn.Conv2d(10, 10, 3), nn.BatchNorm2d(10)),
@@ -242,6 +244,19 @@ def test_wrong_kernels_are_found_and_not_used(fast: None, monkeypatch: pytest.Mo
     theirs, their_model, _ = trained("python", model, data)
     assert [loss for loss, _ in ours[::2]] == [loss for loss, _ in theirs[::2]]
     assert all(torch.equal(a, b) for a, b in zip(our_model.parameters(), their_model.parameters(), strict=True))
+
+
+def test_the_default_dtype_is_not_that_of_the_values(fast: None) -> None:
+    torch.manual_seed(1)
+    model, data = Block(), batches(9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for epoch, dtype in enumerate((torch.float32, torch.float64)):
+        torch.set_default_dtype(dtype)
+        try:
+            loss, _ = cnnrs.fit(epoch, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert loss < 2.0
 
 
 def test_what_is_deterministic_stays_as_it_is(fast: None) -> None:
