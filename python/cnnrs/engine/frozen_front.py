@@ -23,7 +23,7 @@ from cnnrs.engine.kernels import Kernels
 from cnnrs.engine.memory_order import MemoryOrder
 from cnnrs.engine.verify import outputs_differ
 from cnnrs.model.lowering import Lowered
-from cnnrs.model.player import play
+from cnnrs.model.player import needed, play
 
 #: Below so many operations on numbers per batch, what is saved is little, and the plain loop's bits are kept.
 LEAST_FLOPS = 1 << 28
@@ -120,10 +120,8 @@ def _last(lowered: Lowered, training: bool, statistics_move: bool = True) -> int
     """The last node that alone, of all up to it, is read behind it, and behind which nothing is trained yet; or 0."""
     reads = lowered.graph.parameters()
     last_reader = list(range(len(lowered.operations)))
-    for number, (_, _, sources, attributes) in enumerate(lowered.operations):
-        # The number of samples is that of any value.
-        sizes = [dim[0] for dim in attributes.get("dims", ()) if isinstance(dim, tuple) and dim[1] != 0]
-        for node in (*sources, *sizes):
+    for number, operation in enumerate(lowered.operations):
+        for node in needed(operation):
             last_reader[node] = number
     best, read_until = 0, 0
     for number, (_, kind, _, attributes) in enumerate(lowered.operations):

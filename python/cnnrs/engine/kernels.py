@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from cnnrs import _cnnrs
 from cnnrs._records import Attributes
-from cnnrs.model.lowering import Lowered
-from cnnrs.model.player import Group, play
+from cnnrs.model.lowering import VIEWS, Lowered
+from cnnrs.model.player import Group, average_factor, needed, play
 
 #: Activations that are computed with a batch norm, and what they are alone.
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -57,11 +57,10 @@ class Kernels:
 def _groups(lowered: Lowered, start: int, kernels: Kernels) -> dict[int, Group]:
     """What is computed together behind a node, by the last of each group."""
     readers: list[list[int]] = [[] for _ in lowered.operations]
-    for number, (_, _, sources, _) in enumerate(lowered.operations):
-        for source in sources:
-            readers[source].append(number)
+    for number, operation in enumerate(lowered.operations):
+        for node in needed(operation):
+            readers[node].append(number)
     found: dict[int, Group] = {}
-    taken: set[int] = set()
     for number, (_, kind, sources, attributes) in enumerate(lowered.operations):
         if number <= start:
             continue
@@ -70,8 +69,7 @@ def _groups(lowered: Lowered, start: int, kernels: Kernels) -> dict[int, Group]:
         elif kind == "Conv2d" and _is_depthwise(lowered.tensors[attributes["weight"]], attributes):
             found[number] = Group((number,), tuple(sources), _depthwise(kernels, attributes))
         elif kind == "BatchNorm2d":
-            chain = _chain(lowered, number, readers, taken)
-            taken.update(chain)
+            chain = _chain(lowered, number, readers)
             rest = [lowered.operations[node] for node in chain[1:]]
             residual = [s for _, kind, sources, _ in rest if kind == "Add" for s in sources if s != number]
             activation = next((kind for _, kind, _, _ in rest if kind != "Add"), "")
@@ -95,18 +93,28 @@ def _is_depthwise(weight: torch.Tensor, attributes: Attributes) -> bool:
     return square and sizes and one == 1 and attributes["groups"] == channels >= _LANES
 
 
-def _chain(lowered: Lowered, norm: int, readers: list[list[int]], taken: set[int]) -> list[int]:
-    """A batch norm, and what alone reads it: an addition, an activation, or one behind the other."""
+def _chain(lowered: Lowered, norm: int, readers: list[list[int]]) -> list[int]:
+    """A batch norm, and what alone reads it: an addition, an activation, or one behind the other.
+
+    Each directly behind the one before: what lies between might overwrite what they read, or move the same statistics.
+    """
     chain = [norm]
     for kinds in (("Add",), tuple(_ACTIVATIONS)):
         last = chain[-1]
-        if last == lowered.output or len(readers[last]) != 1:
+        if last == lowered.output or readers[last] != [last + 1]:
             break
-        (next_,) = readers[last]
-        _, kind, sources, _ = lowered.operations[next_]
-        if kind in kinds and next_ not in taken and len(set(sources)) == len(sources):
-            chain.append(next_)
+        _, kind, sources, _ = lowered.operations[last + 1]
+        if kind in kinds and all(_is_kept(lowered, node, readers, last + 1) for node in sources if node != last):
+            chain.append(last + 1)
     return chain
+
+
+def _is_kept(lowered: Lowered, node: int, readers: list[list[int]], behind: int) -> bool:
+    """Whether nothing can overwrite a value behind another node: the derivative of an activation needs both of a sum."""
+    later = [lowered.operations[reader] for reader in readers[node] if reader > behind]
+    return lowered.operations[node][1] not in VIEWS and not any(
+        kind in VIEWS or attributes.get("inplace", False) for _, kind, _, attributes in later
+    )
 
 
 def _convolution(kernels: Kernels, attributes: Attributes) -> Any:
@@ -135,14 +143,11 @@ def _batch_norm(kernels: Kernels, attributes: Attributes, activation: str) -> An
             None if attributes[name] is None else tensors[attributes[name]]
             for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         )
-        momentum = attributes["momentum"]
-        if attributes["training"] and count is not None:
-            count.add_(1)
-            momentum = 1.0 / float(count) if momentum is None else momentum
+        momentum = average_factor(attributes, count)
         training = attributes["training"] or mean is None
         pixels, eps = x.numel() // x.shape[1], attributes["eps"]
         if not _fits(x, residual, pixels):
-            z = F.batch_norm(x, mean, var, weight, bias, training, momentum or 0.0, eps)
+            z = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
             return _ACTIVATIONS[activation](z if residual is None else z + residual)
         y, batch_mean, batch_var = _BatchNorm.apply(
             x, residual, weight, bias, None if training else mean, var, eps, activation, kernels.native
@@ -257,7 +262,8 @@ class _BatchNorm(torch.autograd.Function):
         output, memory = _new(*x.shape)
         other = None if residual is None else _last(residual)
         native.batch_norm(_last(x), other, weight, bias, mean, var, ctx.training, eps, activation, memory)
-        ctx.save_for_backward(x, residual, weight, bias, mean, var)
+        # Without an activation the derivative does not depend on it.
+        ctx.save_for_backward(x, residual if activation else None, weight, bias, mean, var)
         ctx.settings = eps, activation
         ctx.native = native
         ctx.set_materialize_grads(False)

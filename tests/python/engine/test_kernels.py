@@ -130,6 +130,61 @@ def test_sums_of_two_batch_norms_and_results_that_are_read_again() -> None:
     assert_as_exact(Shortcut(), torch.randn(2, 3, 8, 8))
 
 
+class Norms(nn.Module):
+    """Two batch norms, or one that is used twice."""
+
+    def __init__(self, shared: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 16, 1)
+        self.norm_a = nn.BatchNorm2d(16)
+        self.norm_b = self.norm_a if shared else nn.BatchNorm2d(16)
+        nn.init.constant_(self.b.bias, 5.0)
+
+
+class Reversed(Norms):
+    """The first batch norm's sum is behind the second one, which moves the same statistics."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(self.norm_a(self.a(x)) + self.norm_b(self.b(x))).mean((2, 3))
+
+
+class OverwrittenLater(Norms):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        other = self.norm_b(self.b(x))
+        y = F.silu(self.norm_a(self.a(x)) + other)
+        return (y + F.relu_(other)).mean((2, 3))
+
+
+class OverwrittenBetween(Norms):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        other = self.norm_b(self.b(x))
+        y = self.norm_a(self.a(x)) + other
+        other = F.relu_(other)
+        return (F.silu(y) + other).mean((2, 3))
+
+
+class Measured(Norms):
+    """Asks for the channels of a value that nobody reads else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm_a(self.a(x))
+        return F.silu(y).view(y.shape[0], y.shape[1], -1).mean(2) + F.silu(self.norm_b(self.b(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", [Reversed, OverwrittenLater, OverwrittenBetween, Measured])
+@pytest.mark.parametrize("shared", [False, True])
+def test_nothing_is_computed_too_late(kind: type[Norms], shared: bool) -> None:
+    torch.manual_seed(2)
+    assert_as_exact(kind(shared), torch.randn(2, 3, 8, 8))
+
+
+def test_a_batch_norm_that_neither_counts_nor_has_a_momentum_leaves_its_statistics() -> None:
+    torch.manual_seed(2)
+    model = sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16, momentum=None))
+    model[1].num_batches_tracked = None
+    assert_as_exact(model, torch.randn(2, 3, 8, 8))
+
+
 def test_the_kernels_are_there() -> None:
     lowered = lower(Block(nn.ReLU), True)
     kinds = [[lowered.kinds[node] for node in group.nodes] for group in Kernels(lowered).groups.values()]
