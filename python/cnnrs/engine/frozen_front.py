@@ -179,10 +179,8 @@ class Network:
         self, model: nn.Module, front: Front, *, orders: bool, training: bool, state: Callable[[], Any],
         called_back: bool, check: bool,
     ) -> None:  # fmt: skip
-        self.order = MemoryOrder(model, orders and not front.is_all, training, self._rest)
-        self._kernels = Kernels(front.whole, front.last)
-        #: What has just been found against them.
-        self._wrong = ""
+        self._rest = _Rest(front, check)
+        self.order = MemoryOrder(model, orders and not front.is_all, training, self._rest.on_copies)
         self._model = model
         self._front = front
         self._check = check
@@ -200,10 +198,10 @@ class Network:
         if self._front.is_all:
             return features
         ordered = self.order.ordered(features)
-        if self._wrong:
-            self._note(f"PyTorch's own kernels are used, because native ones do not do what they do: {self._wrong}")
-            self._wrong = ""
-        return self._behind(ordered, self._front.whole.tensors)
+        if self._rest.wrong:
+            self._note(f"PyTorch's own kernels are used, because native ones do not do what they do: {self._rest.wrong}")
+            self._rest.wrong = ""
+        return self._rest(ordered, self._front.whole.tensors)
 
     def _takes(self, inputs: Any) -> bool:
         if not self._is_on:
@@ -253,34 +251,6 @@ class Network:
         front = self._front.front
         return outputs_differ(play(front, front.tensors, inputs), features)
 
-    def _rest(self, features: torch.Tensor) -> torch.Tensor:
-        """What is behind the front, in ``channels_last`` and on copies of what it changes.
-
-        Raises:
-            ArithmeticError: native kernels do not do what PyTorch does.
-        """
-        generators = Generators()
-        outputs = self._behind(features, self._copied())
-        if self._check and features.isfinite().all():
-            # The same random numbers.
-            generators.put_back()
-            reason = outputs_differ(self._behind(features.contiguous(), self._copied()), outputs)
-        else:
-            reason = None
-        if reason:
-            self._wrong = reason
-            raise ArithmeticError(reason)
-        return outputs
-
-    def _copied(self) -> list[torch.Tensor]:
-        return [tensor.detach().clone() for tensor in self._front.whole.tensors]
-
-    def _behind(self, features: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
-        whole = self._front.whole
-        if features.is_contiguous():
-            return play(whole, tensors, features, start=self._front.last)
-        return self._kernels.play(whole, tensors, features)
-
     def _stop(self, reason: str = "") -> None:
         self._is_on, self._network, self._copies = False, None, []
         if reason:
@@ -288,3 +258,45 @@ class Network:
 
     def _note(self, text: str) -> None:
         note(f"fit, {type(self._model).__name__}: {text}")
+
+
+class _Rest:
+    """What is behind a front: in ``channels_last`` with native kernels, in any other order PyTorch's.
+
+    Attributes:
+        wrong: what was found against the kernels; "": nothing.
+    """
+
+    def __init__(self, front: Front, check: bool) -> None:
+        self.wrong = ""
+        self._front = front
+        self._check = check
+        self._kernels = Kernels(front.whole, front.last)
+
+    def __call__(self, features: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
+        whole = self._front.whole
+        if features.is_contiguous():
+            return play(whole, tensors, features, start=self._front.last)
+        return self._kernels.play(whole, tensors, features)
+
+    def on_copies(self, features: torch.Tensor) -> torch.Tensor:
+        """As the call, in ``channels_last`` and on copies of what it changes.
+
+        Raises:
+            ArithmeticError: native kernels do not do what PyTorch does.
+        """
+        generators = Generators()
+        outputs = self(features, self._copied())
+        if self._check and features.isfinite().all():
+            # The same random numbers.
+            generators.put_back()
+            reason = outputs_differ(self(features.contiguous(), self._copied()), outputs)
+        else:
+            reason = None
+        if reason:
+            self.wrong = reason
+            raise ArithmeticError(reason)
+        return outputs
+
+    def _copied(self) -> list[torch.Tensor]:
+        return [tensor.detach().clone() for tensor in self._front.whole.tensors]

@@ -8,6 +8,7 @@ else of a step stays PyTorch's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 _LANES = 16
 
 
+#: Gives the kernels, for as many threads as PyTorch has at that time.
+_Native = Callable[[], _cnnrs.Kernels]
+
+
 class Kernels:
     """The kernels of one network behind one of its nodes, and the memory in which they work.
 
@@ -37,16 +42,8 @@ class Kernels:
 
     def __init__(self, lowered: Lowered, start: int = 0) -> None:
         self._start = start
-        self.groups = _groups(lowered, start, self)
-        self._native: _cnnrs.Kernels | None = None
-
-    @property
-    def native(self) -> _cnnrs.Kernels:
-        """Made when it is needed first: for as many threads as PyTorch has then."""
-        if self._native is None:
-            library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-            self._native = _cnnrs.Kernels(torch.get_num_threads(), str(library))
-        return self._native
+        # No group knows the whole: their memory, often hundreds of megabytes, would wait for the collector of cycles.
+        self.groups = _groups(lowered, start, _native())
 
     def play(self, lowered: Lowered, tensors: list[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
         """As :func:`~cnnrs.model.player.play`, with ``inputs`` in ``channels_last``."""
@@ -54,7 +51,13 @@ class Kernels:
         return play(lowered, tensors, inputs, start=self._start, groups=self.groups)
 
 
-def _groups(lowered: Lowered, start: int, kernels: Kernels) -> dict[int, Group]:
+def _native() -> _Native:
+    library = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+    made = lru_cache(maxsize=1)(lambda threads: _cnnrs.Kernels(threads, library))
+    return lambda: made(torch.get_num_threads())
+
+
+def _groups(lowered: Lowered, start: int, native: _Native) -> dict[int, Group]:
     """What is computed together behind a node, by the last of each group."""
     readers: list[list[int]] = [[] for _ in lowered.operations]
     for number, operation in enumerate(lowered.operations):
@@ -65,15 +68,15 @@ def _groups(lowered: Lowered, start: int, kernels: Kernels) -> dict[int, Group]:
         if number <= start:
             continue
         if kind == "Conv2d" and _is_3x3(lowered.tensors[attributes["weight"]], attributes):
-            found[number] = Group((number,), tuple(sources), _convolution(kernels, attributes))
+            found[number] = Group((number,), tuple(sources), _convolution(native, attributes))
         elif kind == "Conv2d" and _is_depthwise(lowered.tensors[attributes["weight"]], attributes):
-            found[number] = Group((number,), tuple(sources), _depthwise(kernels, attributes))
+            found[number] = Group((number,), tuple(sources), _depthwise(native, attributes))
         elif kind == "BatchNorm2d":
             chain = _chain(lowered, number, readers)
             rest = [lowered.operations[node] for node in chain[1:]]
             residual = [s for _, kind, sources, _ in rest if kind == "Add" for s in sources if s != number]
             activation = next((kind for _, kind, _, _ in rest if kind != "Add"), "")
-            run = _batch_norm(kernels, attributes, activation)
+            run = _batch_norm(native, attributes, activation)
             found[chain[-1]] = Group(tuple(chain), (*sources, *residual), run)
     return found
 
@@ -117,26 +120,26 @@ def _is_kept(lowered: Lowered, node: int, readers: list[list[int]], behind: int)
     )
 
 
-def _convolution(kernels: Kernels, attributes: Attributes) -> Any:
+def _convolution(native: _Native, attributes: Attributes) -> Any:
     def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
         bias = None if attributes["bias"] is None else tensors[attributes["bias"]]
         weight, padding = tensors[attributes["weight"]], attributes["padding"][0]
-        return _Conv3x3.apply(values[0], weight, bias, padding, kernels.native)  # type: ignore[no-any-return]
+        return _Conv3x3.apply(values[0], weight, bias, padding, native())  # type: ignore[no-any-return]
 
     return run
 
 
-def _depthwise(kernels: Kernels, attributes: Attributes) -> Any:
+def _depthwise(native: _Native, attributes: Attributes) -> Any:
     def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
         bias = None if attributes["bias"] is None else tensors[attributes["bias"]]
         stride, padding = attributes["stride"][0], attributes["padding"][0]
         weight = tensors[attributes["weight"]]
-        return _Depthwise.apply(values[0], weight, bias, stride, padding, kernels.native)  # type: ignore[no-any-return]
+        return _Depthwise.apply(values[0], weight, bias, stride, padding, native())  # type: ignore[no-any-return]
 
     return run
 
 
-def _batch_norm(kernels: Kernels, attributes: Attributes, activation: str) -> Any:
+def _batch_norm(native: _Native, attributes: Attributes, activation: str) -> Any:
     def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
         x, residual = values[0], values[1] if len(values) > 1 else None
         weight, bias, mean, var, count = (
@@ -150,7 +153,7 @@ def _batch_norm(kernels: Kernels, attributes: Attributes, activation: str) -> An
             z = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
             return _ACTIVATIONS[activation](z if residual is None else z + residual)
         y, batch_mean, batch_var = _BatchNorm.apply(
-            x, residual, weight, bias, None if training else mean, var, eps, activation, kernels.native
+            x, residual, weight, bias, None if training else mean, var, eps, activation, native()
         )
         if attributes["training"] and mean is not None and var is not None:
             with torch.no_grad():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -312,6 +314,34 @@ def test_the_default_dtype_is_not_that_of_the_values(fast: None) -> None:
         finally:
             torch.set_default_dtype(torch.float32)
         assert loss < 2.0
+
+
+def test_their_memory_goes_with_the_epoch(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Kernels] = weakref.WeakSet()
+    play = Kernels.play
+    monkeypatch.setattr(Kernels, "play", lambda self, *a: alive.add(self) or play(self, *a))
+    model, data = Block(), batches(9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    gc.collect()
+    gc.disable()
+    try:
+        for epoch in range(2):
+            cnnrs.fit(epoch, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+            assert not alive
+    finally:
+        gc.enable()
+
+
+def test_they_have_as_many_threads_as_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    native = _cnnrs.Kernels
+    monkeypatch.setattr(_cnnrs, "Kernels", lambda threads, library: made.append(threads) or native(threads, library))
+    lowered = lower(Block(), True)
+    kernels = Kernels(lowered)
+    for threads in (2, 2, 1):
+        torch.set_num_threads(threads)
+        kernels.play(lowered, lowered.tensors, torch.randn(2, 3, 8, 8)).sum().backward()
+    assert made == [2, 1]
 
 
 def test_what_is_deterministic_stays_as_it_is(fast: None) -> None:
