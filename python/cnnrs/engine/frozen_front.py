@@ -180,7 +180,8 @@ class Network:
         called_back: bool, check: bool,
     ) -> None:  # fmt: skip
         self._rest = _Rest(front, check)
-        self.order = MemoryOrder(model, orders and not front.is_all, training, self._rest.on_copies)
+        part = front.last, repr(front.whole.operations)
+        self.order = MemoryOrder(model, orders and not front.is_all, training, self._rest.on_copies, part)
         self._model = model
         self._front = front
         self._check = check

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,10 +66,10 @@ def said(model: nn.Module) -> str | None:
         return None
     if reason := obstacle(model):
         return f"order of memory: that of the batches, because {reason}"
-    for (shape, _, called), trial in _MEASURED.get(model, {}).items():
+    for (shape, _, part), trial in reversed(_MEASURED.get(model, {}).items()):
         if trial.fails:
             return "order of memory: that of the batches, because the model does not run in channels_last"
-        other = "channels_last" if called else "channels_last with native kernels"
+        other = "channels_last" if part is None else "channels_last with native kernels"
         if trial.is_over:
             plain, last = (1e3 * min(trial.seconds[order][1:]) for order in (False, True))
             chosen = other if trial.last else "that of the batches"
@@ -121,13 +121,16 @@ class MemoryOrder:
         training: whether batches are timed; validation follows what is known.
         rest: the part of the model that gets them, on copies of what it changes; None: the model gets them. Of what it
             consists of nothing sees strides.
+        part: what ``rest`` computes, equal where that is the same; what else is known is about another network.
     """
 
     def __init__(
-        self, model: nn.Module, allowed: bool, training: bool, rest: Callable[[torch.Tensor], Any] | None = None
-    ) -> None:
+        self, model: nn.Module, allowed: bool, training: bool, rest: Callable[[torch.Tensor], Any] | None = None,
+        part: Hashable = None,
+    ) -> None:  # fmt: skip
         self._model = model
         self._rest = rest
+        self._part = part
         self._training = training
         if rest is None:
             may = allowed and obstacle(model) is None
@@ -142,7 +145,7 @@ class MemoryOrder:
         self._timed, self._seconds = None, 0.0
         if self._known is None or not _may_change(inputs):
             return inputs
-        form = (tuple(inputs.shape[1:]), torch.get_num_threads(), self._rest is None)
+        form = (tuple(inputs.shape[1:]), torch.get_num_threads(), self._part)
         trial = self._known.get(form)
         if trial is None:
             enough = inputs[:, 0] if self._rest is None else inputs

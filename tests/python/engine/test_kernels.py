@@ -303,6 +303,18 @@ def test_wrong_kernels_are_found_and_not_used(fast: None, monkeypatch: pytest.Mo
     assert all(torch.equal(a, b) for a, b in zip(our_model.parameters(), their_model.parameters(), strict=True))
 
 
+def test_another_network_of_the_same_module_is_tried_anew(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    model, data = Block(), batches(9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    cnnrs.fit(0, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+    model.act = nn.Hardswish()
+    original = Kernels.play
+    monkeypatch.setattr(Kernels, "play", lambda self, *a: original(self, *a) * 1.01)
+    with pytest.warns(UserWarning, match="PyTorch's own kernels are used"):
+        cnnrs.fit(1, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+
+
 def test_the_default_dtype_is_not_that_of_the_values(fast: None) -> None:
     torch.manual_seed(1)
     model, data = Block(), batches(9)
