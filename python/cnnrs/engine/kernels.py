@@ -175,6 +175,11 @@ def _last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
 
 
+def _dense(parameter: torch.Tensor | None) -> Any:
+    """A parameter or buffer in the order of its indices."""
+    return None if parameter is None else parameter.detach().contiguous()
+
+
 def _new(n: int, c: int, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, C, H, W) in ``channels_last``, and the same memory as (N, H, W, C)."""
     # Not the other way round: autograd lets nobody overwrite a view that a Function returns.
@@ -193,7 +198,7 @@ class _Conv3x3(torch.autograd.Function):
         n, _, h, w = x.shape
         last = _last(x)
         output, memory = _new(n, len(weight), h + 2 * padding - 2, w + 2 * padding - 2)
-        native.conv3x3(last, weight.detach().contiguous(), bias, memory, padding, False)
+        native.conv3x3(last, _dense(weight), _dense(bias), memory, padding, False)
         ctx.save_for_backward(x, weight)
         ctx.padding, ctx.native = padding, native
         return output
@@ -202,7 +207,7 @@ class _Conv3x3(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, derivative: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        filters, last = weight.detach().contiguous(), _last(derivative)
+        filters, last = _dense(weight), _last(derivative)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx, memory = _new(*x.shape)
@@ -264,7 +269,8 @@ class _BatchNorm(torch.autograd.Function):
             mean, var = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
         output, memory = _new(*x.shape)
         other = None if residual is None else _last(residual)
-        native.batch_norm(_last(x), other, weight, bias, mean, var, ctx.training, eps, activation, memory)
+        vectors = map(_dense, (weight, bias, mean, var))
+        native.batch_norm(_last(x), other, *vectors, ctx.training, eps, activation, memory)
         # Without an activation the derivative does not depend on it.
         ctx.save_for_backward(x, residual if activation else None, weight, bias, mean, var)
         ctx.settings = eps, activation
@@ -277,16 +283,16 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, derivative: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        x, residual, weight, bias, mean, var = ctx.saved_tensors
+        x, residual, *vectors = ctx.saved_tensors
         if derivative is None:
             return (None,) * 9
         needs = ctx.needs_input_grad
         dx, dx_memory = _new(*x.shape) if needs[0] else (None, None)
         dr, dr_memory = _new(*x.shape) if needs[1] else (None, None)
-        dw, db = torch.empty_like(mean), torch.empty_like(mean)
+        dw, db = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
         other = None if residual is None else _last(residual)
         ctx.native.batch_norm_backward(
-            _last(derivative), _last(x), other, weight, bias, mean, var, ctx.training, *ctx.settings,
+            _last(derivative), _last(x), other, *map(_dense, vectors), ctx.training, *ctx.settings,
             (dx_memory, dr_memory, dw, db),
         )  # fmt: skip
         return dx, dr, dw if needs[2] else None, db if needs[3] else None, None, None, None, None, None

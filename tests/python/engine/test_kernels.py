@@ -132,6 +132,20 @@ def test_sums_of_two_batch_norms_and_results_that_are_read_again() -> None:
     assert_as_exact(Shortcut(), torch.randn(2, 3, 8, 8))
 
 
+def test_parameters_and_buffers_lie_as_they_like() -> None:
+    torch.manual_seed(2)
+    model = sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.BatchNorm2d(16).eval(), nn.SiLU())
+    for tensor in (model[1].bias, *(t for norm in model[2:4] for t in (norm.weight, norm.bias, norm.running_var))):
+        tensor.data = (torch.rand(32) + 0.5)[::2]
+    lowered, inputs = lower(model, True), torch.randn(2, 3, 8, 8)
+    ours, theirs = Kernels(lowered).play(lowered, lowered.tensors, inputs), model(inputs)
+    torch.testing.assert_close(ours, theirs)
+    # A bias in front of a batch norm has no gradient but rounding.
+    weights = [parameter for name, parameter in model.named_parameters() if name not in ("0.bias", "1.bias")]
+    got, wanted = (torch.autograd.grad(y.square().sum(), weights) for y in (ours, theirs))
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
 class Norms(nn.Module):
     """Two batch norms, or one that is used twice."""
 
