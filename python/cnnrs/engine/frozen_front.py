@@ -200,7 +200,9 @@ class Network:
             return features
         ordered = self.order.ordered(features)
         if self._rest.wrong:
-            self._note(f"PyTorch's own kernels are used, because native ones do not do what they do: {self._rest.wrong}")
+            self._note(
+                f"PyTorch's own kernels are used, because native ones do not do what they do: {self._rest.wrong}"
+            )
             self._rest.wrong = ""
         return self._rest(ordered, self._front.whole.tensors)
 

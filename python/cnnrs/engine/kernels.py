@@ -7,14 +7,13 @@ else of a step stays PyTorch's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from cnnrs import _cnnrs
 from cnnrs._records import Attributes
@@ -113,7 +112,7 @@ def _chain(lowered: Lowered, norm: int, readers: list[list[int]]) -> list[int]:
 
 
 def _is_kept(lowered: Lowered, node: int, readers: list[list[int]], behind: int) -> bool:
-    """Whether nothing can overwrite a value behind another node: the derivative of an activation needs both of a sum."""
+    """Whether nothing overwrites a value behind another node: the derivative of an activation needs both of a sum."""
     later = [lowered.operations[reader] for reader in readers[node] if reader > behind]
     return lowered.operations[node][1] not in VIEWS and not any(
         kind in VIEWS or attributes.get("inplace", False) for _, kind, _, attributes in later
@@ -150,8 +149,7 @@ def _batch_norm(native: _Native, attributes: Attributes, activation: str) -> Any
         training = attributes["training"] or mean is None
         pixels, eps = x.numel() // x.shape[1], attributes["eps"]
         if not _fits(x, residual, pixels):
-            z = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-            return _ACTIVATIONS[activation](z if residual is None else z + residual)
+            return _plain(x, residual, weight, bias, mean, var, training, momentum, eps, activation)
         y, batch_mean, batch_var = _BatchNorm.apply(
             x, residual, weight, bias, None if training else mean, var, eps, activation, native()
         )
@@ -162,6 +160,14 @@ def _batch_norm(native: _Native, attributes: Attributes, activation: str) -> Any
         return y  # type: ignore[no-any-return]
 
     return run
+
+
+def _plain(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    mean: torch.Tensor | None, var: torch.Tensor | None, training: bool, momentum: float, eps: float, activation: str,
+) -> torch.Tensor:  # fmt: skip
+    z = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    return _ACTIVATIONS[activation](z if residual is None else z + residual)
 
 
 def _fits(x: torch.Tensor, residual: torch.Tensor | None, pixels: int) -> bool:
@@ -187,6 +193,18 @@ def _new(n: int, c: int, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, images.permute(0, 2, 3, 1)
 
 
+def _again(
+    run: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor | None, ...], needs: Sequence[bool],
+    derivative: torch.Tensor,
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """The gradients through PyTorch's own operations: where ``create_graph`` asks for derivatives of them, too."""
+    # Views: one of the inputs may have been computed from another.
+    views = [None if x is None else x.view_as(x) for x in inputs]
+    wanted = [view for view, needed in zip(views, needs, strict=False) if needed and view is not None]
+    found = iter(torch.autograd.grad(run(*views), wanted, derivative, create_graph=True))
+    return [next(found) if needed else None for _, needed in zip(inputs, needs, strict=False)]
+
+
 class _Conv3x3(torch.autograd.Function):
     """3 x 3, stride 1, the same padding on all sides."""
 
@@ -199,14 +217,16 @@ class _Conv3x3(torch.autograd.Function):
         last = _last(x)
         output, memory = _new(n, len(weight), h + 2 * padding - 2, w + 2 * padding - 2)
         native.conv3x3(last, _dense(weight), _dense(bias), memory, padding, False)
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         ctx.padding, ctx.native = padding, native
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, derivative: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            run = partial(F.conv2d, padding=ctx.padding)
+            return (*_again(run, (x, weight, bias), ctx.needs_input_grad, derivative), None, None)
         filters, last = _dense(weight), _last(derivative)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
@@ -228,16 +248,18 @@ class _Depthwise(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, padding: int,
         native: _cnnrs.Kernels,
     ) -> torch.Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         ctx.settings = stride, padding
         ctx.native = native
         return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, derivative: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
         stride, padding = ctx.settings
+        if torch.is_grad_enabled():
+            run = partial(F.conv2d, stride=stride, padding=padding, groups=len(weight))
+            return (*_again(run, (x, weight, bias), ctx.needs_input_grad, derivative), None, None, None)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = torch.ops.aten.convolution_backward(
@@ -269,10 +291,11 @@ class _BatchNorm(torch.autograd.Function):
             mean, var = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
         output, memory = _new(*x.shape)
         other = None if residual is None else _last(residual)
-        vectors = map(_dense, (weight, bias, mean, var))
-        native.batch_norm(_last(x), other, *vectors, ctx.training, eps, activation, memory)
-        # Without an activation the derivative does not depend on it.
-        ctx.save_for_backward(x, residual if activation else None, weight, bias, mean, var)
+        native.batch_norm(
+            _last(x), other, _dense(weight), _dense(bias), _dense(mean), _dense(var), ctx.training, eps, activation,
+            memory,
+        )  # fmt: skip
+        ctx.save_for_backward(x, residual, weight, bias, mean, var)
         ctx.settings = eps, activation
         ctx.native = native
         ctx.set_materialize_grads(False)
@@ -281,18 +304,25 @@ class _BatchNorm(torch.autograd.Function):
         return (output, mean, var) if ctx.training else (output, None, None)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, derivative: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        x, residual, *vectors = ctx.saved_tensors
+        x, residual, weight, bias, mean, var = ctx.saved_tensors
         if derivative is None:
             return (None,) * 9
         needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            mean, var = (None, None) if ctx.training else (mean, var)
+            rest = mean, var, ctx.training, 0.0, *ctx.settings
+
+            def run(*inputs: Any) -> torch.Tensor:
+                return _plain(*(*inputs, *rest))
+
+            return (*_again(run, (x, residual, weight, bias), needs, derivative), *[None] * 5)
         dx, dx_memory = _new(*x.shape) if needs[0] else (None, None)
         dr, dr_memory = _new(*x.shape) if needs[1] else (None, None)
         dw, db = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
         other = None if residual is None else _last(residual)
         ctx.native.batch_norm_backward(
-            _last(derivative), _last(x), other, *map(_dense, vectors), ctx.training, *ctx.settings,
-            (dx_memory, dr_memory, dw, db),
+            _last(derivative), _last(x), other, _dense(weight), _dense(bias), _dense(mean), _dense(var), ctx.training,
+            *ctx.settings, (dx_memory, dr_memory, dw, db),
         )  # fmt: skip
         return dx, dr, dw if needs[2] else None, db if needs[3] else None, None, None, None, None, None

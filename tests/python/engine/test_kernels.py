@@ -103,7 +103,7 @@ def sequential(*layers: nn.Module) -> nn.Module:
         sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=4), nn.Conv2d(16, 32, 3, groups=16), nn.Tanh()),
         sequential(nn.Conv2d(3, 20, 1), nn.Conv2d(20, 20, 7, padding=3, groups=20), nn.Conv2d(20, 8, 3, groups=4)),
         # What a kernel returns is overwritten.
-        sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.ReLU(True), nn.BatchNorm2d(16), nn.LeakyReLU(0.1, True)),
+        sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.ReLU(True), nn.BatchNorm2d(16), nn.LeakyReLU(0, True)),
         # One batch norm behind the other.
         sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, eps=0.1), nn.BatchNorm2d(16), nn.Hardswish()),
         # As many pixels as make no whole vectors.
@@ -134,7 +134,9 @@ def test_sums_of_two_batch_norms_and_results_that_are_read_again() -> None:
 
 def test_parameters_and_buffers_lie_as_they_like() -> None:
     torch.manual_seed(2)
-    model = sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.BatchNorm2d(16).eval(), nn.SiLU())
+    model = sequential(
+        nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.BatchNorm2d(16).eval(), nn.SiLU()
+    )
     for tensor in (model[1].bias, *(t for norm in model[2:4] for t in (norm.weight, norm.bias, norm.running_var))):
         tensor.data = (torch.rand(32) + 0.5)[::2]
     lowered, inputs = lower(model, True), torch.randn(2, 3, 8, 8)
@@ -144,6 +146,26 @@ def test_parameters_and_buffers_lie_as_they_like() -> None:
     weights = [parameter for name, parameter in model.named_parameters() if name not in ("0.bias", "1.bias")]
     got, wanted = (torch.autograd.grad(y.square().sum(), weights) for y in (ours, theirs))
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_loss_may_have_gradients_in_it(training: bool) -> None:
+    torch.manual_seed(2)
+    model = Block().train(training)
+    lowered, inputs = lower(model, True), torch.randn(2, 3, 16, 16)
+    found = []
+    exact = copy.deepcopy(model).double()
+    for network, output in (
+        (model, Kernels(lowered).play(lowered, lowered.tensors, inputs)), (exact, exact(inputs.double())),
+    ):  # fmt: skip
+        parameters = list(network.parameters())
+        gradients = torch.autograd.grad(output.square().sum(), parameters, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in gradients)
+        found.append(torch.autograd.grad(penalty, parameters, allow_unused=True))
+    largest = max(float(value.norm()) for value in found[1] if value is not None)
+    for got, wanted in zip(*found, strict=True):
+        assert (got is None) is (wanted is None)
+        assert got is None or float((got - wanted).norm()) <= 1e-4 * float(wanted.norm()) + 1e-5 * largest
 
 
 class Norms(nn.Module):
