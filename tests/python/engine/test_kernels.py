@@ -349,6 +349,17 @@ def test_another_network_of_the_same_module_is_tried_anew(fast: None, monkeypatc
     monkeypatch.setattr(Kernels, "play", lambda self, *a: original(self, *a) * 1.01)
     with pytest.warns(UserWarning, match="PyTorch's own kernels are used"):
         cnnrs.fit(1, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+    said = str(cnnrs.explain(model, (6, 3, 20, 20)))
+    assert "does not run, or not alike, in channels_last with native kernels" in said
+
+
+def test_explain_says_what_was_measured_however_small_or_ordered_the_weights_are(fast: None) -> None:
+    torch.manual_seed(1)
+    model = Block().to(memory_format=LAST)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    cnnrs.fit(0, model, batches(9), optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+    said = str(cnnrs.explain(model, (6, 3, 20, 20)))
+    assert "channels_last with native kernels; 6 x 3 x 20 x 20 take 500 ms in channels_last with native kernels" in said
 
 
 def test_the_default_dtype_is_not_that_of_the_values(fast: None) -> None:
