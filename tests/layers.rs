@@ -20,7 +20,8 @@ const LAYERS: &[(&str, &[&str])] = &[
 ];
 
 /// The same within `src/engine/cpu`: training, inference and single operations stand side by side.
-const CPU: &[(&str, &[&str])] = &[("train", &["common"]), ("infer", &["common"]), ("eager", &["common"]), ("common", &[])];
+const CPU: &[(&str, &[&str])] =
+    &[("train", &["common"]), ("infer", &["common"]), ("eager", &["common"]), ("common", &[])];
 
 fn files(path: &Path) -> Vec<PathBuf> {
     if path.is_file() {

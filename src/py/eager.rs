@@ -204,7 +204,7 @@ fn batch_norm(input: &Tensor, eps: f64, activation: &str) -> PyResult<BatchNorm>
         other => return Err(PyValueError::new_err(format!("no activation {other:?}"))),
     };
     match *input.shape() {
-        [n, h, w, channels] if BatchNorm::group(n * h * w, channels).is_some() => {
+        [n, h, w, channels] if channels > 0 && BatchNorm::group(n * h * w, channels).is_some() => {
             Ok(BatchNorm { pixels: n * h * w, channels, eps, activation })
         }
         ref other => Err(PyValueError::new_err(format!("batch norm of {other:?}"))),
@@ -243,8 +243,10 @@ fn check(fits: bool, what: &str) -> PyResult<()> {
 
 fn images(tensor: &Tensor) -> PyResult<Shape> {
     match *tensor.shape() {
-        [images, height, width, channels] => Ok(Shape { images, size: [height, width], channels }),
-        ref other => Err(PyValueError::new_err(format!("expected (N, H, W, C), got {other:?}"))),
+        [images, height, width, channels] if tensor.numel() > 0 => {
+            Ok(Shape { images, size: [height, width], channels })
+        }
+        ref other => Err(PyValueError::new_err(format!("expected (N, H, W, C) without zeros, got {other:?}"))),
     }
 }
 

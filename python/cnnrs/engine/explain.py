@@ -141,7 +141,8 @@ def _said(front: Front | None, question: Question) -> str | None:
     elif front is not None and front.is_all:
         said = [f"but large batches of validation: all {len(front.front.graph) - 1} operations run {how}"]
     elif front is not None:
-        said = [f"but everything up to {front.end} is frozen and runs {how}"]
+        behind = f"; {front.kernels} operations behind it have native kernels" if front.kernels else ""
+        said = [f"but everything up to {front.end} is frozen and runs {how}{behind}"]
     lowered, inputs = question.lowered, question.inputs
     if lowered is None or inputs is None or not question.training:
         return said[0] if said else None

@@ -23,7 +23,7 @@ from cnnrs.engine.kernels import Kernels
 from cnnrs.engine.memory_order import MemoryOrder
 from cnnrs.engine.verify import outputs_differ
 from cnnrs.model.lowering import Lowered
-from cnnrs.model.player import play
+from cnnrs.model.player import needed, play
 
 #: Below so many operations on numbers per batch, what is saved is little, and the plain loop's bits are kept.
 LEAST_FLOPS = 1 << 28
@@ -89,7 +89,9 @@ def front_of(lowered: Lowered, inputs: torch.Tensor, training: bool, batches: in
 def _has_kernels(lowered: Lowered, inputs: torch.Tensor) -> bool:
     """Whether native kernels behind the inputs are worth being tried."""
     costs = lowered.graph.costs(lowered.graph.shapes(list(inputs.shape)))
-    return sum(cost for cost, _ in costs) >= LEAST_FLOPS and bool(Kernels(lowered).groups)
+    # Of images of one channel both orders of memory are the same.
+    enough = inputs.shape[1] > 1 and sum(cost for cost, _ in costs) >= LEAST_FLOPS
+    return enough and bool(Kernels(lowered).groups)
 
 
 def moving_statistics(lowered: Lowered, inputs: torch.Tensor, batches: int) -> str | None:
@@ -120,10 +122,8 @@ def _last(lowered: Lowered, training: bool, statistics_move: bool = True) -> int
     """The last node that alone, of all up to it, is read behind it, and behind which nothing is trained yet; or 0."""
     reads = lowered.graph.parameters()
     last_reader = list(range(len(lowered.operations)))
-    for number, (_, _, sources, attributes) in enumerate(lowered.operations):
-        # The number of samples is that of any value.
-        sizes = [dim[0] for dim in attributes.get("dims", ()) if isinstance(dim, tuple) and dim[1] != 0]
-        for node in (*sources, *sizes):
+    for number, operation in enumerate(lowered.operations):
+        for node in needed(operation):
             last_reader[node] = number
     best, read_until = 0, 0
     for number, (_, kind, _, attributes) in enumerate(lowered.operations):
@@ -181,10 +181,9 @@ class Network:
         self, model: nn.Module, front: Front, *, orders: bool, training: bool, state: Callable[[], Any],
         called_back: bool, check: bool,
     ) -> None:  # fmt: skip
-        self.order = MemoryOrder(model, orders and not front.is_all, training, self._rest)
-        self._kernels = Kernels(front.whole, front.last)
-        #: What has just been found against them.
-        self._wrong = ""
+        self._rest = _Rest(front, check)
+        part = front.last, repr(front.whole.operations)
+        self.order = MemoryOrder(model, orders and not front.is_all, training, self._rest.on_copies, part)
         self._model = model
         self._front = front
         self._check = check
@@ -202,10 +201,12 @@ class Network:
         if self._front.is_all:
             return features
         ordered = self.order.ordered(features)
-        if self._wrong:
-            self._note(f"PyTorch's own kernels are used, because native ones do not do what they do: {self._wrong}")
-            self._wrong = ""
-        return self._behind(ordered, self._front.whole.tensors)
+        if self._rest.wrong:
+            self._note(
+                f"PyTorch's own kernels are used, because native ones do not do what they do: {self._rest.wrong}"
+            )
+            self._rest.wrong = ""
+        return self._rest(ordered, self._front.whole.tensors)
 
     def _takes(self, inputs: Any) -> bool:
         if not self._is_on:
@@ -255,34 +256,6 @@ class Network:
         front = self._front.front
         return outputs_differ(play(front, front.tensors, inputs), features)
 
-    def _rest(self, features: torch.Tensor) -> torch.Tensor:
-        """What is behind the front, in ``channels_last`` and on copies of what it changes.
-
-        Raises:
-            ArithmeticError: native kernels do not do what PyTorch does.
-        """
-        generators = Generators()
-        outputs = self._behind(features, self._copied())
-        if self._check and features.isfinite().all():
-            # The same random numbers.
-            generators.put_back()
-            reason = outputs_differ(self._behind(features.contiguous(), self._copied()), outputs)
-        else:
-            reason = None
-        if reason:
-            self._wrong = reason
-            raise ArithmeticError(reason)
-        return outputs
-
-    def _copied(self) -> list[torch.Tensor]:
-        return [tensor.detach().clone() for tensor in self._front.whole.tensors]
-
-    def _behind(self, features: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
-        whole = self._front.whole
-        if features.is_contiguous():
-            return play(whole, tensors, features, start=self._front.last)
-        return self._kernels.play(whole, tensors, features)
-
     def _stop(self, reason: str = "") -> None:
         self._is_on, self._network, self._copies = False, None, []
         if reason:
@@ -290,3 +263,48 @@ class Network:
 
     def _note(self, text: str) -> None:
         note(f"fit, {type(self._model).__name__}: {text}")
+
+
+class _Rest:
+    """What is behind a front: in ``channels_last`` with native kernels, in any other order PyTorch's.
+
+    Attributes:
+        wrong: what was found against the kernels; "": nothing.
+    """
+
+    def __init__(self, front: Front, check: bool) -> None:
+        self.wrong = ""
+        self._front = front
+        self._check = check
+        self._kernels = Kernels(front.whole, front.last)
+
+    def __call__(self, features: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
+        whole = self._front.whole
+        if features.is_contiguous():
+            return play(whole, tensors, features, start=self._front.last)
+        return self._kernels.play(whole, tensors, features)
+
+    def on_copies(self, features: torch.Tensor) -> torch.Tensor:
+        """As the call, in ``channels_last`` and on copies of what it changes.
+
+        Raises:
+            ArithmeticError: native kernels do not do what PyTorch does.
+        """
+        generators, ours, theirs = Generators(), self._copied(), self._copied()
+        outputs = self(features, ours)
+        # Where ReLU lets another value through gradients may differ; that they can be had must show now.
+        outputs.sum().backward()  # type: ignore[no-untyped-call]
+        if self._check and features.isfinite().all():
+            # The same random numbers.
+            generators.put_back()
+            expected = self(features.contiguous(), theirs)
+            buffers = [pair for pair in zip(theirs, ours, strict=True) if not pair[0].requires_grad]
+            for pair in ((expected, outputs), *buffers):
+                if reason := outputs_differ(*map(torch.Tensor.detach, pair)):
+                    self.wrong = reason
+                    raise ArithmeticError(reason)
+        return outputs.detach()
+
+    def _copied(self) -> list[torch.Tensor]:
+        tensors = self._front.whole.tensors
+        return [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,10 +45,17 @@ def obstacle(model: nn.Module) -> str | None:
         return "its convolutions are few, small or not on the CPU"
     if not all(module.weight.is_contiguous() for module in _convolutions(model)):
         return "its weights are in an order of their own"
-    if torch.are_deterministic_algorithms_enabled():
-        return "deterministic algorithms are asked for, and which order is faster is measured"
+    if reason := _asked_for():
+        return reason
     reasons = obstacles(model) or impurities(model)
     return reasons[0] if reasons else None
+
+
+def _asked_for() -> str | None:
+    """What the user has said against another order, for whatever computes."""
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms are asked for, and which order is faster is measured"
+    return None
 
 
 def _convolutions(model: nn.Module) -> list[nn.Conv2d]:
@@ -62,14 +69,17 @@ def _is_large(model: nn.Module) -> bool:
 
 def said(model: nn.Module) -> str | None:
     """One line for `explain`; None for networks that are too small to ask."""
-    if not _is_large(model):
+    newest_first = list(reversed(_MEASURED.get(model, {}).items()))
+    is_called = not newest_first or newest_first[0][0][2] is None
+    if is_called and not _is_large(model):
         return None
-    if reason := obstacle(model):
+    if reason := obstacle(model) if is_called else _asked_for():
         return f"order of memory: that of the batches, because {reason}"
-    for (shape, _, called), trial in _MEASURED.get(model, {}).items():
+    for (shape, _, part), trial in newest_first:
+        other = "channels_last" if part is None else "channels_last with native kernels"
         if trial.fails:
-            return "order of memory: that of the batches, because the model does not run in channels_last"
-        other = "channels_last" if called else "channels_last with native kernels"
+            how = "run" if part is None else "run, or not alike,"
+            return f"order of memory: that of the batches, because the model does not {how} in {other}"
         if trial.is_over:
             plain, last = (1e3 * min(trial.seconds[order][1:]) for order in (False, True))
             chosen = other if trial.last else "that of the batches"
@@ -121,18 +131,18 @@ class MemoryOrder:
         training: whether batches are timed; validation follows what is known.
         rest: the part of the model that gets them, on copies of what it changes; None: the model gets them. Of what it
             consists of nothing sees strides.
+        part: what ``rest`` computes, equal where that is the same; what else is known is about another network.
     """
 
     def __init__(
-        self, model: nn.Module, allowed: bool, training: bool, rest: Callable[[torch.Tensor], Any] | None = None
-    ) -> None:
+        self, model: nn.Module, allowed: bool, training: bool, rest: Callable[[torch.Tensor], Any] | None = None,
+        part: Hashable = None,
+    ) -> None:  # fmt: skip
         self._model = model
         self._rest = rest
+        self._part = part
         self._training = training
-        if rest is None:
-            may = allowed and obstacle(model) is None
-        else:
-            may = allowed and not torch.are_deterministic_algorithms_enabled()
+        may = allowed and (obstacle(model) if rest is None else _asked_for()) is None
         self._known: dict[Any, _Trial] | None = _MEASURED.setdefault(model, {}) if may else None
         self._timed: tuple[_Trial, bool] | None = None
         self._seconds = 0.0
@@ -142,7 +152,7 @@ class MemoryOrder:
         self._timed, self._seconds = None, 0.0
         if self._known is None or not _may_change(inputs):
             return inputs
-        form = (tuple(inputs.shape[1:]), torch.get_num_threads(), self._rest is None)
+        form = (tuple(inputs.shape[1:]), torch.get_num_threads(), self._part)
         trial = self._known.get(form)
         if trial is None:
             enough = inputs[:, 0] if self._rest is None else inputs

@@ -286,7 +286,7 @@ class _Lowering:
                 x.version = x.memory.version
             x.node = made
             return x
-        if kind in _VIEWS:
+        if kind in VIEWS:
             return self._recorder.value(made, x.memory)
         for given in inputs:
             given.memory.read = True
@@ -351,7 +351,7 @@ class _Lowering:
 
 
 #: Operations whose result shares memory with their input, or may.
-_VIEWS: frozenset[OpKind] = frozenset({"View", "Flatten", "Permute"})
+VIEWS: frozenset[OpKind] = frozenset({"View", "Flatten", "Permute"})
 #: Operations that overwrite their input in engine ``torch`` too; the others get a value of their own there.
 _IN_PLACE: frozenset[OpKind] = frozenset({"ReLU", "ReLU6", "SiLU", "Hardswish", "Hardsigmoid", "Dropout", "Add"})
 #: Operations whose derivative needs their result.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cnnrs._records import Attributes, OpKind
+from cnnrs._records import Attributes, Node, OpKind
 from cnnrs.model.lowering import Lowered
 
 #: Called with the number of a node and its value, as soon as that is there.
@@ -73,6 +73,13 @@ def play(
     return values[lowered.output]
 
 
+def needed(operation: Node) -> list[int]:
+    """The nodes whose values an operation computes with: a size of one, but the number of samples, is its value too."""
+    _, _, sources, attributes = operation
+    # The number of samples is that of any value.
+    return [*sources, *(dim[0] for dim in attributes.get("dims", ()) if isinstance(dim, tuple) and dim[1] != 0)]
+
+
 def _last_read(lowered: Lowered, computed_at: Mapping[int, int]) -> list[list[int]]:
     """For every node, the nodes that nobody reads behind it; ``computed_at``: where that is not at the node itself."""
     readers = {number: number for number in range(len(lowered.operations))}
@@ -117,16 +124,22 @@ def _conv2d(o: _Operation) -> torch.Tensor:
 
 
 def _batch_norm(o: _Operation) -> torch.Tensor:
-    mean, count, momentum = o.tensor("running_mean"), o.tensor("num_batches_tracked"), o["momentum"]
-    if o["training"] and count is not None:
-        count.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(count)
+    mean, momentum = o.tensor("running_mean"), average_factor(o.attributes, o.tensor("num_batches_tracked"))
     # As nn.BatchNorm2d: without running statistics the batch's own are used in either mode.
     training = o["training"] or mean is None
     return F.batch_norm(
-        o.x, mean, o.tensor("running_var"), o.tensor("weight"), o.tensor("bias"), training, momentum or 0.0, o["eps"]
+        o.x, mean, o.tensor("running_var"), o.tensor("weight"), o.tensor("bias"), training, momentum, o["eps"]
     )
+
+
+def average_factor(attributes: Attributes, count: torch.Tensor | None) -> float:
+    """How much of a batch's statistics the running ones of a batch norm take; in training mode ``count`` counts it."""
+    momentum: float | None = attributes["momentum"]
+    if attributes["training"] and count is not None:
+        count.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(count)
+    return momentum or 0.0
 
 
 def _adaptive_avg_pool2d(o: _Operation) -> torch.Tensor:

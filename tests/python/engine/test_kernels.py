@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,7 +102,9 @@ def sequential(*layers: nn.Module) -> nn.Module:
         sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, dilation=2), nn.Conv2d(16, 8, 3), nn.Conv2d(8, 16, 3)),
         sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=4), nn.Conv2d(16, 32, 3, groups=16), nn.Tanh()),
         sequential(nn.Conv2d(3, 20, 1), nn.Conv2d(20, 20, 7, padding=3, groups=20), nn.Conv2d(20, 8, 3, groups=4)),
-        # Two batch norms meet in a sum; one is read twice.
+        # What a kernel returns is overwritten.
+        sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.ReLU(True), nn.BatchNorm2d(16), nn.LeakyReLU(0, True)),
+        # One batch norm behind the other.
         sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, eps=0.1), nn.BatchNorm2d(16), nn.Hardswish()),
         # As many pixels as make no whole vectors.
         sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.SiLU(), nn.Conv2d(10, 10, 3), nn.BatchNorm2d(10)),
@@ -126,6 +130,97 @@ class Shortcut(nn.Module):
 def test_sums_of_two_batch_norms_and_results_that_are_read_again() -> None:
     torch.manual_seed(2)
     assert_as_exact(Shortcut(), torch.randn(2, 3, 8, 8))
+
+
+def test_parameters_and_buffers_lie_as_they_like() -> None:
+    torch.manual_seed(2)
+    model = sequential(
+        nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.BatchNorm2d(16).eval(), nn.SiLU()
+    )
+    for tensor in (model[1].bias, *(t for norm in model[2:4] for t in (norm.weight, norm.bias, norm.running_var))):
+        tensor.data = (torch.rand(32) + 0.5)[::2]
+    lowered, inputs = lower(model, True), torch.randn(2, 3, 8, 8)
+    ours, theirs = Kernels(lowered).play(lowered, lowered.tensors, inputs), model(inputs)
+    torch.testing.assert_close(ours, theirs)
+    # A bias in front of a batch norm has no gradient but rounding.
+    weights = [parameter for name, parameter in model.named_parameters() if name not in ("0.bias", "1.bias")]
+    got, wanted = (torch.autograd.grad(y.square().sum(), weights) for y in (ours, theirs))
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_loss_may_have_gradients_in_it(training: bool) -> None:
+    torch.manual_seed(2)
+    model = Block().train(training)
+    lowered, inputs = lower(model, True), torch.randn(2, 3, 16, 16)
+    found = []
+    exact = copy.deepcopy(model).double()
+    for network, output in (
+        (model, Kernels(lowered).play(lowered, lowered.tensors, inputs)), (exact, exact(inputs.double())),
+    ):  # fmt: skip
+        parameters = list(network.parameters())
+        gradients = torch.autograd.grad(output.square().sum(), parameters, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in gradients)
+        found.append(torch.autograd.grad(penalty, parameters, allow_unused=True))
+    largest = max(float(value.norm()) for value in found[1] if value is not None)
+    for got, wanted in zip(*found, strict=True):
+        assert (got is None) is (wanted is None)
+        assert got is None or float((got - wanted).norm()) <= 1e-4 * float(wanted.norm()) + 1e-5 * largest
+
+
+class Norms(nn.Module):
+    """Two batch norms, or one that is used twice."""
+
+    def __init__(self, shared: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 16, 1)
+        self.norm_a = nn.BatchNorm2d(16)
+        self.norm_b = self.norm_a if shared else nn.BatchNorm2d(16)
+        nn.init.constant_(self.b.bias, 5.0)
+
+
+class Reversed(Norms):
+    """The first batch norm's sum is behind the second one, which moves the same statistics."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(self.norm_a(self.a(x)) + self.norm_b(self.b(x))).mean((2, 3))
+
+
+class OverwrittenLater(Norms):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        other = self.norm_b(self.b(x))
+        y = F.silu(self.norm_a(self.a(x)) + other)
+        return (y + F.relu_(other)).mean((2, 3))
+
+
+class OverwrittenBetween(Norms):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        other = self.norm_b(self.b(x))
+        y = self.norm_a(self.a(x)) + other
+        other = F.relu_(other)
+        return (F.silu(y) + other).mean((2, 3))
+
+
+class Measured(Norms):
+    """Asks for the channels of a value that nobody reads else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm_a(self.a(x))
+        return F.silu(y).view(y.shape[0], y.shape[1], -1).mean(2) + F.silu(self.norm_b(self.b(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", [Reversed, OverwrittenLater, OverwrittenBetween, Measured])
+@pytest.mark.parametrize("shared", [False, True])
+def test_nothing_is_computed_too_late(kind: type[Norms], shared: bool) -> None:
+    torch.manual_seed(2)
+    assert_as_exact(kind(shared), torch.randn(2, 3, 8, 8))
+
+
+def test_a_batch_norm_that_neither_counts_nor_has_a_momentum_leaves_its_statistics() -> None:
+    torch.manual_seed(2)
+    model = sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16, momentum=None))
+    model[1].num_batches_tracked = None
+    assert_as_exact(model, torch.randn(2, 3, 8, 8))
 
 
 def test_the_kernels_are_there() -> None:
@@ -244,6 +339,70 @@ def test_wrong_kernels_are_found_and_not_used(fast: None, monkeypatch: pytest.Mo
     assert all(torch.equal(a, b) for a, b in zip(our_model.parameters(), their_model.parameters(), strict=True))
 
 
+def test_another_network_of_the_same_module_is_tried_anew(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    model, data = Block(), batches(9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    cnnrs.fit(0, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+    model.act = nn.Hardswish()
+    original = Kernels.play
+    monkeypatch.setattr(Kernels, "play", lambda self, *a: original(self, *a) * 1.01)
+    with pytest.warns(UserWarning, match="PyTorch's own kernels are used"):
+        cnnrs.fit(1, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+    said = str(cnnrs.explain(model, (6, 3, 20, 20)))
+    assert "does not run, or not alike, in channels_last with native kernels" in said
+
+
+def test_explain_says_what_was_measured_however_small_or_ordered_the_weights_are(fast: None) -> None:
+    torch.manual_seed(1)
+    model = Block().to(memory_format=LAST)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    cnnrs.fit(0, model, batches(9), optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+    said = str(cnnrs.explain(model, (6, 3, 20, 20)))
+    assert "channels_last with native kernels; 6 x 3 x 20 x 20 take 500 ms in channels_last with native kernels" in said
+
+
+def test_the_default_dtype_is_not_that_of_the_values(fast: None) -> None:
+    torch.manual_seed(1)
+    model, data = Block(), batches(9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for epoch, dtype in enumerate((torch.float32, torch.float64)):
+        torch.set_default_dtype(dtype)
+        try:
+            loss, _ = cnnrs.fit(epoch, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert loss < 2.0
+
+
+def test_their_memory_goes_with_the_epoch(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Kernels] = weakref.WeakSet()
+    play = Kernels.play
+    monkeypatch.setattr(Kernels, "play", lambda self, *a: alive.add(self) or play(self, *a))
+    model, data = Block(), batches(9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    gc.collect()
+    gc.disable()
+    try:
+        for epoch in range(2):
+            cnnrs.fit(epoch, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+            assert not alive
+    finally:
+        gc.enable()
+
+
+def test_they_have_as_many_threads_as_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    native = _cnnrs.Kernels
+    monkeypatch.setattr(_cnnrs, "Kernels", lambda threads, library: made.append(threads) or native(threads, library))
+    lowered = lower(Block(), True)
+    kernels = Kernels(lowered)
+    for threads in (2, 2, 1):
+        torch.set_num_threads(threads)
+        kernels.play(lowered, lowered.tensors, torch.randn(2, 3, 8, 8)).sum().backward()
+    assert made == [2, 1]
+
+
 def test_what_is_deterministic_stays_as_it_is(fast: None) -> None:
     torch.manual_seed(1)
     model, data = Block(), batches(9)
@@ -284,3 +443,36 @@ def test_only_training_is_divided_for_the_kernels() -> None:
     assert front_of(lowered, inputs, training=True, batches=1) is None
     front = front_of(lowered, torch.empty(1).expand(64, 3, 224, 224), training=True, batches=1)
     assert front is not None and front.last == 0 and front.kernels == 13
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU])
+def test_derivatives_at_corners_and_beyond_all_numbers(activation: Any) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(16, eps=0.0), activation()).eval()
+    lowered = lower(model, True)
+    corners = torch.tensor([-torch.inf, -3.0, 0.0, 3.0, 6.0, 1.0, -1.0, 7.0]).repeat(2)
+    if activation is nn.SiLU:
+        corners[::8] = -20.0
+    x = corners.expand(2, 16, 2, 16).contiguous()
+    gradients = []
+    for run in (model, lambda x: Kernels(lowered).play(lowered, lowered.tensors, x)):
+        inputs = x.clone().requires_grad_()
+        run(inputs).mul(torch.arange(1.0, 17.0)).sum().backward()
+        gradients.append(inputs.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+
+
+def test_images_of_one_channel_have_one_order_only() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU())
+    lowered = lower(model.train(), True)
+    assert front_of(lowered, torch.empty(1).expand(64, 1, 224, 224), training=True, batches=1) is None
+
+
+def test_empty_images_are_an_error() -> None:
+    native = _cnnrs.Kernels(1, None)
+    empty, filters = torch.zeros(0, 4, 4, 16), torch.zeros(16, 16, 3, 3)
+    with pytest.raises(ValueError, match="without zeros"):
+        native.conv3x3(empty, filters, None, empty.clone(), 1, False)
+    with pytest.raises(ValueError, match="without zeros"):
+        native.depthwise_weight(empty, empty.clone(), torch.zeros(16, 1, 3, 3), 1, 1)
+    with pytest.raises(ValueError, match="batch norm of"):
+        native.batch_norm(empty, None, None, None, filters[0, :, 0, 0], filters[0, :, 0, 1], True, 1e-5, "", empty)

@@ -138,7 +138,9 @@ impl BatchNorm {
         if dx.0.is_null() && dr.0.is_null() {
             return Ok(());
         }
-        workspace.threads.run(r.chunks, &|chunk, _| dispatch(isa, Differentiate { job: &job, dx, dr, chunk }))
+        workspace
+            .threads
+            .run(r.chunks, &|chunk, _| dispatch(isa, Differentiate { job: &job, dx, dr, training: b.training, chunk }))
     }
 
     /// Two sums per float of a row, of every chunk, in one order whatever thread has made them.
@@ -179,9 +181,6 @@ struct Rows {
     chunks: usize,
 }
 
-// SAFETY: a kernel reads the images and writes to a place of its chunk's own.
-unsafe impl Sync for Job<'_> {}
-
 impl Rows {
     fn range(&self, chunk: usize) -> std::ops::Range<usize> {
         chunk * self.each..self.rows.min((chunk + 1) * self.each)
@@ -197,6 +196,9 @@ struct Job<'a> {
     /// The derivative of y.
     dy: *const f32,
 }
+
+// SAFETY: a kernel reads the images and writes to a place of its chunk's own.
+unsafe impl Sync for Job<'_> {}
 
 impl<'a> Job<'a> {
     fn new(norm: &BatchNorm, from: &Forward<'_>, dy: Option<&[f32]>, factors: &'a [Vec<f32>; 5]) -> Self {
@@ -337,6 +339,8 @@ struct Differentiate<'a> {
     job: &'a Job<'a>,
     dx: Address,
     dr: Address,
+    /// Whether mean and variance are the batch's own.
+    training: bool,
     chunk: usize,
 }
 
@@ -355,7 +359,11 @@ impl Kernel for Differentiate<'_> {
                         g.store(self.dr.at(at));
                     }
                     if !self.dx.0.is_null() {
-                        let along = x.mul_add(job.factor(3, column), job.factor(4, column));
+                        // Statistics that are not the batch's own do not depend on x, which may be infinite.
+                        let along = match self.training {
+                            true => x.mul_add(job.factor(3, column), job.factor(4, column)),
+                            false => V::splat(0.0),
+                        };
                         g.mul_add(job.factor(0, column), along).store(self.dx.at(at));
                     }
                 }

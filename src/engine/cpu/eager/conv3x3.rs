@@ -128,15 +128,19 @@ impl Conv3x3 {
             });
         }
         let groups = plan.block / isa.rows();
-        workspace.threads.run(blocks * groups, &|task, worker| {
-            let work = Work::new(&job, task / groups, v(task / groups), room(worker));
-            dispatch(isa, Transform(work, task % groups));
-        })?;
-        // Panels first: a worker's share is a part of U, which is read once, for all blocks of tiles.
-        workspace.threads.run(plan.panels() * blocks, &|task, worker| {
-            let work = Work::new(&job, task % blocks, v(task % blocks), room(worker));
-            dispatch(isa, Multiply(work, task / blocks));
-        })
+        for first in (0..blocks).step_by(plan.at_once()) {
+            let count = plan.at_once().min(blocks - first);
+            workspace.threads.run(count * groups, &|task, worker| {
+                let (block, group) = (task / groups, task % groups);
+                dispatch(isa, Transform(Work::new(&job, first + block, v(block), room(worker)), group));
+            })?;
+            // Panels first: a worker's share is a part of U, which is read once, for all these blocks of tiles.
+            workspace.threads.run(plan.panels() * count, &|task, worker| {
+                let (panel, block) = (task / count, task % count);
+                dispatch(isa, Multiply(Work::new(&job, first + block, v(block), room(worker)), panel));
+            })?;
+        }
+        Ok(())
     }
 }
 
@@ -144,6 +148,9 @@ impl Conv3x3 {
 pub(super) fn odd(floats: usize) -> usize {
     ((floats / LANES) | 1) * LANES
 }
+
+/// Floats of V that workers share; tests need several rounds.
+const MOST_AT_ONCE: usize = if cfg!(test) { 1 << 20 } else { 1 << 24 };
 
 struct Plan {
     conv: Conv3x3,
@@ -217,8 +224,13 @@ impl Plan {
         if self.alone { self.v_len() + m } else { m }
     }
 
+    /// Blocks of which V is there at the same time.
+    fn at_once(&self) -> usize {
+        (MOST_AT_ONCE / self.v_len()).clamp(1, self.blocks().max(1))
+    }
+
     fn shared(&self) -> usize {
-        if self.alone { 0 } else { self.blocks() * self.v_len() }
+        if self.alone { 0 } else { self.at_once() * self.v_len() }
     }
 }
 

@@ -5,7 +5,7 @@
 //! V = [k][in / 16][tile][16]      D = [k][panel of outputs][tile][columns * 16]      dU = [k][panel][in][columns * 16]
 //! ```
 //! With few channels each worker takes some tiles at a time through all products and adds to a dU of its own. With many, the
-//! dU of one product is as much as a cache holds: V and D of all tiles are made first, and the workers share the products.
+//! dU of one product is as much as a cache holds: V and D of many tiles are made first, and the workers share the products.
 
 use super::conv3x3::{Conv3x3, INPUTS, OUTPUTS, PRODUCTS, odd};
 use super::{Address, Workspace, patch};
@@ -18,6 +18,8 @@ use crate::error::Result;
 
 /// Up to so many floats of dU, every worker has one.
 const MOST_OWN: usize = 1 << 20;
+/// Floats of V and D that are made before the products; tests need several rounds.
+const MOST_AT_ONCE: usize = if cfg!(test) { 1 << 20 } else { 1 << 24 };
 /// Tiles that a worker transforms before it asks for more.
 const GROUP: usize = 8;
 /// Products that are added up before they join the sum so far, which keeps its rounding error small.
@@ -62,12 +64,14 @@ impl Conv3x3 {
                 .threads
                 .run(plan.parts, &|part, worker| dispatch(isa, Part { job: &job, part, room: room(worker) }))?;
         } else {
-            let groups = plan.block.div_ceil(GROUP);
-            workspace.threads.run(groups, &|group, _| dispatch(isa, Transform { job: &job, group, to: room(0) }))?;
             let products = PRODUCTS * plan.panels();
-            workspace
-                .threads
-                .run(products, &|product, _| dispatch(isa, Product { job: &job, product, from: room(0) }))?;
+            for first in (0..self.all_tiles()).step_by(plan.block) {
+                let count = plan.block.min(self.all_tiles() - first);
+                let block = Block { job: &job, first, count, memory: room(0) };
+                let groups = count.div_ceil(GROUP);
+                workspace.threads.run(groups, &|group, _| dispatch(isa, Transform { block: &block, group }))?;
+                workspace.threads.run(products, &|product, _| dispatch(isa, Product { block: &block, product }))?;
+            }
         }
         let room = |worker: usize| memory.at(u + rooms * tiles + worker * plan.piece_len());
         workspace
@@ -92,7 +96,8 @@ impl Plan {
         let all = conv.all_tiles();
         let alone = PRODUCTS * conv.input.channels * conv.outputs <= MOST_OWN;
         if !alone {
-            return Self { conv, isa, alone, block: all, parts: 1 };
+            let most = MOST_AT_ONCE / (PRODUCTS * (conv.input.channels + conv.outputs)) / CHUNK * CHUNK;
+            return Self { conv, isa, alone, block: most.max(CHUNK).min(all), parts: 1 };
         }
         let tiles = (512 << 10) / (PRODUCTS * (conv.input.channels + conv.outputs) * 4);
         let block = tiles.max(16).min(all);
@@ -265,36 +270,47 @@ impl Kernel for Part<'_> {
     }
 }
 
-/// V and D of a group of all tiles.
-struct Transform<'a> {
+/// A block of tiles that all workers take through the products.
+struct Block<'a> {
     job: &'a Job<'a>,
+    first: usize,
+    count: usize,
+    memory: *mut f32,
+}
+
+// SAFETY: a worker writes V and D of a group of its own, then dU of a product and panel of its own.
+unsafe impl Sync for Block<'_> {}
+
+/// V and D of a group of its tiles.
+struct Transform<'a> {
+    block: &'a Block<'a>,
     group: usize,
-    to: *mut f32,
 }
 
 impl Kernel for Transform<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let first = self.group * GROUP;
-        // SAFETY: the room is for all tiles.
-        unsafe { self.job.transform::<V>(first, GROUP.min(self.job.plan.block - first), first, self.to) };
+        let Block { job, first, count, memory } = self.block;
+        let at = self.group * GROUP;
+        // SAFETY: the memory is for a block.
+        unsafe { job.transform::<V>(first + at, GROUP.min(count - at), at, *memory) };
     }
 }
 
-/// dU of one product and panel, of all tiles.
+/// dU of one product and panel, of all its tiles.
 struct Product<'a> {
-    job: &'a Job<'a>,
+    block: &'a Block<'a>,
     product: usize,
-    from: *const f32,
 }
 
 impl Kernel for Product<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let p = self.job.plan;
+        let Block { job, first, count, memory } = self.block;
+        let p = job.plan;
         let (k, panel) = (self.product / p.panels(), self.product % p.panels());
         // SAFETY: V and D are there; this part of dU is nobody else's.
-        unsafe { self.job.multiply::<V>(self.from, &p.offsets(), k, panel, self.job.u.at(0), true) };
+        unsafe { job.multiply::<V>(*memory, &p.offsets()[..*count], k, panel, job.u.at(0), *first == 0) };
     }
 }
 

@@ -16,7 +16,7 @@ pub use conv3x3::{Conv3x3, Filters};
 pub use depthwise::Depthwise;
 pub use threads::Threads;
 
-pub use crate::engine::cpu::common::kernels::activate::{Activate, has_derivative};
+pub use crate::engine::cpu::common::kernels::activate::Activate;
 
 use crate::engine::cpu::common::arena::Arena;
 use crate::engine::cpu::common::isa::Isa;

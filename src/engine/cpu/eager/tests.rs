@@ -69,6 +69,8 @@ fn winograd_convolutions_and_their_gradients() {
         (1, [1, 1], 16, 16, 1),
         (2, [5, 5], 144, 64, 1),
         (1, [9, 6], 176, 176, 1),
+        // More tiles than are transformed at a time.
+        (150, [1, 1], 176, 176, 1),
     ];
     for (images, size, inputs, outputs, padding) in sizes {
         let input = Shape { images, size, channels: inputs };

@@ -74,12 +74,7 @@ pub fn activate<V: Lanes>(function: Activate, x: V) -> V {
     }
 }
 
-/// Whether [`derive`] knows the function.
-pub fn has_derivative(function: Activate) -> bool {
-    matches!(function, Activate::Nothing | Activate::Relu | Activate::Relu6 | Activate::Hardswish | Activate::Silu)
-}
-
-/// `g` times the derivative of a function at `x`, as PyTorch has it at its corners.
+/// `g` times the derivative at `x` of ReLU, ReLU6, Hardswish or SiLU, as PyTorch has it at their corners; `g` for others.
 #[inline(always)]
 pub fn derive<V: Lanes>(function: Activate, x: V, g: V) -> V {
     let three = V::splat(3.0);
@@ -87,9 +82,9 @@ pub fn derive<V: Lanes>(function: Activate, x: V, g: V) -> V {
         Activate::Relu => g.unless_negative(x),
         Activate::Relu6 => g.unless_negative(x).unless_negative(V::splat(6.0).sub(x)),
         Activate::Hardswish => {
+            let below = three.sub(x);
             let inner = g.mul(x.mul_add(V::splat(1.0 / 3.0), V::splat(0.5))).unless_negative(x.add(three));
-            let beyond = x.sub(three);
-            inner.sub(inner.unless_negative(beyond)).add(g.unless_negative(beyond))
+            inner.unless_negative(below).add(g.sub(g.unless_negative(below)))
         }
         Activate::Silu => {
             // s (1 + x (1 - s))
