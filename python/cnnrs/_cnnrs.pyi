@@ -8,7 +8,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cnnrs._records import CpuTask, Epoch, EpochTotals, Kept, Limits, Node, ReadOptions, RowFile, Transform
+from cnnrs._records import (
+    BatchNorm,
+    BatchNormGradients,
+    CpuTask,
+    Epoch,
+    EpochTotals,
+    Kept,
+    Limits,
+    Node,
+    ReadOptions,
+    RowFile,
+    Transform,
+)
 
 __all__ = [
     "Cache",
@@ -237,12 +249,13 @@ class Kernels:
         bias: torch.Tensor | None,
         output: torch.Tensor,
         padding: int,
-        turned: bool,
     ) -> None:
-        """A 3 x 3 convolution of stride 1 with filters (O, I, 3, 3), all channels multiples of 16, into ``output``.
+        """A 3 x 3 convolution of stride 1 with filters (O, I, 3, 3), all channels multiples of 16, into ``output``."""
 
-        ``turned``: from the output's gradient to that of the input, with the same filters and padding.
-        """
+    def conv3x3_input(
+        self, derivative: torch.Tensor, filters: torch.Tensor, gradient: torch.Tensor, padding: int
+    ) -> None:
+        """The gradient of the input of such a convolution."""
 
     def conv3x3_weight(
         self, input: torch.Tensor, derivative: torch.Tensor, gradient: torch.Tensor, padding: int
@@ -254,36 +267,13 @@ class Kernels:
     ) -> None:
         """The gradient of the filters (C, 1, k, k) of a depthwise convolution; k is 3, 5 or 7, stride 1 or 2."""
 
-    def batch_norm(
-        self,
-        input: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        mean: torch.Tensor,
-        var: torch.Tensor,
-        gather: bool,
-        eps: float,
-        activation: str,
-        output: torch.Tensor,
-    ) -> None:
-        """Batch norm, the sum with ``residual`` and an activation; ``gather``: mean and variance are computed first."""
+    def batch_norm(self, norm: BatchNorm, output: torch.Tensor, gather: bool) -> None:
+        """All of it, into ``output``; ``gather``: mean and variance are computed first."""
 
     def batch_norm_backward(
-        self,
-        derivative: torch.Tensor,
-        input: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        mean: torch.Tensor,
-        var: torch.Tensor,
-        training: bool,
-        eps: float,
-        activation: str,
-        gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor],
+        self, norm: BatchNorm, derivative: torch.Tensor, training: bool, gradients: BatchNormGradients
     ) -> None:
-        """All gradients: of input, residual, weight and bias; ``training``: mean and variance are the batch's own."""
+        """All gradients; ``training``: mean and variance are the batch's own."""
 
 def cpu_obstacle(graph: Graph, input: Sequence[int], targets: Sequence[int] | None) -> str | None:
     """Why the cpu engine cannot run a graph on inputs (and targets that are values) of this shape; None if it can."""

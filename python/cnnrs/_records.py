@@ -28,6 +28,31 @@ Attributes = dict[str, Any]
 #: (name, kind, inputs, arguments) of an operation.
 Node = tuple[str, OpKind, list[int], Attributes]
 
+# -- kernels under autograd ----------------------------------------------------------------------------------
+
+
+class BatchNorm(TypedDict):
+    """A batch norm, the sum with ``residual`` and an activation; images are (N, H, W, C), the others (C,)."""
+
+    input: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    mean: torch.Tensor
+    var: torch.Tensor
+    eps: float
+    activation: str
+
+
+class BatchNormGradients(TypedDict):
+    """Where its gradients go; None: not asked for."""
+
+    input: torch.Tensor | None
+    residual: torch.Tensor | None
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
 # -- training ------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 
 use super::enter::enter;
 use super::error::convert;
+use super::record::{Names, record};
 use super::tensor::Tensor;
 use crate::engine::cpu::eager::{
     Activate, Backward, BatchNorm, Conv3x3, Depthwise, Filters, Forward, Shape, Threads, Workspace,
@@ -38,7 +39,7 @@ impl Kernels {
     }
 
     /// A 3 x 3 convolution of stride 1: `input`, `output` (N, H, W, C) and `filters` (O, I, 3, 3) contiguous float32.
-    #[pyo3(signature = (input, filters, bias, output, padding, turned))]
+    #[pyo3(signature = (input, filters, bias, output, padding))]
     fn conv3x3(
         &self,
         py: Python<'_>,
@@ -47,25 +48,39 @@ impl Kernels {
         bias: Option<Tensor>,
         output: Tensor,
         padding: usize,
-        turned: bool,
     ) -> PyResult<()> {
         let (from, to) = (shape(&input)?, shape(&output)?);
-        let mut conv = Conv3x3 { input: from, outputs: to.channels, padding };
-        if turned {
-            conv = Conv3x3 { padding, input: to, outputs: from.channels }.turned();
-        }
-        check(conv.input == from && conv.output() == to, "shapes")?;
-        let wanted = if turned { [from.channels, to.channels, 3, 3] } else { [to.channels, from.channels, 3, 3] };
-        check(filters.shape() == wanted, "filters")?;
+        let conv = Conv3x3 { input: from, outputs: to.channels, padding };
+        check(padding <= 2 && conv.output() == to, "shapes")?;
+        check(filters.shape() == [to.channels, from.channels, 3, 3], "filters")?;
         check(bias.as_ref().is_none_or(|bias| bias.shape() == [to.channels]), "bias")?;
         enter(py, move || {
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-            let w = floats(&filters)?;
-            let filters = if turned { Filters::Turned(w) } else { Filters::AsTheyAre(w) };
             let bias = bias.as_ref().map(floats).transpose()?;
             // SAFETY: a new tensor of the caller's, which nobody else reads or writes meanwhile.
             let to = unsafe { written(&output)? };
-            conv.run(floats(&input)?, filters, bias, to, &mut workspace)
+            conv.run(floats(&input)?, Filters::AsTheyAre(floats(&filters)?), bias, to, &mut workspace)
+        })
+    }
+
+    /// The gradient of the input of such a convolution.
+    fn conv3x3_input(
+        &self,
+        py: Python<'_>,
+        derivative: Tensor,
+        filters: Tensor,
+        gradient: Tensor,
+        padding: usize,
+    ) -> PyResult<()> {
+        let (from, to) = (shape(&gradient)?, shape(&derivative)?);
+        let conv = Conv3x3 { input: from, outputs: to.channels, padding };
+        check(padding <= 2 && conv.output() == to, "shapes")?;
+        check(filters.shape() == [to.channels, from.channels, 3, 3], "filters")?;
+        enter(py, move || {
+            let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: a new tensor of the caller's, which nobody else reads or writes meanwhile.
+            let to = unsafe { written(&gradient)? };
+            conv.turned().run(floats(&derivative)?, Filters::Turned(floats(&filters)?), None, to, &mut workspace)
         })
     }
 
@@ -111,122 +126,117 @@ impl Kernels {
         })
     }
 
-    /// Batch norm, the sum with `residual` and an activation of (N, H, W, C); `gather`: mean and variance are computed first.
-    #[pyo3(signature = (input, residual, weight, bias, mean, var, gather, eps, activation, output))]
-    fn batch_norm(
-        &self,
-        py: Python<'_>,
-        input: Tensor,
-        residual: Option<Tensor>,
-        weight: Option<Tensor>,
-        bias: Option<Tensor>,
-        mean: Tensor,
-        var: Tensor,
-        gather: bool,
-        eps: f64,
-        activation: &str,
-        output: Tensor,
-    ) -> PyResult<()> {
-        let norm = batch_norm(&input, eps, activation)?;
-        let vectors = [weight.as_ref(), bias.as_ref(), Some(&mean), Some(&var)];
-        let images = [residual.as_ref(), Some(&output)];
-        check(vectors.iter().flatten().all(|v| v.shape() == [norm.channels]), "vectors")?;
-        check(images.iter().flatten().all(|x| x.shape() == input.shape()), "shapes")?;
+    /// Batch norm, the sum with the residual and an activation; `gather`: mean and variance are computed first.
+    fn batch_norm(&self, py: Python<'_>, norm: Norm, output: Tensor, gather: bool) -> PyResult<()> {
+        check(output.shape() == norm.input.shape(), "shapes")?;
         enter(py, move || {
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-            let x = floats(&input)?;
             if gather {
                 // SAFETY: new tensors of the caller's, which nobody else reads or writes meanwhile.
-                let (mean, var) = unsafe { (written(&mean)?, written(&var)?) };
-                norm.statistics(x, mean, var, &mut workspace)?;
+                let (mean, var) = unsafe { (written(&norm.mean)?, written(&norm.var)?) };
+                norm.sizes.statistics(floats(&norm.input)?, mean, var, &mut workspace)?;
             }
-            let forward = forward(x, &residual, &weight, &bias, &mean, &var)?;
             // SAFETY: a new tensor of the caller's, which nobody else reads or writes meanwhile.
-            norm.run(&forward, unsafe { written(&output)? }, &mut workspace)
+            norm.sizes.run(&norm.forward()?, unsafe { written(&output)? }, &mut workspace)
         })
     }
 
     /// The gradients of all of it; `training`: mean and variance are the batch's own.
-    #[pyo3(signature = (derivative, input, residual, weight, bias, mean, var, training, eps, activation, gradients))]
     fn batch_norm_backward(
         &self,
         py: Python<'_>,
+        norm: Norm,
         derivative: Tensor,
-        input: Tensor,
-        residual: Option<Tensor>,
-        weight: Option<Tensor>,
-        bias: Option<Tensor>,
-        mean: Tensor,
-        var: Tensor,
         training: bool,
-        eps: f64,
-        activation: &str,
-        gradients: (Option<Tensor>, Option<Tensor>, Tensor, Tensor),
+        gradients: Gradients,
     ) -> PyResult<()> {
-        let norm = batch_norm(&input, eps, activation)?;
-        let (dx, dr, dw, db) = gradients;
-        let vectors = [weight.as_ref(), bias.as_ref(), Some(&mean), Some(&var), Some(&dw), Some(&db)];
-        let images = [residual.as_ref(), Some(&derivative), dx.as_ref(), dr.as_ref()];
-        check(vectors.iter().flatten().all(|v| v.shape() == [norm.channels]), "vectors")?;
-        check(images.iter().flatten().all(|x| x.shape() == input.shape()), "shapes")?;
+        let images = [Some(&derivative), gradients.input.as_ref(), gradients.residual.as_ref()];
+        check(images.iter().flatten().all(|x| x.shape() == norm.input.shape()), "shapes")?;
+        check([&gradients.weight, &gradients.bias].iter().all(|v| v.shape() == norm.mean.shape()), "vectors")?;
         enter(py, move || {
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: new tensors of the caller's, which nobody else reads or writes meanwhile.
-            let (x, residual_gradient, weight_gradient, bias_gradient) = unsafe {
+            let (x, residual, weight, bias) = unsafe {
                 (
-                    dx.as_ref().map(|t| written(t)).transpose()?,
-                    dr.as_ref().map(|t| written(t)).transpose()?,
-                    written(&dw)?,
-                    written(&db)?,
+                    gradients.input.as_ref().map(|t| written(t)).transpose()?,
+                    gradients.residual.as_ref().map(|t| written(t)).transpose()?,
+                    written(&gradients.weight)?,
+                    written(&gradients.bias)?,
                 )
             };
-            let backward = Backward {
-                forward: forward(floats(&input)?, &residual, &weight, &bias, &mean, &var)?,
-                derivative: floats(&derivative)?,
-                training,
-                x,
-                residual: residual_gradient,
-                weight: weight_gradient,
-                bias: bias_gradient,
-            };
-            norm.differentiate(backward, &mut workspace)
+            let derivative = floats(&derivative)?;
+            let backward = Backward { forward: norm.forward()?, derivative, training, x, residual, weight, bias };
+            norm.sizes.differentiate(backward, &mut workspace)
         })
     }
 }
 
-fn batch_norm(input: &Tensor, eps: f64, activation: &str) -> PyResult<BatchNorm> {
-    let activation = match activation {
-        "" => Activate::Nothing,
-        "ReLU" => Activate::Relu,
-        "ReLU6" => Activate::Relu6,
-        "Hardswish" => Activate::Hardswish,
-        "SiLU" => Activate::Silu,
-        other => return Err(PyValueError::new_err(format!("no activation {other:?}"))),
-    };
-    match *input.shape() {
-        [n, h, w, channels] if channels > 0 && BatchNorm::group(n * h * w, channels).is_some() => {
-            Ok(BatchNorm { pixels: n * h * w, channels, eps, activation })
-        }
-        ref other => Err(PyValueError::new_err(format!("batch norm of {other:?}"))),
+/// What a batch norm reads.
+struct Norm {
+    sizes: BatchNorm,
+    input: Tensor,
+    residual: Option<Tensor>,
+    weight: Option<Tensor>,
+    bias: Option<Tensor>,
+    mean: Tensor,
+    var: Tensor,
+}
+
+const ACTIVATIONS: &Names<Activate> = &[
+    ("", Activate::Nothing),
+    ("ReLU", Activate::Relu),
+    ("ReLU6", Activate::Relu6),
+    ("Hardswish", Activate::Hardswish),
+    ("SiLU", Activate::Silu),
+];
+
+impl FromPyObject<'_> for Norm {
+    fn extract_bound(norm: &Bound<'_, PyAny>) -> PyResult<Self> {
+        record("batch norm", norm, |r| {
+            let input: Tensor = r.get("input")?;
+            let (eps, activation) = (r.get("eps")?, r.choice("activation", ACTIVATIONS)?);
+            let Shape { images, size: [h, w], channels } = images(&input)?;
+            let pixels = images * h * w;
+            check(BatchNorm::group(pixels, channels).is_some(), "pixels and channels")?;
+            let sizes = BatchNorm { pixels, channels, eps, activation };
+            let (residual, weight, bias) = (r.get("residual")?, r.get("weight")?, r.get("bias")?);
+            let norm = Self { sizes, input, residual, weight, bias, mean: r.get("mean")?, var: r.get("var")? };
+            let vectors = [norm.weight.as_ref(), norm.bias.as_ref(), Some(&norm.mean), Some(&norm.var)];
+            check(vectors.iter().flatten().all(|v| v.shape() == [channels]), "vectors")?;
+            check(norm.residual.as_ref().is_none_or(|x| x.shape() == norm.input.shape()), "shapes")?;
+            Ok(norm)
+        })
     }
 }
 
-fn forward<'a>(
-    x: &'a [f32],
-    residual: &'a Option<Tensor>,
-    weight: &'a Option<Tensor>,
-    bias: &'a Option<Tensor>,
-    mean: &'a Tensor,
-    var: &'a Tensor,
-) -> Result<Forward<'a>> {
-    Ok(Forward {
-        x,
-        residual: residual.as_ref().map(floats).transpose()?,
-        weight: weight.as_ref().map(floats).transpose()?,
-        bias: bias.as_ref().map(floats).transpose()?,
-        mean: floats(mean)?,
-        var: floats(var)?,
-    })
+impl Norm {
+    fn forward(&self) -> Result<Forward<'_>> {
+        Ok(Forward {
+            x: floats(&self.input)?,
+            residual: self.residual.as_ref().map(floats).transpose()?,
+            weight: self.weight.as_ref().map(floats).transpose()?,
+            bias: self.bias.as_ref().map(floats).transpose()?,
+            mean: floats(&self.mean)?,
+            var: floats(&self.var)?,
+        })
+    }
+}
+
+/// Where the gradients of a batch norm go.
+struct Gradients {
+    input: Option<Tensor>,
+    residual: Option<Tensor>,
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl FromPyObject<'_> for Gradients {
+    fn extract_bound(gradients: &Bound<'_, PyAny>) -> PyResult<Self> {
+        record("gradients", gradients, |r| {
+            let (input, residual) = (r.get("input")?, r.get("residual")?);
+            Ok(Self { input, residual, weight: r.get("weight")?, bias: r.get("bias")? })
+        })
+    }
 }
 
 /// # Safety

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from cnnrs import _cnnrs
-from cnnrs._records import Attributes
+from cnnrs._records import Attributes, BatchNorm, BatchNormGradients
 from cnnrs.model.lowering import VIEWS, Lowered
 from cnnrs.model.player import Group, average_factor, needed, play
 
@@ -216,7 +216,7 @@ class _Conv3x3(torch.autograd.Function):
         n, _, h, w = x.shape
         last = _last(x)
         output, memory = _new(n, len(weight), h + 2 * padding - 2, w + 2 * padding - 2)
-        native.conv3x3(last, _dense(weight), _dense(bias), memory, padding, False)
+        native.conv3x3(last, _dense(weight), _dense(bias), memory, padding)
         ctx.save_for_backward(x, weight, bias)
         ctx.padding, ctx.native = padding, native
         return output
@@ -231,7 +231,7 @@ class _Conv3x3(torch.autograd.Function):
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx, memory = _new(*x.shape)
-            ctx.native.conv3x3(last, filters, None, memory, ctx.padding, True)
+            ctx.native.conv3x3_input(last, filters, memory, ctx.padding)
         if ctx.needs_input_grad[1]:
             dw = torch.empty_like(filters)
             ctx.native.conv3x3_weight(_last(x), last, dw, ctx.padding)
@@ -274,6 +274,16 @@ class _Depthwise(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
+def _described(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    mean: torch.Tensor, var: torch.Tensor, eps: float, activation: str,
+) -> BatchNorm:  # fmt: skip
+    return {
+        "input": _last(x), "residual": None if residual is None else _last(residual), "weight": _dense(weight),
+        "bias": _dense(bias), "mean": _dense(mean), "var": _dense(var), "eps": eps, "activation": activation,
+    }  # fmt: skip
+
+
 class _BatchNorm(torch.autograd.Function):
     """Batch norm, then the sum with ``residual``, then an activation; ``mean`` None: the batch's own statistics.
 
@@ -290,11 +300,7 @@ class _BatchNorm(torch.autograd.Function):
         if mean is None or var is None:
             mean, var = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
         output, memory = _new(*x.shape)
-        other = None if residual is None else _last(residual)
-        native.batch_norm(
-            _last(x), other, _dense(weight), _dense(bias), _dense(mean), _dense(var), ctx.training, eps, activation,
-            memory,
-        )  # fmt: skip
+        native.batch_norm(_described(x, residual, weight, bias, mean, var, eps, activation), memory, ctx.training)
         ctx.save_for_backward(x, residual, weight, bias, mean, var)
         ctx.settings = eps, activation
         ctx.native = native
@@ -320,9 +326,7 @@ class _BatchNorm(torch.autograd.Function):
         dx, dx_memory = _new(*x.shape) if needs[0] else (None, None)
         dr, dr_memory = _new(*x.shape) if needs[1] else (None, None)
         dw, db = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-        other = None if residual is None else _last(residual)
-        ctx.native.batch_norm_backward(
-            _last(derivative), _last(x), other, _dense(weight), _dense(bias), _dense(mean), _dense(var), ctx.training,
-            *ctx.settings, (dx_memory, dr_memory, dw, db),
-        )  # fmt: skip
+        norm = _described(x, residual, weight, bias, mean, var, *ctx.settings)
+        gradients: BatchNormGradients = {"input": dx_memory, "residual": dr_memory, "weight": dw, "bias": db}
+        ctx.native.batch_norm_backward(norm, _last(derivative), ctx.training, gradients)
         return dx, dr, dw if needs[2] else None, db if needs[3] else None, None, None, None, None, None

@@ -243,23 +243,31 @@ def test_they_run_on_pytorchs_threads_and_elsewhere_on_others_with_the_same_bits
         native = _cnnrs.Kernels(2, library)
         assert native.openmp == (library is not None and "nowhere" not in library)
         outputs.append(torch.empty(2, 9, 9, 48))
-        native.conv3x3(x, w, None, outputs[-1], 1, False)
+        native.conv3x3(x, w, None, outputs[-1], 1)
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+def norm(x: torch.Tensor) -> Any:
+    """A batch norm without anything beside its statistics."""
+    return {
+        "input": x, "residual": None, "weight": None, "bias": None, "mean": torch.zeros(16), "var": torch.ones(16),
+        "eps": 1e-5, "activation": "",
+    }  # fmt: skip
 
 
 def test_sizes_that_do_not_fit_are_errors() -> None:
     native = _cnnrs.Kernels(1, None)
     x, w = torch.zeros(1, 4, 4, 16), torch.zeros(16, 16, 3, 3)
     with pytest.raises(ValueError, match="shapes do not fit"):
-        native.conv3x3(x, w, None, torch.zeros(1, 3, 4, 16), 1, False)
+        native.conv3x3(x, w, None, torch.zeros(1, 3, 4, 16), 1)
     with pytest.raises(ValueError, match="filters do not fit"):
-        native.conv3x3(x, w[:, :8], None, torch.zeros(1, 4, 4, 16), 1, False)
+        native.conv3x3(x, w[:, :8], None, torch.zeros(1, 4, 4, 16), 1)
     with pytest.raises(ValueError, match="channels do not fit"):
-        native.conv3x3(x[..., :8], w, None, torch.zeros(1, 4, 4, 16), 1, False)
+        native.conv3x3(x[..., :8], w, None, torch.zeros(1, 4, 4, 16), 1)
     with pytest.raises(ValueError, match="float64"):
-        native.conv3x3(x.double(), w, None, torch.zeros(1, 4, 4, 16), 1, False)
-    with pytest.raises(ValueError, match='no activation "Tanh"'):
-        native.batch_norm(x, None, None, None, x[0, 0, 0], x[0, 0, 1], True, 1e-5, "Tanh", x)
+        native.conv3x3(x.double(), w, None, torch.zeros(1, 4, 4, 16), 1)
+    with pytest.raises(ValueError, match="batch norm: activation 'Tanh' is unknown"):
+        native.batch_norm({**norm(x), "activation": "Tanh"}, x, True)
     with pytest.raises(ValueError, match="shapes do not fit"):
         native.depthwise_weight(x, x, torch.zeros(16, 1, 4, 4), 1, 1)
 
@@ -471,8 +479,8 @@ def test_empty_images_are_an_error() -> None:
     native = _cnnrs.Kernels(1, None)
     empty, filters = torch.zeros(0, 4, 4, 16), torch.zeros(16, 16, 3, 3)
     with pytest.raises(ValueError, match="without zeros"):
-        native.conv3x3(empty, filters, None, empty.clone(), 1, False)
+        native.conv3x3(empty, filters, None, empty.clone(), 1)
     with pytest.raises(ValueError, match="without zeros"):
         native.depthwise_weight(empty, empty.clone(), torch.zeros(16, 1, 3, 3), 1, 1)
-    with pytest.raises(ValueError, match="batch norm of"):
-        native.batch_norm(empty, None, None, None, filters[0, :, 0, 0], filters[0, :, 0, 1], True, 1e-5, "", empty)
+    with pytest.raises(ValueError, match="without zeros"):
+        native.batch_norm(norm(empty), empty, True)
