@@ -232,6 +232,7 @@ class CpuPlans:
     def steps(self) -> int:
         """Optimizer steps of the last epoch, also after an exception."""
 
+@final
 class Kernels:
     """Operations that autograd calls, over contiguous float32 (N, H, W, C), with the threads and memory they share."""
 

@@ -113,7 +113,7 @@ fn apply(node: &Node, tensors: &[Tensor], values: &[Option<Tensor>]) -> Result<T
             if *rows {
                 size[0] = x.size()[0];
             }
-            let noise = Tensor::f_empty(&size, (x.kind(), x.device()))?.f_bernoulli_float_(1.0 - p)?;
+            let noise = Tensor::f_empty(size.as_slice(), (x.kind(), x.device()))?.f_bernoulli_float_(1.0 - p)?;
             x.f_mul(&if *p < 1.0 { noise.f_div_scalar(1.0 - p)? } else { noise })?
         }
         Op::Flatten { start, end } => x.f_flatten(*start, *end)?,
