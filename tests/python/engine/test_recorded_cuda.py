@@ -63,7 +63,9 @@ def loaded(data: Any) -> Iterator[Any]:
     return iter([(x.cpu(), y.cpu()) for x, y in data])
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"on_batch_end": lambda *_: None}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate": 3}, {"on_batch_end": lambda *_: None}], ids=["plain", "accumulate", "on_batch_end"]
+)
 @pytest.mark.parametrize("make", [sgd, adam])
 def test_the_plain_loops_bits_without_a_race(make: Any, options: dict[str, Any], recorder: Counting) -> None:
     theirs, their_optimizer, ours, our_optimizer = twins("cpu", recorder, make)
