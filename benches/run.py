@@ -12,6 +12,7 @@ import classifier
 import fit
 import folders
 import loader
+import networks
 import preconv
 import readme
 import torch
@@ -24,6 +25,7 @@ BENCHMARKS = {
     "loader": loader.comparisons,
     "folders": folders.comparisons,
     "fit": fit.comparisons,
+    "networks": networks.comparisons,
     "preconv": preconv.comparisons,
     "classifier": classifier.comparisons,
     "trainings": trainings.comparisons,
