@@ -77,8 +77,7 @@ def narrowed(features: torch.Tensor, dtype: str | None, precision: Precision | N
     found = str(features.dtype).removeprefix("torch.")
     if found not in _TYPES:
         raise ValueError(f"features must be {', '.join(_TYPES[:-1])} or {_TYPES[-1]}, got {found}")
-    kept = features.detach().to(getattr(torch, dtype or found), copy=copy, memory_format=torch.contiguous_format)
-    kept = kept.contiguous()
+    kept = features.detach().to(getattr(torch, dtype or found), copy=copy).contiguous()
     if precision == "fp16" or found == "float16":
         # What has overflowed inside of the model may be NaN by now.
         return Rows(kept, kept.isfinite().all(), _COMPUTED)
