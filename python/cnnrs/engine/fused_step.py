@@ -144,9 +144,8 @@ class FusedStep:
                 else:
                     self._adam(group, rate, moved, stopped)
 
-    def _sgd(
-        self, group: dict[str, Any], rate: torch.Tensor, parameters: list[torch.Tensor], stopped: torch.Tensor
-    ) -> None:
+    def _sgd(self, group: dict[str, Any], rate: Any, parameters: list[torch.Tensor], stopped: torch.Tensor) -> None:
+        # In the types of older torches `lr` is a float only; a tensor is taken as well.
         buffers: list[Any] = [self._state[p].get("momentum_buffer") for p in parameters]
         sgd(
             parameters, _gradients(parameters), buffers, foreach=False, fused=True, found_inf=stopped,
