@@ -297,12 +297,10 @@ class _Rest:
         if self._check and features.isfinite().all():
             # The same random numbers.
             generators.put_back()
-            expected = self(features.contiguous(), theirs)
-            buffers = [pair for pair in zip(theirs, ours, strict=True) if not pair[0].requires_grad]
-            for pair in ((expected, outputs), *buffers):
-                if reason := outputs_differ(*map(torch.Tensor.detach, pair)):
-                    self.wrong = reason
-                    raise ArithmeticError(reason)
+            # Outputs only: a mean of a channel may be nothing but rounding.
+            if reason := outputs_differ(self(features.contiguous(), theirs).detach(), outputs.detach()):
+                self.wrong = reason
+                raise ArithmeticError(reason)
         return outputs.detach()
 
     def _copied(self) -> list[torch.Tensor]:

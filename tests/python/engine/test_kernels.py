@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -484,3 +485,17 @@ def test_empty_images_are_an_error() -> None:
         native.depthwise_weight(empty, empty.clone(), torch.zeros(16, 1, 3, 3), 1, 1)
     with pytest.raises(ValueError, match="without zeros"):
         native.batch_norm(norm(empty), empty, True)
+
+
+def test_means_that_are_rounding_only_do_not_count_against_them(fast: None) -> None:
+    torch.manual_seed(1)
+    # Behind a batch norm, the mean of a linear layer's output is 0.
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32), nn.Hardswish(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(32, 4),
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cnnrs.fit(0, model, batches(9), optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+    assert "native kernels; 6 x 3 x 20 x 20" in str(cnnrs.explain(model.train(), (6, 3, 20, 20)))
