@@ -6,3 +6,4 @@ pub mod geometry;
 pub mod isa;
 pub mod kernels;
 pub mod team;
+pub mod winograd;

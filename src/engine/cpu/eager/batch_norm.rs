@@ -219,10 +219,10 @@ impl<'a> Job<'a> {
     /// # Safety
     /// `at`, an offset of sixteen floats whose place in their row is `column`, is inside the images.
     #[inline(always)]
-    unsafe fn value<V: Lanes>(&self, at: usize, f: &[V; 3]) -> [V; 2] {
+    unsafe fn value<V: Lanes>(&self, at: usize, column: usize) -> [V; 2] {
         // SAFETY: the caller's promise.
-        let x = unsafe { V::load(self.x.wrapping_add(at)) }.sub(f[1]);
-        let z = x.mul_add(f[0], f[2]);
+        let x = unsafe { V::load(self.x.wrapping_add(at)) }.sub(self.factor(1, column));
+        let z = x.mul_add(self.factor(0, column), self.factor(2, column));
         if self.residual.is_null() {
             return [x, z];
         }
@@ -230,9 +230,17 @@ impl<'a> Job<'a> {
         [x, z.add(unsafe { V::load(self.residual.wrapping_add(at)) })]
     }
 
+    /// x - mean, and the derivative of z.
+    ///
+    /// # Safety
+    /// As for [`Self::value`]; there is a derivative of y.
     #[inline(always)]
-    fn three<V: Lanes>(&self, at: usize) -> [V; 3] {
-        [self.factor(0, at), self.factor(1, at), self.factor(2, at)]
+    unsafe fn derivative<V: Lanes>(&self, at: usize, column: usize) -> [V; 2] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let [x, z] = self.value::<V>(at, column);
+            [x, derive(self.norm.activation, z, V::load(self.dy.wrapping_add(at)))]
+        }
     }
 }
 
@@ -295,7 +303,7 @@ impl Kernel for Apply<'_> {
                 let at = row * r.width + column;
                 // SAFETY: inside the images, whose lengths `run` has compared; nobody else writes this chunk.
                 unsafe {
-                    let [_, z] = job.value::<V>(at, &job.three(column));
+                    let [_, z] = job.value::<V>(at, column);
                     activate(job.norm.activation, z).store(self.y.at(at));
                 }
             }
@@ -324,8 +332,7 @@ impl Kernel for Sums<'_> {
                 let at = row * r.width + column;
                 // SAFETY: inside the images, whose lengths `differentiate` has compared, and as above.
                 unsafe {
-                    let [x, z] = job.value::<V>(at, &job.three(column));
-                    let g = derive(job.norm.activation, z, V::load(job.dy.wrapping_add(at)));
+                    let [x, g] = job.derivative::<V>(at, column);
                     let (plain, product) = (to.wrapping_add(column), to.wrapping_add(r.width + column));
                     V::load(plain).add(g).store(plain);
                     x.mul_add(g, V::load(product)).store(product);
@@ -353,8 +360,7 @@ impl Kernel for Differentiate<'_> {
                 let at = row * r.width + column;
                 // SAFETY: inside the images, whose lengths `differentiate` has compared; nobody else writes this chunk.
                 unsafe {
-                    let [x, z] = job.value::<V>(at, &job.three(column));
-                    let g = derive(job.norm.activation, z, V::load(job.dy.wrapping_add(at)));
+                    let [x, g] = job.derivative::<V>(at, column);
                     if !self.dr.0.is_null() {
                         g.store(self.dr.at(at));
                     }

@@ -7,13 +7,14 @@
 //! With few channels each worker takes some tiles at a time through all products and adds to a dU of its own. With many, the
 //! dU of one product is as much as a cache holds: V and D of many tiles are made first, and the workers share the products.
 
-use super::conv3x3::{Conv3x3, INPUTS, OUTPUTS, PRODUCTS, odd};
+use super::conv3x3::{Conv3x3, INPUTS, OUTPUTS, PRODUCTS};
 use super::{Address, Workspace, patch};
 use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::activate::Activate;
 use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::common::kernels::tile::{Tile, outer, outer_rows};
 use crate::engine::cpu::common::kernels::winograd::{Size, filter_derivative, transform_derivative, transform_input};
+use crate::engine::cpu::common::winograd::odd;
 use crate::error::Result;
 
 /// Up to so many floats of dU, every worker has one.

@@ -15,6 +15,7 @@ use crate::engine::cpu::common::geometry::{self, Window};
 use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::lanes::LANES;
 use crate::engine::cpu::common::team::Team;
+use crate::engine::cpu::common::winograd::Blocks;
 use crate::error::{Error, Result};
 use crate::model::{Graph, Node, Op, Shape, Tensor};
 
@@ -246,11 +247,9 @@ impl<'a> Network<'a> {
                 });
                 let tiles = steps::tiles(size, w.output);
                 let pool = layer.pool;
-                let (block, alone) = Winograd::blocking(isa, size, input.geometry.blocks(), self.workers);
-                let offsets = (0..input.geometry.blocks()).map(|q| q * isa.rows() * LANES).collect();
+                let (ins, outs) = (input.geometry.blocks(), output.geometry.blocks());
                 Box::new(Winograd {
-                    isa,
-                    size,
+                    blocks: Blocks::new(isa, size, ins, outs, self.workers),
                     input,
                     output,
                     residual,
@@ -260,9 +259,6 @@ impl<'a> Network<'a> {
                     activation,
                     pool,
                     tiles,
-                    block,
-                    alone,
-                    offsets,
                 })
             }
             Method::Depthwise => {

@@ -1,24 +1,17 @@
 //! A 3 x 3 convolution of stride 1 by Winograd's algorithm, with bias, residual, activation and 2 x 2 max-pooling in
 //! its output transform.
-//!
-//! ```text
-//! V = [block of tiles][k][tiles / rows][in / 16][rows][16]     what the microkernel reads, in its order
-//! U = [panel of output channels][k][in][columns * 16]
-//! M = [k][tile][columns * 16]                                  one panel of one block, never leaves the worker's cache
-//! ```
 
 use super::Step;
 use crate::engine::cpu::common::isa::{Compiled, Isa, dispatch_narrow};
 use crate::engine::cpu::common::kernels::activate::Activate;
 use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
-use crate::engine::cpu::common::kernels::tile::{Tile, tile};
 use crate::engine::cpu::common::kernels::winograd::{Finish, Pixels, Size, transform_input, transform_output};
+use crate::engine::cpu::common::winograd::{Blocks, Share};
 use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
 use crate::model::Pair;
 
 pub struct Winograd {
-    pub isa: Isa,
-    pub size: Size,
+    pub blocks: Blocks,
     pub input: Value,
     pub output: Value,
     pub residual: Option<Value>,
@@ -30,18 +23,6 @@ pub struct Winograd {
     pub pool: bool,
     /// Tiles of one image, down and across.
     pub tiles: Pair,
-    /// Tiles that are taken through the layer together, a multiple of the microkernel's rows.
-    pub block: usize,
-    /// One worker takes a block through the whole layer. Otherwise all transform the input first and then share the
-    /// pairs of block and panel: better when there are few blocks, or when U is large.
-    pub alone: bool,
-    /// Where the input blocks of a group of tiles begin in V.
-    pub offsets: Vec<usize>,
-}
-
-/// Planes an odd number of cache lines apart do not fall into the same sets.
-fn odd(floats: usize) -> usize {
-    ((floats / LANES) | 1) * LANES
 }
 
 /// Tiles of one image, down and across, for the convolution's output.
@@ -50,94 +31,53 @@ pub fn tiles(size: Size, output: Pair) -> Pair {
 }
 
 impl Winograd {
-    /// Tiles per block, and whether a worker takes a block through the layer alone.
-    pub fn blocking(isa: Isa, size: Size, input_blocks: usize, workers: usize) -> (usize, bool) {
-        // Few channels: U is small and V of a few tiles fits the second-level cache.
-        let alone = input_blocks <= 8;
-        let tile = size.products() * input_blocks * LANES * 4;
-        let tiles = match alone {
-            true => (256 << 10) / tile,
-            // The larger the block, the less often U is read; many workers need many blocks.
-            false if workers <= 4 => 112,
-            false => 42,
-        };
-        ((tiles / isa.rows()).max(1) * isa.rows(), alone)
-    }
-
-    fn v_plane(&self) -> usize {
-        odd(self.block * self.input.geometry.blocks() * LANES)
-    }
-
-    /// Floats of V for one block of tiles.
-    fn v_len(&self) -> usize {
-        self.size.products() * self.v_plane()
-    }
-
-    fn columns(&self, panel: usize) -> usize {
-        let wide = self.isa.columns();
-        wide.min(self.output.geometry.blocks() - panel * wide)
-    }
-
-    fn m_plane(&self) -> usize {
-        odd(self.block * self.isa.columns() * LANES)
-    }
-
-    fn panels(&self) -> usize {
-        self.output.geometry.blocks().div_ceil(self.isa.columns())
-    }
-
-    fn blocks(&self, images: usize) -> usize {
-        (images * self.tiles[0] * self.tiles[1]).div_ceil(self.block)
+    fn all_tiles(&self, images: usize) -> usize {
+        images * self.tiles[0] * self.tiles[1]
     }
 
     fn work<'a>(&'a self, cx: &'a Context<'a>, block: usize, v: *mut f32, m: *mut f32) -> Work<'a> {
-        // Blocks, and the microkernels of a block, of about the same size: a last one of two tiles would waste registers.
-        let (all, blocks) = (cx.images * self.tiles[0] * self.tiles[1], self.blocks(cx.images));
-        let (first, end) = (all * block / blocks, all * (block + 1) / blocks);
-        let rows = (end - first).div_ceil((end - first).div_ceil(self.isa.rows()));
-        Work { step: self, cx, first, count: end - first, rows, v, m }
+        Work { step: self, cx, share: self.blocks.share(self.all_tiles(cx.images), block), v, m }
     }
 }
 
 impl Step for Winograd {
     fn phases(&self) -> usize {
-        if self.alone { 1 } else { 2 }
+        if self.blocks.alone { 1 } else { 2 }
     }
 
     fn tasks(&self, phase: usize, images: usize) -> usize {
-        let blocks = self.blocks(images);
-        match (self.alone, phase) {
+        let blocks = self.blocks.count(self.all_tiles(images));
+        match (self.blocks.alone, phase) {
             (true, _) => blocks,
-            (false, 0) => blocks * self.block / self.isa.rows(),
-            (false, _) => blocks * self.panels(),
+            (false, 0) => blocks * self.blocks.groups(),
+            (false, _) => blocks * self.blocks.panels(),
         }
     }
 
     fn run(&self, phase: usize, task: usize, cx: &Context<'_>) {
-        let blocks = self.blocks(cx.images);
-        if self.alone {
-            let work = self.work(cx, task, cx.own, cx.own.wrapping_add(self.v_len()));
-            dispatch(self.isa, Alone(work, 0..self.panels()));
+        let b = &self.blocks;
+        let blocks = b.count(self.all_tiles(cx.images));
+        if b.alone {
+            let work = self.work(cx, task, cx.own, cx.own.wrapping_add(b.v_len()));
+            dispatch(b.isa, Alone(work, 0..b.panels()));
         } else if phase == 0 {
-            let groups = self.block / self.isa.rows();
-            let (block, group) = (task / groups, task % groups);
-            let work = self.work(cx, block, cx.shared.wrapping_add(block * self.v_len()), cx.own);
-            dispatch(self.isa, Transform(work, group));
+            let (block, group) = (task / b.groups(), task % b.groups());
+            let work = self.work(cx, block, cx.shared.wrapping_add(block * b.v_len()), cx.own);
+            dispatch(b.isa, Transform(work, group));
         } else {
             // Panels first: a worker's share is a part of U, which is read once, for all blocks of tiles.
             let (panel, block) = (task / blocks, task % blocks);
-            let work = self.work(cx, block, cx.shared.wrapping_add(block * self.v_len()), cx.own);
-            dispatch(self.isa, Multiply(work, panel));
+            let work = self.work(cx, block, cx.shared.wrapping_add(block * b.v_len()), cx.own);
+            dispatch(b.isa, Multiply(work, panel));
         }
     }
 
     fn own(&self) -> usize {
-        let m = self.size.products() * self.m_plane();
-        if self.alone { self.v_len() + m } else { m }
+        self.blocks.own()
     }
 
     fn shared(&self, images: usize) -> usize {
-        if self.alone { 0 } else { self.blocks(images) * self.v_len() }
+        if self.blocks.alone { 0 } else { self.blocks.count(self.all_tiles(images)) * self.blocks.v_len() }
     }
 }
 
@@ -145,10 +85,7 @@ impl Step for Winograd {
 struct Work<'a> {
     step: &'a Winograd,
     cx: &'a Context<'a>,
-    first: usize,
-    count: usize,
-    /// Tiles per microkernel.
-    rows: usize,
+    share: Share,
     v: *mut f32,
     m: *mut f32,
 }
@@ -177,7 +114,7 @@ impl Kernel for Alone<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
         let work = self.0;
-        for group in 0..work.count.div_ceil(work.rows) {
+        for group in 0..work.share.groups() {
             // SAFETY: `Winograd::own` made room for V; the input's border covers every tile.
             unsafe { work.transform::<V>(group) };
         }
@@ -202,22 +139,18 @@ impl Work<'_> {
     /// There is room for them in V, which nobody else has, and the input has a border around every tile.
     #[inline(always)]
     unsafe fn transform<V: Lanes>(&self, group: usize) {
-        let s = self.step;
-        let (rows, wide, g) = (self.rows, s.isa.rows(), &s.input.geometry);
-        let (blocks, m) = (g.blocks(), s.size.outputs());
+        let (s, Share { first, count, rows }) = (self.step, self.share);
+        let (b, g, m) = (&s.blocks, &s.input.geometry, s.blocks.size.outputs());
         let start = group * rows;
-        for r in start..self.count.min(start + rows) {
-            let (image, y, x) = self.place(self.first + r);
+        for r in start..count.min(start + rows) {
+            let (image, y, x) = self.place(first + r);
             let corner = (g.before[0] + y * m - s.padding[0]) * g.row() + (g.before[1] + x * m - s.padding[1]) * LANES;
             let from = self.cx.image(&s.input, image).wrapping_add(corner);
-            let to = self.v.wrapping_add((group * blocks * wide + (r - start)) * LANES);
-            for q in 0..blocks {
-                let to = to.wrapping_add(q * wide * LANES);
+            for q in 0..b.ins {
+                let pixels = Pixels { from: from.wrapping_add(q * g.plane()), row: g.row(), pixel: LANES };
+                let to = self.v.wrapping_add(b.place(group, r - start, q));
                 // SAFETY: the caller's promise.
-                unsafe {
-                    let pixels = Pixels { from: from.wrapping_add(q * g.plane()), row: g.row(), pixel: LANES };
-                    transform_input::<V>(s.size, pixels, to, s.v_plane());
-                }
+                unsafe { transform_input::<V>(b.size, pixels, to, b.v_plane()) };
             }
         }
     }
@@ -228,44 +161,15 @@ impl Work<'_> {
     /// V is filled; M, which nobody else has, has room for the products, and the output for the tiles.
     #[inline(always)]
     unsafe fn multiply<V: Lanes>(&self, panel: usize) {
-        let s = self.step;
-        let (rows, columns, wide) = (self.rows, s.columns(panel), s.isa.columns());
-        let inputs = s.input.geometry.blocks() * LANES;
-        let products = s.size.products();
-        let u_len = inputs * columns * LANES;
-        let u = self.cx.weights(s.weights + panel * wide * LANES * inputs * products, u_len * products);
-        let groups = self.count.div_ceil(rows);
-        // U of the next product comes from far away, once for all tiles of the block: each microkernel asks for a slice of
-        // it. Alone, U is small and stays near.
-        let slice = if s.alone { 0 } else { u_len.div_ceil(LANES * s.offsets.len() * groups) };
-        for k in 0..products {
-            for (group, start) in (0..self.count).step_by(rows).enumerate() {
-                let job = Tile {
-                    input: self.v.wrapping_add(k * s.v_plane() + group * s.isa.rows() * inputs),
-                    stride: LANES,
-                    offsets: &s.offsets,
-                    len: LANES,
-                    short: 0,
-                    short_len: 0,
-                    weights: u.wrapping_add(k * u_len),
-                    later: u.wrapping_add((k + 1) * u_len + group * slice * s.offsets.len() * LANES),
-                    later_lines: slice,
-                    output: self.m.wrapping_add(k * s.m_plane() + start * columns * LANES),
-                    output_stride: columns * LANES,
-                    output_block: LANES,
-                    bias: std::ptr::null(),
-                    residual: std::ptr::null(),
-                    residual_stride: 0,
-                    residual_block: 0,
-                    activation: Activate::Nothing,
-                };
-                // SAFETY: the caller's promise.
-                unsafe { tile::<V, false>(rows.min(self.count - start), columns, &job) };
-            }
-        }
+        let (s, b) = (self.step, &self.step.blocks);
+        let (columns, wide, inputs) = (b.columns(panel), b.isa.columns(), b.ins * LANES);
+        let (u_plane, products) = (inputs * columns * LANES, b.size.products());
+        let u = self.cx.weights(s.weights + panel * wide * LANES * inputs * products, u_plane * products);
+        // SAFETY: the caller's promise.
+        unsafe { b.multiply::<V>(self.share, panel, self.v, (u, u_plane), self.m) };
         let bias = self.cx.weights(s.bias, s.output.geometry.blocks() * LANES);
-        for t in 0..self.count {
-            let (image, y, x) = self.place(self.first + t);
+        for t in 0..self.share.count {
+            let (image, y, x) = self.place(self.share.first + t);
             let spot = Spot::new(s, &s.output.geometry, y, x, s.pool);
             let to = self.cx.image_mut(&s.output, image).wrapping_add(spot.start);
             for c in 0..columns {
@@ -291,7 +195,7 @@ impl Work<'_> {
                 };
                 let from = self.m.wrapping_add((t * columns + c) * LANES);
                 // SAFETY: the caller's promise.
-                unsafe { transform_output::<V>(s.size, from, s.m_plane(), &finish) };
+                unsafe { transform_output::<V>(b.size, from, b.m_plane(), &finish) };
             }
         }
     }
@@ -306,7 +210,7 @@ struct Spot {
 impl Spot {
     #[inline(always)]
     fn new(step: &Winograd, g: &Geometry, y: usize, x: usize, pool: bool) -> Self {
-        let m = if pool { step.size.outputs() / 2 } else { step.size.outputs() };
+        let m = if pool { step.blocks.size.outputs() / 2 } else { step.blocks.size.outputs() };
         let (y, x) = (y * m, x * m);
         // A pooled image of odd size ends before its last tile may begin.
         let inside = [g.height.saturating_sub(y), g.width.saturating_sub(x)];
