@@ -134,14 +134,13 @@ def _recorded(lowered: Lowered) -> tuple[str, ...]:
 def _said(front: Front | None, question: Question) -> str | None:
     said = []
     how = "in native code, as in preconv: equal to the model up to float rounding"
+    count = 0 if front is None else front.kernels.operations
     if front is not None and front.last == 0:
-        said = [
-            f"but {front.kernels} of its operations have native kernels, which large batches get where they are faster"
-        ]
+        said = [f"but {count} of its operations have native kernels, which large batches get where they are faster"]
     elif front is not None and front.is_all:
         said = [f"but large batches of validation: all {len(front.front.graph) - 1} operations run {how}"]
     elif front is not None:
-        behind = f"; {front.kernels} operations behind it have native kernels" if front.kernels else ""
+        behind = f"; {count} operations behind it have native kernels" if count else ""
         said = [f"but everything up to {front.end} is frozen and runs {how}{behind}"]
     lowered, inputs = question.lowered, question.inputs
     if lowered is None or inputs is None or not question.training:

@@ -41,22 +41,19 @@ class Front:
         front: its operations up to the value that training begins with.
         last: number of the last of them; 0: that is the batch itself.
         shape: of the samples that the front takes.
+        kernels: what is behind it.
     """
 
     whole: Lowered
     front: Lowered
     last: int
     shape: tuple[int, ...]
+    kernels: Kernels
 
     @property
     def is_all(self) -> bool:
         """Whether nothing is left behind it."""
         return self.last == self.whole.output
-
-    @property
-    def kernels(self) -> int:
-        """Number of operations behind it that have native kernels."""
-        return sum(len(group.nodes) for group in Kernels(self.whole, self.last).groups.values())
 
     @property
     def end(self) -> str:
@@ -79,19 +76,20 @@ def front_of(lowered: Lowered, inputs: torch.Tensor, training: bool, batches: in
         return None
     last = _last(lowered, training)
     front = _upto(lowered, last)
-    if not _is_worth(lowered, last, inputs, batches) or cpu_inference.obstacle(front, inputs) is not None:
-        if not training or not _has_kernels(lowered, inputs):
-            return None
+    worth = _is_worth(lowered, last, inputs, batches) and cpu_inference.obstacle(front, inputs) is None
+    if not worth:
         last, front = 0, _upto(lowered, 0)
-    return Front(lowered, front, last, tuple(inputs.shape[1:]))
+    kernels = Kernels(lowered, last)
+    if not worth and not (training and kernels.operations and _is_large(lowered, inputs)):
+        return None
+    return Front(lowered, front, last, tuple(inputs.shape[1:]), kernels)
 
 
-def _has_kernels(lowered: Lowered, inputs: torch.Tensor) -> bool:
-    """Whether native kernels behind the inputs are worth being tried."""
+def _is_large(lowered: Lowered, inputs: torch.Tensor) -> bool:
+    """Whether native kernels for the whole network are worth being tried."""
     costs = lowered.graph.costs(lowered.graph.shapes(list(inputs.shape)))
     # Of images of one channel both orders of memory are the same.
-    enough = inputs.shape[1] > 1 and sum(cost for cost, _ in costs) >= LEAST_FLOPS
-    return enough and bool(Kernels(lowered).groups)
+    return inputs.shape[1] > 1 and sum(cost for cost, _ in costs) >= LEAST_FLOPS
 
 
 def moving_statistics(lowered: Lowered, inputs: torch.Tensor, batches: int) -> str | None:
@@ -276,13 +274,12 @@ class _Rest:
         self.wrong = ""
         self._front = front
         self._check = check
-        self._kernels = Kernels(front.whole, front.last)
 
     def __call__(self, features: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
         whole = self._front.whole
         if features.is_contiguous():
             return play(whole, tensors, features, start=self._front.last)
-        return self._kernels.play(whole, tensors, features)
+        return self._front.kernels.play(whole, tensors, features)
 
     def on_copies(self, features: torch.Tensor) -> torch.Tensor:
         """As the call, in ``channels_last`` and on copies of what it changes.
@@ -290,15 +287,15 @@ class _Rest:
         Raises:
             ArithmeticError: native kernels do not do what PyTorch does.
         """
-        generators, ours, theirs = Generators(), self._copied(), self._copied()
-        outputs = self(features, ours)
+        generators = Generators()
+        outputs = self(features, self._copied())
         # Where ReLU lets another value through gradients may differ; that they can be had must show now.
         outputs.sum().backward()  # type: ignore[no-untyped-call]
         if self._check and features.isfinite().all():
             # The same random numbers.
             generators.put_back()
             # Outputs only: a mean of a channel may be nothing but rounding.
-            if reason := outputs_differ(self(features.contiguous(), theirs).detach(), outputs.detach()):
+            if reason := outputs_differ(self(features.contiguous(), self._copied()).detach(), outputs.detach()):
                 self.wrong = reason
                 raise ArithmeticError(reason)
         return outputs.detach()

@@ -44,6 +44,11 @@ class Kernels:
         # No group knows the whole: their memory, often hundreds of megabytes, would wait for the collector of cycles.
         self.groups = _groups(lowered, start, _native())
 
+    @property
+    def operations(self) -> int:
+        """Number of operations that have a kernel."""
+        return sum(len(group.nodes) for group in self.groups.values())
+
     def play(self, lowered: Lowered, tensors: list[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
         """As :func:`~cnnrs.model.player.play`, with ``inputs`` in ``channels_last``."""
         inputs = inputs.contiguous(memory_format=torch.channels_last)

@@ -451,7 +451,7 @@ def test_only_training_is_divided_for_the_kernels() -> None:
     # Too little to be worth the while.
     assert front_of(lowered, inputs, training=True, batches=1) is None
     front = front_of(lowered, torch.empty(1).expand(64, 3, 224, 224), training=True, batches=1)
-    assert front is not None and front.last == 0 and front.kernels == 13
+    assert front is not None and front.last == 0 and front.kernels.operations == 13
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU])
