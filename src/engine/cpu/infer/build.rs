@@ -6,7 +6,8 @@ use super::fuse::{Fused, Tensors};
 use super::memory::{Geometry, Value, arena};
 use super::method::{Method, window};
 use super::steps::{
-    self, Binary, Cat, Conv, Depthwise, LayerNorm, Load, Packing, Pad, Pointwise, Pool, Relayout, Softmax, Step,
+    self, Binary, Block, Cat, Conv, Depthwise, Direct, Grouped, LayerNorm, Load, Packing, Pad, Pointwise, Pool,
+    Relayout, Softmax, Step,
 };
 use super::steps::{Filters, Source, Store, Taps, Winograd};
 use crate::engine::cpu::common::analysis::unsupported;
@@ -117,7 +118,7 @@ impl<'a> Network<'a> {
         }
         let dense = |l: &Fused| {
             let first = l.expand.as_deref().unwrap_or(l);
-            matches!(self.method(first), (Some(w), Method::Direct { .. }) if w.groups == 1)
+            matches!(self.method(first), (Some(w), Method::Direct) if w.groups == 1)
         };
         if let Some(input) = &mut geometries[0]
             && input.channels < LANES
@@ -234,7 +235,7 @@ impl<'a> Network<'a> {
     fn sums(&self, layer: &Fused, values: Values, weights: &mut Weights<'a>) -> Result<Box<dyn Step>> {
         let (node, isa, activation) = (self.node(layer), self.isa, layer.activation);
         let Values { input, output, residual, .. } = values;
-        if let (_, Method::Direct { .. }) = self.method(layer) {
+        if let (_, Method::Direct) = self.method(layer) {
             return Ok(Box::new(self.conv(layer, values, weights)?));
         }
         let Sums { window: w, method, filters, scale, bias } = self.prepare(layer, weights)?;
@@ -293,7 +294,15 @@ impl<'a> Network<'a> {
                     activation,
                 })
             }
-            Method::Direct { .. } | Method::None => return Err(unsupported(node, "is no convolution")),
+            Method::Grouped => {
+                let blocks = Block::all(&w, &input.geometry);
+                let len = blocks.iter().map(|block| block.taps.depth() * LANES).sum();
+                let weights = weights.reserve(len, move |to| steps::pack_grouped(&w, filters, scale.as_deref(), to));
+                let (stride, padding) = (w.stride, w.padding);
+                let direct = Direct { isa, input, output, residual, bias, stride, padding, activation };
+                Box::new(Grouped { direct, weights, blocks })
+            }
+            Method::Direct | Method::None => return Err(unsupported(node, "is no convolution")),
         })
     }
 
@@ -302,18 +311,17 @@ impl<'a> Network<'a> {
         let (isa, activation) = (self.isa, layer.activation);
         let Values { input, output, residual, .. } = values;
         let Sums { window: w, method, filters, scale, bias } = self.prepare(layer, weights)?;
-        let Method::Direct { groups } = method else {
+        if method != Method::Direct {
             return Err(unsupported(self.node(layer), "is not summed directly"));
-        };
-        let inp = w.channels / groups;
+        }
+        let (groups, inp) = (w.groups, w.channels / w.groups);
         let taps = Taps::new(&input.geometry, inp, w.kernel, w.dilation);
         let (depth, packing) = (taps.depth(), taps.clone());
         let len = w.out_channels.next_multiple_of(LANES) * depth;
         let wide = isa.columns() * LANES;
-        // What is joined is made for all panels at once.
-        let piece = if groups == 1 && w.groups == 1 { wide * depth } else { len };
+        // Groups: all panels at once, which may be of several widths.
+        let piece = if groups == 1 { wide * depth } else { len };
         let weights = weights.reserve_in(len, piece, move |number, to| {
-            let joined = join(&w, groups, filters);
             let packing = Packing {
                 isa,
                 out: w.out_channels,
@@ -322,13 +330,14 @@ impl<'a> Network<'a> {
                 kernel: w.kernel,
                 taps: &packing,
                 pixel: input.geometry.pixel,
-                weight: joined.as_deref().unwrap_or(filters),
+                weight: filters,
                 scale: scale.as_deref(),
             };
             steps::pack(&packing, number * wide, to);
         });
         let (stride, padding) = (w.stride, w.padding);
-        Ok(Conv { isa, input, output, residual, weights, bias, stride, padding, groups, taps, activation })
+        let direct = Direct { isa, input, output, residual, bias, stride, padding, activation };
+        Ok(Conv { direct, weights, groups, taps })
     }
 
     fn prepare(&self, layer: &Fused, weights: &mut Weights<'a>) -> Result<Sums<'a>> {
@@ -371,20 +380,4 @@ struct Sums<'a> {
     scale: Option<Vec<f64>>,
     /// Where the summands, one per output channel, begin in the weights.
     bias: usize,
-}
-
-/// The filters of `w.groups` groups as those of fewer, with zeros where an output does not see an input.
-fn join(w: &Window, groups: usize, filters: &[f32]) -> Option<Vec<f32>> {
-    if w.groups == groups {
-        return None;
-    }
-    let window = w.kernel[0] * w.kernel[1];
-    let (narrow, wide) = (w.channels / w.groups, w.channels / groups);
-    let mut joined = vec![0.0; w.out_channels * wide * window];
-    for (o, filter) in filters.chunks_exact(narrow * window).enumerate() {
-        let group = o / (w.out_channels / w.groups);
-        let first = group * narrow % wide;
-        joined[(o * wide + first) * window..][..narrow * window].copy_from_slice(filter);
-    }
-    Some(joined)
 }

@@ -7,7 +7,7 @@
 //! x * sigmoid(x) is the activation SiLU; permutations are names (`canonical`)
 //! ```
 
-use super::method::{Method, joined};
+use super::method::{Method, joined, window};
 use crate::engine::cpu::common::analysis::{axis, readers, unsupported};
 use crate::engine::cpu::common::kernels::activate::Activate;
 use crate::error::Result;
@@ -74,6 +74,9 @@ pub fn fuse(graph: &Graph, shapes: &[Shape], tensors: &Tensors<'_>, exact: bool)
 /// Joins convolutions with the depthwise convolutions that alone read them.
 fn expansions(graph: &Graph, shapes: &[Shape], exact: bool, output: usize, layers: Vec<Fused>) -> Vec<Fused> {
     let method = |layer: &Fused| Method::of(graph, shapes, layer.node, exact);
+    let is_dense = |layer: &Fused| {
+        method(layer) == Method::Direct && window(graph, shapes, layer.node).is_some_and(|w| w.groups == 1)
+    };
     let mut reads = vec![0; graph.nodes.len()];
     layers.iter().flat_map(|layer| layer.inputs.iter().chain(&layer.residual)).for_each(|&node| reads[node] += 1);
     reads[output] += 1;
@@ -84,7 +87,7 @@ fn expansions(graph: &Graph, shapes: &[Shape], exact: bool, output: usize, layer
             && reads[layer.inputs[0]] == 1
             && image(layer.inputs[0])
             && let Some(at) = done.iter().position(|before| before.last == layer.inputs[0])
-            && method(&done[at]) == (Method::Direct { groups: 1 })
+            && is_dense(&done[at])
             && done[at].residual.is_none()
         {
             let before = done.remove(at);

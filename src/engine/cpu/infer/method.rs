@@ -47,10 +47,10 @@ pub fn joined(graph: &Graph, node: usize) -> Option<(Pair, usize)> {
 pub enum Method {
     Winograd(Size),
     Depthwise,
-    /// With so many groups: small groups are joined (and filled with zeros) until they fill blocks of channels.
-    Direct {
-        groups: usize,
-    },
+    /// One group, or groups of whole blocks of channels.
+    Direct,
+    /// Groups of fewer channels.
+    Grouped,
     /// No convolution.
     None,
 }
@@ -69,12 +69,8 @@ impl Method {
         if w.groups > 1 && w.groups == w.channels && w.channels == w.out_channels {
             return Self::Depthwise;
         }
-        let fits = |groups: &usize| {
-            w.groups.is_multiple_of(*groups)
-                && (w.channels / groups).is_multiple_of(LANES)
-                && (w.out_channels / groups).is_multiple_of(LANES)
-        };
-        Self::Direct { groups: (2..=w.groups).rev().find(fits).unwrap_or(1) }
+        let whole = |channels: usize| (channels / w.groups).is_multiple_of(LANES);
+        if w.groups == 1 || whole(w.channels) && whole(w.out_channels) { Self::Direct } else { Self::Grouped }
     }
 
     /// Whether the kernel can pool 2 x 2 outputs.

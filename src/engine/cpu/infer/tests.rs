@@ -67,6 +67,31 @@ fn convolutions_of_every_kind() {
     }
 }
 
+#[test]
+fn groups_of_few_channels() {
+    // RegNet's of 8 and 24, ResNeXt's of 4, more outputs than inputs and fewer; blocks of channels that are not full.
+    let cases = [
+        ([48, 48], 6, 2),
+        ([104, 104], 13, 1),
+        ([72, 72], 3, 1),
+        ([40, 40], 10, 2),
+        ([20, 40], 5, 1),
+        ([80, 20], 20, 1),
+        ([21, 42], 21, 1),
+    ];
+    for ([inp, out], groups, stride) in cases {
+        let mut m = Model::new();
+        let wide = m.conv(0, [3, inp], [1, 1], |_| {});
+        let wide = m.act(wide, Activation::Sigmoid);
+        let c = m.conv(wide, [inp, out], [3, 3], |op| set(op, [stride; 2], [1, 1], [1, 1], groups));
+        let n = m.norm(c, out);
+        let other = m.conv(0, [3, out], [1, 1], |op| set(op, [stride; 2], [0, 0], [1, 1], 1));
+        let sum = m.op(Op::Add { inplace: false }, &[n, other]);
+        m.act(sum, Activation::Relu);
+        m.check(&[3, 3, 15, 18], &["grouped"]);
+    }
+}
+
 /// A convolution from `inp` to `wide` channels, a depthwise one on its result, and one behind it.
 fn expanded(m: &mut Model, from: usize, [inp, wide]: Pair, kernel: Pair, change: impl Fn(&mut Op)) -> [usize; 2] {
     let a = m.conv(from, [inp, wide], [1, 1], |_| {});

@@ -46,25 +46,42 @@ impl Taps {
     }
 }
 
-pub struct Conv {
+/// What direct summation needs to know, however the channels are grouped.
+pub struct Direct {
     pub isa: Isa,
     pub input: Value,
     pub output: Value,
     pub residual: Option<Value>,
-    pub weights: usize,
     pub bias: usize,
     pub stride: Pair,
     pub padding: Pair,
+    pub activation: Activate,
+}
+
+/// A convolution whose groups are whole blocks of channels.
+pub struct Conv {
+    pub direct: Direct,
+    pub weights: usize,
     pub groups: usize,
     pub taps: Taps,
-    pub activation: Activate,
+}
+
+/// Output channels that see the same input channels.
+pub struct Panel<'a> {
+    /// First block of output channels, and how many.
+    pub block: usize,
+    pub columns: usize,
+    /// First block of input channels.
+    pub from: usize,
+    pub taps: &'a Taps,
+    pub weights: usize,
 }
 
 /// Pixels side by side, which the microkernel walks with one stride.
 #[derive(Clone, Copy)]
 pub struct Lines {
     /// Lines of an image (or of all images together), pixels of a line.
-    count: usize,
+    pub count: usize,
     pub length: usize,
     /// Pixels per microkernel.
     pub rows: usize,
@@ -77,7 +94,7 @@ const SMALL: usize = 96 << 10;
 /// Input floats a task looks at, so that they stay in the second-level cache while the panels go by.
 const WORKING_SET: usize = 64 << 10;
 
-impl Conv {
+impl Direct {
     pub fn lines(&self, images: usize) -> Lines {
         let g = &self.output.geometry;
         let across = g.height * g.width == 1;
@@ -85,14 +102,16 @@ impl Conv {
         let parts = length.div_ceil(self.isa.rows());
         Lines { count, length, rows: length.div_ceil(parts.max(1)), across }
     }
+}
 
+impl Conv {
     fn group_blocks(&self) -> usize {
-        self.output.geometry.blocks() / self.groups
+        self.direct.output.geometry.blocks() / self.groups
     }
 
     /// Panels never reach over the edge of a group.
     fn panels_per_group(&self) -> usize {
-        self.group_blocks().div_ceil(self.isa.columns())
+        self.group_blocks().div_ceil(self.direct.isa.columns())
     }
 
     fn panels(&self) -> usize {
@@ -101,11 +120,10 @@ impl Conv {
 
     /// How many (lines, panels) make a task.
     fn grain(&self, images: usize) -> Pair {
-        let lines = self.lines(images);
-        let weights = self.taps.depth() * self.output.geometry.blocks() / self.groups * LANES;
-        let touched = lines.length * self.stride[1] * self.stride[0] * self.taps.depth()
-            / self.taps.offsets.len().max(1)
-            * self.input.geometry.blocks();
+        let (lines, stride) = (self.direct.lines(images), self.direct.stride);
+        let weights = self.taps.depth() * self.group_blocks() * LANES;
+        let touched = lines.length * stride[1] * stride[0] * self.taps.depth() / self.taps.offsets.len().max(1)
+            * self.direct.input.geometry.blocks();
         if lines.across {
             return [1, 1];
         }
@@ -118,18 +136,18 @@ impl Conv {
 
 impl Step for Conv {
     fn tasks(&self, _phase: usize, images: usize) -> usize {
-        let (lines, [high, wide]) = (self.lines(images), self.grain(images));
+        let (lines, [high, wide]) = (self.direct.lines(images), self.grain(images));
         let images = if lines.across { 1 } else { images };
         images * lines.count.div_ceil(high) * self.panels().div_ceil(wide)
     }
 
     fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
-        let (lines, [high, wide]) = (self.lines(cx.images), self.grain(cx.images));
+        let (lines, [high, wide]) = (self.direct.lines(cx.images), self.grain(cx.images));
         let (chunks, panels) = (lines.count.div_ceil(high), self.panels().div_ceil(wide));
         let (image, rest) = (task / (chunks * panels), task % (chunks * panels));
         let (panel, chunk) = (rest / chunks * wide, rest % chunks * high);
         dispatch(
-            self.isa,
+            self.direct.isa,
             Chunk {
                 step: self,
                 cx,
@@ -154,22 +172,14 @@ struct Chunk<'a> {
 impl Kernel for Chunk<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let (s, o) = (self.step, &self.step.output.geometry);
-        let to = self.cx.image_mut(&s.output, self.image);
+        let s = &self.step.direct;
         for y in self.y.clone() {
             for start in (0..self.lines.length).step_by(self.lines.rows) {
                 for panel in self.panels.clone() {
-                    let block = s.first_block(panel);
-                    let pixels = Pixels {
-                        image: self.image,
-                        y,
-                        start,
-                        panel,
-                        to: to.wrapping_add(block * o.plane() + o.at(y, 0)),
-                        to_block: o.plane(),
-                    };
+                    let panel = self.step.panel(panel);
+                    let pixels = s.line(self.cx, &panel, self.image, y, start);
                     // SAFETY: a line of the output.
-                    unsafe { s.pixels::<V>(self.cx, self.lines, &pixels) };
+                    unsafe { s.pixels::<V>(self.cx, self.lines, &panel, &pixels) };
                 }
             }
         }
@@ -182,39 +192,47 @@ pub struct Pixels {
     pub y: usize,
     /// First pixel; there are as many as a microkernel takes, and fewer at the end of the line.
     pub start: usize,
-    pub panel: usize,
     /// Where pixel 0 of the line goes, and the distance to its next block of channels.
     pub to: *mut f32,
     pub to_block: usize,
 }
 
 impl Conv {
-    /// First of the blocks of output channels of a panel.
     #[inline(always)]
-    fn first_block(&self, panel: usize) -> usize {
-        let (group, part) = (panel / self.panels_per_group(), panel % self.panels_per_group());
-        group * self.group_blocks() + part * self.isa.columns()
+    pub fn panel(&self, number: usize) -> Panel<'_> {
+        let (group, part) = (number / self.panels_per_group(), number % self.panels_per_group());
+        let (blocks, wide) = (self.group_blocks(), self.direct.isa.columns());
+        let block = group * blocks + part * wide;
+        Panel {
+            block,
+            columns: wide.min(blocks - part * wide),
+            from: group * (self.direct.input.geometry.blocks() / self.groups),
+            taps: &self.taps,
+            weights: self.weights + block * LANES * self.taps.depth(),
+        }
     }
+}
 
-    /// Blocks of output channels in a panel.
+impl Direct {
+    /// Pixels of a line of the output.
     #[inline(always)]
-    fn columns(&self, panel: usize) -> usize {
-        let part = panel % self.panels_per_group();
-        self.isa.columns().min(self.group_blocks() - part * self.isa.columns())
+    pub fn line(&self, cx: &Context<'_>, panel: &Panel<'_>, image: usize, y: usize, start: usize) -> Pixels {
+        let o = &self.output.geometry;
+        let to = cx.image_mut(&self.output, image).wrapping_add(panel.block * o.plane() + o.at(y, 0));
+        Pixels { image, y, start, to, to_block: o.plane() }
     }
 
     /// # Safety
     /// There is room for a line of each block of the panel where `p` says.
     #[inline(always)]
-    pub unsafe fn pixels<V: Lanes>(&self, cx: &Context<'_>, lines: Lines, p: &Pixels) {
+    pub unsafe fn pixels<V: Lanes>(&self, cx: &Context<'_>, lines: Lines, panel: &Panel<'_>, p: &Pixels) {
         let (i, o) = (&self.input.geometry, &self.output.geometry);
-        let (depth, columns, block) = (self.taps.depth(), self.columns(p.panel), self.first_block(p.panel));
+        let Panel { block, columns, from, taps, weights } = *panel;
         let (input_stride, output_stride) =
             if lines.across { (i.len(), o.len()) } else { (self.stride[1] * i.pixel, LANES) };
-        let group = p.panel / self.panels_per_group();
         let corner = (i.before[0] + p.y * self.stride[0] - self.padding[0]) * i.row()
             + (i.before[1] - self.padding[1]) * i.pixel
-            + group * (i.blocks() / self.groups) * i.plane();
+            + from * i.plane();
         let (residual, residual_stride, residual_block) = match &self.residual {
             Some(value) => {
                 let g = &value.geometry;
@@ -227,11 +245,11 @@ impl Conv {
         let job = Tile {
             input: cx.image(&self.input, p.image).wrapping_add(corner + p.start * input_stride),
             stride: input_stride,
-            offsets: &self.taps.offsets,
-            len: self.taps.len,
-            short: self.taps.short,
-            short_len: self.taps.short_len,
-            weights: cx.weights(self.weights + block * LANES * depth, columns * LANES * depth),
+            offsets: &taps.offsets,
+            len: taps.len,
+            short: taps.short,
+            short_len: taps.short_len,
+            weights: cx.weights(weights, columns * LANES * taps.depth()),
             later: std::ptr::null(),
             later_lines: 0,
             output: p.to.wrapping_add(p.start * output_stride),

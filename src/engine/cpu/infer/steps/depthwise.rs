@@ -44,7 +44,7 @@ impl Depthwise {
     fn input(&self) -> &Geometry {
         match &self.source {
             Source::Value(value) => &value.geometry,
-            Source::Conv(conv) => &conv.output.geometry,
+            Source::Conv(conv) => &conv.direct.output.geometry,
         }
     }
 
@@ -200,18 +200,17 @@ impl Strip<'_> {
     fn expand<V: Lanes>(&self, line: usize) {
         let (s, i) = (self.step, self.step.input());
         if let Source::Conv(conv) = &s.source {
-            let lines = conv.lines(self.cx.images);
+            let (lines, panel) = (conv.direct.lines(self.cx.images), conv.panel(self.panel));
             for start in (0..lines.length).step_by(lines.rows) {
                 let pixels = Pixels {
                     image: self.image,
                     y: line,
                     start,
-                    panel: self.panel,
                     to: self.own(line, 0).wrapping_add(i.before[1] * LANES),
                     to_block: i.row(),
                 };
                 // SAFETY: a row of this worker's memory holds a line of each block of the panel.
-                unsafe { conv.pixels::<V>(self.cx, lines, &pixels) };
+                unsafe { conv.direct.pixels::<V>(self.cx, lines, &panel, &pixels) };
             }
         }
     }

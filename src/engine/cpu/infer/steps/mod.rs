@@ -2,6 +2,7 @@
 
 mod conv;
 mod depthwise;
+mod grouped;
 mod layer_norm;
 mod layout;
 mod pointwise;
@@ -9,8 +10,9 @@ mod pool;
 mod softmax;
 mod winograd;
 
-pub use conv::{Conv, Packing, Taps, pack};
+pub use conv::{Conv, Direct, Packing, Taps, pack};
 pub use depthwise::{Depthwise, Source};
+pub use grouped::{Block, Grouped, pack as pack_grouped};
 pub use layer_norm::LayerNorm;
 pub use layout::{Cat, Load, Pad, Relayout, Store};
 pub use pointwise::{Binary, Pointwise};
