@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +17,14 @@ from cnnrs._records import Kept, Transform
 from cnnrs._util.intraop import one_thread
 from cnnrs.data.bad_files import note_not_scaled, note_turned
 from cnnrs.data.batch import Batch
+from cnnrs.data.device_decode import DeviceLoader, check_place
 from cnnrs.data.iter_base import Iter, collate
 from cnnrs.data.mover import Mover, can_finish
 from cnnrs.data.read_options import ReadOptions
 from cnnrs.data.second_opinion import Pixels, opinions
 from cnnrs.data.sources import Rows, Source, Values, find_source
 from cnnrs.image.lowering import lower, lower_rest, pillow13, wants_info
+from cnnrs.image.on_device import steps_of
 from cnnrs.image.spec import Native, kept_ops
 
 # The random draws of the operations behind a Python step must not repeat those before it.
@@ -66,11 +69,14 @@ class ImagesIter(Iter):
         first = self._lowered.first
         if self._read.is_scaled and not (first.ops and first.ops[0]["kind"] in RESIZES):
             note_not_scaled()
+        decodes = self._read.is_on_gpu and not self._in_memory
         if loader.device is not None:
             finish = first.finish if self._whole and can_finish(first) else None
             self._mover = Mover(loader.device, finish)
             first = replace(first, finish={"kind": "uint8"}) if finish is not None else first
-        self._first: _cnnrs.Loader | None = self._loader(first, 0, source.rows(), keeps=True)
+        self._first: _cnnrs.Loader | DeviceLoader | None = self._loader(first, 0, source.rows(), keeps=True)
+        if decodes:
+            self._first = self._on_device(loader, self._first)
         self._rests: dict[int, tuple[Native, _cnnrs.Loader] | None] = {}
 
     def _loader(self, native: Native, mix: int, rows: torch.Tensor | None = None, keeps: bool = False) -> _cnnrs.Loader:
@@ -82,6 +88,15 @@ class ImagesIter(Iter):
         transform: Transform = {"ops": ops, "finish": native.finish, "pillow13": pillow13()}
         seed = self._seed ^ mix
         return _cnnrs.Loader(transform, self._read.record(), seed, self._num_workers, self._memory, rows, cache)
+
+    def _on_device(self, loader: Any, first: _cnnrs.Loader) -> DeviceLoader:
+        # These attributes may be set.
+        check_place("gpu", loader.device)
+        if self._cache is not None or not self._default:
+            what = "cache=" if self._default else "collate_fn= and batch_size=None"
+            raise ValueError(f'decode="gpu" makes whole batches anew: leave out {what}, or leave decode="exact"')
+        assert self._mover is not None
+        return DeviceLoader(first, steps_of(self._lowered), self._read, self._num_workers, self._mover)
 
     def _skip(self, batches: int, samples: int) -> None:
         super()._skip(batches, samples)
@@ -120,7 +135,9 @@ class ImagesIter(Iter):
 
     def _move(self) -> None:
         assert self._mover is not None
-        batch = self._next_batch()
+        # What is decoded on the device stays on the stream of the copies until it is handed over.
+        with self._mover.aside() if isinstance(self._first, DeviceLoader) else nullcontext():
+            batch = self._next_batch()
         self._moving.append((self._mover.start(self._collate(batch)), batch))
 
     def _count(self, batch: Batch) -> None:
@@ -244,7 +261,7 @@ class ImagesIter(Iter):
             return [Image(tensor) for tensor in tensors]
         return list(tensors)
 
-    def _poll(self, loader: _cnnrs.Loader, ticket: int, batch: Batch) -> tuple[str, Any]:
+    def _poll(self, loader: _cnnrs.Loader | DeviceLoader, ticket: int, batch: Batch) -> tuple[str, Any]:
         """("batch", one tensor), ("samples", tensors), or ("pixels", images), of the samples that are not dropped."""
         value: Any = None
         found: Any = None
@@ -256,7 +273,7 @@ class ImagesIter(Iter):
                     left = batch.drop(dropped) if dropped else []
                     if kind == "samples":
                         value = [from_dlpack(sample) for sample in value]
-                    elif kind == "batch":
+                    elif kind == "batch" and not isinstance(value, torch.Tensor):
                         value = from_dlpack(value)
                         if dropped:
                             # Rows of dropped samples hold nothing.

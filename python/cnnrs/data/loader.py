@@ -17,6 +17,7 @@ from cnnrs._util.notes import note_once
 from cnnrs.data import resume
 from cnnrs.data.bad_files import Faults
 from cnnrs.data.cache import open_cache
+from cnnrs.data.device_decode import check_place
 from cnnrs.data.iter_base import CalledIter
 from cnnrs.data.iter_images import ImagesIter
 from cnnrs.data.iter_rows import RowsIter, columns, is_rows, unwrap
@@ -67,7 +68,9 @@ class DataLoader(TorchDataLoader[_T_co]):
             does not; without it one warning tells when there are such photos.
         decode: "exact", or "scaled": a JPEG is decoded at a half, a quarter or an eighth of its width and height where
             the transform begins with a ``Resize`` to no more than that, as ``PIL.Image.draft`` does. Several times
-            faster for large photos, but not torchvision's numbers.
+            faster for large photos, but not torchvision's numbers. Or "gpu", with a CUDA ``device``: JPEGs are decoded,
+            resized and cropped there, with torchvision and nvJPEG; others, and those that the device refuses, as ever.
+            For deterministic transforms; not the CPU's numbers either.
         scale: how samples of more than 8 bits become bytes: "none", "full" or "percentile", as for
             :class:`cnnrs.ImageFolder`; None: as the data set says, which is "none" for torchvision's.
         page: which page of a file with several is taken, from 0 on; None: as the data set says.
@@ -148,6 +151,7 @@ class DataLoader(TorchDataLoader[_T_co]):
         self._cache = open_cache(cache, cache_bytes)
         self.cache, self.cache_bytes = cache, cache_bytes
         self.device = None if device is None else torch.device(device)
+        check_place(decode, self.device)
         # Not public: whoever rebuilds a loader gives what is public to the constructor.
         self._epoch = 0
         # ``preconv`` visits some samples only and wants the augmentation they have when all are visited in order.
@@ -262,7 +266,7 @@ class DataLoader(TorchDataLoader[_T_co]):
     def _called(self, reason: str) -> _BaseDataLoaderIter:
         names = {
             'on_error="skip"': self.on_error == "skip", "cache": self._cache is not None,
-            "scale": self.scale not in (None, "none"), "page": bool(self.page),
+            "scale": self.scale not in (None, "none"), "page": bool(self.page), 'decode="gpu"': self.decode == "gpu",
         }  # fmt: skip
         if given := next((name for name, is_given in names.items() if is_given), None):
             raise ValueError(

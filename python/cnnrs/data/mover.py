@@ -57,7 +57,7 @@ class Mover:
             self.stream = side_stream(device, "copies")
             # "cuda" is another device when another one is current.
             self.device = self.stream.device
-        with self._aside():
+        with self.aside():
             # On the stream that reads its constants.
             self._finish = None if finish is None else finish_on(self.device, finish)
         # Page-locked sources of copies that may not be over.
@@ -68,7 +68,7 @@ class Mover:
         if self.stream is None:
             return self._move(data, []), None
         sources: list[torch.Tensor] = []
-        with self._aside():
+        with self.aside():
             moved = self._move(data, sources)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self.stream)
@@ -88,7 +88,8 @@ class Mover:
                 tensor.record_stream(current)
         return moved
 
-    def _aside(self) -> AbstractContextManager[Any]:
+    def aside(self) -> AbstractContextManager[Any]:
+        """Inside, the current stream is that of the copies."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def _move(self, data: Any, sources: list[torch.Tensor]) -> Any:

@@ -34,7 +34,7 @@ class ReadOptions:
 
     def __post_init__(self) -> None:
         check_choice("truncated", self.truncated, ("error", "accept"))
-        check_choice("decode", self.decode, ("exact", "scaled"))
+        check_choice("decode", self.decode, ("exact", "scaled", "gpu"))
         # Says whether these are scale and page.
         Reader(self.scale, self.page)
         for name, limit in (("max_pixels", self.max_pixels), ("max_bytes", self.max_bytes)):
@@ -50,6 +50,11 @@ class ReadOptions:
     def is_scaled(self) -> bool:
         """Whether a JPEG before a resize may be decoded at a part of its size."""
         return self.decode == "scaled"
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether a JPEG is decoded where the batches are delivered; the extension reads the others exactly."""
+        return self.decode == "gpu"
 
     @property
     def reader(self) -> Reader:

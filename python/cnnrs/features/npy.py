@@ -6,19 +6,17 @@ import errno
 import math
 import os
 import re
-import stat
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 import torch
+
+from cnnrs._util.regular import opened
 
 #: Bytes before the first row, as the extension writes them.
 HEADER = 256
 
 _BLOCK_BYTES = 4 << 20
-# Each is on some systems only: without the last Windows would change the ends of lines.
-_FLAGS = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 # NumPy has no bfloat16: its bits are stored as uint16, which features never are.
 _DESCR = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
 _NAMES = {descr: name for name, descr in _DESCR.items()}
@@ -90,16 +88,3 @@ def read(path: str | os.PathLike[str], most: int = -1) -> bytes:
         if error.errno not in (errno.ENOTDIR, errno.EINVAL, errno.ENXIO, errno.EISDIR):
             raise
         raise FileNotFoundError(error.errno, error.strerror, error.filename) from None
-
-
-def opened(path: str | os.PathLike[str]) -> BinaryIO:
-    """A regular file, open for reading.
-
-    Raises:
-        OSError: it is none, or cannot be opened; a pipe would be waited for without end.
-    """
-    number = os.open(path, os.O_RDONLY | _FLAGS)
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        os.close(number)
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-    return open(number, "rb")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cnnrs.data.image_list import ImageList
 from cnnrs.data.loader import DataLoader
 from cnnrs.data.pictures import is_picture, pictures
-from cnnrs.model.modes import device_of, frozen, to_device
+from cnnrs.model.modes import device_of, frozen
 
 # Rows that are compared at a time: bounds the memory of a search, whatever the size of the store.
 _CHUNK = 2048
@@ -122,7 +122,8 @@ def computed(
         loader = DataLoader(ImageList([image], transform), generator=torch.Generator(), **read)
         inputs, _ = next(iter(loader))
     with frozen(body), torch.no_grad():
-        made: Tensor = body(to_device(inputs, device_of(body)))
+        # They may have been decoded on a GPU.
+        made: Tensor = body(inputs.to(device_of(body)))
     return made[0]
 
 

@@ -22,11 +22,11 @@ from torch.utils.data import (
     default_collate,
 )
 
+from cnnrs._util.regular import opened
 from cnnrs.data.bad_files import Faults
 from cnnrs.data.image_list import ImageList
 from cnnrs.data.loader import DataLoader
 from cnnrs.data.sources import Files, Rows, find_source
-from cnnrs.features.npy import opened
 from cnnrs.identity.fingerprint import Unidentifiable, fingerprint
 from cnnrs.image.lowering import lower
 from cnnrs.image.reading import Reader
@@ -90,7 +90,10 @@ class Data:
     @property
     def read(self) -> dict[str, Any]:
         """How the loader reads files, as arguments of one."""
-        return self.data._read.shaping if isinstance(self.data, DataLoader) else {}
+        if not isinstance(self.data, DataLoader):
+            return {}
+        read = self.data._read
+        return {**read.shaping, "device": "cuda"} if read.is_on_gpu else read.shaping
 
     @property
     def expected(self) -> int:
