@@ -62,7 +62,7 @@ part() {
 }
 
 if [[ $device == cuda ]]; then
-    tests=(-m gpu) races=(control loader preconv fit recorded) sanitizer=(TORCH_CUDA_SANITIZER=1)
+    tests=(-m gpu) races=(control loader decoded preconv fit recorded) sanitizer=(TORCH_CUDA_SANITIZER=1)
 else
     # Some that run on the CPU, too; those marked gpu are skipped.
     tests=(-k test_numbers_made_on_a_device) races=(all) sanitizer=()

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import loader_inputs
 import torch
 from frozen_peers import network
 from measure import Contender
@@ -21,7 +22,7 @@ from gpu.by_hand import AUTOCAST, collected, compiler_is_missing, tuned
 from gpu.closeness import Closeness
 from gpu.inputs import fewer, many, on_device, resident, transform
 from gpu.scale import Scale
-from gpu.titles import CORES, DECODING, JOB, PRECONV, RESIDENT, STAGES, WHOLE
+from gpu.titles import CORES, DECODING, JOB, LARGE, PRECONV, RESIDENT, STAGES, WHOLE
 from gpu.trial import Trial
 
 PRECISIONS = ("exact", "tf32", "bf16", "fp16")
@@ -40,6 +41,7 @@ def trials(scale: Scale) -> Iterator[Any]:
         yield against_hand(scale, model, RESIDENT, resident(scale))
         yield against_hand(scale, model, WHOLE, None, folder)
         yield Closeness(scale, model, folder)
+        yield Trial(LARGE, "img/s", list(large(scale, few, Path(scratch))), scale.rounds)
         for batch in reversed(scale.batches):
             title = f"{JOB}, batches of {batch}"
             yield Trial(
@@ -100,6 +102,23 @@ def stages(scale: Scale, model: nn.Module, folder: Path, scratch: Path) -> Itera
         return scale.resident * size
 
     yield Contender("float32 features to the disk", write)
+
+
+def large(scale: Scale, source: Path, scratch: Path) -> Iterator[Contender]:
+    """Large photos, decoded in every way that the device has."""
+    folder, _ = loader_inputs.large(source, scratch / "large")
+    data = cnnrs.ImageFolder(folder, transform(scale))
+    # 32 photos are an epoch: several, so that reading ahead and its beginning do not decide.
+    data.samples = data.samples * 8
+
+    def epoch(decode: str) -> int:
+        count = sum(len(images) for images, _ in cnnrs.DataLoader(data, 32, decode=decode, device=scale.device))
+        scale.wait()
+        return count
+
+    for decode in ("exact", "scaled", "gpu"):
+        # The rehearsal has nothing to decode with.
+        yield Contender(f'decode="{decode}"', partial(epoch, decode if scale.device == "cuda" else "exact"))
 
 
 def stored(data: Any, model: nn.Module, scratch: Path, **options: Any) -> int:

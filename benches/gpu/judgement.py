@@ -18,6 +18,7 @@ from gpu.titles import (
     GATHERED,
     HEAD,
     JOB,
+    LARGE,
     LOADED,
     MNIST,
     PRECONV,
@@ -143,6 +144,11 @@ PREDICTIONS = [
     _stage("copy of bytes to the device", 260_000, 390_000, "150 KB per image at the bus's rate"),
     _stage("copy of float32 features to the host", 400_000, 580_000, "100 KB per image at the bus's rate"),
     _stage("float32 features to the disk", 3_000, 20_000, "100 KB per image at 0.3 to 2 GB/s of a virtual disk"),
+    Prediction(
+        'large photos, decode="gpu" over decode="exact"', 0.5, 2,
+        "2 to 4 gigapixels a second of the decoding engines against 16 cores at 0.2 (RESULTS.md)",
+        lambda f: f.ratio(LARGE, 'decode="gpu"', 'decode="exact"'),
+    ),
     Prediction(
         "preconv bf16 over the best PyTorch by hand, batches on the device", 0.97, 1.3,
         "the same kernels; less waiting against what the compiler fuses",

@@ -8,6 +8,7 @@ PRODUCTS, COPIES = "Ceilings: products of matrices", "Ceilings: copies"
 
 STAGES = "preconv: stages alone"
 DECODING = f"photos to normalised batches, {CORES} threads"
+LARGE = "photos of 2 to 12 megapixels to normalised batches on the device"
 RESIDENT = "preconv: batches on the device, bf16, against PyTorch tuned by hand"
 WHOLE = "preconv: photos to features in memory, bf16, against PyTorch tuned by hand"
 CLOSENESS = "preconv: distance to the CPU's float32 features"

@@ -105,7 +105,8 @@ def _decode(data: list[torch.Tensor], device: torch.device) -> list[torch.Tensor
     # The decoder writes on a stream of its own into memory of this one, without asking whether that is still read. Its
     # own end it waits for.
     torch.cuda.current_stream(device).synchronize()
-    return decode_jpeg(data, ImageReadMode.RGB, device)  # type: ignore[return-value]
+    images: list[torch.Tensor] = decode_jpeg(data, ImageReadMode.RGB, device)
+    return images
 
 
 def _check_decoder(device: torch.device) -> None:
@@ -226,8 +227,9 @@ class DeviceLoader:
     def _leave(self, work: _Work, places: list[int]) -> None:
         """To the CPU, all of whose threads begin at once."""
         if places:
-            indices, positions, paths = ([part[i] for i in places] for part in work.batch)
-            work.waiting.append((self._inner.submit_files(indices, positions, paths), places))
+            indices, positions, paths = work.batch
+            chosen = [indices[i] for i in places], [positions[i] for i in places], [paths[i] for i in places]
+            work.waiting.append((self._inner.submit_files(*chosen), places))
 
     def retry(self, ticket: int, sample: int, pixels: tuple[int, int, int, bytes]) -> None:
         """As the extension's."""

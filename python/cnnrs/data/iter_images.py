@@ -214,10 +214,10 @@ class ImagesIter(Iter):
             batch.indices = numbers or []
             if batch.indices:
                 found, batch.targets = self._source.look_up(batch.indices, tensors=self._whole)
-                if self._in_memory:
-                    batch.ticket = self._first.submit_rows(found, batch.positions[0])
-                else:
+                if isinstance(self._first, DeviceLoader) or not self._in_memory:
                     batch.ticket = self._first.submit_files(batch.indices, batch.positions, found)
+                else:
+                    batch.ticket = self._first.submit_rows(found, batch.positions[0])
         except Exception as error:
             batch.error = error
         self._pending.append(batch)

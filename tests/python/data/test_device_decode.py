@@ -280,3 +280,15 @@ def test_features_are_stored_as_others(jpegs: FakeNvjpeg, mixed: Path, tmp_path:
     picture(77, 91, 2).save(new)
     found.nearest(new, 1)
     assert jpegs.calls == [[(77, 91)]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exif", [False, True])
+def test_nvidias_decoder(mixed: Path, exif: bool) -> None:
+    data = cnnrs.ImageFolder(mixed, BYTES)
+    spoiled(mixed)
+    found, expected = (one(data, exif=exif, on_error="skip") for one in (on_gpu, batches))
+    for (x, y), (other, labels) in zip(found, expected, strict=True):
+        assert torch.equal(y, labels)
+        # Colours are stored at half the resolution and spread otherwise than by libjpeg; a turn would be 30 and more.
+        assert all(float((a.float() - b.float()).abs().mean()) <= 6 for a, b in zip(x, other, strict=True))
