@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageFile
 
 
 class FakeNvjpeg:
@@ -23,7 +23,7 @@ class FakeNvjpeg:
 
     Attributes:
         calls: sizes (height, width) of the images of every call, without the first, which tries whether it works.
-        refuses: JPEGs with these bytes are errors, as all are that Pillow cannot read.
+        refuses: JPEGs with these bytes are errors, as all are that Pillow cannot read at all.
         fails: what every call raises; None: nothing.
     """
 
@@ -52,7 +52,9 @@ class FakeNvjpeg:
         try:
             if data in self.refuses:
                 raise OSError("refused")
-            image = Image.open(io.BytesIO(data)).convert("RGB")
+            # As far as it goes, without a word.
+            with mock.patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", True):
+                image = Image.open(io.BytesIO(data)).convert("RGB")
         except OSError as error:
             raise RuntimeError(f"Error while decoding JPEG images: {error}") from None
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
