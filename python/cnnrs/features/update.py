@@ -206,9 +206,9 @@ class Update:
     def items(self) -> Iterator[Item]:
         """What is missing, read by this process."""
         place = self.plan.places()
-        # Beside the model, out of the system's cache. If the loader's threads hashed what they have read, that would save
-        # the second reading and not the hash: 17 of 48 us per photo of 23 KB, of 2,300 us in all where the model only
-        # averages. What changes in between is seen by `identify`.
+        # Beside the model, out of the system's cache. Were it done by the loader's threads, over what they have read,
+        # that would save the second reading, not the hash: 17 of 48 us per photo of 23 KB, and of 2,300 us in all
+        # where the model only averages. What changes in between is seen by `identify`.
         threads = _cnnrs.available_threads()
         with ThreadPoolExecutor(threads, thread_name_prefix="cnnrs-identity") as pool:
             for number, batches in self.shares():
