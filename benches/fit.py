@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fit_cases import CATDOG, MNIST, Case, contenders, head, resnet18, tutorials_fit
-from fit_costs import Limits, Sweep
+from fit_costs import Head, Limits, Sweep
 from measure import Comparison, Contender
 
 import cnnrs
@@ -15,13 +15,13 @@ import cnnrs
 CASES = [
     MNIST,
     CATDOG,
-    # As many steps as a hundred photos make.
-    head(5, 20),
-    head(32, 3),
-    head(64, 2),
     Case("SimpleCNN, batches of 32", cnnrs.models.SimpleCNN, (3, 32, 32), 32, 10, 30),
     Case("resnet18 at 64 x 64, batches of 32", resnet18, (3, 64, 64), 32, 10, 3, momentum=0.9),
 ]
+#: By batch: as many steps as a hundred photos make.
+HEADS = {5: 20, 32: 3, 64: 2}
+#: Of no other optimizer than SGD are steps taken together: a few tell what one costs.
+FEW = 4
 
 
 def comparisons() -> Iterator[Any]:
@@ -32,9 +32,13 @@ def comparisons() -> Iterator[Any]:
     warnings.filterwarnings("ignore", message="dropout2d: Received a 2-D input")
     for case in CASES:
         yield Comparison(f"Training: {case.name}", "ms/step", contenders(case), rounds=5)
+    for kind in ("SGD", "Adam", "AdamW"):
+        for batch, steps in HEADS.items():
+            case = head(batch, steps if kind == "SGD" else min(steps, FEW), kind)
+            yield Head(case, contenders(case))
     yield Comparison("Training: MnistNet, batches of 32, loading included", "ms/step", with_loader(), rounds=3)
     yield Sweep()
-    yield Limits([MNIST, CATDOG, *(head(batch, 2) for batch in (5, 32, 64))])
+    yield Limits([MNIST, CATDOG, *(head(batch, 2) for batch in HEADS)])
 
 
 def with_loader(digits: int = 16_000) -> list[Contender]:

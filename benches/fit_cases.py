@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,11 +30,20 @@ class Case:
     loss_fn: Callable[..., torch.Tensor] = F.cross_entropy
     lr: float = 0.01
     momentum: float = 0.0
+    kind: str = "SGD"
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD, as in the tutorial."""
+        """SGD as in the tutorial, or Adam or AdamW as they are by default."""
         trained = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.SGD(trained, lr=self.lr, momentum=self.momentum)
+        if self.kind == "SGD":
+            return torch.optim.SGD(trained, lr=self.lr, momentum=self.momentum)
+        made: torch.optim.Optimizer = getattr(torch.optim, self.kind)(trained, lr=self.lr)
+        return made
+
+    @property
+    def states(self) -> int:
+        """How many numbers the optimizer keeps for every weight."""
+        return int(self.momentum > 0) if self.kind == "SGD" else 2
 
     def batches(self, steps: int | None = None) -> Batches:
         """Random numbers that lie in memory."""
@@ -61,10 +72,11 @@ def resnet18() -> nn.Module:
     return net
 
 
-def head(batch: int, steps: int) -> Case:
-    """The tutorial trains it with momentum."""
-    name = f"head of VGG16 (25088-4096-4096-2), batches of {batch}"
-    return Case(name, vgg_head, (25088,), batch, 2, steps, lr=0.0001, momentum=0.5)
+def head(batch: int, steps: int, kind: str = "SGD") -> Case:
+    """The tutorial trains it with SGD and momentum."""
+    by = "" if kind == "SGD" else f" by {kind}"
+    name = f"head of VGG16{by} (25088-4096-4096-2), batches of {batch}"
+    return Case(name, vgg_head, (25088,), batch, 2, steps, lr=0.0001, momentum=0.5, kind=kind)
 
 
 MNIST = Case("MnistNet, batches of 32", cnnrs.models.MnistNet, (1, 28, 28), 32, 10, 500, F.nll_loss)
@@ -72,11 +84,35 @@ CATDOG = Case("CatDogNet, batches of 32", cnnrs.models.CatDogNet, (3, 224, 224),
 
 
 def whole(name: str, batch: int, steps: int, size: int = 224) -> Case:
-    """A network of torchvision as people fine-tune it, for ten classes."""
-    from torchvision.models import get_model
-
+    """A network as people fine-tune it, for ten classes."""
     title = f"{name} at {size} x {size}, batches of {batch}"
-    return Case(title, lambda: get_model(name, num_classes=10), (3, size, size), batch, 10, steps, momentum=0.9)
+    return Case(title, lambda: network(name), (3, size, size), batch, 10, steps, momentum=0.9)
+
+
+def network(name: str) -> nn.Module:
+    """One of torchvision for ten classes, or "efficientnet_lite0", which a package of its own has, or timm.
+
+    Raises:
+        ImportError: neither of the two is installed.
+    """
+    if name != "efficientnet_lite0":
+        from torchvision.models import get_model
+
+        found: nn.Module = get_model(name, num_classes=10)
+        return found
+    try:
+        package = import_module("efficientnet_lite_pytorch")
+    except ImportError:
+        made: nn.Module = import_module("timm").create_model(name, num_classes=10)
+        return made
+    lite: nn.Module = package.EfficientNet.from_name("efficientnet-lite0", {"num_classes": 10})
+    return lite
+
+
+def is_there(name: str) -> bool:
+    """Whether :func:`network` can make it."""
+    packages = ["efficientnet_lite_pytorch", "timm"] if name == "efficientnet_lite0" else ["torchvision"]
+    return any(find_spec(package) is not None for package in packages)
 
 
 def partly(name: str, batch: int, steps: int, trained: list[str]) -> Case:
@@ -92,8 +128,8 @@ def partly(name: str, batch: int, steps: int, trained: list[str]) -> Case:
     return replace(case, name=f"{case.name}, only {' and '.join(trained)}", make=make)
 
 
-def contenders(case: Case) -> list[Contender]:
-    """The loop and the engines, each with a model and an optimizer of its own."""
+def contenders(case: Case, engines: list[str] | None = None) -> list[Contender]:
+    """The loop and the engines, each with a model and an optimizer of its own; None: all that can run it."""
     batches = case.batches()
 
     def contender(name: str, epoch: Callable[[nn.Module, torch.optim.Optimizer], object]) -> Contender:
@@ -114,9 +150,10 @@ def contenders(case: Case) -> list[Contender]:
             ),
         )
 
-    engines = ["auto"] if case.shape == (25088,) else ["auto", "cpu"]
-    if companion.problem() is None:
-        engines.append("torch")
+    if engines is None:
+        engines = ["auto"] if case.shape == (25088,) else ["auto", "cpu"]
+        if companion.problem() is None:
+            engines.append("torch")
     return [
         contender(
             "the tutorial's loop", lambda model, optimizer: tutorials_fit(model, batches, optimizer, case.loss_fn)

@@ -3,12 +3,13 @@
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fit_cases import MNIST, Case, contenders
-from measure import show
+from measure import Comparison, Contender, show
 from torch import nn
 
 import cnnrs
@@ -58,7 +59,7 @@ class Limits:
 
     def measure(self) -> "Limits":
         """Compile time, memory, steps per second and the share of the arithmetic's or the memory's limit."""
-        self.flops, self.bandwidth = _peaks()
+        self.flops, self.bandwidth = products(), bandwidth()
         self.rows = []
         for case in self.cases:
             model = case.make()
@@ -105,14 +106,55 @@ class Limits:
         return "\n".join([*lines, ""])
 
 
-def _peaks() -> tuple[float, float]:
-    a, x = torch.randn(2048, 2048), torch.zeros(1 << 26)
-    products, passes = [], []
+class Head(Comparison):
+    """A head by several contenders, and what a step would take if memory were all that counts.
+
+    Args:
+        case: the head.
+        who: who trains it.
+    """
+
+    def __init__(self, case: Case, who: list[Contender]) -> None:
+        super().__init__(f"Training: {case.name}", "ms/step", who, rounds=5)
+        self._states = case.states
+        self._numbers = sum(p.numel() for p in case.make().parameters())
+
+    def measure(self) -> "Head":
+        """As ever; then how fast memory is."""
+        super().measure()
+        self._bandwidth = bandwidth()
+        return self
+
+    def table(self) -> str:
+        """The limit is one more row: the baseline's median over it is how many times as fast it would be."""
+        traffic = 2 * 4 * self._numbers * (1 + self._states)
+        limit = traffic / self._bandwidth
+        first = self.contenders[0]
+        ratio = statistics.median(first.seconds) / first.amount / limit
+        kept = ("weights", "weights and momentum", "weights and two moments")[self._states]
+        row = (
+            f"| limit: {kept} read and written once, {show(traffic / 1e9)} GB at {show(self._bandwidth / 1e9)} GB/s "
+            f"| {show(1e3 * limit)} | | {ratio:.2f} |"
+        )
+        return f"{super().table()}{row}\n"
+
+
+def products() -> float:
+    """Operations on numbers per second in PyTorch's product of two 2048 x 2048 matrices, best of five."""
+    a = torch.randn(2048, 2048)
+    return 2 * 2048**3 / _best(lambda: a @ a)
+
+
+def bandwidth() -> float:
+    """Bytes per second in one pass over 256 MiB, read and written, best of five."""
+    x = torch.zeros(1 << 26)
+    return 2 * 4 * x.numel() / _best(lambda: x.add_(1.0))
+
+
+def _best(run: Callable[[], object]) -> float:
+    seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        a @ a
-        products.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        x.add_(1.0)
-        passes.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(products), 2 * 4 * x.numel() / min(passes)
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

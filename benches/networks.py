@@ -2,23 +2,31 @@
 
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from fit_cases import Batches, Case, contenders, partly, tutorials_fit, whole
+from fit_cases import Batches, Case, contenders, is_there, partly, tutorials_fit, whole
 from measure import Comparison, Contender
+from network_costs import ByBatch, Memory, Preparation
+from network_profile import Profile
 from torch import nn
 
 import cnnrs
 
-#: "auto" calls these. As many steps as tell what an epoch costs: each one looks at the model once, a tenth of a second.
+#: Name, batch, steps and size of what "auto" calls. As many steps as tell what an epoch costs, which looks at the model
+#: once, a tenth of a second; few, since all of this part is to take less than 20 minutes.
 CALLED = [
-    whole("resnet18", 32, 8, size=64),
-    whole("resnet18", 16, 4),
-    whole("resnet50", 8, 2),
-    whole("mobilenet_v3_large", 16, 8),
-    whole("efficientnet_b0", 8, 8),
-    whole("vgg11_bn", 4, 2),
+    ("resnet18", 32, 8, 64),
+    ("resnet18", 16, 3, 224),
+    ("resnet50", 8, 2, 224),
+    ("mobilenet_v3_large", 16, 4, 224),
+    ("efficientnet_b0", 8, 4, 224),
+    ("efficientnet_lite0", 8, 4, 224),
+    ("convnext_tiny", 4, 2, 224),
+    ("vgg11_bn", 4, 2, 224),
+    ("vgg16", 4, 1, 224),
 ]
 #: The last block and the head, or the head alone, of a network whose other layers are frozen.
 PARTLY = [
@@ -34,18 +42,56 @@ VALIDATED = [
     whole("resnet50", 8, 8),
     whole("mobilenet_v3_large", 16, 8),
     whole("efficientnet_b0", 8, 8),
-    whole("vgg16", 4, 16),
+    whole("vgg16", 4, 8),
 ]
+#: Flags in /proc/cpuinfo of instructions for products in bfloat16.
+BF16 = {"avx512_bf16", "amx_bf16"}
 
 
 def comparisons() -> Iterator[Any]:
     """Networks people fine-tune. One after the other: together their models would fill the memory."""
-    for case in CALLED:
-        yield AgainstBetter(f"Training: {case.name}, whole", "ms/step", both_orders(case))
+    cases = [whole(name, batch, steps, size) for name, batch, steps, size in CALLED if is_there(name)]
+    low = _instructions() & BF16
+    if low:
+        names = ", ".join(sorted(low))
+        yield Said(
+            f'This processor has instructions for bf16 ({names}). "eager, amp bf16" is the loop with the network in '
+            "`torch.autocast`, in channels_last: other numbers, so it is a row and never the baseline."
+        )
+    else:
+        yield Said(f'No rows "eager, amp bf16": this processor has none of {", ".join(sorted(BF16))}.')
+    for case in cases:
+        yield AgainstBetter(f"Training: {case.name}, whole", "ms/step", both_orders(case, bool(low)), rounds=4)
     for case in PARTLY:
-        yield AgainstBetter(f"Training: {case.name}", "ms/step", both_orders(case))
+        yield AgainstBetter(f"Training: {case.name}", "ms/step", both_orders(case, False), rounds=4)
     for case in VALIDATED:
-        yield AgainstBetter(f"Validation: {case.name}", "ms/batch", validations(case))
+        yield AgainstBetter(f"Validation: {case.name}", "ms/batch", validations(case), rounds=4)
+    yield ByBatch()
+    yield Preparation(cases)
+    yield Memory([(name, batch, size) for name, batch, _, size in CALLED if is_there(name)])
+    yield Profile([whole("resnet18", 16, 4), whole("mobilenet_v3_large", 16, 4)])
+
+
+@dataclass
+class Said:
+    """Words between the tables."""
+
+    text: str
+
+    def measure(self) -> "Said":
+        """Nothing to measure."""
+        return self
+
+    def table(self) -> str:
+        """The text."""
+        return f"{self.text}\n"
+
+
+def _instructions() -> set[str]:
+    """What the processor says it has; nothing where there is no /proc."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return {flag for line in lines if line.startswith("flags") for flag in line.split(":", 1)[1].split()}
 
 
 class AgainstBetter(Comparison):
@@ -58,20 +104,41 @@ class AgainstBetter(Comparison):
         return self
 
 
-def both_orders(case: Case) -> list[Contender]:
-    """The loop in both orders of memory, and "auto", which has chosen one before it is measured."""
-    loop, ours = contenders(case)[:2]
-    batches, model = case.batches(), case.make().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = case.optimizer(model)
+class Bf16(nn.Module):
+    """A network whose layers compute in bfloat16."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, classes) float32."""
+        # Within, so that weights are cast anew for every batch.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs: torch.Tensor = self.network(images)
+        return outputs.float()
+
+
+def both_orders(case: Case, bf16: bool) -> list[Contender]:
+    """The loop in both orders of memory, and "auto", which has chosen one before it is measured; ``bf16``: autocast."""
+    loop, ours = contenders(case, engines=["auto"])
+    batches = case.batches()
     converted = [(x.to(memory_format=torch.channels_last), y) for x, y in batches]
 
-    def last() -> int:
-        tutorials_fit(model, converted, optimizer, case.loss_fn)
-        return len(converted)
+    def last(name: str, model: nn.Module) -> Contender:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = case.optimizer(model)
+
+        def run() -> int:
+            tutorials_fit(model, converted, optimizer, case.loss_fn)
+            return len(converted)
+
+        return Contender(name, run)
 
     for _ in range(8 // len(batches)):
         ours.run()
-    return [loop, Contender("the tutorial's loop, channels_last", last), ours]
+    found = [loop, last("the tutorial's loop, channels_last", case.make()), ours]
+    return [*found, last("eager, amp bf16", Bf16(case.make()))] if bf16 else found
 
 
 def validations(case: Case) -> list[Contender]:
