@@ -105,7 +105,7 @@ def network(name: str) -> nn.Module:
     except ImportError:
         made: nn.Module = import_module("timm").create_model(name, num_classes=10)
         return made
-    lite: nn.Module = package.EfficientNet.from_name("efficientnet-lite0", {"num_classes": 10})
+    lite: nn.Module = package.EfficientNet.from_name("efficientnet-lite0", num_classes=10)
     return lite
 
 

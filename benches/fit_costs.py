@@ -14,6 +14,9 @@ from torch import nn
 
 import cnnrs
 
+#: With batches up to this size `fit` takes several of SGD's steps at once, which read a piece of the weights together.
+TOGETHER = 8
+
 
 class Sweep:
     """MnistNet: how the cost of a step grows with the batch."""
@@ -117,6 +120,7 @@ class Head(Comparison):
     def __init__(self, case: Case, who: list[Contender]) -> None:
         super().__init__(f"Training: {case.name}", "ms/step", who, rounds=5)
         self._states = case.states
+        self._together = case.kind == "SGD" and case.batch <= TOGETHER
         self._numbers = sum(p.numel() for p in case.make().parameters())
 
     def measure(self) -> "Head":
@@ -136,7 +140,8 @@ class Head(Comparison):
             f"| limit: {kept} read and written once, {show(traffic / 1e9)} GB at {show(self._bandwidth / 1e9)} GB/s "
             f"| {show(1e3 * limit)} | | {ratio:.2f} |"
         )
-        return f"{super().table()}{row}\n"
+        together = "\nTaken together, the steps of small batches may stay below the limit.\n" if self._together else ""
+        return f"{super().table()}{row}\n{together}"
 
 
 def products() -> float:
