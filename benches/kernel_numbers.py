@@ -26,7 +26,9 @@ from cnnrs.model.lowering import lower
 SMOOTH: dict[type[nn.Module], type[nn.Module]] = {
     nn.ReLU: nn.SiLU, nn.ReLU6: nn.SiLU, nn.Hardswish: nn.SiLU, nn.Hardsigmoid: nn.Sigmoid,
 }  # fmt: skip
-STEPS, EVERY, BATCH, SEEDS, RATE = 200, 20, 16, 5, 0.01
+STEPS, BATCH, SEEDS, RATE = 200, 16, 5, 0.01
+#: Steps whose losses are shown: where differences grow they do so in the first ones.
+SHOWN = (1, 2, 5, 10, *range(20, STEPS + 1, 20))
 #: Pixels at each side; most of the last one's time is its head's.
 SIZES = {"mobilenet_v3_small": 64, "resnet18": 64, "vgg11_bn": 32}
 #: Who computes a step.
@@ -39,7 +41,7 @@ def main() -> None:
     """Measure."""
     root = Path(sys.argv[1])
     print(
-        f"Loss of {BATCH} photos relative to PyTorch's in contiguous memory, at every {EVERY} of {STEPS} steps of SGD "
+        f"Difference of the loss of {BATCH} photos relative to PyTorch's in contiguous memory, in {STEPS} steps of SGD "
         f"at rate {RATE}, from scratch; {torch.get_num_threads()} threads."
     )
     for kind in ("smooth", "own"):
@@ -120,9 +122,9 @@ def apart(title: str, model: nn.Module, data: Photos) -> None:
     """How far losses are from PyTorch's."""
     print(f"\n{title}\n\n| step | loss | {LAST} | {NATIVE} |\n|---:|---:|---:|---:|")
     found = [trained(copy.deepcopy(model), who, data, STEPS, RATE) for who in (CONTIGUOUS, LAST, NATIVE)]
-    for step in range(EVERY - 1, STEPS, EVERY):
-        wanted, *others = (losses[step] for losses in found)
-        print(f"| {step + 1} | {wanted:.4f} | {' | '.join(f'{abs(x - wanted) / wanted:.1e}' for x in others)} |")
+    for step in SHOWN:
+        wanted, *others = (losses[step - 1] for losses in found)
+        print(f"| {step} | {wanted:.4f} | {' | '.join(f'{abs(x - wanted) / wanted:.1e}' for x in others)} |")
     sys.stdout.flush()
 
 

@@ -18,12 +18,12 @@ import cnnrs
 #: Name, batch, steps and size of what "auto" calls. As many steps as tell what an epoch costs, which looks at the model
 #: once, a tenth of a second; few, since all of this part is to take less than 20 minutes.
 CALLED = [
-    ("resnet18", 32, 8, 64),
+    ("resnet18", 32, 4, 64),
     ("resnet18", 16, 3, 224),
     ("resnet50", 8, 2, 224),
-    ("mobilenet_v3_large", 16, 4, 224),
-    ("efficientnet_b0", 8, 4, 224),
-    ("efficientnet_lite0", 8, 4, 224),
+    ("mobilenet_v3_large", 16, 3, 224),
+    ("efficientnet_b0", 8, 3, 224),
+    ("efficientnet_lite0", 8, 3, 224),
     ("convnext_tiny", 4, 2, 224),
     ("vgg11_bn", 4, 2, 224),
     ("vgg16", 4, 1, 224),
@@ -39,11 +39,12 @@ PARTLY = [
 VALIDATED = [
     whole("resnet18", 32, 20, size=64),
     whole("resnet18", 16, 8),
-    whole("resnet50", 8, 8),
+    whole("resnet50", 8, 4),
     whole("mobilenet_v3_large", 16, 8),
     whole("efficientnet_b0", 8, 8),
-    whole("vgg16", 4, 8),
+    whole("vgg16", 4, 4),
 ]
+ROUNDS = 3
 #: Flags in /proc/cpuinfo of instructions for products in bfloat16.
 BF16 = {"avx512_bf16", "amx_bf16"}
 
@@ -61,14 +62,15 @@ def comparisons() -> Iterator[Any]:
     else:
         yield Said(f'No rows "eager, amp bf16": this processor has none of {", ".join(sorted(BF16))}.')
     for case in cases:
-        yield AgainstBetter(f"Training: {case.name}, whole", "ms/step", both_orders(case, bool(low)), rounds=4)
+        yield AgainstBetter(f"Training: {case.name}, whole", "ms/step", both_orders(case, bool(low)), rounds=ROUNDS)
     for case in PARTLY:
-        yield AgainstBetter(f"Training: {case.name}", "ms/step", both_orders(case, False), rounds=4)
+        yield AgainstBetter(f"Training: {case.name}", "ms/step", both_orders(case, False), rounds=ROUNDS)
     for case in VALIDATED:
-        yield AgainstBetter(f"Validation: {case.name}", "ms/batch", validations(case), rounds=4)
+        yield AgainstBetter(f"Validation: {case.name}", "ms/batch", validations(case), rounds=ROUNDS)
     yield ByBatch()
     yield Preparation(cases)
-    yield Memory([(name, batch, size) for name, batch, _, size in CALLED if is_there(name)])
+    # Small images need little.
+    yield Memory([(name, batch, size) for name, batch, _, size in CALLED if is_there(name) and size == 224])
     yield Profile([whole("resnet18", 16, 4), whole("mobilenet_v3_large", 16, 4)])
 
 
