@@ -33,6 +33,7 @@ class Explanation:
         order: on engine "python", in which order of memory a convolutional network gets its batches, and why.
         front: on engine "python", what native code computes of the network: its frozen front, or operations that have
             kernels; None: nothing.
+        preconv_order: the same as ``order`` for :func:`cnnrs.preconv`.
     """
 
     engine: str
@@ -42,6 +43,7 @@ class Explanation:
     preconv_reasons: tuple[str, ...] = ()
     order: str | None = None
     front: str | None = None
+    preconv_order: str | None = None
 
     def __str__(self) -> str:
         return f"{self._fit()}\n{self._preconv()}"
@@ -51,9 +53,10 @@ class Explanation:
             return "preconv: engine 'cpu' or 'python', which depends on the inputs' size: give explain() an input_shape"
         if self.preconv == "cpu":
             return "preconv: engine 'cpu', native code, equal to the model up to float rounding"
-        if self.preconv_reasons == self.reasons:
-            return f"preconv: engine {self.preconv!r}, for the same reasons"
-        return "\n".join([f"preconv: engine {self.preconv!r}, because", *listed(self.preconv_reasons)])
+        said = [f"preconv: engine {self.preconv!r}, for the same reasons"]
+        if self.preconv_reasons != self.reasons:
+            said = [f"preconv: engine {self.preconv!r}, because", *listed(self.preconv_reasons)]
+        return "\n".join([*said, *filter(None, [self.preconv_order])])
 
     def _fit(self) -> str:
         if self.engine == "cpu":
@@ -101,8 +104,10 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     with frozen(model):
         features = _question("preconv", model, input_shape)
+        preconv = decide(features)
+        preconv_order = memory_order.said_of_frozen(model) if preconv.engine == "python" else None
     fit = _question("fit", model, input_shape)
-    preconv, lowered = decide(features), fit.lowered
+    lowered = fit.lowered
     # A shape decides, and none is known.
     is_open = preconv.engine == "cpu" and features.inputs is None
     trained = decide(fit)
@@ -113,8 +118,9 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
     order = memory_order.said(model) if trained.engine == "python" else None
     front = _said(trained.front, fit) if trained.engine == "python" else None
     return Explanation(
-        trained.engine, operations, reasons, "open" if is_open else preconv.engine, preconv.reasons, order, front
-    )
+        trained.engine, operations, reasons, "open" if is_open else preconv.engine, preconv.reasons, order, front,
+        preconv_order,
+    )  # fmt: skip
 
 
 def _recorded(lowered: Lowered) -> tuple[str, ...]:

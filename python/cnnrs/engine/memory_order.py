@@ -3,6 +3,9 @@
 Which is faster depends on layers, sizes and processor (depthwise convolutions are twice as fast in one, others a tenth
 faster in either), so the first training batches are timed in both. Only the batch is converted: PyTorch's convolutions
 hand its order on, and weights, gradients and the optimizer's state stay as the user has made them.
+
+A frozen network is timed before its first batch counts, so that all rows of features are of one order, and it is a copy
+with weights in that order, too, that gets ``channels_last``: what PyTorch does to weights per call is then saved.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,20 +35,31 @@ TIMED = 3
 #: A smaller gain is not worth other bits than the plain loop's.
 _LEAST_GAIN = 1.03
 
+#: In which order of memory a frozen network gets all batches of one job.
+Order = Literal["contiguous", "channels_last"]
+#: What a trial is about that times a frozen network; others have a part of a network that is trained, or None.
+_FROZEN = "frozen"
+#: Images of the first batch with which it is timed, and how many times as many there must be as all trials take.
+_SAMPLES, _LEAST_JOB = 8, 8
+
 #: By model: what is known about batches of a form.
 _MEASURED: WeakKeyDictionary[nn.Module, dict[Any, _Trial]] = WeakKeyDictionary()
 
 
-def obstacle(model: nn.Module) -> str | None:
+def obstacle(model: nn.Module, measured: bool = True) -> str | None:
     """Why batches stay in the order they have, whatever they are; None where both orders may be tried.
 
     Looks at the model only, and changes nothing. A network that sees its tensors' strides must not be given others.
+
+    Args:
+        model: in the mode it will run in.
+        measured: whether the clock is to choose; what it has chosen before holds in any case.
     """
     if not _is_large(model):
         return "its convolutions are few, small or not on the CPU"
     if not all(module.weight.is_contiguous() for module in _convolutions(model)):
         return "its weights are in an order of their own"
-    if reason := _asked_for():
+    if measured and (reason := _asked_for()):
         return reason
     reasons = obstacles(model) or impurities(model)
     return reasons[0] if reasons else None
@@ -69,7 +83,7 @@ def _is_large(model: nn.Module) -> bool:
 
 def said(model: nn.Module) -> str | None:
     """One line for `explain`; None for networks that are too small to ask."""
-    newest_first = list(reversed(_MEASURED.get(model, {}).items()))
+    newest_first = [item for item in reversed(_MEASURED.get(model, {}).items()) if item[0][2] != _FROZEN]
     is_called = not newest_first or newest_first[0][0][2] is None
     if is_called and not _is_large(model):
         return None
@@ -77,18 +91,39 @@ def said(model: nn.Module) -> str | None:
         return f"order of memory: that of the batches, because {reason}"
     for (shape, _, part), trial in newest_first:
         other = "channels_last" if part is None else "channels_last with native kernels"
-        if trial.fails:
-            how = "run" if part is None else "run, or not alike,"
-            return f"order of memory: that of the batches, because the model does not {how} in {other}"
-        if trial.is_over:
-            plain, last = (1e3 * min(trial.seconds[order][1:]) for order in (False, True))
-            chosen = other if trial.last else "that of the batches"
-            sizes = " x ".join(map(str, (trial.size, *shape)))
-            return f"order of memory: {chosen}; {sizes} take {last:.3g} ms in {other}, {plain:.3g} ms contiguous"
+        if found := _found(shape, trial, other, "run" if part is None else "run, or not alike,"):
+            return found
     return (
         f"order of memory: the faster one for large batches, timed on the first {2 * TIMED + 2} of training; with "
         "engine='python' that of the batches"
     )
+
+
+def said_of_frozen(model: nn.Module) -> str | None:
+    """The same for a network that is called for its features, in eval mode."""
+    if not _is_large(model):
+        return None
+    if reason := obstacle(model):
+        return f"order of memory: that of the batches, because {reason}"
+    for (shape, _, part), trial in reversed(_MEASURED.get(model, {}).items()):
+        if part == _FROZEN and (found := _found(shape, trial, "channels_last", "run")):
+            return found
+    return (
+        f"order of memory: the faster one where there are {2 * (TIMED + 1) * _LEAST_JOB} times as many images as are "
+        f"timed, {_SAMPLES} at most of the first batch; with engine='python' that of the batches"
+    )
+
+
+def _found(shape: tuple[int, ...], trial: _Trial, other: str, how: str) -> str | None:
+    """What a trial says; None while it is not over."""
+    if trial.fails:
+        return f"order of memory: that of the batches, because the model does not {how} in {other}"
+    if not trial.is_over:
+        return None
+    plain, last = (1e3 * min(trial.seconds[order][1:]) for order in (False, True))
+    chosen = other if trial.last else "that of the batches"
+    sizes = " x ".join(map(str, (trial.size, *shape)))
+    return f"order of memory: {chosen}; {sizes} take {last:.3g} ms in {other}, {plain:.3g} ms contiguous"
 
 
 @dataclass
@@ -183,6 +218,80 @@ class MemoryOrder:
             self._timed = None
 
 
+class FrozenOrder:
+    """In which order of memory a network that is called for its features gets the batches of one job, all of them.
+
+    Args:
+        model: in eval mode; it stays as it is.
+        inputs: the first batch.
+        images: how many there are in all, 0 where nobody knows.
+        known: what was chosen when the first rows of the same job were computed; None: the clock may choose.
+
+    Attributes:
+        chosen: None where neither the clock nor ``known`` has had a say: that of the batches.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any, images: int, known: Order | None = None) -> None:
+        self.chosen = known
+        self._model = model
+        self._twin: nn.Module | None = None
+        if known == "contiguous" or not _may_change(inputs):
+            return
+        if (known is None and not _is_worth(inputs, images)) or obstacle(model, measured=known is None):
+            return
+        try:
+            # Its numbers are those of now, as they are in a plan of native code.
+            twin = _in_channels_last(model)
+            if not _runs(twin, inputs, frozen=True):
+                return
+            if known is None:
+                self.chosen = "channels_last" if _faster(model, twin, inputs[:_SAMPLES]) else "contiguous"
+        except Exception:
+            # It cannot be copied, or there is no memory for it: what is wrong with the model itself its own call says.
+            return
+        self._twin = twin if self.chosen == "channels_last" else None
+
+    def __call__(self, inputs: Any) -> Any:
+        """What the model makes of a batch, equal up to float rounding."""
+        if self._twin is None or not _may_change(inputs):
+            return self._model(inputs)
+        return self._twin(inputs.contiguous(memory_format=torch.channels_last))
+
+
+def _is_worth(inputs: torch.Tensor, images: int) -> bool:
+    """Whether the trial is short beside the job, and no batch is."""
+    some = inputs[:_SAMPLES]
+    return some[:, 0].numel() >= LEAST_PIXELS and images >= _LEAST_JOB * 2 * (TIMED + 1) * len(some)
+
+
+def _in_channels_last(model: nn.Module) -> nn.Module:
+    """A copy whose convolutions' weights are in that order; it shares all other tensors."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for weight in (module.weight for module in _convolutions(model)):
+        last = weight.detach().contiguous(memory_format=torch.channels_last)
+        memo[id(weight)] = nn.Parameter(last, requires_grad=False)
+    return copy.deepcopy(model, memo)
+
+
+def _faster(model: nn.Module, twin: nn.Module, inputs: torch.Tensor) -> bool:
+    """Whether the copy in ``channels_last`` is; measured once per model and form of the batch."""
+    known = _MEASURED.setdefault(model, {})
+    trial = known.setdefault((tuple(inputs.shape[1:]), torch.get_num_threads(), _FROZEN), _Trial(len(inputs), False))
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while not trial.is_over:
+            last = trial.last
+            trial.seconds[last].append(_seconds(twin if last else model, inputs, last))
+    return trial.last
+
+
+def _seconds(model: nn.Module, inputs: torch.Tensor, last: bool) -> float:
+    """Of one batch, its conversion included."""
+    start = time.thread_time()
+    model(inputs.contiguous(memory_format=torch.channels_last) if last else inputs)
+    return time.thread_time() - start
+
+
 def _may_change(inputs: Any) -> bool:
     """Whether it is a batch of images in the usual order: any other is the user's choice."""
     return (
@@ -196,11 +305,17 @@ def _may_change(inputs: Any) -> bool:
     )
 
 
-def _runs(model: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> bool:
+def _runs(model: Callable[[torch.Tensor], Any], inputs: torch.Tensor, frozen: bool = False) -> bool:
     """Whether two samples in channels_last go through, and nobody can tell: on a copy that shares the parameters.
 
     ``view`` behind a convolution raises there; outputs of four dimensions would have other strides, which the loss may
     ask for; what overwrites its batch would overwrite ours.
+
+    Args:
+        model: what is called; of a module a copy.
+        inputs: a batch.
+        frozen: it is called for its features, on a copy already. Their strides nobody sees, but one call more would be
+            another draw of what draws.
     """
     x = inputs[:2].contiguous(memory_format=torch.channels_last)
     version, generators = x._version, Generators()
@@ -209,14 +324,19 @@ def _runs(model: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> bool:
         # The run gives the same ones.
         warnings.simplefilter("ignore")
         try:
-            if isinstance(model, nn.Module):
+            if isinstance(model, nn.Module) and not frozen:
                 model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-            with drawing:
-                outputs = model(x)
+            if frozen:
+                with drawing, torch.no_grad(), torch.autocast("cpu", enabled=False):
+                    outputs = model(x)
+            else:
+                with drawing:
+                    outputs = model(x)
         except Exception:
             return False
         finally:
             if drawing.drew:
                 generators.put_back()
-    tensors = list(values(outputs))
-    return x._version == version and all(isinstance(t, torch.Tensor) and t.is_contiguous() for t in tensors)
+    if x._version != version or (frozen and drawing.drew):
+        return False
+    return all(isinstance(t, torch.Tensor) and (frozen or t.is_contiguous()) for t in values(outputs))

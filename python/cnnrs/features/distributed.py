@@ -76,7 +76,7 @@ class _Ranks:
                 raise RuntimeError(value)
             if kind == "done":
                 break
-            faults, missing, digest = value
+            faults, missing, digest, plan.order = value
             plan.skip(faults)
             self._collect(self._try(plan, missing, digest))
         found = self.session.opened(self.store, plan)
@@ -87,7 +87,9 @@ class _Ranks:
     def _share_out(self, update: Update, file: File) -> None:
         """Rank 0's part of one computation."""
         plan = update.plan
-        self._tell(("compute", (plan.faults(), update.missing, plan.digest(anywhere=True))))
+        # Each clock might choose another one.
+        plan.order = plan.order or "contiguous"
+        self._tell(("compute", (plan.faults(), update.missing, plan.digest(anywhere=True), plan.order)))
         failures = self._collect(self._try(plan, update.missing, plan.digest(anywhere=True)))
         self.store.absorb()
         if failures:

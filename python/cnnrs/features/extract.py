@@ -13,6 +13,7 @@ from cnnrs import _cnnrs
 from cnnrs._util.notes import note
 from cnnrs.engine import companion, cpu_inference, verify
 from cnnrs.engine.choice import Engine, Question, decide, lowered_for
+from cnnrs.engine.memory_order import FrozenOrder, Order
 from cnnrs.errors import UnsupportedModelError
 from cnnrs.features.pipeline import Pipeline
 from cnnrs.features.precision import AUTOCAST, Precision, narrowed
@@ -41,6 +42,8 @@ class Extractor:
         lowered: the model as a graph, None when it cannot be lowered or the module is to be called.
         draws: why its rows are a draw of a random generator, "" while nothing says so.
         quiet: whether nobody else draws from the process's generators while the model computes.
+        order: in which order of memory the module gets its batches where "auto" calls it on the CPU: what earlier rows
+            of the same job had; None: open, so that the clock may choose.
     """
 
     def __init__(
@@ -64,13 +67,27 @@ class Extractor:
         self.lowered: Lowered | None = lowered_for(model, engine, gradients=False)
         self.draws = "" if self.lowered is None else draws.of_graph(self.lowered)
         self.quiet = True
+        self.order: Order | None = None
         # Why the module is called, once that is known.
         self._against: tuple[str, ...] = ()
         if precision in AUTOCAST and engine in ("torch", "cpu"):
             raise ValueError(f'precision={precision!r} is autocast of the module itself: use engine="auto" or "python"')
 
-    def __call__(self, batches: Iterable[Item], file: File | None, expected: int = 0) -> torch.Tensor | None:
-        """Features of all batches in memory, or None when they are in `file`."""
+    def __call__(
+        self,
+        batches: Iterable[Item],
+        file: File | None,
+        expected: int = 0,
+        chosen: Callable[[Order], object] = lambda _: None,
+    ) -> torch.Tensor | None:
+        """Features of all batches in memory, or None when they are in `file`.
+
+        Args:
+            batches: what the model gets.
+            file: where rows go; None: into memory.
+            expected: how many there will be, 0 where nobody knows.
+            chosen: told the order of memory that the clock has chosen, before the first row is written.
+        """
         items = iter(batches)
         first = next(items, None)
         items = items if first is None else chain([first], items)
@@ -78,8 +95,12 @@ class Extractor:
         pipeline = None
         computed: Generator[Item, None, None]
         if network is None:
+            # Who asks for an engine by name gets its bits, and autocast computes in what the clock was not asked about.
+            ordered = None
+            if self.engine == "auto" and self.precision not in AUTOCAST and not self.draws:
+                ordered = self._ordering(expected, chosen)
             pipeline = Pipeline(
-                self.model, self.device, self.precision, self.dtype, self.verbose, self.quiet, self.lowered
+                self.model, self.device, self.precision, self.dtype, self.verbose, self.quiet, self.lowered, ordered
             )
             computed = pipeline.run(items)
         else:
@@ -94,6 +115,16 @@ class Extractor:
         if pipeline is not None:
             self.draws = self.draws or pipeline.draws or ""
         return None if data is None else torch.from_numpy(data).view(getattr(torch, made)).reshape(shape)
+
+    def _ordering(self, expected: int, chosen: Callable[[Order], object]) -> Callable[[torch.Tensor], FrozenOrder]:
+        def ordered(inputs: torch.Tensor) -> FrozenOrder:
+            order = FrozenOrder(self.model, inputs, expected, self.order)
+            if self.order is None and order.chosen is not None:
+                self.order = order.chosen
+                chosen(order.chosen)
+            return order
+
+        return ordered
 
     def _network(self, images: torch.Tensor) -> Network | None:
         """What computes features instead of the module, where that is wanted and can run; it needs a batch to tell."""

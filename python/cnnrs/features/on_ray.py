@@ -20,6 +20,7 @@ from cnnrs import _cnnrs
 from cnnrs.data.image_list import ImageList
 from cnnrs.data.loader import DataLoader
 from cnnrs.engine.choice import Engine
+from cnnrs.engine.memory_order import Order
 from cnnrs.features.extract import Extractor, kept
 from cnnrs.features.features import Features
 from cnnrs.features.plan import Plan
@@ -52,6 +53,7 @@ class Extract:
         num_workers: threads that read images.
         seed: of the augmentation.
         device: "cuda" moves the model to the worker's GPU.
+        order: of memory, in which a model that is called on the CPU gets its batches.
 
     Raises:
         KeyError: a batch without those columns.
@@ -82,6 +84,7 @@ class Extract:
         num_workers: int | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
+        order: Order = "contiguous",
     ) -> None:
         body = resolve(model, layer, pool, weights)
         if device is not None:
@@ -96,6 +99,8 @@ class Extract:
         self._frozen = ExitStack()
         self._frozen.enter_context(frozen(body))
         self.extractor = Extractor(body, engine, precision, type_name(dtype), verbose=False)
+        # Each worker's clock might choose another one.
+        self.extractor.order = order
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The batch with the column ``features``."""
@@ -249,6 +254,7 @@ class _RaySession(Session):
             "data": self.data,
             "batch_size": plan.batch_size,
             "device": "cuda" if self.gpus else None,
+            "order": plan.order or "contiguous",
         }
         dataset = self.ray.data.from_arrow(tables)
         return dataset.map_batches(

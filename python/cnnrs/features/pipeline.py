@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from cnnrs._util.precision import tf32
 from cnnrs._util.streams import side_stream
 from cnnrs.data.mover import Mover
 from cnnrs.engine.cuda_capture import RECORDERS
+from cnnrs.engine.memory_order import FrozenOrder
 from cnnrs.features.precision import AUTOCAST, Precision, Rows, narrowed
 from cnnrs.features.recorded import Network, Recorded
 from cnnrs.features.update import Item
@@ -42,6 +43,8 @@ class Pipeline:
         verbose: whether to say when memory runs out.
         quiet: whether nobody else draws from the process's generators meanwhile.
         lowered: the model as a graph: it then is the same kernels for every batch. None: nobody knows.
+        ordered: on the CPU, who calls the model for all batches after a look at the first one: in which order of memory
+            they are. None: they stay as they are.
 
     Attributes:
         draws: why its rows are a draw of a random generator, "" when they are none; None before the first batch.
@@ -56,8 +59,10 @@ class Pipeline:
         verbose: bool = True,
         quiet: bool = True,
         lowered: Lowered | None = None,
+        ordered: Callable[[torch.Tensor], FrozenOrder] | None = None,
     ) -> None:
-        self.model = model
+        self.model: Callable[[torch.Tensor], Any] = model
+        self._module = model
         self.device = device
         self.precision = precision
         self.dtype = dtype
@@ -70,12 +75,15 @@ class Pipeline:
         self._mover = Mover(device)
         self._lowered = lowered
         self._network: Network = self._call
+        self._ordered = None if self._on_gpu else ordered
 
     def run(self, batches: Iterable[Item]) -> Generator[Item, None, None]:
         """(features on the CPU, runs, ids) of every (inputs, runs, ids)."""
         flying: deque[tuple[list[_Flight], list[tuple[int, int]], list[str]]] = deque()
         with self._tuned(), self._recorded():
             for inputs, runs, ids in batches:
+                if self._ordered is not None:
+                    self.model, self._ordered = self._ordered(inputs), None
                 flying.append((self._launch(inputs), runs, ids))
                 if len(flying) > (2 if self._on_gpu else 1):
                     yield self._landed(*flying.popleft())
@@ -163,7 +171,7 @@ class Pipeline:
     def _drawn(self, generators: list[str], inputs: torch.Tensor) -> str:
         """Why the first call's output is a draw, "" when it is none."""
         # The loader's threads may have drawn meanwhile: then only the model's own operations count.
-        if not generators or not (self.quiet or draws.does_draw(self.model, inputs)):
+        if not generators or not (self.quiet or draws.does_draw(self._module, inputs)):
             return ""
         return f"its forward draws from {generators[0]}'s generator"
 
@@ -174,7 +182,7 @@ class Pipeline:
             yield
             return
         asked = tf32(self.precision == "tf32") if self.precision in ("exact", "tf32") else nullcontext()
-        with asked, _laid_out(self.model, self._multiplied()):
+        with asked, _laid_out(self._module, self._multiplied()):
             yield
 
     @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cnnrs.engine.memory_order import Order
 from cnnrs.features.samples import Data, Stat, elsewhere, unchanged
 
 #: Of an image that cannot be read, or changed while its features were computed: equal to nothing.
@@ -30,6 +31,7 @@ class Plan:
         skipped: samples that are left out, and why.
         random: why the rows are draws of a random generator, "" while nothing says that they are.
         network: what the model is called.
+        order: in which order of memory the model got the batches of the rows that are there; None where there are none.
     """
 
     data: Data
@@ -42,6 +44,7 @@ class Plan:
     skipped: dict[int, str] = field(default_factory=dict)
     random: str = ""
     network: str = ""
+    order: Order | None = None
 
     def __post_init__(self) -> None:
         self.samples = list(range(len(self.data)))
@@ -109,6 +112,7 @@ class Plan:
         Size and time alone do not: they can be set, and a camera's files may have them in common.
         """
         self.random = meta.get("random", "") or self.random
+        self.order = meta.get("order", "contiguous")
         if self.stats is None or self.data.files is None or not meta.get("stats"):
             return
         known = {
@@ -180,6 +184,7 @@ class Plan:
             else [],
             **({"limits": self.data.limits} if self.skipped else {}),
             **({"random": self.random} if self.random else {}),
+            **({"order": self.order} if self.order == "channels_last" else {}),
         }
 
     def labels(self) -> torch.Tensor:

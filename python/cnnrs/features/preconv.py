@@ -70,8 +70,9 @@ def preconv(
         device: where to compute, ``"cuda"`` for example: the model is there for the time of the call. None: where it
             is.
         engine: "cpu" computes float32 images on the CPU in native code, equal to PyTorch up to float rounding;
-            "python" calls the module. "auto" takes the first that can. "torch" runs the layers through libtorch, and
-            needs the package ``cnnrs-libtorch``.
+            "python" calls the module. "auto" takes the first that can; where it calls a large convolutional network on
+            the CPU, all batches go to it in the order of memory that is faster on the first one. "torch" runs the
+            layers through libtorch, and needs the package ``cnnrs-libtorch``.
         precision: "exact" (no TF32 on a GPU; no Winograd convolution on a CPU, whose rounding is a little coarser),
             "tf32", or "bf16" and "fp16" by autocast; None: as torch is set.
         dtype: type to keep features in, "float32", "float16" or "bfloat16"; None: what the model returns. A value that

@@ -144,7 +144,8 @@ class Session:
         if first is None:
             # All of the files that are missing failed and are skipped.
             return
-        self.extractor(chain([first], items), file)
+        self.extractor.order = update.plan.order
+        self.extractor(chain([first], items), file, update.count, update.keep_order)
         self._note_draws()
         update.plan.random = update.plan.random or self.extractor.draws
 
@@ -294,6 +295,7 @@ class Session:
                 "paths": made.paths, "classes": made.classes, "passes": 1, "key": None, "stats": None, "ids": None,
                 "network": name_of(self.model), "skipped": [],
                 **({"random": self.extractor.draws} if self.extractor.draws else {}),
+                **({"order": self.extractor.order} if self.extractor.order == "channels_last" else {}),
             }  # fmt: skip
             store.commit(layout, made.labels, meta)
             opened = self._opened(store, store.meta() or {}, made.labels)

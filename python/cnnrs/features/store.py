@@ -41,6 +41,7 @@ _WORKING = (
     "meta.json.partial",
     "meta.json.pending",
     "features.journal",
+    "features.journal.pending",
     "features.npy.previous",
     "features.journal.previous",
 )
@@ -236,6 +237,17 @@ class Store:
     def _write_header(self, name: str, header: dict[str, Any]) -> None:
         self._write(name, _cnnrs.journal_line(json.dumps(header)))
 
+    def note(self, more: dict[str, Any]) -> None:
+        """Add to what the journal says the rows are of. The records stay; nobody may be writing them."""
+        journal = self.journal()
+        if journal is None:
+            return
+        records = read(self.path("features.journal"))[journal.begin :]
+        header = _cnnrs.journal_line(json.dumps({**journal.header, **more}))
+        self._write("features.journal.pending", header + records)
+        os.replace(self.path("features.journal.pending"), self.path("features.journal"))
+        self._sync()
+
     def shared_journal(self, rank: int) -> Path:
         """The journal of one of several processes that fill the same file."""
         if rank == 0:
@@ -260,7 +272,10 @@ class Store:
 
     def discard(self) -> None:
         """Forget what is in the making."""
-        self._unlink("features.journal", "features.npy.partial", "features.journal.previous", "features.npy.previous")
+        self._unlink(
+            "features.journal", "features.npy.partial", "features.journal.previous", "features.npy.previous",
+            "features.journal.pending",
+        )  # fmt: skip
 
     def commit(self, layout: Layout, labels: torch.Tensor, meta: dict[str, Any]) -> None:
         """Make the new rows (or the ones that are there, if none are in the making), labels and meta the store's."""
