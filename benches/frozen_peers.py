@@ -1,7 +1,7 @@
 """Other runtimes on the same frozen network, each in a process of its own (`make bench-peers` installs them).
 
-`python frozen_peers.py RUNTIME NETWORK BATCH THREADS` answers a line on its standard input with one pass over a batch
-of (BATCH, 3, 224, 224) float32; then it prints the number of images.
+`python frozen_peers.py RUNTIME NETWORK BATCH THREADS [settled]` answers a line on its standard input with one pass over
+a batch of (BATCH, 3, 224, 224) float32; then it prints the number of images.
 """
 
 import importlib
@@ -19,21 +19,33 @@ from torch import nn
 torch.manual_seed(0)
 
 
-def network(name: str) -> nn.Module:
-    """A torchvision network with random weights, or "efficientnet_lite0"; "vgg16.features" is a part of one."""
+def network(name: str, settled: bool = False) -> nn.Module:
+    """A torchvision network with random weights, or "efficientnet_lite0"; "vgg16.features" is a part of one.
+
+    Args:
+        name: with a layer's path behind a dot, that part.
+        settled: whether its batch norms have seen images. Where they have not, numbers fade from layer to layer, in
+            deep networks down to those that processors compute with slowly.
+    """
     whole, _, part = name.partition(".")
     if whole == "efficientnet_lite0":
         package = importlib.import_module("efficientnet_lite_pytorch")
         model: nn.Module = package.EfficientNet.from_name("efficientnet-lite0")
     else:
         model = getattr(torchvision.models, whole)()
+    if settled:
+        with torch.no_grad():
+            for layer in model.modules():
+                if isinstance(layer, nn.BatchNorm2d):
+                    layer.momentum = None
+            model.train()(torch.rand(8, 3, 224, 224))
     return model.eval().get_submodule(part)
 
 
-def onnx(name: str, batch: int, folder: str) -> str:
+def onnx(name: str, batch: int, folder: str, settled: bool = False) -> str:
     """The network as an ONNX file for this batch size."""
     path = str(Path(folder) / "network.onnx")
-    torch.onnx.export(network(name), (torch.rand(batch, 3, 224, 224),), path, dynamo=True, verbose=False)
+    torch.onnx.export(network(name, settled), (torch.rand(batch, 3, 224, 224),), path, dynamo=True, verbose=False)
     return path
 
 
@@ -70,7 +82,8 @@ def main() -> None:
     os.dup2(2, 1)
     images = np.random.default_rng(0).random((int(batch), 3, 224, 224), dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder:
-        run = RUNTIMES[runtime](onnx(name, int(batch), folder), images, int(threads))
+        path = onnx(name, int(batch), folder, settled=sys.argv[5:] == ["settled"])
+        run = RUNTIMES[runtime](path, images, int(threads))
         for _ in sys.stdin:
             run()
             print(len(images), file=answers, flush=True)

@@ -1,5 +1,6 @@
 """Image folders and MNIST files to normalised batches: torchvision and torch's DataLoader and peers against cnnrs."""
 
+import contextlib
 import json
 import os
 import statistics
@@ -146,6 +147,13 @@ class Process:
             words = self.errors.read().strip().splitlines() or ["no message"]
             raise OSError(words[-1][:160])
         return int(answer)
+
+    def close(self) -> None:
+        """End it: its memory is needed by others."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        self.process.wait()
 
     def contender(self) -> Contender:
         """As the comparison wants it."""

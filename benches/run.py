@@ -1,4 +1,7 @@
-"""``make bench`` writes RESULTS.md beside this file; ``python benches/run.py loader`` renews that part of it."""
+"""``make bench`` writes RESULTS.md beside this file; ``python benches/run.py loader`` renews that part of it.
+
+``python benches/run.py zoo --only resnet18 vgg16`` measures these networks and prints the table, which is not kept.
+"""
 
 import argparse
 import os
@@ -16,7 +19,9 @@ import networks
 import preconv
 import readme
 import torch
+import torchvision
 import trainings
+import zoo
 from gpu import everything
 from measure import machine, show
 
@@ -27,6 +32,7 @@ BENCHMARKS = {
     "fit": fit.comparisons,
     "networks": networks.comparisons,
     "preconv": preconv.comparisons,
+    "zoo": zoo.comparisons,
     "classifier": classifier.comparisons,
     "trainings": trainings.comparisons,
     "gpu": everything.comparisons,
@@ -46,7 +52,16 @@ def main() -> None:
     parser.add_argument(
         "--gpu", type=Path, help="results.md that scripts/gpu-check.sh left elsewhere: taken as part gpu"
     )
+    parser.add_argument("--only", nargs="+", default=[], metavar="NETWORK", help="of part zoo: not kept")
     options = parser.parse_args()
+    if options.only:
+        if options.names != ["zoo"]:
+            parser.error("--only is for part zoo: python benches/run.py zoo --only resnet18")
+        if unknown := sorted({*options.only} - {*torchvision.models.list_models(torchvision.models)}):
+            parser.error(f"torchvision.models has no {', '.join(unknown)}")
+        for comparison in zoo.comparisons(options.only):
+            print(comparison.measure().table(), flush=True)
+        return
     if options.gpu is not None:
         text = options.gpu.read_text()
         if "GPU: none" in text:

@@ -301,6 +301,9 @@ class CpuNetwork:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features of one batch, contiguous float32 (N, ...), of float32 images on the CPU."""
 
+    def is_current(self) -> bool:
+        """Whether the plan was made of the weights as they are, bit for bit; False before the first batch."""
+
     def timings(self) -> list[tuple[str, str, str, int, float]]:
         """Per step: name, kind, method, floating-point operations per image, seconds since the first batch."""
 

@@ -1,6 +1,6 @@
 //! `cnnrs._cnnrs.CpuNetwork`: a frozen network on the cpu engine, which borrows the memory of the user's tensors.
 
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
@@ -98,6 +98,17 @@ impl CpuNetwork {
         tensor::new(py, features)
     }
 
+    /// Whether the next batch of the same shape is computed with the weights as they are: they lie where they lay, and
+    /// have the bits, that the plan was made of.
+    fn is_current(&self, py: Python<'_>) -> PyResult<bool> {
+        for tensor in &self.lock_weights(py).0 {
+            if tensor.has_moved(py)? {
+                return Ok(false);
+            }
+        }
+        enter(py, || Ok(self.inner.lock().unwrap_or_else(PoisonError::into_inner).is_current()))
+    }
+
     /// Per step: name, kind, method, floating-point operations per image, seconds since the first batch.
     fn timings(&self, py: Python<'_>) -> PyResult<Vec<Row>> {
         let timings = self.inner.lock().unwrap_or_else(PoisonError::into_inner).timings();
@@ -112,16 +123,20 @@ impl CpuNetwork {
 }
 
 impl CpuNetwork {
-    /// Weights that have been given other memory are read from there.
-    fn follow(&self, py: Python<'_>) -> PyResult<()> {
+    fn lock_weights(&self, py: Python<'_>) -> MutexGuard<'_, Arc<Weights>> {
         // Whoever has this lock may have let go of the GIL: nobody waits for it with the GIL in hand.
-        let mut weights = loop {
+        loop {
             match self.weights.try_lock() {
-                Ok(weights) => break weights,
-                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
+                Ok(weights) => return weights,
+                Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
                 Err(TryLockError::WouldBlock) => py.allow_threads(|| std::thread::sleep(Duration::from_micros(50))),
             }
-        };
+        }
+    }
+
+    /// Weights that have been given other memory are read from there.
+    fn follow(&self, py: Python<'_>) -> PyResult<()> {
+        let mut weights = self.lock_weights(py);
         let Some(moved) = weights.moved(py)? else { return Ok(()) };
         let moved = Arc::new(moved);
         let compiled = Frozen::new(self.graph.clone(), Arc::clone(&moved), self.options);

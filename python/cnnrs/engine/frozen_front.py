@@ -18,7 +18,7 @@ from cnnrs._records import Attributes, Node
 from cnnrs._util.generators import Generators
 from cnnrs._util.notes import note
 from cnnrs._util.plain import is_plain
-from cnnrs.engine import cpu_inference
+from cnnrs.engine import cpu_inference, kept_plans
 from cnnrs.engine.kernels import Kernels
 from cnnrs.engine.memory_order import MemoryOrder
 from cnnrs.engine.verify import outputs_differ
@@ -186,7 +186,7 @@ class Network:
         self._front = front
         self._check = check
         self._state = state
-        self._network: _cnnrs.CpuNetwork | None = None
+        self._plan: kept_plans.Plan | None = None
         self._is_on = True
         self._before = self._known()
         # What `.data` and NumPy write leaves no trace but the numbers.
@@ -205,6 +205,12 @@ class Network:
             )
             self._rest.wrong = ""
         return self._rest(ordered, self._front.whole.tensors)
+
+    def done(self) -> None:
+        """The epoch is over: the next one, and validation, may have the same front."""
+        if self._plan is not None:
+            self._plan.give_back()
+            self._plan = None
 
     def _takes(self, inputs: Any) -> bool:
         if not self._is_on:
@@ -229,10 +235,10 @@ class Network:
         """None where the model is to be called instead, from now on."""
         if self._front.last == 0:
             return inputs
-        front, new = self._front.front, self._network is None
+        front, new = self._front.front, self._plan is None
         try:
-            self._network = self._network or cpu_inference.network(front)
-            features = self._network(inputs)
+            self._plan = self._plan or kept_plans.take(self._model, front)
+            features = self._plan.network(inputs)
         except MemoryError:
             self._stop(
                 "there is no memory for its frozen layers in native code, several times that of their weights: it is "
@@ -255,7 +261,7 @@ class Network:
         return outputs_differ(play(front, front.tensors, inputs), features)
 
     def _stop(self, reason: str = "") -> None:
-        self._is_on, self._network, self._copies = False, None, []
+        self._is_on, self._plan, self._copies = False, None, []
         if reason:
             self._note(reason)
 

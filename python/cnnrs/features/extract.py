@@ -11,7 +11,7 @@ from torch import nn
 
 from cnnrs import _cnnrs
 from cnnrs._util.notes import note
-from cnnrs.engine import companion, cpu_inference, verify
+from cnnrs.engine import companion, kept_plans, verify
 from cnnrs.engine.choice import Engine, Question, decide, lowered_for
 from cnnrs.engine.memory_order import FrozenOrder, Order
 from cnnrs.errors import UnsupportedModelError
@@ -70,6 +70,8 @@ class Extractor:
         self.order: Order | None = None
         # Why the module is called, once that is known.
         self._against: tuple[str, ...] = ()
+        # What engine "cpu" computes with, during a call.
+        self._plan: kept_plans.Plan | None = None
         if precision in AUTOCAST and engine in ("torch", "cpu"):
             raise ValueError(f'precision={precision!r} is autocast of the module itself: use engine="auto" or "python"')
 
@@ -112,6 +114,9 @@ class Extractor:
         finally:
             # What it has changed of the module and of torch is put back now, not when an exception is forgotten.
             computed.close()
+            plan, self._plan = self._plan, None
+        if plan is not None:
+            plan.give_back()
         if pipeline is not None:
             self.draws = self.draws or pipeline.draws or ""
         return None if data is None else torch.from_numpy(data).view(getattr(torch, made)).reshape(shape)
@@ -138,9 +143,10 @@ class Extractor:
         if choice.engine == "torch":
             network = _without_gradients(self.lowered)
         else:
-            network = _natively(self.lowered, exact=self.precision == "exact")
+            self._plan = kept_plans.take(self.model, self.lowered, exact=self.precision == "exact")
+            network = _natively(self._plan.network)
         if self._differs(self.lowered, network, images):
-            self._against = ("its module computes something else",)
+            self._against, self._plan = ("its module computes something else",), None
             return None
         return network
 
@@ -171,9 +177,8 @@ def _without_gradients(lowered: Lowered) -> Network:
     return network
 
 
-def _natively(lowered: Lowered, exact: bool) -> Network:
+def _natively(native: _cnnrs.CpuNetwork) -> Network:
     """Engine ``cpu``."""
-    native = cpu_inference.network(lowered, exact=exact)
     # Lazily negated or conjugated images are no bytes to read.
     return lambda images: native(images.resolve_conj().resolve_neg())
 

@@ -14,6 +14,7 @@ from cnnrs import _cnnrs
 from cnnrs._records import Epoch
 from cnnrs._util.kept_memory import kept_memory
 from cnnrs.data.labels import on_host
+from cnnrs.engine import kept_plans
 from cnnrs.engine.frozen_front import Front, Network
 from cnnrs.engine.losses import Totals, call, check_targets, counts, measured
 from cnnrs.engine.memory_order import MemoryOrder
@@ -49,7 +50,9 @@ def run(job: Job, batches: Iterator[Any], before: Totals | None = None, front: F
             "number": job.epoch, "phase": job.phase, "accumulate": job.loop.accumulate, "after": called,
         }  # fmt: skip
         with kept_memory(job.device.type == "cpu" and _is_large(job.model)):
-            return Totals(**_cnnrs.fit_python(epoch, engine, batches, None if before is None else before.by_name()))
+            totals = Totals(**_cnnrs.fit_python(epoch, engine, batches, None if before is None else before.by_name()))
+        engine.done()
+        return totals
     except BaseException:
         engine.kept.put_back()
         raise
@@ -75,6 +78,9 @@ class _Engine:
         self._batch = before.batches
         self._clip = job.loop.clipper()
         training = job.optimizer is not None
+        if training and (front is None or front.last == 0):
+            # Of weights that are about to be others.
+            kept_plans.drop(job.model)
         self._network: Network | None = None
         if front is None:
             self._order = MemoryOrder(job.model, job.orders, training)
@@ -129,6 +135,11 @@ class _Engine:
         if host is not None and isinstance(outputs, torch.Tensor) and outputs.dim():
             where = f"{self._job.phase} epoch {self._job.epoch}, batch {self._batch}"
             check_targets(self._job.loss_fn, outputs.shape[min(1, outputs.dim() - 1)], host, where)
+
+    def done(self) -> None:
+        """The epoch is over."""
+        if self._network is not None:
+            self._network.done()
 
     def backward(self) -> None:
         """Gradients of that loss, added to those since the last step."""

@@ -328,7 +328,7 @@ def test_what_a_loader_changes_holds(change: str, computed: list[int]) -> None:
 
 
 def test_without_memory_the_model_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(lowered: Any) -> Any:
+    def full(lowered: Any, **_: Any) -> Any:
         raise MemoryError("no memory for 1 GiB of weights")
 
     monkeypatch.setattr(cpu_inference, "network", full)
@@ -357,7 +357,8 @@ def test_a_forward_that_does_more_is_called(computed: list[int]) -> None:
 
 def test_a_front_that_computes_something_else_is_left(monkeypatch: pytest.MonkeyPatch, computed: list[int]) -> None:
     original = cpu_inference.network
-    monkeypatch.setattr(cpu_inference, "network", lambda lowered: lambda inputs: original(lowered)(inputs) * 1.01)
+    wrong = lambda lowered, **_: lambda inputs: original(lowered)(inputs) * 1.01  # noqa: E731
+    monkeypatch.setattr(cpu_inference, "network", wrong)
     theirs, their_optimizer, ours, our_optimizer = tutorial.twins(net(), sgd)
     torch.manual_seed(5)
     expected = tutorial.fit(theirs, batches(), "training", their_optimizer, F.cross_entropy)

@@ -9,6 +9,7 @@
 
 mod build;
 mod canonical;
+mod digest;
 mod fuse;
 mod memory;
 mod method;
@@ -21,6 +22,7 @@ mod tests;
 
 use build::Network;
 use canonical::{Canonical, canonical};
+use digest::Digest;
 use method::Method;
 use plan::Plan;
 
@@ -60,7 +62,14 @@ pub struct Frozen<P> {
     parameters: P,
     options: Options,
     team: Team,
-    plan: Option<(Vec<usize>, Plan)>,
+    plan: Option<Compiled>,
+}
+
+/// A plan, the shape of its images, and the weights that it was made of.
+struct Compiled {
+    image: Vec<usize>,
+    weights: Digest,
+    plan: Plan,
 }
 
 /// What one step of the plan is, and what it took.
@@ -109,13 +118,22 @@ impl<P: Parameters> Frozen<P> {
             self.team = Team::new(self.options.workers, "infer")?;
         }
         self.compile(shape)?;
-        let Some((_, plan)) = &mut self.plan else { return Err(Error::internal("no plan")) };
-        plan.run(&mut self.team, input, output)
+        let Some(compiled) = &mut self.plan else { return Err(Error::internal("no plan")) };
+        compiled.plan.run(&mut self.team, input, output)
+    }
+
+    /// Whether the weights are, bit for bit, those that the plan was made of. Not so before the first batch.
+    pub fn is_current(&self) -> bool {
+        self.plan.as_ref().is_some_and(|compiled| compiled.weights == self.digest())
+    }
+
+    fn digest(&self) -> Digest {
+        Digest::of((0..self.graph.tensors.len()).map(|t| self.parameters.floats(t)))
     }
 
     fn compile(&mut self, shape: &[usize]) -> Result<()> {
         let (images, image) = (shape[0].min(MOST_IMAGES), &shape[1..]);
-        if self.plan.as_ref().is_some_and(|(known, plan)| known == image && plan.images() >= images) {
+        if self.plan.as_ref().is_some_and(|known| known.image == image && known.plan.images() >= images) {
             return Ok(());
         }
         // The old plan's memory first: two plans may not fit.
@@ -123,13 +141,14 @@ impl<P: Parameters> Frozen<P> {
         let canonical = canonical(&self.graph, model::shapes(&self.graph, shape)?)?;
         let tensors: Vec<_> = (0..self.graph.tensors.len()).map(|t| self.parameters.floats(t)).collect();
         let network = network(&canonical, &tensors, self.options)?;
-        self.plan = Some((image.to_vec(), Plan::compile(&network, images, &mut self.team)?));
+        let plan = Plan::compile(&network, images, &mut self.team)?;
+        self.plan = Some(Compiled { image: image.to_vec(), weights: self.digest(), plan });
         Ok(())
     }
 
     /// What each step took since the plan was compiled. Empty before the first batch.
     pub fn timings(&self) -> Result<Vec<Timing>> {
-        let Some((image, plan)) = &self.plan else { return Ok(Vec::new()) };
+        let Some(Compiled { image, plan, .. }) = &self.plan else { return Ok(Vec::new()) };
         let shapes = model::shapes(&self.graph, &[&[1], image.as_slice()].concat())?;
         let costs = model::costs(&self.graph, &shapes);
         let Canonical { graph, shapes } = canonical(&self.graph, shapes)?;
@@ -158,7 +177,7 @@ impl<P: Parameters> Frozen<P> {
 
     /// Bytes of activations, weights and the workers' memory. Zero before the first batch.
     pub fn bytes(&self) -> [usize; 3] {
-        self.plan.as_ref().map_or([0; 3], |(_, plan)| plan.bytes())
+        self.plan.as_ref().map_or([0; 3], |compiled| compiled.plan.bytes())
     }
 }
 

@@ -1,0 +1,114 @@
+"""Plans of engine ``cpu`` that outlive a call, so that the next one of the same network begins at once.
+
+A plan holds weights as the engine wants them. It counts only while everything it was made of is the same: the
+operations with all their settings, the tensors themselves, and their numbers, bit by bit, because ``.data`` and NumPy
+leave no other trace. Nobody else has it meanwhile: a second call at the same time makes one of its own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import nn
+
+from cnnrs import _cnnrs
+from cnnrs.engine import cpu_inference
+from cnnrs.model.lowering import Lowered
+
+#: Plans that are kept at a time, in all, of different networks: each may take several times the memory of its weights.
+MOST = 2
+
+
+@dataclass(eq=False)
+class Plan:
+    """A plan for whoever has taken it.
+
+    Attributes:
+        network: computes; it keeps the tensors alive, so that nothing else gets their numbers in ``key``.
+        key: what can be compared without looking at numbers.
+        owner: the layer with the network's first weights: there is no network when it is gone. None: never kept.
+    """
+
+    network: _cnnrs.CpuNetwork
+    key: Any
+    owner: ref[nn.Module] | None
+
+    def give_back(self) -> None:
+        """Keep it for the next call. Not behind an exception, and not where it does not do what the module does."""
+        if self.owner is not None:
+            _KEPT.append(self)
+
+
+#: The newest last. Its methods are one step each, for threads and after a fork: no lock that somebody else could hold.
+_KEPT: deque[Plan] = deque(maxlen=MOST)
+
+
+def take(model: nn.Module, lowered: Lowered, *, exact: bool = False) -> Plan:
+    """A plan of ``lowered``: the one that was kept, if it is that of ``model`` as it is, else a new one.
+
+    Args:
+        model: whose operations these are; when its layers are gone, so is the plan.
+        lowered: frozen; engine ``cpu`` can compute it.
+        exact: no Winograd convolution.
+    """
+    owner, key = _owner(model, lowered), _key(lowered, exact)
+    for plan in _removed(owner):
+        # One at a time: what is not up to date frees its memory first.
+        if plan.key == key and plan.network.is_current():
+            return plan
+    made = cpu_inference.network(lowered, exact=exact)
+    return Plan(made, key, None if owner is None else ref(owner, _forget))
+
+
+def drop(model: nn.Module) -> None:
+    """Free what is kept of a model whose weights are about to change."""
+    for module in model.modules():
+        for _ in _removed(module):
+            pass
+
+
+def _key(lowered: Lowered, exact: bool) -> Any:
+    tensors = [(id(t), t.data_ptr(), tuple(t.shape), t.stride(), t.dtype) for t in lowered.tensors]
+    return repr(lowered.operations), lowered.output, tensors, exact, torch.get_num_threads()
+
+
+def _owner(model: nn.Module, lowered: Lowered) -> nn.Module | None:
+    """The layer that holds the first of the tensors; None where no plan may be kept.
+
+    The engine has copies of tensors that are not contiguous: what is written into those does not show in the copies.
+    """
+    if not lowered.tensors or not all(tensor.is_contiguous() for tensor in lowered.tensors):
+        return None
+    first = lowered.tensors[0]
+    for module in model.modules():
+        if any(tensor is first for tensor in (*module._parameters.values(), *module._buffers.values())):
+            return module
+    return None
+
+
+def _removed(owner: nn.Module | None) -> list[Plan]:
+    """What was kept of a network, and no longer is."""
+    return [plan for plan in list(_KEPT) if owner is not None and _at(plan) is owner and _is_removed(plan)]
+
+
+def _at(plan: Plan) -> nn.Module | None:
+    return None if plan.owner is None else plan.owner()
+
+
+def _is_removed(plan: Plan) -> bool:
+    """Whether it was this call that has taken it out."""
+    try:
+        _KEPT.remove(plan)
+    except ValueError:
+        return False
+    return True
+
+
+def _forget(owner: ref[nn.Module]) -> None:
+    for plan in list(_KEPT):
+        if plan.owner is owner:
+            _is_removed(plan)

@@ -1,0 +1,264 @@
+"""Plans of engine `cpu` are kept for the next call, which must never get one of other weights, settings or layers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cnnrs
+from cnnrs.engine import cpu_inference, frozen_front, kept_plans
+
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, stride=2), nn.Flatten(),
+        nn.Linear(8 * 5 * 5, 4),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The plans that are made anew."""
+    kept_plans._KEPT.clear()
+    found: list[Any] = []
+    original = cpu_inference.network
+
+    def network(*args: Any, **kwargs: Any) -> Any:
+        found.append(original(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(cpu_inference, "network", network)
+    yield found
+    kept_plans._KEPT.clear()
+
+
+def batches(*sizes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(3)
+    return [(torch.randn(n, 3, 12, 12), torch.arange(n) % 4) for n in sizes or (6, 6, 3)]
+
+
+def features(model: nn.Module, data: Any = None, **options: Any) -> torch.Tensor:
+    return cnnrs.preconv(data or batches(), model, verbose=False, **options).features
+
+
+def afresh(model: nn.Module, data: Any = None, **options: Any) -> torch.Tensor:
+    """Of a copy, of which nothing is kept."""
+    return features(copy.deepcopy(model), data, **options)
+
+
+def test_the_second_call_has_the_plan_of_the_first(made: list[Any]) -> None:
+    model = net()
+    first = features(model)
+    assert len(made) == 1 and torch.equal(features(model), first) and len(made) == 1
+    assert torch.equal(first, afresh(model)) and len(made) == 2
+
+
+@pytest.mark.parametrize("sizes", [(1,), (5, 2), (40,), (6, 6, 3)])
+def test_bits_do_not_depend_on_what_the_plan_was_made_for(sizes: tuple[int, ...], made: list[Any]) -> None:
+    model = net()
+    features(model, batches(32))
+    assert torch.equal(features(model, batches(*sizes)), afresh(model, batches(*sizes)))
+    assert len(made) == 2
+
+
+def in_place(model: Any) -> None:
+    with torch.no_grad():
+        model[3].weight.mul_(2.0)
+
+
+def one_bit(model: Any) -> None:
+    model[0].weight.detach().numpy().view(np.uint32)[7, 1, 1, 1] ^= 1 << 22
+
+
+def data(model: Any) -> None:
+    model[0].weight.data.copy_(model[0].weight.data * 2)
+
+
+def data_assigned(model: Any) -> None:
+    model[0].weight.data = model[0].weight.data * 2
+
+
+def swapped(model: Any) -> None:
+    """Two numbers in each other's place."""
+    row = model[5].weight.detach().numpy()[0]
+    row[[0, 40]] = row[[40, 0]]
+
+
+def parameter(model: Any) -> None:
+    model[5].weight = nn.Parameter(model[5].weight.detach() * 2)
+
+
+def statistics(model: Any) -> None:
+    model[1].running_mean.detach().numpy()[3] += 1.0
+
+
+def setting(model: Any) -> None:
+    model[1].eps = 0.5
+
+
+def layer(model: Any) -> None:
+    model[2] = nn.Hardswish()
+
+
+CHANGES = [in_place, one_bit, data, data_assigned, swapped, parameter, statistics, setting, layer]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_is_noticed(change: Callable[[Any], None], made: list[Any]) -> None:
+    model = net()
+    before = features(model)
+    change(model)
+    found = features(model)
+    assert torch.equal(found, afresh(model)) and not torch.equal(found, before)
+    # And its own plan is kept from now on, in the place of the other one.
+    count = len(made)
+    assert torch.equal(features(model), found) and len(made) == count
+    owners = [kept_plans._at(plan) for plan in kept_plans._KEPT]
+    assert owners.count(model[0]) == 1
+
+
+@pytest.mark.parametrize("change", [in_place, data, one_bit])
+def test_weights_that_are_copied_are_not_kept(change: Callable[[Any], None], made: list[Any]) -> None:
+    """The engine has contiguous copies of them, in which a change would not show."""
+    model = net().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    features(model)
+    change(model) if change is not one_bit else in_place(model)
+    assert torch.equal(features(model), afresh(model)) and len(made) == 3
+
+
+def test_another_question_has_another_plan(made: list[Any]) -> None:
+    model = net()
+    features(model)
+    assert torch.equal(features(model, precision="exact"), afresh(model, precision="exact"))
+    count = len(made)
+    torch.set_num_threads(1)
+    features(model, precision="exact")
+    assert len(made) == count + 1
+
+
+def test_a_part_up_to_a_layer_shares_the_plan(made: list[Any]) -> None:
+    model = net()
+    first = features(model, layer="3")
+    assert torch.equal(features(model, layer="3"), first) and len(made) == 1
+    assert not torch.equal(features(model, layer="2"), first) and len(made) == 2
+
+
+def test_plans_go_with_their_networks(made: list[Any]) -> None:
+    models = [net(seed) for seed in range(3)]
+    for model in models:
+        features(model)
+    assert [kept_plans._at(plan) for plan in kept_plans._KEPT] == [models[1][0], models[2][0]]
+    del model, models[2]
+    gc.collect()
+    assert [kept_plans._at(plan) for plan in kept_plans._KEPT] == [models[1][0]]
+    models.clear()
+    gc.collect()
+    assert not kept_plans._KEPT
+
+
+def test_behind_an_exception_nothing_is_kept(made: list[Any]) -> None:
+    def stopping() -> Iterator[Any]:
+        yield from batches()
+        raise KeyboardInterrupt
+
+    model = net()
+    with pytest.raises(KeyboardInterrupt):
+        features(model, stopping())
+    assert not kept_plans._KEPT and len(made) == 1
+
+
+def test_a_plan_that_does_something_else_is_not_kept(made: list[Any]) -> None:
+    class Doubled(nn.Sequential):
+        """Tells what looks at it from what runs it."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made = super().forward(x)
+            return made * 2 if type(x) is torch.Tensor else made
+
+    model = Doubled(*net())
+    with pytest.warns(UserWarning, match="preconv calls Doubled itself"):
+        features(model)
+    assert made and not kept_plans._KEPT
+
+
+def test_two_threads_have_a_plan_each(made: list[Any]) -> None:
+    model = net()
+    expected = features(model, batches(*[6] * 20))
+    meet = threading.Barrier(2, timeout=60)
+    found: list[Any] = [None, None]
+
+    def run(which: int) -> None:
+        def waiting() -> Iterator[Any]:
+            for number, batch in enumerate(batches(*[6] * 20)):
+                if number in (1, 19):
+                    meet.wait()
+                yield batch
+
+        found[which] = features(model, waiting())
+
+    threads = [threading.Thread(target=run, args=(which,)) for which in (0, 1)]
+    with torch.no_grad():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(one, expected) for one in found)
+    # One of them had the kept one.
+    assert len(made) == 2
+
+
+# -- fit ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks are worth their while."""
+    monkeypatch.setattr(frozen_front, "LEAST_FLOPS", 1)
+    monkeypatch.setattr(frozen_front, "_LEAST_FLOPS_PER_WEIGHT", 0)
+
+
+def validated(model: nn.Module) -> Any:
+    return cnnrs.fit(0, model, batches(), "validation", loss_fn=F.cross_entropy, verbose=False)
+
+
+def trained(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    cnnrs.fit(0, model, batches(), optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+
+
+def test_validation_has_the_plan_of_the_last_one(made: list[Any], small: None) -> None:
+    model = net()
+    first = validated(model)
+    assert len(made) == 1 and validated(model) == first and len(made) == 1
+    data(model)
+    assert validated(model) == validated(copy.deepcopy(model)) != first
+
+
+def test_training_frees_what_it_makes_stale(made: list[Any], small: None) -> None:
+    model = net()
+    validated(model)
+    trained(model)
+    assert not any(kept_plans._at(plan) is model[0] for plan in kept_plans._KEPT)
+    assert validated(model) == validated(copy.deepcopy(model))
+
+
+def test_epochs_share_their_frozen_front(made: list[Any], small: None) -> None:
+    model = cnnrs.freeze(net(), statistics=True)
+    cnnrs.unfreeze(model[5])
+    trained(model.train())
+    count = len(made)
+    assert count
+    trained(model)
+    assert len(made) == count
