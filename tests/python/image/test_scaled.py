@@ -84,5 +84,5 @@ def test_without_a_resize_in_front_it_says_that_it_does_nothing(jpegs: Path) -> 
     dataset = ImageFolder(jpegs, transforms.Compose([transforms.RandomResizedCrop(16), transforms.ToTensor()]))
     with pytest.warns(UserWarning, match='decode="scaled" has an effect only where the transform begins with a Resize'):
         next(iter(DataLoader(dataset, decode="scaled")))
-    with pytest.raises(ValueError, match="decode must be 'exact' or 'scaled', got 'fast'"):
+    with pytest.raises(ValueError, match="decode must be 'exact' or 'scaled' or 'gpu', got 'fast'"):
         DataLoader(dataset, decode="fast")
