@@ -50,6 +50,7 @@ def main() -> None:
             model = get_model(name, num_classes=2)
             title = f"{name} at {size} x {size}, {kind} activations"
             apart(title, smooth(model) if kind == "smooth" else model, photos(root / "train", size))
+    accuracies("A small network, from scratch", small, root, 32, 8, RATE)
     accuracies("efficientnet_lite0, pretrained", pretrained, root, 96, 1, RATE / 10)
     accuracies("resnet18, from scratch", lambda: get_model("resnet18", num_classes=2), root, 32, 4, RATE)
 
@@ -60,6 +61,18 @@ def smooth(model: nn.Module) -> nn.Module:
         if type(module) in SMOOTH:
             model.set_submodule(name, SMOOTH[type(module)]())
     return model
+
+
+def small() -> nn.Module:
+    """Everything that has a native kernel, and trains in seconds."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.Hardswish(),
+        nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False), nn.BatchNorm2d(64), nn.ReLU6(), nn.MaxPool2d(2),
+        nn.Conv2d(64, 96, 1, bias=False), nn.BatchNorm2d(96), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(96, 2),
+    )  # fmt: skip
 
 
 def pretrained() -> nn.Module:
