@@ -45,8 +45,9 @@ def check_place(decode: str, device: torch.device | None) -> None:
 
 @dataclass(frozen=True)
 class _Photo:
-    """A JPEG that a device decodes: its (n,) bytes, (height, width), and EXIF's orientation."""
+    """A JPEG that a device decodes: its path, (n,) bytes, (height, width), and EXIF's orientation."""
 
+    path: str
     data: torch.Tensor
     size: tuple[int, int]
     orientation: int
@@ -79,8 +80,14 @@ def _photo(path: str | os.PathLike[str], read: ReadOptions) -> _Photo | None:
                 return None
     except Exception:
         return None
-    return _Photo(
-        torch.frombuffer(data, dtype=torch.uint8), (height, width), orientation if orientation in _TURNS else 1
+    bits = torch.frombuffer(data, dtype=torch.uint8)
+    return _Photo(os.fspath(path), bits, (height, width), orientation if orientation in _TURNS else 1)
+
+
+def _note_refused(photo: _Photo, error: RuntimeError) -> None:
+    note_once(
+        "gpu",
+        f'decode="gpu": photos that the device refuses are decoded on the CPU, the first one {photo.path}: {error}',
     )
 
 
@@ -94,7 +101,7 @@ def _decoded(photos: Sequence[_Photo], device: torch.device) -> list[torch.Tenso
         if len(photos) > 1:
             # It does not say which.
             return [image for photo in photos for image in _decoded([photo], device)]
-        note_once("gpu", f'decode="gpu": JPEGs that the device refuses are decoded on the CPU, the first one: {error}')
+        _note_refused(photos[0], error)
         return [None]
     return [image if image.shape[1:] == photo.size else None for image, photo in zip(images, photos, strict=True)]
 
@@ -119,6 +126,8 @@ def _check_decoder(device: torch.device) -> None:
     try:
         _decode([torch.frombuffer(bytearray(sound.getvalue()), dtype=torch.uint8)], device)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise RuntimeError(
             f'decode="gpu" needs a torchvision that decodes JPEGs on CUDA (nvJPEG). {torchvision.__version__} says: '
             f'{error}. Install the CUDA build that goes with torch {torch.__version__}, or leave decode="exact"'
@@ -209,14 +218,25 @@ class DeviceLoader:
             for i, photo, image in zip(places, some, _decoded(some, self._mover.device), strict=True):
                 # Its bytes are no longer needed.
                 photos[i] = None
-                if image is None:
+                work.rows[i] = None if image is None else self._row(image, photo)
+                if work.rows[i] is None:
                     refused.append(i)
-                    continue
-                self._turned |= photo.orientation != 1
-                work.rows[i] = self._row(image, photo.orientation if self._read.exif else 1)
         self._leave(work, refused)
 
-    def _row(self, image: torch.Tensor, orientation: int) -> torch.Tensor:
+    def _row(self, image: torch.Tensor, photo: _Photo) -> torch.Tensor | None:
+        """None: a kernel does not know such sizes, as CUDA's of resizing where 32 pixels are to become of thousands."""
+        self._turned |= photo.orientation != 1
+        try:
+            image = self._made(image, photo.orientation if self._read.exif else 1)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            _note_refused(photo, error)
+            return None
+        # A part of a photo would keep all of it.
+        return image.contiguous()
+
+    def _made(self, image: torch.Tensor, orientation: int) -> torch.Tensor:
         is_transposed, flipped = _TURNS[orientation]
         image = image.transpose(-2, -1) if is_transposed else image
         image = image.flip(flipped) if flipped else image

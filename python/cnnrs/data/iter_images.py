@@ -126,6 +126,10 @@ class ImagesIter(Iter):
             except Exception as error:
                 # Not this batch's: it is due at the next one.
                 self._moving.append((error, batch))
+            except BaseException:
+                # Ctrl-C: lost is the one that was to come.
+                self._moving.appendleft((started, batch))
+                raise
         self._count(batch)
         return self._mover.take(started)
 

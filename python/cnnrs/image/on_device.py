@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
-from cnnrs._records import Op
+from cnnrs._records import Op, Pad
 from cnnrs.image.spec import Lowered
 
 #: (C, H, W) uint8 to the same.
@@ -40,7 +41,7 @@ def _named(op: Op) -> str:
 
 
 def _step(op: Op) -> OnDevice | None:
-    """Torchvision's own code, which rounds to bytes behind every step as Pillow does."""
+    """Torchvision's own code, which rounds to bytes behind every step as Pillow does, where it has Pillow's numbers."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 
@@ -52,10 +53,27 @@ def _step(op: Op) -> OnDevice | None:
         return lambda image: F.resize(image, size, InterpolationMode[name], max_size=most, antialias=True)
     if op["kind"] == "center_crop":
         return lambda image: F.center_crop(image, [op["height"], op["width"]])
-    if op["kind"] == "crop":
-        return lambda image: F.crop(image, op["top"], op["left"], op["height"], op["width"])
     if op["kind"] == "pad":
-        return lambda image: F.pad(image, list(op["border"]), [float(v) for v in op["fill"][: len(image)]], op["mode"])
+        if op["mode"] != "constant":
+            return lambda image: _mirrored(image, op)
+        return lambda image: F.pad(image, list(op["border"]), [float(v) for v in op["fill"][: len(image)]])
     if op["kind"] == "grayscale":
-        return lambda image: F.rgb_to_grayscale(image, op["channels"])
+        return lambda image: _gray(image).expand(op["channels"], -1, -1)
     return None
+
+
+def _mirrored(image: torch.Tensor, op: Pad) -> torch.Tensor:
+    """Padded with its own pixels by NumPy's rule, also beyond its size, which torchvision's tensors do not know."""
+    left, top, right, bottom = op["border"]
+    for dim, border in ((-2, (top, bottom)), (-1, (left, right))):
+        places = torch.from_numpy(np.pad(np.arange(image.shape[dim]), border, op["mode"]))
+        image = image.index_select(dim, places.to(image.device))
+    return image
+
+
+def _gray(image: torch.Tensor) -> torch.Tensor:
+    """(1, H, W) with Pillow's numbers; torchvision's cut fractions off, so that all is darker and white is 254."""
+    if len(image) == 1:
+        return image
+    red, green, blue = image.to(torch.int32)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[None]

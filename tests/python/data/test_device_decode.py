@@ -15,6 +15,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
 import cnnrs
+from cnnrs._util.notes import forget_notes
 from cnnrs.data import device_decode
 from fake_cuda import FakeCuda
 from fake_nvjpeg import FakeNvjpeg, fake_nvjpeg
@@ -96,6 +97,38 @@ def test_transforms(jpegs: FakeNvjpeg, mixed: Path, steps: list[Any]) -> None:
         assert int(difference.max()) <= 2 * LEVELS or float((difference > 0).float().mean()) < 0.05
 
 
+@pytest.mark.parametrize("mode", ["edge", "reflect", "symmetric"])
+def test_pads_that_mirror(jpegs: FakeNvjpeg, mixed: Path, mode: str) -> None:
+    # Of some photos wider than they are.
+    pad = transforms.Pad((3, 100, 110, 5), padding_mode=mode)
+    data = cnnrs.ImageFolder(mixed, transforms.Compose([transforms.CenterCrop(90), pad, transforms.PILToTensor()]))
+    for (x, _), (other, _) in zip(on_gpu(data), batches(data), strict=True):
+        assert torch.equal(x, other)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gray_is_pillows(jpegs: FakeNvjpeg, mixed: Path, channels: int) -> None:
+    steps = [transforms.CenterCrop(40), transforms.Grayscale(channels), transforms.Grayscale(channels)]
+    data = cnnrs.ImageFolder(mixed, transforms.Compose([*steps, transforms.PILToTensor()]))
+    for (x, _), (other, _) in zip(on_gpu(data), batches(data), strict=True):
+        assert torch.equal(x, other)
+
+
+def test_a_part_of_a_photo_does_not_keep_all_of_it(
+    jpegs: FakeNvjpeg, mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, stack = set(), torch.stack
+
+    def stacked(rows: list[torch.Tensor]) -> torch.Tensor:
+        sizes.update(row.untyped_storage().nbytes() for row in rows[:8])
+        return stack(rows)
+
+    monkeypatch.setattr(device_decode.torch, "stack", stacked)
+    steps = transforms.Compose([transforms.CenterCrop(20), transforms.PILToTensor()])
+    on_gpu(cnnrs.ImageFolder(mixed, steps), batch_size=12)
+    assert sizes == {3 * 20 * 20}
+
+
 def test_numbers_are_made_of_the_bytes(jpegs: FakeNvjpeg, mixed: Path) -> None:
     data = cnnrs.ImageFolder(mixed, NUMBERS)
     for (x, _), (other, _) in zip(on_gpu(data), batches(data), strict=True):
@@ -164,12 +197,32 @@ def test_what_ends_too_early_is_read_as_far_as_it_goes_if_that_is_wanted(jpegs: 
 def test_what_the_device_refuses_is_decoded_on_the_cpu(jpegs: FakeNvjpeg, mixed: Path) -> None:
     data = cnnrs.ImageFolder(mixed, BYTES)
     jpegs.refuses = {(mixed / "class" / name).read_bytes() for name in ("0.jpg", "4.jpg")}
-    with pytest.warns(UserWarning, match="refuses are decoded on the CPU"):
+    forget_notes()
+    with pytest.warns(UserWarning, match=r"refuses are decoded on the CPU, the first one .*0\.jpg: .*refused"):
         found = on_gpu(data, batch_size=12)
     expected = batches(data, batch_size=12)
     for i in (0, 4, 8):
         assert torch.equal(found[0][0][i], expected[0][0][i])
     assert int((found[0][0].int() - expected[0][0].int()).abs().max()) <= LEVELS
+
+
+def test_what_the_device_cannot_resize_is_resized_on_the_cpu(
+    jpegs: FakeNvjpeg, mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize = v2.functional.resize
+
+    def resized(image: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if image.shape[1:] == (70, 140):
+            raise RuntimeError("Too much shared memory required: 64256 vs 49152")
+        return resize(image, *args, **kwargs)
+
+    monkeypatch.setattr(v2.functional, "resize", resized)
+    data = cnnrs.ImageFolder(mixed, BYTES)
+    forget_notes()
+    with pytest.warns(UserWarning, match=r"first one .*0\.jpg: Too much shared memory"):
+        found = on_gpu(data)
+    expected = batches(data)
+    assert torch.equal(found[0][0][0], expected[0][0][0]) and not torch.equal(found[0][0], expected[0][0])
 
 
 def test_limits(jpegs: FakeNvjpeg, mixed: Path) -> None:
@@ -190,6 +243,12 @@ def test_no_memory_on_the_device_is_no_bad_file(
     jpegs.fails = None
     # The next batch is the next one.
     assert len(next(loader)[0]) == 5
+
+
+def test_no_memory_is_no_missing_decoder(jpegs: FakeNvjpeg, mixed: Path) -> None:
+    jpegs.fails = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        on_gpu(cnnrs.ImageFolder(mixed, BYTES))
 
 
 # -- what it needs -----------------------------------------------------------------------------------------------------
@@ -256,6 +315,29 @@ def test_going_on_in_the_middle_of_an_epoch(jpegs: FakeNvjpeg, mixed: Path) -> N
     again = loader()
     again.load_state_dict(state)
     assert len(rest) == 3 and all(torch.equal(x, y.cpu()) for x, (y, _) in zip(rest, again, strict=True))
+
+
+def test_ctrl_c_loses_the_batch_that_was_to_come(
+    jpegs: FakeNvjpeg, mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = cnnrs.ImageFolder(mixed, BYTES)
+    data.samples = [(path, i) for i, (path, _) in enumerate(data.samples[:6])]
+    # The next batch is begun beside each, whenever it is read.
+    monkeypatch.setattr(device_decode.DeviceLoader, "ready", lambda *_: True)
+    loader = iter(cnnrs.DataLoader(data, 1, num_workers=1, decode="gpu", device="cuda"))
+    next(loader)
+    decoded, sizes = device_decode._decoded, []
+
+    def interrupted(photos: Any, device: Any) -> Any:
+        sizes.append(len(photos))
+        if len(sizes) == 1:
+            raise KeyboardInterrupt
+        return decoded(photos, device)
+
+    monkeypatch.setattr(device_decode, "_decoded", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(loader)
+    assert [int(y) for _, y in loader] == [1, 3, 4, 5]
 
 
 def test_features_are_stored_as_others(jpegs: FakeNvjpeg, mixed: Path, tmp_path: Path, capsys: Any) -> None:
