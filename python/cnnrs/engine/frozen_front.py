@@ -238,7 +238,7 @@ class Network:
         front, new = self._front.front, self._plan is None
         try:
             self._plan = self._plan or kept_plans.take(self._model, front)
-            features = self._plan.network(inputs)
+            features = self._plan(inputs)
         except MemoryError:
             self._stop(
                 "there is no memory for its frozen layers in native code, several times that of their weights: it is "

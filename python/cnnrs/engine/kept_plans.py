@@ -37,9 +37,21 @@ class Plan:
     key: Any
     owner: ref[nn.Module] | None
 
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Features of a batch. What is kept of other networks must not be why there is no memory for this one."""
+        try:
+            return self.network(images)
+        except MemoryError:
+            if not _KEPT:
+                raise
+            _KEPT.clear()
+            return self.network(images)
+
     def give_back(self) -> None:
         """Keep it for the next call. Not behind an exception, and not where it does not do what the module does."""
         if self.owner is not None:
+            # Another call at the same time may have kept one.
+            _removed(_at(self))
             _KEPT.append(self)
 
 

@@ -242,7 +242,7 @@ class FrozenOrder:
         try:
             # Its numbers are those of now, as they are in a plan of native code.
             twin = _in_channels_last(model)
-            if not _runs(twin, inputs, frozen=True):
+            if not _runs(twin, inputs, frozen=True) or not _has_buffers_of(model, twin):
                 return
             if known is None:
                 self.chosen = "channels_last" if _faster(model, twin, inputs[:_SAMPLES]) else "contiguous"
@@ -265,12 +265,17 @@ def _is_worth(inputs: torch.Tensor, images: int) -> bool:
 
 
 def _in_channels_last(model: nn.Module) -> nn.Module:
-    """A copy whose convolutions' weights are in that order; it shares all other tensors."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    """A copy whose convolutions' weights are in that order; it shares all other parameters."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for weight in (module.weight for module in _convolutions(model)):
         last = weight.detach().contiguous(memory_format=torch.channels_last)
         memo[id(weight)] = nn.Parameter(last, requires_grad=False)
     return copy.deepcopy(model, memo)
+
+
+def _has_buffers_of(model: nn.Module, twin: nn.Module) -> bool:
+    """Whether a call of the copy has left them as they were: each call more would be seen in running statistics."""
+    return all(torch.equal(*both) for both in zip(model.buffers(), twin.buffers(), strict=True))
 
 
 def _faster(model: nn.Module, twin: nn.Module, inputs: torch.Tensor) -> bool:

@@ -144,7 +144,7 @@ class Extractor:
             network = _without_gradients(self.lowered)
         else:
             self._plan = kept_plans.take(self.model, self.lowered, exact=self.precision == "exact")
-            network = _natively(self._plan.network)
+            network = _natively(self._plan)
         if self._differs(self.lowered, network, images):
             self._against, self._plan = ("its module computes something else",), None
             return None
@@ -177,7 +177,7 @@ def _without_gradients(lowered: Lowered) -> Network:
     return network
 
 
-def _natively(native: _cnnrs.CpuNetwork) -> Network:
+def _natively(native: Network) -> Network:
     """Engine ``cpu``."""
     # Lazily negated or conjugated images are no bytes to read.
     return lambda images: native(images.resolve_conj().resolve_neg())

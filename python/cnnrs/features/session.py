@@ -43,7 +43,7 @@ class Session:
         extractor.quiet = not data.runs_python
         data.device = extractor.device
         # Replaced where several processes share the work.
-        self.computes: Compute = self.compute
+        self.computes: Compute | None = None
 
     def in_memory(self, passes: int, seed: int) -> Features:
         """Features as the loader gives them, or `passes` passes in the order of the data set."""
@@ -128,7 +128,9 @@ class Session:
             else:
                 if changes:
                     self._say(f"{store.folder}: recomputing the features, because {' and '.join(changes)}")
-                Update(store, plan, self.computes, lambda text: self._say(f"{store.folder}: {text}")).run(usable)
+                Update(
+                    store, plan, self.computes or self.compute, lambda text: self._say(f"{store.folder}: {text}")
+                ).run(usable)
             meta = store.meta()
             made = None if meta is None else self._opened(store, meta, plan.labels())
             if meta is not None:

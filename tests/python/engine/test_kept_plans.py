@@ -168,6 +168,57 @@ def test_plans_go_with_their_networks(made: list[Any]) -> None:
     assert not kept_plans._KEPT
 
 
+def test_a_network_is_not_held_by_the_call(made: list[Any]) -> None:
+    """No circle, in which network and plan would wait for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = net()
+        features(model)
+        del model
+        assert not kept_plans._KEPT
+    finally:
+        gc.enable()
+
+
+def test_what_is_kept_makes_room(made: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = net(0), net(1)
+    features(first)
+
+    class Narrow:
+        """There is memory for one plan."""
+
+        def __init__(self, network: Any) -> None:
+            self._network = network
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            if any(kept_plans._at(plan) is first[0] for plan in kept_plans._KEPT):
+                raise MemoryError("no memory for 1 GiB of weights and activations")
+            return self._network(images)
+
+        def is_current(self) -> bool:
+            return bool(self._network.is_current())
+
+    original = cpu_inference.network
+    monkeypatch.setattr(cpu_inference, "network", lambda *args, **named: Narrow(original(*args, **named)))
+    found = features(second)
+    assert [kept_plans._at(plan) for plan in kept_plans._KEPT] == [second[0]]
+    monkeypatch.undo()
+    assert torch.equal(found, afresh(second))
+
+
+def test_of_two_calls_at_once_one_plan_is_kept(made: list[Any]) -> None:
+    model, other = net(0), net(1)
+    features(other)
+
+    def nested() -> Iterator[Any]:
+        yield batches()[0]
+        features(model)
+
+    features(model, nested())
+    assert [kept_plans._at(plan) for plan in kept_plans._KEPT] == [other[0], model[0]]
+
+
 def test_behind_an_exception_nothing_is_kept(made: list[Any]) -> None:
     def stopping() -> Iterator[Any]:
         yield from batches()

@@ -52,6 +52,15 @@ class Counting(Net):
         return x
 
 
+class Moving(Net):
+    """Its statistics go on whatever the mode is."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self.norm.train()
+        return self
+
+
 class Viewing(Net):
     def end(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(x.size(0), -1)
@@ -181,6 +190,12 @@ def test_networks_that_would_notice_are_called_as_they_are(kind: type[Net], cloc
     found = features(model)
     assert getattr(model, "calls", 5) == 5 and not clock.timed
     assert torch.equal(found, plain(model, loader()))
+
+
+def test_statistics_that_move_are_those_of_the_plain_loop(clock: Clock) -> None:
+    ours, theirs = Moving(), Moving()
+    assert torch.equal(features(ours), plain(theirs, loader())) and not clock.timed
+    assert all(torch.equal(*both) for both in zip(ours.buffers(), theirs.buffers(), strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:the features of this model are drawn")
