@@ -19,7 +19,8 @@ from cnnrs import _cnnrs
 from cnnrs.engine import cpu_inference
 from cnnrs.model.lowering import Lowered
 
-#: Plans that are kept at a time, in all, of different networks: each may take several times the memory of its weights.
+#: Plans that are kept at a time, in all: each may take several times the memory of its weights. Two are the frozen front
+#: of a network that is trained, and all of it, which is validated in between.
 MOST = 2
 
 
@@ -31,11 +32,13 @@ class Plan:
         network: computes; it keeps the tensors alive, so that nothing else gets their numbers in ``key``.
         key: what can be compared without looking at numbers.
         owner: the layer with the network's first weights: there is no network when it is gone. None: never kept.
+        output: the operation with which it ends.
     """
 
     network: _cnnrs.CpuNetwork
     key: Any
     owner: ref[nn.Module] | None
+    output: int
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features of a batch. What is kept of other networks must not be why there is no memory for this one."""
@@ -51,7 +54,7 @@ class Plan:
         """Keep it for the next call. Not behind an exception, and not where it does not do what the module does."""
         if self.owner is not None:
             # Another call at the same time may have kept one.
-            _removed(_at(self))
+            _removed(_at(self), self.output)
             _KEPT.append(self)
 
 
@@ -68,24 +71,26 @@ def take(model: nn.Module, lowered: Lowered, *, exact: bool = False) -> Plan:
         exact: no Winograd convolution.
     """
     owner, key = _owner(model, lowered), _key(lowered, exact)
-    for plan in _removed(owner):
+    for plan in _removed(owner, lowered.output):
         # One at a time: what is not up to date frees its memory first.
         if plan.key == key and plan.network.is_current():
             return plan
     made = cpu_inference.network(lowered, exact=exact)
-    return Plan(made, key, None if owner is None else ref(owner, _forget))
+    return Plan(made, key, None if owner is None else ref(owner, _forget), lowered.output)
 
 
-def drop(model: nn.Module) -> None:
-    """Free what is kept of a model whose weights are about to change."""
-    for module in model.modules():
-        for _ in _removed(module):
-            pass
+def drop(model: nn.Module, front: Lowered | None = None) -> None:
+    """Free what is kept of a model whose weights are about to change, but for those of its ``front``."""
+    stays = None if front is None else front.output
+    for owner in model.modules():
+        for plan in list(_KEPT):
+            if _at(plan) is owner and plan.output != stays:
+                _is_removed(plan)
 
 
 def _key(lowered: Lowered, exact: bool) -> Any:
     tensors = [(id(t), t.data_ptr(), tuple(t.shape), t.stride(), t.dtype) for t in lowered.tensors]
-    return repr(lowered.operations), lowered.output, tensors, exact, torch.get_num_threads()
+    return repr(lowered.operations), tensors, exact, torch.get_num_threads()
 
 
 def _owner(model: nn.Module, lowered: Lowered) -> nn.Module | None:
@@ -102,9 +107,10 @@ def _owner(model: nn.Module, lowered: Lowered) -> nn.Module | None:
     return None
 
 
-def _removed(owner: nn.Module | None) -> list[Plan]:
-    """What was kept of a network, and no longer is."""
-    return [plan for plan in list(_KEPT) if owner is not None and _at(plan) is owner and _is_removed(plan)]
+def _removed(owner: nn.Module | None, output: int) -> list[Plan]:
+    """What was kept of a network up to an operation, and no longer is."""
+    found = [plan for plan in list(_KEPT) if owner is not None and _at(plan) is owner and plan.output == output]
+    return [plan for plan in found if _is_removed(plan)]
 
 
 def _at(plan: Plan) -> nn.Module | None:

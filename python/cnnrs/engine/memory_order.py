@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from cnnrs._util.generators import Drawing, Generators
+from cnnrs._util.notes import note
 from cnnrs._util.plain import is_plain
 from cnnrs.model.lowering import obstacles
 from cnnrs.model.tracing import impurities, values
@@ -237,19 +238,29 @@ class FrozenOrder:
         self._twin: nn.Module | None = None
         if known == "contiguous" or not _may_change(inputs):
             return
-        if (known is None and not _is_worth(inputs, images)) or obstacle(model, measured=known is None):
+        if known is None and (not _is_worth(inputs, images) or obstacle(model)):
+            return
+        trial = _trial_of_frozen(model, inputs[:_SAMPLES])
+        # What another job has found out does not hold for rows that are there: this one asks again.
+        if known is None and trial.fails:
             return
         try:
             # Its numbers are those of now, as they are in a plan of native code.
-            twin = _in_channels_last(model)
-            if not _runs(twin, inputs, frozen=True) or not _has_buffers_of(model, twin):
-                return
-            if known is None:
-                self.chosen = "channels_last" if _faster(model, twin, inputs[:_SAMPLES]) else "contiguous"
+            twin = None if known and obstacle(model, measured=False) else _in_channels_last(model)
+            if twin is None or not _runs(twin, inputs, frozen=True) or not _has_buffers_of(model, twin):
+                twin = None
+            elif known is None:
+                self.chosen = "channels_last" if _faster(trial, model, twin, inputs[:_SAMPLES]) else "contiguous"
         except Exception:
             # It cannot be copied, or there is no memory for it: what is wrong with the model itself its own call says.
-            return
+            twin = None
+        trial.fails = twin is None
         self._twin = twin if self.chosen == "channels_last" else None
+        if known and self._twin is None:
+            note(
+                "the rows in this store were computed in channels_last, in which the model no longer runs: those that "
+                "are new have the order of the batches, and other last bits"
+            )
 
     def __call__(self, inputs: Any) -> Any:
         """What the model makes of a batch, equal up to float rounding."""
@@ -278,10 +289,14 @@ def _has_buffers_of(model: nn.Module, twin: nn.Module) -> bool:
     return all(torch.equal(*both) for both in zip(model.buffers(), twin.buffers(), strict=True))
 
 
-def _faster(model: nn.Module, twin: nn.Module, inputs: torch.Tensor) -> bool:
-    """Whether the copy in ``channels_last`` is; measured once per model and form of the batch."""
-    known = _MEASURED.setdefault(model, {})
-    trial = known.setdefault((tuple(inputs.shape[1:]), torch.get_num_threads(), _FROZEN), _Trial(len(inputs), False))
+def _trial_of_frozen(model: nn.Module, inputs: torch.Tensor) -> _Trial:
+    """One per model and form of the batch."""
+    form = (tuple(inputs.shape[1:]), torch.get_num_threads(), _FROZEN)
+    return _MEASURED.setdefault(model, {}).setdefault(form, _Trial(len(inputs), False))
+
+
+def _faster(trial: _Trial, model: nn.Module, twin: nn.Module, inputs: torch.Tensor) -> bool:
+    """Whether the copy in ``channels_last`` is; measured once."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         while not trial.is_over:

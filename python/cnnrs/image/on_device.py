@@ -76,4 +76,5 @@ def _gray(image: torch.Tensor) -> torch.Tensor:
     if len(image) == 1:
         return image
     red, green, blue = image.to(torch.int32)
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[None]
+    mixed: torch.Tensor = ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)
+    return mixed[None]

@@ -12,7 +12,7 @@ import torch
 
 from cnnrs._records import Epoch
 from cnnrs._util.notes import note
-from cnnrs.engine import companion, cpu_training, cuda_graph, verify
+from cnnrs.engine import companion, cpu_training, cuda_graph, kept_plans, verify
 from cnnrs.engine.choice import Engine, Question, decide, lowered_for
 from cnnrs.engine.fused_step import FusedStep
 from cnnrs.engine.losses import Totals, called, check_targets, known_loss
@@ -252,6 +252,8 @@ def _run_cpu(job: Job, lowered: Lowered, stream: Stream, rows: FeatureRows | Non
     loss = known_loss(job.loss_fn)
     assert loss is not None
     loop = job.loop
+    if job.optimizer is not None:
+        kept_plans.drop(job.model)
 
     def run(batches: Iterator[Any] | cpu_training.Rows) -> Totals:
         return cpu_training.run(

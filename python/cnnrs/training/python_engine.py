@@ -78,9 +78,8 @@ class _Engine:
         self._batch = before.batches
         self._clip = job.loop.clipper()
         training = job.optimizer is not None
-        if training and (front is None or front.last == 0):
-            # Of weights that are about to be others.
-            kept_plans.drop(job.model)
+        if training:
+            kept_plans.drop(job.model, None if front is None or front.last == 0 else front.front)
         self._network: Network | None = None
         if front is None:
             self._order = MemoryOrder(job.model, job.orders, training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,8 @@ def test_rows_in_the_making_stay(folder: Path, tmp_path: Path) -> None:
             sizes.append(os.path.getsize(out / "features.journal"))
             if sizes[-1] > sizes[0]:
                 raise KeyboardInterrupt
+            # Rows are flushed once a second.
+            time.sleep(0.1)
             return self.inner(x)
 
     with pytest.raises(KeyboardInterrupt):

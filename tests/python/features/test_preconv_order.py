@@ -190,6 +190,7 @@ def test_networks_that_would_notice_are_called_as_they_are(kind: type[Net], cloc
     found = features(model)
     assert getattr(model, "calls", 5) == 5 and not clock.timed
     assert torch.equal(found, plain(model, loader()))
+    assert "that of the batches, because" in str(cnnrs.explain(model).preconv_order)
 
 
 def test_statistics_that_move_are_those_of_the_plain_loop(clock: Clock) -> None:
@@ -259,6 +260,17 @@ def test_who_goes_on_computes_in_the_same_order(
     assert len(clock.timed) == timed
     assert all(filecmp.cmp(tmp_path / "f" / name, tmp_path / "whole" / name, shallow=False) for name in NAMES)
     assert json.loads((tmp_path / "f" / "meta.json").read_text()).get("order") == ("channels_last" if wins else None)
+
+
+def test_rows_that_get_another_order_are_said(
+    folder: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stopped_after(patch, 1)
+        store(folder, tmp_path / "f", Net())
+    monkeypatch.setattr(memory_order, "_in_channels_last", lambda _: 1 / 0)
+    with pytest.warns(UserWarning, match="computed in channels_last, in which the model no longer runs"):
+        store(folder, tmp_path / "f", Net())
 
 
 def test_new_photos_get_the_order_of_the_others(folder: Path, tmp_path: Path, clock: Clock) -> None:

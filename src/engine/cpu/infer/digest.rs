@@ -8,7 +8,7 @@ const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Of the bits of tensors, in their order.
 ///
 /// Where one number is another one, so is the digest: each step is one to one in its word and in what came before. Where
-/// several are, it is, too, but for a chance of 2^-64.
+/// several are, it is, too, unless they were chosen so that they cancel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Digest([u64; LANES]);
 
