@@ -19,8 +19,8 @@ from cnnrs import _cnnrs
 from cnnrs.engine import cpu_inference
 from cnnrs.model.lowering import Lowered
 
-#: Plans that are kept at a time, in all: each may take several times the memory of its weights. Two are the frozen front
-#: of a network that is trained, and all of it, which is validated in between.
+#: Plans that are kept at a time, in all: each may take several times the memory of its weights. Two are the frozen
+#: front of a network that is trained, and all of it, which is validated in between.
 MOST = 2
 
 
