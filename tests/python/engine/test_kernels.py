@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import warnings
-import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import cnnrs
 from cnnrs import _cnnrs
-from cnnrs.engine import memory_order
 from cnnrs.engine.frozen_front import front_of
 from cnnrs.engine.kernels import Kernels
 from cnnrs.model.lowering import lower
+from native_block import Block
 
 LAST: Any = torch.channels_last
 pytestmark = pytest.mark.usefixtures("two_threads")
-
-
-class Block(nn.Module):
-    """Everything that has a kernel: residual sums, depthwise convolutions, odd numbers of channels."""
-
-    def __init__(self, activation: Callable[[], nn.Module] = nn.SiLU) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), activation())
-        self.conv1, self.bn1 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.wide = nn.Sequential(nn.Conv2d(16, 24, 1), nn.BatchNorm2d(24), activation())
-        self.depthwise = nn.Conv2d(24, 24, 5, 2, 2, groups=24)
-        self.bn3 = nn.BatchNorm2d(24, affine=False, momentum=None)
-        self.act = activation()
-        self.fc = nn.Linear(24, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)
-        y = self.act(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y += x
-        x = self.bn3(self.depthwise(self.wide(self.act(y))))
-        return self.fc(x.mean((2, 3)))
 
 
 def outcome(
@@ -273,133 +245,6 @@ def test_sizes_that_do_not_fit_are_errors() -> None:
         native.depthwise_weight(x, x, torch.zeros(16, 1, 4, 4), 1, 1)
 
 
-@pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks count as large, and on the clock native kernels take half as long."""
-
-    def done(self: Any) -> None:
-        if self._timed is not None:
-            trial, last = self._timed
-            trial.seconds[last].append(0.5 if last else 1.0)
-            self._timed = None
-
-    monkeypatch.setattr(memory_order.MemoryOrder, "done", done)
-    monkeypatch.setattr(memory_order, "LEAST_PIXELS", 1)
-    monkeypatch.setattr("cnnrs.engine.frozen_front.LEAST_FLOPS", 1)
-
-
-def batches(count: int, last: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    torch.manual_seed(3)
-    return [(torch.randn(n, 3, 20, 20), torch.randint(4, (n,))) for n in (*[6] * count, last)]
-
-
-class Dropping(Block):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(super().forward(x), 0.2, self.training)
-
-
-def trained(engine: Any, model: nn.Module, data: Any, **options: Any) -> tuple[Any, ...]:
-    model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    torch.manual_seed(5)
-    results = [
-        cnnrs.fit(
-            epoch, model, data, phase, optimizer=optimizer, loss_fn=F.cross_entropy, engine=engine, verbose=False,
-            **options,
-        )
-        for epoch in range(3)
-        for phase in ("training", "validation")
-    ]  # fmt: skip
-    return results, model, torch.get_rng_state()
-
-
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"clip_grad_norm": 0.5}, {"on_batch_end": lambda *_: None}])
-def test_fit_trains_with_them_as_the_plain_loop_does(
-    options: dict[str, Any], fast: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    played = []
-    original = Kernels.play
-    monkeypatch.setattr(Kernels, "play", lambda self, *a: played.append(len(a[2])) or original(self, *a))
-    torch.manual_seed(1)
-    model, data = Dropping(), batches(11)
-    theirs, their_model, their_random = trained("python", model, data, **options)
-    assert not played
-    ours, our_model, our_random = trained("auto", model, data, **options)
-    # Two samples first; four of the eight timed batches; then all that come.
-    assert played[:1] == [2] and played.count(6) == 4 + 3 + 2 * 11 and played.count(3) == 3
-    assert torch.equal(our_random, their_random)
-    # 36 steps with smooth activations, each with rounding of some 1e-6.
-    for (loss, _), (expected, _) in zip(ours, theirs, strict=True):
-        assert loss == pytest.approx(expected, rel=1e-4)
-    for (name, got), wanted in zip(our_model.state_dict().items(), their_model.state_dict().values(), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4, msg=name)
-    assert "native kernels" in str(cnnrs.explain(our_model.train(), (6, 3, 20, 20)))
-
-
-def test_wrong_kernels_are_found_and_not_used(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Kernels.play
-    monkeypatch.setattr(Kernels, "play", lambda self, *a: original(self, *a) * 1.01)
-    torch.manual_seed(1)
-    model, data = Block(), batches(9)
-    with pytest.warns(UserWarning, match="PyTorch's own kernels are used, because native ones do not do what they do"):
-        ours, our_model, _ = trained("auto", model, data)
-    theirs, their_model, _ = trained("python", model, data)
-    assert [loss for loss, _ in ours[::2]] == [loss for loss, _ in theirs[::2]]
-    assert all(torch.equal(a, b) for a, b in zip(our_model.parameters(), their_model.parameters(), strict=True))
-
-
-def test_another_network_of_the_same_module_is_tried_anew(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(1)
-    model, data = Block(), batches(9)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    cnnrs.fit(0, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
-    model.act = nn.Hardswish()
-    original = Kernels.play
-    monkeypatch.setattr(Kernels, "play", lambda self, *a: original(self, *a) * 1.01)
-    with pytest.warns(UserWarning, match="PyTorch's own kernels are used"):
-        cnnrs.fit(1, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
-    said = str(cnnrs.explain(model, (6, 3, 20, 20)))
-    assert "does not run, or not alike, in channels_last with native kernels" in said
-
-
-def test_explain_says_what_was_measured_however_small_or_ordered_the_weights_are(fast: None) -> None:
-    torch.manual_seed(1)
-    model = Block().to(memory_format=LAST)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    cnnrs.fit(0, model, batches(9), optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
-    said = str(cnnrs.explain(model, (6, 3, 20, 20)))
-    assert "channels_last with native kernels; 6 x 3 x 20 x 20 take 500 ms in channels_last with native kernels" in said
-
-
-def test_the_default_dtype_is_not_that_of_the_values(fast: None) -> None:
-    torch.manual_seed(1)
-    model, data = Block(), batches(9)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    for epoch, dtype in enumerate((torch.float32, torch.float64)):
-        torch.set_default_dtype(dtype)
-        try:
-            loss, _ = cnnrs.fit(epoch, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        assert loss < 2.0
-
-
-def test_their_memory_goes_with_the_epoch(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: weakref.WeakSet[Kernels] = weakref.WeakSet()
-    play = Kernels.play
-    monkeypatch.setattr(Kernels, "play", lambda self, *a: alive.add(self) or play(self, *a))
-    model, data = Block(), batches(9)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    gc.collect()
-    gc.disable()
-    try:
-        for epoch in range(2):
-            cnnrs.fit(epoch, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
-            assert not alive
-    finally:
-        gc.enable()
-
-
 def test_they_have_as_many_threads_as_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     native = _cnnrs.Kernels
@@ -410,30 +255,6 @@ def test_they_have_as_many_threads_as_pytorch(monkeypatch: pytest.MonkeyPatch) -
         torch.set_num_threads(threads)
         kernels.play(lowered, lowered.tensors, torch.randn(2, 3, 8, 8)).sum().backward()
     assert made == [2, 1]
-
-
-def test_what_is_deterministic_stays_as_it_is(fast: None) -> None:
-    torch.manual_seed(1)
-    model, data = Block(), batches(9)
-    torch.use_deterministic_algorithms(True)
-    try:
-        _, our_model, _ = trained("auto", model, data)
-        _, their_model, _ = trained("python", model, data)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(our_model.parameters(), their_model.parameters(), strict=True))
-
-
-def test_a_loss_that_is_not_finite_leaves_the_model_before_that_batch(fast: None) -> None:
-    torch.manual_seed(1)
-    model, data = Block(), batches(12)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    cnnrs.fit(0, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
-    before = copy.deepcopy(model.state_dict())
-    bad = torch.full((6, 3, 20, 20), torch.nan)
-    with pytest.raises(cnnrs.NonFiniteLossError, match="loss is NaN in training epoch 1, batch 0"):
-        cnnrs.fit(1, model, [(bad, data[0][1])], optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
 def test_a_batch_of_one_pixel_is_refused_in_pytorchs_words() -> None:
@@ -485,17 +306,3 @@ def test_empty_images_are_an_error() -> None:
         native.depthwise_weight(empty, empty.clone(), torch.zeros(16, 1, 3, 3), 1, 1)
     with pytest.raises(ValueError, match="without zeros"):
         native.batch_norm(norm(empty), empty, True)
-
-
-def test_means_that_are_rounding_only_do_not_count_against_them(fast: None) -> None:
-    torch.manual_seed(1)
-    # Behind a batch norm, the mean of a linear layer's output is 0.
-    model = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32), nn.Hardswish(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(32, 4),
-    )  # fmt: skip
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        cnnrs.fit(0, model, batches(9), optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
-    assert "native kernels; 6 x 3 x 20 x 20" in str(cnnrs.explain(model.train(), (6, 3, 20, 20)))
