@@ -12,6 +12,7 @@ from torch import nn
 
 from cnnrs._util.devices import is_out_of_memory
 from cnnrs._util.generators import Generators
+from cnnrs._util.kept_memory import kept_memory
 from cnnrs._util.precision import tf32
 from cnnrs._util.streams import side_stream
 from cnnrs.data.mover import Mover
@@ -80,7 +81,7 @@ class Pipeline:
     def run(self, batches: Iterable[Item]) -> Generator[Item, None, None]:
         """(features on the CPU, runs, ids) of every (inputs, runs, ids)."""
         flying: deque[tuple[list[_Flight], list[tuple[int, int]], list[str]]] = deque()
-        with self._tuned(), self._recorded():
+        with self._tuned(), self._recorded(), kept_memory(not self._on_gpu):
             for inputs, runs, ids in batches:
                 if self._ordered is not None:
                     self.model, self._ordered = self._ordered(inputs), None
