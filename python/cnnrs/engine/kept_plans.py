@@ -82,10 +82,9 @@ def take(model: nn.Module, lowered: Lowered, *, exact: bool = False) -> Plan:
 def drop(model: nn.Module, front: Lowered | None = None) -> None:
     """Free what is kept of a model whose weights are about to change, but for those of its ``front``."""
     stays = None if front is None else front.output
-    for owner in model.modules():
-        for plan in list(_KEPT):
-            if _at(plan) is owner and plan.output != stays:
-                _is_removed(plan)
+    for plan in list(_KEPT):
+        if plan.output != stays and any(module is _at(plan) for module in model.modules()):
+            _is_removed(plan)
 
 
 def _key(lowered: Lowered, exact: bool) -> Any:

@@ -245,12 +245,11 @@ class FrozenOrder:
         if known is None and trial.fails:
             return
         try:
-            # Its numbers are those of now, as they are in a plan of native code.
-            twin = None if known and obstacle(model, measured=False) else _in_channels_last(model)
-            if twin is None or not _runs(twin, inputs, frozen=True) or not _has_buffers_of(model, twin):
-                twin = None
-            elif known is None:
-                self.chosen = "channels_last" if _faster(trial, model, twin, inputs[:_SAMPLES]) else "contiguous"
+            may = known is None or obstacle(model, measured=False) is None
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                twin = _twin(model, inputs) if may else None
+                if twin is not None and known is None:
+                    self.chosen = "channels_last" if _faster(trial, model, twin, inputs[:_SAMPLES]) else "contiguous"
         except Exception:
             # It cannot be copied, or there is no memory for it: what is wrong with the model itself its own call says.
             twin = None
@@ -275,6 +274,16 @@ def _is_worth(inputs: torch.Tensor, images: int) -> bool:
     return some[:, 0].numel() >= LEAST_PIXELS and images >= _LEAST_JOB * 2 * (TIMED + 1) * len(some)
 
 
+def _twin(model: nn.Module, inputs: torch.Tensor) -> nn.Module | None:
+    """A copy with the model's numbers of now, as a plan of native code has; None where the other order would show."""
+    twin = _in_channels_last(model)
+    if not _runs(twin, inputs, frozen=True):
+        return None
+    # What a call moves in the buffers, each call more would move on.
+    kept = all(torch.equal(*both) for both in zip(model.buffers(), twin.buffers(), strict=True))
+    return twin if kept else None
+
+
 def _in_channels_last(model: nn.Module) -> nn.Module:
     """A copy whose convolutions' weights are in that order; it shares all other parameters."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
@@ -282,11 +291,6 @@ def _in_channels_last(model: nn.Module) -> nn.Module:
         last = weight.detach().contiguous(memory_format=torch.channels_last)
         memo[id(weight)] = nn.Parameter(last, requires_grad=False)
     return copy.deepcopy(model, memo)
-
-
-def _has_buffers_of(model: nn.Module, twin: nn.Module) -> bool:
-    """Whether a call of the copy has left them as they were: each call more would be seen in running statistics."""
-    return all(torch.equal(*both) for both in zip(model.buffers(), twin.buffers(), strict=True))
 
 
 def _trial_of_frozen(model: nn.Module, inputs: torch.Tensor) -> _Trial:
@@ -297,7 +301,7 @@ def _trial_of_frozen(model: nn.Module, inputs: torch.Tensor) -> _Trial:
 
 def _faster(trial: _Trial, model: nn.Module, twin: nn.Module, inputs: torch.Tensor) -> bool:
     """Whether the copy in ``channels_last`` is; measured once."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         while not trial.is_over:
             last = trial.last
@@ -346,12 +350,8 @@ def _runs(model: Callable[[torch.Tensor], Any], inputs: torch.Tensor, frozen: bo
         try:
             if isinstance(model, nn.Module) and not frozen:
                 model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-            if frozen:
-                with drawing, torch.no_grad(), torch.autocast("cpu", enabled=False):
-                    outputs = model(x)
-            else:
-                with drawing:
-                    outputs = model(x)
+            with drawing:
+                outputs = model(x)
         except Exception:
             return False
         finally:

@@ -12,6 +12,7 @@ from torch import nn
 from torchvision import transforms
 
 import cnnrs
+from cnnrs._util import kept_memory
 from cnnrs.features.extract import Pipeline
 
 TRANSFORM = transforms.Compose([transforms.Resize((24, 24)), transforms.ToTensor()])
@@ -38,6 +39,20 @@ class Small(nn.Module):
         if len(x) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return self.layers(x)
+
+
+@pytest.mark.skipif(kept_memory._malloc() is None, reason="another C library, or its malloc is set up by the user")
+def test_what_a_batch_frees_stays_while_the_call_lasts() -> None:
+    users = []
+
+    class Looking(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            users.append(kept_memory._users)
+            return x.flatten(1)
+
+    before = kept_memory._users
+    cnnrs.preconv([(torch.rand(2, 3, 4, 4), torch.arange(2))] * 2, Looking(), engine="python", verbose=False)
+    assert users == [before + 1] * 2 and kept_memory._users == before
 
 
 @pytest.mark.parametrize("out", [None, "f"])
