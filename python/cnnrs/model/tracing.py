@@ -283,7 +283,10 @@ class Recorder(TorchFunctionMode):
 
     def _elsewhere(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A use of tensors that do not depend on the argument: computed, unless it changes or reads them."""
-        overwrites = name.endswith("_") and not name.startswith("__") and name != "_"
+        plain = name.split(".")[0]
+        overwrites = plain.endswith("_") and not plain.startswith("__") and plain != "_"
+        # An operator called by itself (`torch.ops`) says so in its schema.
+        overwrites |= bool(getattr(getattr(func, "_schema", None), "is_mutable", False)) or name == "backward"
         if overwrites or name in ("__set__", "__setitem__", "__delitem__") or kwargs.get("out") is not None:
             own = any(isinstance(value, torch.Tensor) for value in values((args, kwargs)))
             if own:

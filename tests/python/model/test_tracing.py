@@ -173,6 +173,11 @@ def counts_in_a_buffer(self: Any, x: torch.Tensor) -> torch.Tensor:
     return plain(self, x)
 
 
+def counts_by_an_operator(self: Any, x: torch.Tensor) -> torch.Tensor:
+    torch.ops.aten.add_.Tensor(self.steps.data, 1)
+    return plain(self, x)
+
+
 def counts_in_data(self: Any, x: torch.Tensor) -> torch.Tensor:
     self.steps.data[0] = self.steps.data[0] + 1
     return plain(self, x)
@@ -293,9 +298,9 @@ CONTEXTS = [without_gradients, decorated, set_by_hand, with_hooks]
 PRECISION = [autocast, all_autocast]
 OUTSIDE = [coin, own_coin, numpy_coin, own_numpy_coin, torch_coin, torch_draw, own_torch_coin, system_coin, urandom,
            clock, printing]  # fmt: skip
-STATE = [counts_in_a_buffer, counts_in_data, running_mean, counts_in_a_dict, counts_in_an_object, counts_in_a_global,
-         counts_in_a_global_dict, counts_in_the_class, counts_in_a_closure, remembers, freezes, switches_mode,
-         reads_a_weight]  # fmt: skip
+STATE = [counts_in_a_buffer, counts_by_an_operator, counts_in_data, running_mean, counts_in_a_dict,
+         counts_in_an_object, counts_in_a_global, counts_in_a_global_dict, counts_in_the_class,
+         counts_in_a_closure, remembers, freezes, switches_mode, reads_a_weight]  # fmt: skip
 QUESTIONS = [is_a_tensor, has_methods, asks_for_the_type, asks_for_gradients, asks_for_the_device, asks_for_the_shape,
              is_in_a_list, swallows]  # fmt: skip
 
@@ -401,6 +406,7 @@ def test_looking_leaves_no_trace(function: Any, capsys: pytest.CaptureFixture[st
         (clock, r"perf_counter\(\)"),
         (printing, r"print\(\)"),
         (counts_in_a_buffer, r"forward changes a tensor in place \(add_\), once per call"),
+        (counts_by_an_operator, r"forward changes a tensor in place \(add_.Tensor\), once per call"),
         (counts_in_a_dict, "forward changes attributes of Net"),
         (counts_in_a_global, "counts_in_a_global.., which sets global variables"),
         (counts_in_a_global_dict, "forward changes global CONFIG, global COUNTS, global SEEN"),
