@@ -132,8 +132,8 @@ class Preparation:
             "### Training: before the first step",
             "",
             f"Milliseconds from the call of `fit` to the first step of a new model, median of {self.rounds} models: "
-            "its operations are found, it is divided into a frozen front and the rest with their kernels, four samples "
-            "go through the operations and the module, two through native and PyTorch's kernels. The last column: "
+            "its operations are found, it is divided into a frozen front and the rest with their kernels, two samples "
+            "go through the module, its operations and native kernels. The last column: "
             "before the first step of a later epoch. The eight steps that are timed, four in each order of memory, are "
             "steps like any other and not counted.",
             "",

@@ -21,6 +21,8 @@ from cnnrs._util.plain import is_plain
 from cnnrs.engine import cpu_inference, kept_plans
 from cnnrs.engine.kernels import Kernels
 from cnnrs.engine.memory_order import MemoryOrder
+from cnnrs.engine.same_bits import Sample
+from cnnrs.engine.twins import without_dropout, written
 from cnnrs.engine.verify import outputs_differ
 from cnnrs.model.lowering import Lowered
 from cnnrs.model.player import needed, play
@@ -170,6 +172,7 @@ class Network:
         state: what somebody may change between the batches; equal as long as nothing has.
         called_back: whether the user's code runs between the batches, which may write into weights.
         check: whether two samples also go through PyTorch.
+        sample: what these have been found to come to, until the first step.
 
     Attributes:
         order: that of the values behind the front.
@@ -177,9 +180,9 @@ class Network:
 
     def __init__(
         self, model: nn.Module, front: Front, *, orders: bool, training: bool, state: Callable[[], Any],
-        called_back: bool, check: bool,
+        called_back: bool, check: bool, sample: Sample | None,
     ) -> None:  # fmt: skip
-        self._rest = _Rest(front, check)
+        self._rest = _Rest(front, check, sample)
         part = front.last, repr(front.whole.operations)
         self.order = MemoryOrder(model, orders and not front.is_all, training, self._rest.on_copies, part)
         self._model = model
@@ -194,6 +197,13 @@ class Network:
         self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     def __call__(self, inputs: Any) -> Any:
+        try:
+            return self._outputs(inputs)
+        finally:
+            # A step may follow, which changes the weights.
+            self._rest.sample = None
+
+    def _outputs(self, inputs: Any) -> Any:
         if not self._takes(inputs) or (features := self._features(inputs)) is None:
             return self._model(inputs)
         if self._front.is_all:
@@ -205,6 +215,23 @@ class Network:
             )
             self._rest.wrong = ""
         return self._rest(ordered, self._front.whole.tensors)
+
+    @property
+    def is_unproven(self) -> bool:
+        """Whether the batch under way is the first of the epoch in native kernels that is to have gradients."""
+        return self._rest.before is not None
+
+    def prove(self) -> None:
+        """There are gradients of that batch."""
+        self._rest.before, self._rest.proven = None, True
+
+    def undo(self, error: Exception) -> None:
+        """There are none: buffers and random numbers are as before the batch, which PyTorch is to compute again."""
+        assert self._rest.before is not None
+        self._rest.before.put_back()
+        self._rest.before = None
+        self._rest.wrong = f"backward raises {type(error).__name__} ({str(error).strip()[:200]})"
+        self.order.refuse()
 
     def done(self) -> None:
         """The epoch is over: the next one, and validation, may have the same front."""
@@ -274,15 +301,25 @@ class _Rest:
 
     Attributes:
         wrong: what was found against the kernels; "": nothing.
+        sample: what PyTorch makes of two samples with the weights as they are, where that is known.
+        proven: there have been gradients from native kernels.
+        before: until then, what the batch under way changes.
     """
 
-    def __init__(self, front: Front, check: bool) -> None:
+    def __init__(self, front: Front, check: bool, sample: Sample | None) -> None:
         self.wrong = ""
         self._front = front
         self._check = check
+        self.sample = sample if front.last == 0 else None
+        self.proven = False
+        self.before: _Before | None = None
 
     def __call__(self, features: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
-        whole = self._front.whole
+        native = not features.is_contiguous() and torch.is_grad_enabled()
+        self.before = _Before(self._front.whole) if native and not self.proven else None
+        return self._computed(self._front.whole, features, tensors)
+
+    def _computed(self, whole: Lowered, features: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
         if features.is_contiguous():
             return play(whole, tensors, features, start=self._front.last)
         return self._front.kernels.play(whole, tensors, features)
@@ -293,19 +330,42 @@ class _Rest:
         Raises:
             ArithmeticError: native kernels do not do what PyTorch does.
         """
-        generators = Generators()
-        outputs = self(features, self._copied())
-        # Where ReLU lets another value through gradients may differ; that they can be had must show now.
-        outputs.sum().backward()  # type: ignore[no-untyped-call]
+        generators, tensors = Generators(), self._copied()
+        sample, whole = self.sample, self._front.whole
+        if sample is not None and torch.equal(sample.inputs, features):
+            whole = without_dropout(whole)
+        else:
+            sample = None
+        outputs = self._computed(whole, features, tensors)
         if self._check and features.isfinite().all():
             # The same random numbers.
             generators.put_back()
+            plain = sample.outputs if sample else self._computed(whole, features.contiguous(), self._copied()).detach()
             # Outputs only: a mean of a channel may be nothing but rounding.
-            if reason := outputs_differ(self(features.contiguous(), self._copied()).detach(), outputs.detach()):
+            if reason := outputs_differ(plain, outputs.detach()):
                 self.wrong = reason
                 raise ArithmeticError(reason)
         return outputs.detach()
 
     def _copied(self) -> list[torch.Tensor]:
-        tensors = self._front.whole.tensors
-        return [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        whole = self._front.whole
+        moving = written(whole)
+        return [
+            (tensor.detach().clone() if id(tensor) in moving else tensor.detach()).requires_grad_(tensor.requires_grad)
+            for tensor in whole.tensors
+        ]
+
+
+class _Before:
+    """What the operations of a network change in one batch, as it is now."""
+
+    def __init__(self, whole: Lowered) -> None:
+        moving = written(whole)
+        self._buffers = [(tensor, tensor.detach().clone()) for tensor in whole.tensors if id(tensor) in moving]
+        self._generators = Generators()
+
+    def put_back(self) -> None:
+        self._generators.put_back()
+        with torch.no_grad():
+            for buffer, copy in self._buffers:
+                buffer.copy_(copy)

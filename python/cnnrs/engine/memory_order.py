@@ -181,11 +181,12 @@ class MemoryOrder:
         may = allowed and (obstacle(model) if rest is None else _asked_for()) is None
         self._known: dict[Any, _Trial] | None = _MEASURED.setdefault(model, {}) if may else None
         self._timed: tuple[_Trial, bool] | None = None
+        self._trial: _Trial | None = None
         self._seconds = 0.0
 
     def ordered(self, inputs: Any) -> Any:
         """The same numbers; the batch itself stays as it is."""
-        self._timed, self._seconds = None, 0.0
+        self._timed, self._trial, self._seconds = None, None, 0.0
         if self._known is None or not _may_change(inputs):
             return inputs
         form = (tuple(inputs.shape[1:]), torch.get_num_threads(), self._part)
@@ -199,6 +200,7 @@ class MemoryOrder:
             if not self._training or len(inputs) != trial.size:
                 return inputs
             self._timed = trial, trial.last
+        self._trial = trial
         return inputs.contiguous(memory_format=torch.channels_last) if trial.last else inputs
 
     @contextmanager
@@ -210,6 +212,11 @@ class MemoryOrder:
         start = time.thread_time()
         yield
         self._seconds += time.thread_time() - start
+
+    def refuse(self) -> None:
+        """No batch like the one under way has the other order, from now on."""
+        if self._trial is not None:
+            self._trial.fails, self._timed = True, None
 
     def done(self) -> None:
         """Forward and backward have been."""

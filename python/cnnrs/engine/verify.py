@@ -3,35 +3,32 @@
 Lowering sees the calls in ``forward``, not what happens around them. So once per model a few samples go through the
 module and through its lowered operations, both on copies: outputs, buffers and the gradients of all parameters must
 agree, and the module must do nothing else. The loss is called with the outputs alone, so equal outputs are enough.
+Where all bits are the same a forward pass shows it (:mod:`~cnnrs.engine.same_bits`).
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
-from cnnrs import _cnnrs
 from cnnrs._util.devices import is_out_of_memory
 from cnnrs._util.generators import Drawing, Generators
 from cnnrs._util.precision import uses_tf32
 from cnnrs.engine import companion
-from cnnrs.model.lowering import Lowered, is_stochastic_depth
+from cnnrs.engine.same_bits import Run, Sample, same_bits
+from cnnrs.engine.twins import WithoutDropout, attributes, changed, copied, without_dropout
+from cnnrs.model.lowering import Lowered
 from cnnrs.model.operations import LAYERS
 from cnnrs.model.player import play
-
-#: Computes a lowered model over the tensors that take the place of its own.
-Run = Callable[[Lowered, list[torch.Tensor], torch.Tensor], torch.Tensor]
 
 #: Per model what was checked, and what was found.
 _CHECKED: WeakKeyDictionary[nn.Module, dict[Any, str | None]] = WeakKeyDictionary()
@@ -48,6 +45,7 @@ def differs(
     optimizer: Optimizer | None = None,
     amp: torch.dtype | None = None,
     most: int = 4,
+    samples: list[Sample] | None = None,
 ) -> str | None:
     """Why the lowered model is not the module, None where nothing speaks against it.
 
@@ -61,7 +59,8 @@ def differs(
         run: its computation; None: libtorch for "torch", else :func:`~cnnrs.model.player.play`.
         optimizer: what steps the parameters: with one, gradients count.
         amp: type of the autocast that the model will run in.
-        most: samples to take; batch norm needs more than one.
+        most: samples to take; batch norm needs more than one. Two of them are enough where all bits are the same.
+        samples: gets what is known of the outputs, which holds until the weights change.
     """
     if len(inputs) == 0 or not inputs[:most].isfinite().all():
         return None  # What becomes of NaN in a sum is nobody's promise.
@@ -77,6 +76,12 @@ def differs(
     with warnings.catch_warnings():
         # The run gives the same ones.
         warnings.simplefilter("ignore")
+        sample = same_bits(model, lowered, case.run, part[:2].detach(), training, case.context) if run is None else None
+        if sample is not None:
+            found[key] = None
+            if samples is not None:
+                samples.append(sample)
+            return None
         decided, reason = case.verdict(part.detach(), last=len(part) == len(inputs))
         if not decided and len(part) < len(inputs):
             decided, reason = case.verdict(inputs.detach(), last=True)
@@ -148,18 +153,18 @@ class _Case:
             reason += self._place(inputs)
         return True, reason
 
-    def _context(self, device: torch.device) -> Any:
+    def context(self, device: torch.device) -> Any:
         return nullcontext() if self.amp is None else torch.autocast(device.type, dtype=self.amp, cache_enabled=False)
 
     def _of_module(self, inputs: torch.Tensor) -> _Outcome:
         twin = _twin(self.model)
-        before, generators = _attributes(twin), Generators()
+        before, generators = attributes(twin), Generators()
         x = inputs.clone(memory_format=torch.contiguous_format)
         try:
             with (
                 torch.set_grad_enabled(self.training),
-                _WithoutDropout(),
-                self._context(x.device),
+                WithoutDropout(),
+                self.context(x.device),
                 Drawing() as drawing,
             ):
                 output = twin(x)
@@ -171,10 +176,8 @@ class _Case:
             raise _Unlike(f"it returns {type(output).__name__}, not one tensor")
         if drawing.drew:
             raise _Unlike("it draws random numbers, and not for dropout")
-        after = _attributes(twin)
-        changed = [name for name in {**before, **after} if not _same(before.get(name), after.get(name))]
-        if changed:
-            raise _Unlike(f"its forward changes {', '.join(changed)}")
+        if others := changed(before, attributes(twin)):
+            raise _Unlike(f"its forward changes {', '.join(others)}")
         try:
             gradients = self._gradients(output, dict(twin.named_parameters()))
         except RuntimeError as error:
@@ -184,14 +187,14 @@ class _Case:
         return _Outcome(output.detach(), x, dict(twin.named_buffers()), gradients)
 
     def _of_operations(self, inputs: torch.Tensor) -> _Outcome:
-        quiet = _without_dropout(self.lowered)
+        quiet = without_dropout(self.lowered)
         # Layers write into buffers only.
         fresh = {
             id(t): t.detach().clone(memory_format=torch.contiguous_format).requires_grad_(t.requires_grad)
             for t in quiet.tensors
         }
         x = inputs.clone(memory_format=torch.contiguous_format)
-        with torch.set_grad_enabled(self.training), self._context(x.device):
+        with torch.set_grad_enabled(self.training), self.context(x.device):
             output = self.run(quiet, [fresh[id(t)] for t in quiet.tensors], x)
         parameters = {name: fresh.get(id(p), p) for name, p in self.model.named_parameters()}
         buffers = {name: fresh.get(id(b), b) for name, b in self.model.named_buffers()}
@@ -266,10 +269,10 @@ class _Case:
                 if _gap(other, value.detach()) > _tolerance(other, self.amp) * _size(other):
                     parted.append(f"{self.lowered.names[number]} ({self.lowered.kinds[number]})")
 
-        quiet = _without_dropout(self.lowered)
+        quiet = without_dropout(self.lowered)
         tensors = [t.detach().clone() for t in quiet.tensors]
-        with torch.no_grad(), self._context(inputs.device):
-            with _WithoutDropout():
+        with torch.no_grad(), self.context(inputs.device):
+            with WithoutDropout():
                 twin(inputs.clone(memory_format=torch.contiguous_format))
             play(quiet, tensors, inputs.clone(memory_format=torch.contiguous_format), visit)
         return f", first behind {parted[0]}" if parted else ""
@@ -290,72 +293,12 @@ def _described(error: Exception) -> str:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy that shares nothing with the module, its weights in the usual order of memory: that is no operation.
-
-    Stochastic depth, which is a function of torchvision's and so not seen by a mode, drops nothing in it.
-    """
     try:
-        twin = copy.deepcopy(model)
+        return copied(model)
     except Exception as error:
         raise _Unlike(
             f"it cannot be copied, so not compared with {_OPERATIONS} ({_described(error)}); check=False does without"
         ) from None
-    for module in filter(is_stochastic_depth, twin.modules()):
-        module.p = 0.0  # type: ignore[assignment]
-    for tensor in [*twin.parameters(), *twin.buffers()]:
-        if not tensor.is_contiguous():
-            tensor.data = tensor.data.contiguous()
-    return twin
-
-
-def _attributes(model: nn.Module) -> dict[str, Any]:
-    """What forward might change besides buffers; of containers, what they hold."""
-    found: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        for name, value in vars(module).items():
-            if name in ("_buffers", "_modules"):
-                continue
-            items = value.items() if isinstance(value, dict) else enumerate(value) if _is_list(value) else ()
-            found[prefix + name] = (value, None)
-            for key, item in items:
-                label = str(key) if name == "_parameters" else f"{name}[{key!r}]"
-                found[prefix + label] = (item, item._version if isinstance(item, torch.Tensor) else None)
-            if isinstance(value, torch.Tensor):
-                found[prefix + name] = (value, value._version)
-    return found
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple, set))
-
-
-def _same(before: Any, after: Any) -> bool:
-    return before is not None and after is not None and before[0] is after[0] and before[1] == after[1]
-
-
-class _WithoutDropout(TorchFunctionMode):
-    """Whatever drops values at random gives them back as they are."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if "dropout" in getattr(func, "__name__", "") and func.__name__ != "native_dropout":
-            p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-            if 0 <= p <= 1:
-                return args[0] if args else kwargs["input"]
-        return func(*args, **kwargs)
-
-
-def _without_dropout(lowered: Lowered) -> Lowered:
-    """The same operations, none of which draws."""
-    operations = [
-        (name, kind, inputs, {**attributes, "p": 0.0} if kind in ("Dropout", "StochasticDepth") else attributes)
-        for name, kind, inputs, attributes in lowered.operations
-    ]
-    if operations == lowered.operations:
-        return lowered
-    graph = _cnnrs.Graph(operations, lowered.output, [list(t.shape) for t in lowered.tensors])
-    return replace(lowered, graph=graph, operations=operations)
 
 
 # -- numbers -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from cnnrs.engine.choice import Engine, Question, decide, lowered_for
 from cnnrs.engine.fused_step import FusedStep
 from cnnrs.engine.losses import Totals, called, check_targets, known_loss
 from cnnrs.engine.optimizers import Step, overlap, reached
+from cnnrs.engine.same_bits import Sample
 from cnnrs.errors import UnsupportedModelError
 from cnnrs.model.around import unseen_by_cpu, unseen_by_libtorch
 from cnnrs.model.lowering import Lowered
@@ -90,11 +91,13 @@ def _run(job: Job, engine: Engine, batches: Iterator[Any], rows: FeatureRows | N
     if engine == "cpu" and choice.reasons:
         raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this:", *choice.reasons]))
     if choice.engine == "python":
-        front = choice.front
-        if front is not None and job.check and (reason := _differs(job, lowered, "front", first[0])):
-            front = None
-            _note_called(job, reason)
-        return python_engine.run(job, batches, front=front)
+        front, samples = choice.front, list[Sample]()
+        # What the check frees the steps take.
+        with python_engine.keeping(job):
+            if front is not None and job.check and (reason := _differs(job, lowered, "front", first[0], samples)):
+                front = None
+                _note_called(job, reason)
+            return python_engine.run(job, batches, front=front, sample=next(iter(samples), None))
     if reason := _called_for(job, lowered, choice.engine, first[0]):
         if engine != "auto":
             raise UnsupportedModelError(f"engine {engine!r} cannot run this model:\n{reason}")
@@ -148,8 +151,12 @@ def _note_called(job: Job, reason: str) -> None:
     note(f"fit calls {type(job.model).__name__} itself, as engine='python' does: {reason}")
 
 
-def _differs(job: Job, lowered: Lowered, engine: str, inputs: torch.Tensor) -> str | None:
-    return verify.differs(job.model, lowered, inputs, engine=engine, optimizer=job.optimizer, amp=job.amp)
+def _differs(
+    job: Job, lowered: Lowered, engine: str, inputs: torch.Tensor, samples: list[Sample] | None = None
+) -> str | None:
+    return verify.differs(
+        job.model, lowered, inputs, engine=engine, optimizer=job.optimizer, amp=job.amp, samples=samples
+    )
 
 
 def _only_the_module(job: Job) -> tuple[str, ...]:

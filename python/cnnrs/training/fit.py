@@ -80,7 +80,7 @@ def fit(
             loss and optimizer holds from the next batch on, as with a scheduler that steps per batch: learning rates
             and the like on any engine, after everything else the rest of the epoch runs on engine "python". What it
             raises ends the epoch.
-        check: before the first epoch, four samples of the first batch also go through the module itself, on copies.
+        check: before the first epoch, some samples of the first batch also go through the module itself, on copies.
             Where outputs or gradients are not those of the operations that the engine runs, the module is called
             instead, and a note says why.
         verbose: print the line.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ from cnnrs.engine import kept_plans
 from cnnrs.engine.frozen_front import Front, Network
 from cnnrs.engine.losses import Totals, call, check_targets, counts, measured
 from cnnrs.engine.memory_order import MemoryOrder
+from cnnrs.engine.same_bits import Sample
 from cnnrs.training.arguments import needs_closure
 from cnnrs.training.batches import describe, samples_of, to_channels_last
 from cnnrs.training.buffers import Buffers
@@ -28,7 +30,10 @@ from cnnrs.training.watch import modules_as_they_are
 _SCALERS: WeakKeyDictionary[Optimizer, torch.amp.GradScaler] = WeakKeyDictionary()
 
 
-def run(job: Job, batches: Iterator[Any], before: Totals | None = None, front: Front | None = None) -> Totals:
+def run(
+    job: Job, batches: Iterator[Any], before: Totals | None = None, front: Front | None = None,
+    sample: Sample | None = None,
+) -> Totals:  # fmt: skip
     """One epoch, or what is left of it.
 
     Args:
@@ -36,10 +41,11 @@ def run(job: Job, batches: Iterator[Any], before: Totals | None = None, front: F
         batches: yields (inputs, targets) of any form; the model is called with the inputs as they are.
         before: what another engine has done of this epoch.
         front: what is not computed by calling the model.
+        sample: what is known of the model's outputs.
     """
     if job.channels_last:
         to_channels_last(job.model)
-    engine = _Engine(job, before or Totals(), front)
+    engine = _Engine(job, before or Totals(), front, sample)
 
     def after(batch: int, mean: float) -> None:
         job.call_user(batch, mean)
@@ -49,7 +55,7 @@ def run(job: Job, batches: Iterator[Any], before: Totals | None = None, front: F
         epoch: Epoch = {
             "number": job.epoch, "phase": job.phase, "accumulate": job.loop.accumulate, "after": called,
         }  # fmt: skip
-        with kept_memory(job.device.type == "cpu" and _is_large(job.model)):
+        with keeping(job):
             totals = Totals(**_cnnrs.fit_python(epoch, engine, batches, None if before is None else before.by_name()))
         engine.done()
         return totals
@@ -58,9 +64,9 @@ def run(job: Job, batches: Iterator[Any], before: Totals | None = None, front: F
         raise
 
 
-def _is_large(model: torch.nn.Module) -> bool:
-    """Whether a step takes blocks that are worth keeping; giving them back costs milliseconds."""
-    return sum(parameter.numel() for parameter in model.parameters()) >= 1 << 19
+def keeping(job: Job) -> AbstractContextManager[None]:
+    """Inside, steps use again what was freed, where they take large blocks; giving them back costs milliseconds."""
+    return kept_memory(job.device.type == "cpu" and sum(p.numel() for p in job.model.parameters()) >= 1 << 19)
 
 
 class _Engine:
@@ -70,7 +76,7 @@ class _Engine:
         kept: the buffers as they were before the step under way.
     """
 
-    def __init__(self, job: Job, before: Totals, front: Front | None) -> None:
+    def __init__(self, job: Job, before: Totals, front: Front | None, sample: Sample | None) -> None:
         self.kept = Buffers(job.model)
         self._job = job
         #: The next gradients start a new sum.
@@ -87,10 +93,11 @@ class _Engine:
             self._network = Network(
                 job.model, front, orders=job.orders, training=training, check=job.check,
                 state=lambda: None if job.unseen else modules_as_they_are(job.model),
-                called_back=job.loop.on_batch_end is not None,
+                called_back=job.loop.on_batch_end is not None, sample=sample,
             )  # fmt: skip
             self._order = self._network.order
-        self._pending: list[torch.Tensor] = []
+        #: The loss of the batch under way, and that batch.
+        self._pending: list[tuple[torch.Tensor, Any, Any]] = []
         self._scaler: torch.amp.GradScaler | None = None
         #: What an optimizer with a closure evaluates again: the batches since its last step, and their losses.
         self._window: list[tuple[Any, Any]] | None = None
@@ -107,7 +114,7 @@ class _Engine:
             inputs = self._order.ordered(inputs)
         with self._order.timing():
             outputs, loss = self._evaluate(inputs, targets, training)
-        self._pending[:] = [loss]
+        self._pending[:] = [(loss, inputs, targets)]
         self._batch += 1
         if self._window is not None:
             self._window.append((inputs, targets))
@@ -147,8 +154,27 @@ class _Engine:
             self._job.optimizer.zero_grad()
             self._begins = False
         with self._order.timing():
-            self._differentiate(self._pending.pop())
+            self._differentiate_or_again(*self._pending.pop())
         self._order.done()
+
+    def _differentiate_or_again(self, loss: torch.Tensor, inputs: Any, targets: Any) -> None:
+        """With the first gradients of native kernels it shows whether they can be had; else PyTorch computes them."""
+        network = self._network
+        if network is None or not network.is_unproven:
+            self._differentiate(loss)
+            return
+        # A loss may have parameters of its own, whose gradients come first.
+        leaves = {*self._job.model.parameters(), *_leaves(loss)}
+        before = [(leaf, None if leaf.grad is None else leaf.grad.clone()) for leaf in leaves]
+        try:
+            self._differentiate(loss)
+        except Exception as error:
+            for leaf, gradient in before:
+                leaf.grad = gradient
+            network.undo(error)
+            self._differentiate(self._evaluate(inputs, targets, training=True)[1])
+        else:
+            network.prove()
 
     def _differentiate(self, loss: torch.Tensor) -> None:
         with torch.enable_grad():
@@ -203,6 +229,22 @@ class _Engine:
             return torch.stack(self._losses).sum() if len(self._losses) > 1 else self._losses[0]
 
         return closure
+
+
+def _leaves(loss: torch.Tensor) -> set[torch.Tensor]:
+    """What a backward pass writes gradients into."""
+    left: list[Any] = [loss.grad_fn]
+    seen: set[Any] = set()
+    found: set[torch.Tensor] = set()
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(leaf)
+        left.extend(following for following, _ in node.next_functions)
+    return found
 
 
 def _explain_call(model: torch.nn.Module, inputs: Any, error: TypeError) -> None:

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import cnnrs
-from cnnrs.engine import memory_order
+from cnnrs._util import kept_memory
+from cnnrs.engine import frozen_front, memory_order, verify
 from cnnrs.engine.kernels import Kernels
+from cnnrs.model.lowering import lower
 from native_block import Block
 
 LAST: Any = torch.channels_last
@@ -95,6 +97,135 @@ def test_wrong_kernels_are_found_and_not_used(fast: None, monkeypatch: pytest.Mo
     theirs, their_model, _ = trained("python", model, data)
     assert [loss for loss, _ in ours[::2]] == [loss for loss, _ in theirs[::2]]
     assert all(torch.equal(a, b) for a, b in zip(our_model.parameters(), their_model.parameters(), strict=True))
+
+
+class Raising(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, derivative: torch.Tensor) -> Any:
+        raise RuntimeError("no derivative")
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}])
+def test_gradients_that_cannot_be_had_are_pytorchs(
+    options: dict[str, Any], fast: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Kernels.play
+    monkeypatch.setattr(Kernels, "play", lambda self, *a: Raising.apply(original(self, *a)))
+    torch.manual_seed(1)
+    model, data = Dropping(), batches(10)
+    with pytest.warns(
+        UserWarning, match=r"native ones do not do what they do: backward raises RuntimeError \(no deriv"
+    ):
+        ours, our_model, our_random = trained("auto", model, data, **options)
+    theirs, their_model, their_random = trained("python", model, data, **options)
+    assert torch.equal(our_random, their_random)
+    # The loss that is counted of the one batch is that of native kernels.
+    assert [loss for loss, _ in ours[::2]] == pytest.approx([loss for loss, _ in theirs[::2]], rel=1e-6)
+    for (name, got), wanted in zip(our_model.state_dict().items(), their_model.state_dict().values(), strict=True):
+        assert torch.equal(got, wanted), name
+    assert "does not run, or not alike, in channels_last" in str(cnnrs.explain(our_model.train(), (6, 3, 20, 20)))
+
+
+class Scaled(nn.Module):
+    """A loss with weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(outputs * self.scale, targets)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_of_a_loss_are_not_added_twice(accumulate: int, fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Kernels.play
+    monkeypatch.setattr(Kernels, "play", lambda self, *a: Raising.apply(original(self, *a)))
+    found = []
+    for engine in ("auto", "python"):
+        torch.manual_seed(1)
+        model, loss = Block(), Scaled()
+        optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.02, momentum=0.9)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cnnrs.fit(
+                0, model, batches(5), "training", optimizer=optimizer, loss_fn=loss, engine=engine, verbose=False,
+                accumulate=accumulate,
+            )  # fmt: skip
+        assert any("no derivative" in str(warning.message) for warning in caught) == (engine == "auto")
+        found.append([*model.parameters(), loss.scale, loss.scale.grad])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+def test_they_are_compared_with_what_the_check_has_computed(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[int] = []
+    original = frozen_front.play
+
+    def spy(lowered: Any, tensors: Any, inputs: torch.Tensor, **rest: Any) -> torch.Tensor:
+        played.append(len(inputs))
+        return original(lowered, tensors, inputs, **rest)
+
+    monkeypatch.setattr(frozen_front, "play", spy)
+    torch.manual_seed(1)
+    model = Dropping()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cnnrs.fit(0, model, batches(9), optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+    # Four timed batches, and no two samples once more.
+    assert played == [6] * 4
+    # Where nothing has been checked before, PyTorch computes them.
+    model.act = nn.Hardswish()
+    cnnrs.fit(1, model, batches(9), optimizer=optimizer, loss_fn=F.cross_entropy, check=False, verbose=False)
+    assert played == [6] * 8
+
+
+def test_what_the_check_has_computed_holds_until_the_weights_change(fast: None) -> None:
+    torch.manual_seed(1)
+    model, data = Block(), batches(9)
+    # The first batch is the user's choice of order, so the trial begins behind a step, with the same images.
+    data[0] = (data[1][0].contiguous(memory_format=LAST), data[0][1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cnnrs.fit(0, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+    assert "native kernels; 6 x 3 x 20 x 20" in str(cnnrs.explain(model.train(), (6, 3, 20, 20)))
+
+
+def test_the_trial_leaves_weights_gradients_and_statistics_as_they_are(fast: None) -> None:
+    torch.manual_seed(1)
+    model = Block().train()
+    before = copy.deepcopy(model.state_dict())
+    versions = [tensor._version for tensor in model.state_dict().values()]
+    lowered = lower(model)
+    front = frozen_front.front_of(lowered, torch.empty(6, 3, 20, 20), True, 10)
+    assert front is not None
+    rest = frozen_front._Rest(front, True, None)
+    rest.on_copies(torch.randn(2, 3, 20, 20).contiguous(memory_format=LAST))
+    assert all(torch.equal(now, before[name]) for name, now in model.state_dict().items())
+    assert [tensor._version for tensor in model.state_dict().values()] == versions
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_the_check_frees_is_kept_for_the_steps(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    users: list[int] = []
+    original = verify.differs
+
+    def spy(*args: Any, **options: Any) -> str | None:
+        users.append(kept_memory._users)
+        return original(*args, **options)
+
+    monkeypatch.setattr(verify, "differs", spy)
+    torch.manual_seed(1)
+    model = nn.Sequential(Block(), nn.Linear(4, 1 << 18, bias=False), nn.Linear(1 << 18, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    before = kept_memory._users
+    cnnrs.fit(0, model, batches(1), optimizer=optimizer, loss_fn=F.cross_entropy, verbose=False)
+    assert users == [before + (kept_memory._malloc() is not None)] and kept_memory._users == before
 
 
 def test_another_network_of_the_same_module_is_tried_anew(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
