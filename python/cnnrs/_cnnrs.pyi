@@ -9,14 +9,16 @@ import torch
 from numpy.typing import NDArray
 
 from cnnrs._records import (
-    BatchNorm,
     BatchNormGradients,
+    ConvolutionGradients,
     CpuTask,
     Epoch,
     EpochTotals,
     Kept,
+    Late,
     Limits,
     Node,
+    Norm,
     ReadOptions,
     RowFile,
     Transform,
@@ -263,16 +265,77 @@ class Kernels:
     ) -> None:
         """The gradient of the filters of such a convolution."""
 
-    def depthwise_weight(
-        self, input: torch.Tensor, derivative: torch.Tensor, gradient: torch.Tensor, stride: int, padding: int
+    def convolution(
+        self,
+        input: torch.Tensor,
+        norm: Norm | None,
+        gate: torch.Tensor | None,
+        filters: torch.Tensor,
+        output: torch.Tensor,
+        stride: int,
+        padding: int,
+        moments: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
-        """The gradient of the filters (C, 1, k, k) of a depthwise convolution; k is 3, 5 or 7, stride 1 or 2."""
+        """A convolution of ``input``, or of what ``norm`` makes of it, into ``output``.
 
-    def batch_norm(self, norm: BatchNorm, output: torch.Tensor, gather: bool) -> None:
-        """All of it, into ``output``; ``gather``: mean and variance are computed first."""
+        Filters (O, I, 1, 1) with stride 1, or (C, 1, k, k) with k 3, 5 or 7 and stride 1 or 2; at least 16 channels.
+        Behind the norm and in front of a 1 x 1 convolution ``gate`` (N, C) multiplies. ``moments``: where mean and
+        variance of the output go.
+        """
+
+    def convolution_backward(
+        self,
+        input: torch.Tensor,
+        norm: Norm | None,
+        gate: torch.Tensor | None,
+        filters: torch.Tensor,
+        stride: int,
+        padding: int,
+        derivative: torch.Tensor,
+        output: torch.Tensor | None,
+        late: Late | None,
+        gradients: ConvolutionGradients,
+    ) -> None:
+        """Its gradients; with a norm, that of ``input`` goes as far as its result, with a gate as far as the gate's.
+
+        ``late``: what is left to do to ``derivative``, for which ``output`` is needed, too.
+        """
+
+    def squeeze(self, input: torch.Tensor, norm: Norm, mean: torch.Tensor) -> None:
+        """The mean (N, C) over every image of what ``norm`` makes of ``input``."""
+
+    def squeeze_backward(
+        self,
+        input: torch.Tensor,
+        norm: Norm,
+        gate: torch.Tensor,
+        mean: torch.Tensor,
+        derivative: torch.Tensor,
+        gradients: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """From ``derivative``, that of a gate's result, and ``mean``, that of the mean the gate was made from.
+
+        The derivative of the norm's result goes in the place of ``derivative``, the gradients of weight and bias into
+        ``gradients``.
+        """
+
+    def finish(self, input: torch.Tensor, late: Late) -> None:
+        """Does what is left to do to a derivative in its place; ``input``: the batch norm's."""
+
+    def moments(self, input: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> None:
+        """Mean and biased variance of every channel."""
+
+    def batch_norm(self, input: torch.Tensor, residual: torch.Tensor | None, norm: Norm, output: torch.Tensor) -> None:
+        """The norm, the sum with ``residual`` and the activation."""
 
     def batch_norm_backward(
-        self, norm: BatchNorm, derivative: torch.Tensor, training: bool, gradients: BatchNormGradients
+        self,
+        input: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: Norm,
+        derivative: torch.Tensor,
+        training: bool,
+        gradients: BatchNormGradients,
     ) -> None:
         """All gradients; ``training``: mean and variance are the batch's own."""
 

@@ -31,11 +31,9 @@ Node = tuple[str, OpKind, list[int], Attributes]
 # -- kernels under autograd ----------------------------------------------------------------------------------
 
 
-class BatchNorm(TypedDict):
-    """A batch norm, the sum with ``residual`` and an activation; images are (N, H, W, C), the others (C,)."""
+class Norm(TypedDict):
+    """A batch norm and an activation behind it; all (C,)."""
 
-    input: torch.Tensor
-    residual: torch.Tensor | None
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     mean: torch.Tensor
@@ -45,12 +43,43 @@ class BatchNorm(TypedDict):
 
 
 class BatchNormGradients(TypedDict):
-    """Where its gradients go; None: not asked for."""
+    """Where the gradients of a batch norm go; None: not asked for. Images are (N, H, W, C)."""
 
     input: torch.Tensor | None
     residual: torch.Tensor | None
     weight: torch.Tensor
     bias: torch.Tensor
+
+
+class ConvolutionGradients(TypedDict):
+    """Where those of a convolution and of the batch norm in front of it go; None: not asked for.
+
+    With such a norm ``input`` is that of its result in front of the activation, with a gate that of the gate's result.
+    """
+
+    input: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    gate: torch.Tensor | None
+    filters: torch.Tensor | None
+
+
+class Late(TypedDict):
+    """What is left to do to the derivative of a batch norm's result, to make it that of its input.
+
+    Attributes:
+        norm: its activation is what the derivative has not yet gone through.
+        weight: its gradient, (C,).
+        bias: its gradient, (C,).
+        training: whether mean and variance are the batch's own.
+        derivative: (N, H, W, C).
+    """
+
+    norm: Norm
+    weight: torch.Tensor
+    bias: torch.Tensor
+    training: bool
+    derivative: torch.Tensor
 
 
 # -- training ------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ use super::error::convert;
 use super::record::{Names, record};
 use super::tensor::Tensor;
 use crate::engine::cpu::eager::{
-    Activate, Backward, BatchNorm, Conv3x3, Depthwise, Filters, Forward, Shape, Threads, Workspace,
+    Activate, Backward, BatchNorm, Conv3x3, Depthwise, Derivative, Filters, Forward, Gate, Gradients, Late, Moments,
+    Norm, Open, Pointwise, Shape, Sums, Threads, Values, Workspace,
 };
 use crate::error::{Error, Result};
 
@@ -104,59 +105,215 @@ impl Kernels {
         })
     }
 
-    /// The gradient of the filters (C, 1, k, k) of a depthwise convolution.
-    fn depthwise_weight(
+    /// A 1 x 1 convolution of stride 1 or a depthwise one, of `input` or of what `norm` and (for 1 x 1) `gate` make of it;
+    /// `moments`: where mean and variance of the output go.
+    #[pyo3(signature = (input, norm, gate, filters, output, stride, padding, moments))]
+    #[expect(clippy::too_many_arguments, reason = "what a convolution has")]
+    fn convolution(
         &self,
         py: Python<'_>,
         input: Tensor,
-        derivative: Tensor,
-        gradient: Tensor,
+        norm: Option<NormRecord>,
+        gate: Option<Tensor>,
+        filters: Tensor,
+        output: Tensor,
         stride: usize,
         padding: usize,
+        moments: Option<(Tensor, Tensor)>,
     ) -> PyResult<()> {
-        let kernel = gradient.shape().last().copied().unwrap_or(0);
-        let conv = Depthwise { input: images(&input)?, kernel, stride, padding };
-        check(conv.is_known() && conv.output() == images(&derivative)?, "shapes")?;
-        check(gradient.shape() == [conv.input.channels, 1, kernel, kernel], "filters")?;
+        let conv = Convolution::of(&input, &filters, &output, stride, padding)?;
+        check(norm.as_ref().is_none_or(|norm| norm.channels() == conv.input.channels), "vectors")?;
+        conv.check_gate(norm.as_ref(), gate.as_ref())?;
+        let vectors = moments.iter().flat_map(|(mean, var)| [mean, var]);
+        check(vectors.into_iter().all(|v| v.shape() == [conv.output.channels]), "vectors")?;
         enter(py, move || {
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+            let norm = norm.as_ref().map(NormRecord::norm).transpose()?;
+            let values = Values { x: floats(&input)?, norm: norm.as_ref(), open: conv.open(gate.as_ref())? };
+            let mut gathered = moments.is_some().then(Moments::default);
             // SAFETY: a new tensor of the caller's, which nobody else reads or writes meanwhile.
-            let into = unsafe { written(&gradient)? };
-            conv.weight_gradient(floats(&input)?, floats(&derivative)?, into, &mut workspace)
+            let to = unsafe { written(&output)? };
+            match conv.kind {
+                Kind::Pointwise(of) => of.run(values, floats(&filters)?, to, gathered.as_mut(), &mut workspace)?,
+                Kind::Depthwise(of) => of.run(values, floats(&filters)?, to, gathered.as_mut(), &mut workspace)?,
+            }
+            if let (Some((mean, var)), Some(from)) = (&moments, gathered) {
+                // SAFETY: new tensors of the caller's, which nobody else reads or writes meanwhile.
+                let (mean, var) = unsafe { (written(mean)?, written(var)?) };
+                mean.copy_from_slice(&from.mean);
+                var.copy_from_slice(&from.var);
+            }
+            Ok(())
         })
     }
 
-    /// Batch norm, the sum with the residual and an activation; `gather`: mean and variance are computed first.
-    fn batch_norm(&self, py: Python<'_>, norm: Norm, output: Tensor, gather: bool) -> PyResult<()> {
-        check(output.shape() == norm.input.shape(), "shapes")?;
+    /// The gradients of such a convolution and of the norm in front of it. With a norm, that of `input` goes as far as the
+    /// result of the norm, with a gate as far as the gate's. `late`: what is left to do to `derivative`, that of `output`.
+    #[pyo3(signature = (input, norm, gate, filters, stride, padding, derivative, output, late, gradients))]
+    #[expect(clippy::too_many_arguments, reason = "what a convolution has")]
+    fn convolution_backward(
+        &self,
+        py: Python<'_>,
+        input: Tensor,
+        norm: Option<NormRecord>,
+        gate: Option<Tensor>,
+        filters: Tensor,
+        stride: usize,
+        padding: usize,
+        derivative: Tensor,
+        output: Option<Tensor>,
+        late: Option<LateRecord>,
+        gradients: ConvolutionGradients,
+    ) -> PyResult<()> {
+        let conv = Convolution::of(&input, &filters, &derivative, stride, padding)?;
+        check(norm.as_ref().is_none_or(|norm| norm.channels() == conv.input.channels), "vectors")?;
+        check(late.as_ref().is_none_or(|late| late.norm.channels() == conv.output.channels), "vectors")?;
+        check(output.as_ref().is_none_or(|x| x.shape() == derivative.shape()), "shapes")?;
+        check(late.is_none() || output.is_some(), "output and late")?;
+        check(gradients.input.as_ref().is_none_or(|x| x.shape() == input.shape()), "shapes")?;
+        check(gradients.filters.as_ref().is_none_or(|x| x.shape() == filters.shape()), "filters")?;
+        check(gradients.vectors().all(|v| v.shape() == [conv.input.channels]), "vectors")?;
+        check(norm.is_some() && gate.is_none() || gradients.vectors().next().is_none(), "vectors")?;
+        conv.check_gate(norm.as_ref(), gate.as_ref())?;
+        check(gradients.gate.as_ref().is_none_or(|g| gate.as_ref().is_some_and(|of| g.shape() == of.shape())), "gate")?;
         enter(py, move || {
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-            if gather {
-                // SAFETY: new tensors of the caller's, which nobody else reads or writes meanwhile.
-                let (mean, var) = unsafe { (written(&norm.mean)?, written(&norm.var)?) };
-                norm.sizes.statistics(floats(&norm.input)?, mean, var, &mut workspace)?;
+            let made = norm.as_ref().map(NormRecord::norm).transpose()?;
+            let values = Values { x: floats(&input)?, norm: made.as_ref(), open: conv.open(gate.as_ref())? };
+            let pixels = output.as_ref().map_or(0, Tensor::numel) / conv.output.channels;
+            let late = match (&late, &output) {
+                (Some(late), Some(output)) => Some(late.late(floats(output)?, pixels)?),
+                _ => None,
+            };
+            let derivative = Derivative { d: floats(&derivative)?, late: late.as_ref() };
+            let mut sums = gradients.weight.is_some().then(Sums::default);
+            // SAFETY: new tensors of the caller's, which nobody else reads or writes meanwhile.
+            let (dx, dg, df) = unsafe {
+                (
+                    gradients.input.as_ref().map(|t| written(t)).transpose()?,
+                    gradients.gate.as_ref().map(|t| written(t)).transpose()?,
+                    gradients.filters.as_ref().map(|t| written(t)).transpose()?,
+                )
+            };
+            let (filters, to) = (floats(&filters)?, Gradients { dx, sums: sums.as_mut(), open: dg, weight: df });
+            match conv.kind {
+                Kind::Pointwise(of) => of.differentiate(values, filters, derivative, to, &mut workspace)?,
+                Kind::Depthwise(of) => of.differentiate(values, filters, derivative, to, &mut workspace)?,
             }
+            if let (Some(norm), Some(sums), Some(weight), Some(bias)) = (norm, sums, gradients.weight, gradients.bias) {
+                // SAFETY: new tensors of the caller's, which nobody else reads or writes meanwhile.
+                unsafe { norm.gradients(&sums, &weight, &bias)? };
+            }
+            Ok(())
+        })
+    }
+
+    /// The mean (N, C) over every image of what `norm` makes of `input`.
+    fn squeeze(&self, py: Python<'_>, input: Tensor, norm: NormRecord, mean: Tensor) -> PyResult<()> {
+        let gate = gate(&input, &norm, &mean)?;
+        enter(py, move || {
+            let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: a new tensor of the caller's, which nobody else reads or writes meanwhile.
-            norm.sizes.run(&norm.forward()?, unsafe { written(&output)? }, &mut workspace)
+            gate.squeeze(floats(&input)?, &norm.norm()?, unsafe { written(&mean)? }, &mut workspace)
+        })
+    }
+
+    /// From `derivative`, that of a gate's result, and `mean`, that of the mean from which the gate was made: the derivative
+    /// of the norm's result, in its place, and the gradients of the norm's weight and bias.
+    #[expect(clippy::too_many_arguments, reason = "what a gate has")]
+    fn squeeze_backward(
+        &self,
+        py: Python<'_>,
+        input: Tensor,
+        norm: NormRecord,
+        gate: Tensor,
+        mean: Tensor,
+        derivative: Tensor,
+        gradients: (Tensor, Tensor),
+    ) -> PyResult<()> {
+        let sizes = self::gate(&input, &norm, &mean)?;
+        check(gate.shape() == mean.shape() && derivative.shape() == input.shape(), "shapes")?;
+        check([&gradients.0, &gradients.1].iter().all(|v| v.shape() == norm.mean.shape()), "vectors")?;
+        enter(py, move || {
+            let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+            let (made, mut sums) = (norm.norm()?, Sums::default());
+            // SAFETY: new tensors of the caller's, which nobody else reads or writes meanwhile.
+            unsafe {
+                let (read, d) = ((floats(&input)?, &made), written(&derivative)?);
+                sizes.differentiate(read, floats(&gate)?, floats(&mean)?, d, &mut sums, &mut workspace)?;
+                norm.gradients(&sums, &gradients.0, &gradients.1)
+            }
+        })
+    }
+
+    /// Does what is left to do to `late`'s derivative, in its place; `input`: the batch norm's.
+    fn finish(&self, py: Python<'_>, input: Tensor, late: LateRecord) -> PyResult<()> {
+        let channels = images(&input)?.channels;
+        check(late.derivative.shape() == input.shape(), "shapes")?;
+        check(late.norm.channels() == channels, "vectors")?;
+        enter(py, move || {
+            let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+            let made = late.late(floats(&input)?, input.numel() / channels)?;
+            // SAFETY: a new tensor of the caller's, which nobody else reads or writes meanwhile.
+            made.finish(unsafe { written(&late.derivative)? }, &mut workspace)
+        })
+    }
+
+    /// Mean and biased variance of every channel.
+    fn moments(&self, py: Python<'_>, input: Tensor, mean: Tensor, var: Tensor) -> PyResult<()> {
+        let norm = batch_norm(&input, Activate::Nothing, 0.0)?;
+        check([&mean, &var].iter().all(|v| v.shape() == [norm.channels]), "vectors")?;
+        enter(py, move || {
+            let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: new tensors of the caller's, which nobody else reads or writes meanwhile.
+            let (mean, var) = unsafe { (written(&mean)?, written(&var)?) };
+            norm.statistics(floats(&input)?, mean, var, &mut workspace)
+        })
+    }
+
+    /// Batch norm, the sum with the residual and an activation.
+    #[pyo3(signature = (input, residual, norm, output))]
+    fn batch_norm(
+        &self,
+        py: Python<'_>,
+        input: Tensor,
+        residual: Option<Tensor>,
+        norm: NormRecord,
+        output: Tensor,
+    ) -> PyResult<()> {
+        let sizes = batch_norm(&input, norm.activation, norm.eps)?;
+        check(norm.channels() == sizes.channels, "vectors")?;
+        check([Some(&output), residual.as_ref()].iter().flatten().all(|x| x.shape() == input.shape()), "shapes")?;
+        enter(py, move || {
+            let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: a new tensor of the caller's, which nobody else reads or writes meanwhile.
+            let to = unsafe { written(&output)? };
+            sizes.run(&norm.forward(&input, residual.as_ref())?, to, &mut workspace)
         })
     }
 
     /// The gradients of all of it; `training`: mean and variance are the batch's own.
+    #[pyo3(signature = (input, residual, norm, derivative, training, gradients))]
+    #[expect(clippy::too_many_arguments, reason = "what a batch norm has")]
     fn batch_norm_backward(
         &self,
         py: Python<'_>,
-        norm: Norm,
+        input: Tensor,
+        residual: Option<Tensor>,
+        norm: NormRecord,
         derivative: Tensor,
         training: bool,
-        gradients: Gradients,
+        gradients: NormGradients,
     ) -> PyResult<()> {
-        let images = [Some(&derivative), gradients.input.as_ref(), gradients.residual.as_ref()];
-        check(images.iter().flatten().all(|x| x.shape() == norm.input.shape()), "shapes")?;
+        let sizes = batch_norm(&input, norm.activation, norm.eps)?;
+        let images = [Some(&derivative), residual.as_ref(), gradients.input.as_ref(), gradients.residual.as_ref()];
+        check(images.iter().flatten().all(|x| x.shape() == input.shape()), "shapes")?;
+        check(norm.channels() == sizes.channels, "vectors")?;
         check([&gradients.weight, &gradients.bias].iter().all(|v| v.shape() == norm.mean.shape()), "vectors")?;
         enter(py, move || {
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: new tensors of the caller's, which nobody else reads or writes meanwhile.
-            let (x, residual, weight, bias) = unsafe {
+            let (x, dr, weight, bias) = unsafe {
                 (
                     gradients.input.as_ref().map(|t| written(t)).transpose()?,
                     gradients.residual.as_ref().map(|t| written(t)).transpose()?,
@@ -164,22 +321,80 @@ impl Kernels {
                     written(&gradients.bias)?,
                 )
             };
-            let derivative = floats(&derivative)?;
-            let backward = Backward { forward: norm.forward()?, derivative, training, x, residual, weight, bias };
-            norm.sizes.differentiate(backward, &mut workspace)
+            let (forward, derivative) = (norm.forward(&input, residual.as_ref())?, floats(&derivative)?);
+            let backward = Backward { forward, derivative, training, x, residual: dr, weight, bias };
+            sizes.differentiate(backward, &mut workspace)
         })
     }
 }
 
-/// What a batch norm reads.
-struct Norm {
-    sizes: BatchNorm,
-    input: Tensor,
-    residual: Option<Tensor>,
+fn batch_norm(input: &Tensor, activation: Activate, eps: f64) -> PyResult<BatchNorm> {
+    let Shape { images, size: [h, w], channels } = images(input)?;
+    let pixels = images * h * w;
+    check(BatchNorm::group(pixels, channels).is_some(), "pixels and channels")?;
+    Ok(BatchNorm { pixels, channels, eps, activation })
+}
+
+fn gate(input: &Tensor, norm: &NormRecord, mean: &Tensor) -> PyResult<Gate> {
+    let Shape { images, size: [h, w], channels } = images(input)?;
+    check(channels >= 16 && mean.shape() == [images, channels], "means")?;
+    check(norm.channels() == channels, "vectors")?;
+    Ok(Gate { images, pixels: h * w, channels })
+}
+
+/// A convolution that has a kernel.
+struct Convolution {
+    input: Shape,
+    output: Shape,
+    kind: Kind,
+}
+
+enum Kind {
+    Pointwise(Pointwise),
+    Depthwise(Depthwise),
+}
+
+impl Convolution {
+    fn of(input: &Tensor, filters: &Tensor, output: &Tensor, stride: usize, padding: usize) -> PyResult<Self> {
+        let (input, output) = (images(input)?, images(output)?);
+        let [outputs, inputs, kernel, width] = *filters.shape() else {
+            return Err(PyValueError::new_err("filters do not fit"));
+        };
+        check(outputs == output.channels && kernel == width, "filters")?;
+        if kernel == 1 {
+            let pixels = input.images * input.size[0] * input.size[1];
+            let of = Pointwise { pixels, inputs, outputs };
+            check(inputs == input.channels && of.is_known(), "filters")?;
+            check((stride, padding) == (1, 0) && (Shape { channels: outputs, ..input }) == output, "shapes")?;
+            return Ok(Self { input, output, kind: Kind::Pointwise(of) });
+        }
+        let of = Depthwise { input, kernel, stride, padding };
+        check(inputs == 1 && outputs == input.channels, "filters")?;
+        check(of.is_known() && of.output() == output, "shapes")?;
+        Ok(Self { input, output, kind: Kind::Depthwise(of) })
+    }
+
+    /// A gate is behind a norm and in front of a 1 x 1 convolution.
+    fn check_gate(&self, norm: Option<&NormRecord>, gate: Option<&Tensor>) -> PyResult<()> {
+        let fits = |gate: &Tensor| gate.shape() == [self.input.images, self.input.channels];
+        let may = norm.is_some() && matches!(self.kind, Kind::Pointwise(_));
+        check(gate.is_none_or(|gate| may && fits(gate)), "gate")
+    }
+
+    fn open<'a>(&self, gate: Option<&'a Tensor>) -> Result<Option<Open<'a>>> {
+        let pixels = self.input.size[0] * self.input.size[1];
+        gate.map(|gate| Ok(Open { factors: floats(gate)?, pixels })).transpose()
+    }
+}
+
+/// A batch norm and an activation.
+struct NormRecord {
     weight: Option<Tensor>,
     bias: Option<Tensor>,
     mean: Tensor,
     var: Tensor,
+    eps: f64,
+    activation: Activate,
 }
 
 const ACTIVATIONS: &Names<Activate> = &[
@@ -190,30 +405,50 @@ const ACTIVATIONS: &Names<Activate> = &[
     ("SiLU", Activate::Silu),
 ];
 
-impl FromPyObject<'_> for Norm {
+impl FromPyObject<'_> for NormRecord {
     fn extract_bound(norm: &Bound<'_, PyAny>) -> PyResult<Self> {
         record("batch norm", norm, |r| {
-            let input: Tensor = r.get("input")?;
             let (eps, activation) = (r.get("eps")?, r.choice("activation", ACTIVATIONS)?);
-            let Shape { images, size: [h, w], channels } = images(&input)?;
-            let pixels = images * h * w;
-            check(BatchNorm::group(pixels, channels).is_some(), "pixels and channels")?;
-            let sizes = BatchNorm { pixels, channels, eps, activation };
-            let (residual, weight, bias) = (r.get("residual")?, r.get("weight")?, r.get("bias")?);
-            let norm = Self { sizes, input, residual, weight, bias, mean: r.get("mean")?, var: r.get("var")? };
+            let (weight, bias) = (r.get("weight")?, r.get("bias")?);
+            let norm = Self { weight, bias, mean: r.get("mean")?, var: r.get("var")?, eps, activation };
             let vectors = [norm.weight.as_ref(), norm.bias.as_ref(), Some(&norm.mean), Some(&norm.var)];
-            check(vectors.iter().flatten().all(|v| v.shape() == [channels]), "vectors")?;
-            check(norm.residual.as_ref().is_none_or(|x| x.shape() == norm.input.shape()), "shapes")?;
+            check(vectors.iter().flatten().all(|v| v.shape() == [norm.channels()]), "vectors")?;
             Ok(norm)
         })
     }
 }
 
-impl Norm {
-    fn forward(&self) -> Result<Forward<'_>> {
+impl NormRecord {
+    fn channels(&self) -> usize {
+        self.mean.numel()
+    }
+
+    fn norm(&self) -> Result<Norm> {
+        let weight = self.weight.as_ref().map(floats).transpose()?;
+        let bias = self.bias.as_ref().map(floats).transpose()?;
+        Ok(Norm::new(weight, bias, floats(&self.mean)?, floats(&self.var)?, self.eps, self.activation))
+    }
+
+    /// Those of weight and bias from the sums of the derivative.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes the tensors meanwhile.
+    unsafe fn gradients(&self, sums: &Sums, weight: &Tensor, bias: &Tensor) -> Result<()> {
+        // SAFETY: the caller's promise.
+        let (weight, bias) = unsafe { (written(weight)?, written(bias)?) };
+        for ((to, &product), &var) in weight.iter_mut().zip(&sums.product).zip(floats(&self.var)?) {
+            *to = (product / (f64::from(var) + self.eps).sqrt()) as f32;
+        }
+        for (to, &plain) in bias.iter_mut().zip(&sums.plain) {
+            *to = plain as f32;
+        }
+        Ok(())
+    }
+
+    fn forward<'a>(&'a self, input: &'a Tensor, residual: Option<&'a Tensor>) -> Result<Forward<'a>> {
         Ok(Forward {
-            x: floats(&self.input)?,
-            residual: self.residual.as_ref().map(floats).transpose()?,
+            x: floats(input)?,
+            residual: residual.map(floats).transpose()?,
             weight: self.weight.as_ref().map(floats).transpose()?,
             bias: self.bias.as_ref().map(floats).transpose()?,
             mean: floats(&self.mean)?,
@@ -222,20 +457,71 @@ impl Norm {
     }
 }
 
+/// What is left to do to a derivative.
+struct LateRecord {
+    norm: NormRecord,
+    weight: Tensor,
+    bias: Tensor,
+    training: bool,
+    derivative: Tensor,
+}
+
+impl FromPyObject<'_> for LateRecord {
+    fn extract_bound(late: &Bound<'_, PyAny>) -> PyResult<Self> {
+        record("late", late, |r| {
+            let norm: NormRecord = r.get("norm")?;
+            let (weight, bias): (Tensor, Tensor) = (r.get("weight")?, r.get("bias")?);
+            check([&weight, &bias].iter().all(|v| v.shape() == norm.mean.shape()), "vectors")?;
+            Ok(Self { norm, weight, bias, training: r.get("training")?, derivative: r.get("derivative")? })
+        })
+    }
+}
+
+impl LateRecord {
+    fn late<'a>(&self, x: &'a [f32], pixels: usize) -> Result<Late<'a>> {
+        let gradients = [floats(&self.weight)?, floats(&self.bias)?];
+        Ok(Late::new(x, self.norm.norm()?, (floats(&self.norm.var)?, self.norm.eps), gradients, self.training, pixels))
+    }
+}
+
 /// Where the gradients of a batch norm go.
-struct Gradients {
+struct NormGradients {
     input: Option<Tensor>,
     residual: Option<Tensor>,
     weight: Tensor,
     bias: Tensor,
 }
 
-impl FromPyObject<'_> for Gradients {
+impl FromPyObject<'_> for NormGradients {
     fn extract_bound(gradients: &Bound<'_, PyAny>) -> PyResult<Self> {
         record("gradients", gradients, |r| {
             let (input, residual) = (r.get("input")?, r.get("residual")?);
             Ok(Self { input, residual, weight: r.get("weight")?, bias: r.get("bias")? })
         })
+    }
+}
+
+/// Where those of a convolution go.
+struct ConvolutionGradients {
+    input: Option<Tensor>,
+    weight: Option<Tensor>,
+    bias: Option<Tensor>,
+    gate: Option<Tensor>,
+    filters: Option<Tensor>,
+}
+
+impl FromPyObject<'_> for ConvolutionGradients {
+    fn extract_bound(gradients: &Bound<'_, PyAny>) -> PyResult<Self> {
+        record("gradients", gradients, |r| {
+            let (weight, bias) = (r.get("weight")?, r.get("bias")?);
+            Ok(Self { input: r.get("input")?, weight, bias, gate: r.get("gate")?, filters: r.get("filters")? })
+        })
+    }
+}
+
+impl ConvolutionGradients {
+    fn vectors(&self) -> impl Iterator<Item = &Tensor> {
+        [&self.weight, &self.bias].into_iter().flatten()
     }
 }
 

@@ -1,14 +1,15 @@
 """Native kernels under PyTorch's autograd, for images in ``channels_last``: what eager PyTorch is slow at on a CPU.
 
-3 x 3 convolutions of stride 1 (forward and both gradients by Winograd's algorithm), the gradient of depthwise filters,
-and batch norm together with the addition and the activation behind it. They run on PyTorch's own threads; everything
-else of a step stays PyTorch's.
+3 x 3 convolutions of stride 1 (forward and both gradients by Winograd's algorithm), depthwise and 1 x 1 convolutions
+together with the batch norm and the activation in front of them, and other batch norms together with the addition and
+the activation behind them. They run on PyTorch's own threads; everything else of a step stays PyTorch's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,16 @@ import torch
 import torch.nn.functional as F
 
 from cnnrs import _cnnrs
-from cnnrs._records import Attributes, BatchNorm, BatchNormGradients
+from cnnrs._records import Attributes
+from cnnrs.engine import kernel_functions as functions
+from cnnrs.engine.kernel_functions import Statistics, Written, mark, written
 from cnnrs.model.lowering import VIEWS, Lowered
 from cnnrs.model.player import Group, average_factor, needed, play
 
-#: Activations that are computed with a batch norm, and what they are alone.
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "": lambda x: x, "ReLU": F.relu, "ReLU6": F.relu6, "Hardswish": F.hardswish, "SiLU": F.silu,
-}  # fmt: skip
 #: Channels come in vectors of so many.
 _LANES = 16
+#: Weights of a 1 x 1 convolution beyond which PyTorch's own is faster: they no longer stay in the caches.
+_MOST_FILTERS = 1 << 19
 
 
 #: Gives the kernels, for as many threads as PyTorch has at that time.
@@ -69,20 +70,93 @@ def _groups(lowered: Lowered, start: int, native: _Native) -> dict[int, Group]:
             readers[node].append(number)
     found: dict[int, Group] = {}
     for number, (_, kind, sources, attributes) in enumerate(lowered.operations):
-        if number <= start:
+        if number <= start or number in found:
             continue
-        if kind == "Conv2d" and _is_3x3(lowered.tensors[attributes["weight"]], attributes):
-            found[number] = Group((number,), tuple(sources), _convolution(native, attributes))
-        elif kind == "Conv2d" and _is_depthwise(lowered.tensors[attributes["weight"]], attributes):
-            found[number] = Group((number,), tuple(sources), _depthwise(native, attributes))
-        elif kind == "BatchNorm2d":
-            chain = _chain(lowered, number, readers)
-            rest = [lowered.operations[node] for node in chain[1:]]
-            residual = [s for _, kind, sources, _ in rest if kind == "Add" for s in sources if s != number]
-            activation = next((kind for _, kind, _, _ in rest if kind != "Add"), "")
-            run = _batch_norm(native, attributes, activation)
-            found[chain[-1]] = Group(tuple(chain), (*sources, *residual), run)
+        if kind == "BatchNorm2d":
+            found |= _behind_norm(lowered, number, readers, native)
+        elif kind == "Conv2d":
+            weight = lowered.tensors[attributes["weight"]]
+            if _is_3x3(weight, attributes):
+                run = _conv3x3(native, attributes)
+            elif attributes["bias"] is None:
+                run = _convolution(lowered, number, None, readers, native)
+            else:
+                run = _depthwise(native, attributes) if _is_depthwise(weight, attributes) else None
+            if run is not None:
+                found[number] = Group((number,), tuple(sources), run)
     return found
+
+
+def _behind_norm(lowered: Lowered, number: int, readers: list[list[int]], native: _Native) -> dict[int, Group]:
+    """A batch norm with what is computed together with it."""
+    sources, attributes = lowered.operations[number][2:]
+    chain = _chain(lowered, number, readers)
+    last, rest = chain[-1], [lowered.operations[node] for node in chain[1:]]
+    norm = _Norm(attributes, next((kind for _, kind, _, _ in rest if kind != "Add"), ""))
+    residual = [source for _, kind, both, _ in rest if kind == "Add" for source in both if source != number]
+    if not residual:
+        if _is_own(lowered, number, readers) and (gate := _gate(lowered, last, readers)) is not None:
+            opener, pool, product = gate
+            run = _gated(lowered, product + 1, norm, readers, native)
+            return {
+                pool: Group((*chain, pool), tuple(sources), _squeeze(native, norm)),
+                product + 1: Group((product, product + 1), (*sources, opener), run),
+            }
+        if _is_alone(lowered, last, readers):
+            run = _convolution(lowered, last + 1, norm, readers, native)
+            if run is not None:
+                return {last + 1: Group((*chain, last + 1), tuple(sources), run)}
+    return {last: Group(tuple(chain), (*sources, *residual), _batch_norm(native, norm))}
+
+
+def _gate(lowered: Lowered, value: int, readers: list[list[int]]) -> tuple[int, int, int] | None:
+    """Squeeze and excitation of a value: the gate, the mean over each image from which it is made, and their product.
+
+    Only if nobody else reads the value, and a 1 x 1 convolution alone the product.
+    """
+    if value == lowered.output or len(readers[value]) != 2:
+        return None
+    pool, product = readers[value]
+    _, kind, both, _ = lowered.operations[product]
+    if pool != value + 1 or not _is_mean(lowered, pool) or kind != "Mul" or not _is_alone(lowered, product, readers):
+        return None
+    _, behind, _, attributes = lowered.operations[product + 1]
+    opener = next(node for node in both if node != value)
+    is_conv = behind == "Conv2d" and attributes["bias"] is None
+    if not is_conv or not _is_pointwise(lowered.tensors[attributes["weight"]], attributes):
+        return None
+    return (opener, pool, product) if _comes_from(lowered, opener, pool) else None
+
+
+def _is_mean(lowered: Lowered, node: int) -> bool:
+    """Whether it is that of each channel of an image, (N, C, 1, 1)."""
+    _, kind, _, attributes = lowered.operations[node]
+    if kind == "Mean":
+        is_mean = attributes["keepdim"] and sorted(dim % 4 for dim in attributes["dims"]) == [2, 3]
+    else:
+        is_mean = kind == "AdaptiveAvgPool2d" and tuple(attributes["output"]) == (1, 1)
+    return node != lowered.output and is_mean
+
+
+def _comes_from(lowered: Lowered, node: int, origin: int) -> bool:
+    """Whether a value is made from another one."""
+    while node > origin:
+        sources = lowered.operations[node][2]
+        if len(sources) != 1:
+            return False
+        node = sources[0]
+    return node == origin
+
+
+def _is_own(lowered: Lowered, norm: int, readers: list[list[int]]) -> bool:
+    """Whether a batch norm alone reads its input: nothing overwrites that, and what is left beside it is one gate's."""
+    (source,) = lowered.operations[norm][2]
+    return readers[source] == [norm] and lowered.operations[source][1] not in VIEWS
+
+
+def _is_alone(lowered: Lowered, node: int, readers: list[list[int]]) -> bool:
+    """Whether a value is read by the next node and nobody else."""
+    return node != lowered.output and readers[node] == [node + 1]
 
 
 def _is_3x3(weight: torch.Tensor, attributes: Attributes) -> bool:
@@ -96,8 +170,16 @@ def _is_depthwise(weight: torch.Tensor, attributes: Attributes) -> bool:
     channels, one, *kernel = weight.shape
     squares = [attributes["stride"], attributes["padding"], tuple(kernel)]
     square = attributes["dilation"] == (1, 1) and all(len(set(pair)) == 1 for pair in squares)
-    sizes = kernel[0] in (3, 5, 7) and attributes["stride"][0] in (1, 2) and attributes["padding"][0] < kernel[0]
+    known = (kernel[0], attributes["stride"][0]) in ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1))
+    sizes = known and attributes["padding"][0] < kernel[0]
     return square and sizes and one == 1 and attributes["groups"] == channels >= _LANES
+
+
+def _is_pointwise(weight: torch.Tensor, attributes: Attributes) -> bool:
+    outputs, inputs, *kernel = weight.shape
+    alone = attributes["stride"] == attributes["dilation"] == (1, 1) and attributes["padding"] == (0, 0)
+    large = outputs >= _LANES and inputs >= _LANES and outputs * inputs <= _MOST_FILTERS
+    return alone and kernel == [1, 1] and attributes["groups"] == 1 and large
 
 
 def _chain(lowered: Lowered, norm: int, readers: list[list[int]]) -> list[int]:
@@ -106,9 +188,9 @@ def _chain(lowered: Lowered, norm: int, readers: list[list[int]]) -> list[int]:
     Each directly behind the one before: what lies between might overwrite what they read, or move the same statistics.
     """
     chain = [norm]
-    for kinds in (("Add",), tuple(_ACTIVATIONS)):
+    for kinds in (("Add",), tuple(functions.ACTIVATIONS)):
         last = chain[-1]
-        if last == lowered.output or readers[last] != [last + 1]:
+        if not _is_alone(lowered, last, readers):
             break
         _, kind, sources, _ = lowered.operations[last + 1]
         if kind in kinds and all(_is_kept(lowered, node, readers, last + 1) for node in sources if node != last):
@@ -118,17 +200,17 @@ def _chain(lowered: Lowered, norm: int, readers: list[list[int]]) -> list[int]:
 
 def _is_kept(lowered: Lowered, node: int, readers: list[list[int]], behind: int) -> bool:
     """Whether nothing overwrites a value behind another node: the derivative of an activation needs both of a sum."""
-    later = [lowered.operations[reader] for reader in readers[node] if reader > behind]
+    read = [(reader > behind, *lowered.operations[reader]) for reader in readers[node]]
     return lowered.operations[node][1] not in VIEWS and not any(
-        kind in VIEWS or attributes.get("inplace", False) for _, kind, _, attributes in later
+        kind in VIEWS or (later and attributes.get("inplace", False)) for later, _, kind, _, attributes in read
     )
 
 
-def _convolution(native: _Native, attributes: Attributes) -> Any:
+def _conv3x3(native: _Native, attributes: Attributes) -> Any:
     def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
         bias = None if attributes["bias"] is None else tensors[attributes["bias"]]
         weight, padding = tensors[attributes["weight"]], attributes["padding"][0]
-        return _Conv3x3.apply(values[0], weight, bias, padding, native())  # type: ignore[no-any-return]
+        return functions.Conv3x3.apply(values[0], weight, bias, padding, native())  # type: ignore[no-any-return]
 
     return run
 
@@ -138,200 +220,152 @@ def _depthwise(native: _Native, attributes: Attributes) -> Any:
         bias = None if attributes["bias"] is None else tensors[attributes["bias"]]
         stride, padding = attributes["stride"][0], attributes["padding"][0]
         weight = tensors[attributes["weight"]]
-        return _Depthwise.apply(values[0], weight, bias, stride, padding, native())  # type: ignore[no-any-return]
+        return functions.DepthwiseFilters.apply(values[0], weight, bias, stride, padding, native())  # type: ignore[no-any-return]
 
     return run
 
 
-def _batch_norm(native: _Native, attributes: Attributes, activation: str) -> Any:
+def _convolution(lowered: Lowered, number: int, norm: _Norm | None, readers: list[list[int]], native: _Native) -> Any:
+    """A 1 x 1 or depthwise convolution behind a batch norm, or behind anything else; None for others."""
+    _, kind, _, attributes = lowered.operations[number]
+    if kind != "Conv2d" or attributes["bias"] is not None:
+        return None
+    weight = lowered.tensors[attributes["weight"]]
+    if not _is_depthwise(weight, attributes) and not _is_pointwise(weight, attributes):
+        return None
+    sizes = attributes["stride"][0], attributes["padding"][0]
+    left = _left_behind(lowered, number, readers)
+
+    def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
+        kernels, x, filters = native(), values[0], tensors[attributes["weight"]]
+        source = written(x)
+        scale = shift = statistics = None
+        if norm is not None:
+            scale, shift, statistics = norm.begin(x, tensors, source, kernels)
+        result = left(x, filters)
+        y = functions.Convolution.apply(x, scale, shift, filters, statistics, sizes, source, result, kernels)
+        return mark(y, result) if result.takes_late else y
+
+    return run
+
+
+def _squeeze(native: _Native, norm: _Norm) -> Any:
+    """The mean over each image of what is behind a batch norm."""
+
+    def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
+        x, kernels = values[0], native()
+        source = written(x)
+        # The gate's reader computes with the same statistics, and leaves its part of the derivative there.
+        mark(x, source)
+        scale, shift, statistics = norm.begin(x, tensors, source, kernels)
+        source.statistics = statistics
+        return functions.Squeeze.apply(x, scale, shift, statistics, source, kernels)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _gated(lowered: Lowered, number: int, norm: _Norm, readers: list[list[int]], native: _Native) -> Any:
+    """A 1 x 1 convolution of the product of a gate and what is behind a batch norm."""
+    attributes = lowered.operations[number][3]
+    left = _left_behind(lowered, number, readers)
+
+    def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
+        (x, gate), filters = values, tensors[attributes["weight"]]
+        weight, bias, *_ = norm.tensors(tensors)
+        source, kernels = written(x), native()
+        statistics = source.statistics
+        assert statistics is not None
+        if not _is_for_channels(gate, x):
+            source.read_again()
+            return F.conv2d(statistics.plain(x, None, weight, bias) * gate, filters)
+        result, gate = left(x, filters), gate.expand(*x.shape[:2], 1, 1)
+        y = functions.GatedConvolution.apply(x, weight, bias, gate, filters, statistics, source, result, kernels)
+        return mark(y, result) if result.takes_late else y
+
+    return run
+
+
+def _is_for_channels(gate: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether a gate is the same for all pixels of an image."""
+    n, c, *_ = x.shape
+    return gate.dim() == 4 and all(size in (1, of) for size, of in zip(gate.shape, (n, c, 1, 1), strict=True))
+
+
+def _left_behind(
+    lowered: Lowered, number: int, readers: list[list[int]]
+) -> Callable[[torch.Tensor, torch.Tensor], Written]:
+    """What a convolution leaves to a batch norm that alone reads it."""
+    behind = lowered.operations[number + 1] if _is_alone(lowered, number, readers) else None
+    is_normed = behind is not None and behind[1] == "BatchNorm2d"
+    gathers = is_normed and behind is not None and _own_statistics(behind[3])
+
+    def made(x: torch.Tensor, filters: torch.Tensor) -> Written:
+        result = Written(takes_late=is_normed)
+        if gathers:
+            result.mean, result.var = x.new_empty(len(filters)), x.new_empty(len(filters))
+        return result
+
+    return made
+
+
+def _own_statistics(attributes: Attributes) -> bool:
+    """Whether a batch norm computes with those of the batch."""
+    return bool(attributes["training"] or attributes["running_mean"] is None)
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A batch norm of the graph, and the activation behind it."""
+
+    attributes: Attributes
+    activation: str
+
+    def tensors(self, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Weight, bias, running mean and variance, number of batches."""
+        names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        return [None if self.attributes[name] is None else tensors[self.attributes[name]] for name in names]
+
+    def begin(
+        self, x: torch.Tensor, tensors: list[torch.Tensor], source: Written, native: _cnnrs.Kernels
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Statistics]:
+        """Weight, bias and statistics for this batch, with which the running ones move on."""
+        if _own_statistics(self.attributes) and x.numel() == x.shape[1]:
+            # One pixel alone has no variance: PyTorch says so.
+            self.plain(x, None, tensors)
+        weight, bias, mean, var, count = self.tensors(tensors)
+        momentum, eps = average_factor(self.attributes, count), self.attributes["eps"]
+        if not _own_statistics(self.attributes):
+            return weight, bias, Statistics(mean, var, eps, False, self.activation)  # type: ignore[arg-type]
+        own = source.gathered or functions.moments(x, native)
+        if self.attributes["training"] and mean is not None and var is not None:
+            pixels = x.numel() // x.shape[1]
+            with torch.no_grad():
+                mean.mul_(1 - momentum).add_(own[0], alpha=momentum)
+                var.mul_(1 - momentum).add_(own[1], alpha=momentum * pixels / (pixels - 1))
+        return weight, bias, Statistics(*own, eps, True, self.activation)
+
+    def plain(self, x: torch.Tensor, residual: torch.Tensor | None, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """All of it by PyTorch."""
+        weight, bias, mean, var, count = self.tensors(tensors)
+        momentum, eps = average_factor(self.attributes, count), self.attributes["eps"]
+        training = _own_statistics(self.attributes)
+        return functions.plain(x, residual, weight, bias, mean, var, training, momentum, eps, self.activation)
+
+
+def _batch_norm(native: _Native, norm: _Norm) -> Any:
     def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
         x, residual = values[0], values[1] if len(values) > 1 else None
-        weight, bias, mean, var, count = (
-            None if attributes[name] is None else tensors[attributes[name]]
-            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        )
-        momentum = average_factor(attributes, count)
-        training = attributes["training"] or mean is None
-        pixels, eps = x.numel() // x.shape[1], attributes["eps"]
-        if not _fits(x, residual, pixels):
-            return _plain(x, residual, weight, bias, mean, var, training, momentum, eps, activation)
-        y, batch_mean, batch_var = _BatchNorm.apply(
-            x, residual, weight, bias, None if training else mean, var, eps, activation, native()
-        )
-        if attributes["training"] and mean is not None and var is not None:
-            with torch.no_grad():
-                mean.mul_(1 - momentum).add_(batch_mean, alpha=momentum)
-                var.mul_(1 - momentum).add_(batch_var, alpha=momentum * pixels / (pixels - 1))
-        return y  # type: ignore[no-any-return]
+        if not _fits(x, residual):
+            return norm.plain(x, residual, tensors)
+        source, kernels = written(x), native()
+        scale, shift, statistics = norm.begin(x, tensors, source, kernels)
+        return functions.BatchNorm.apply(x, residual, scale, shift, statistics, source, kernels)  # type: ignore[no-any-return]
 
     return run
 
 
-def _plain(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
-    mean: torch.Tensor | None, var: torch.Tensor | None, training: bool, momentum: float, eps: float, activation: str,
-) -> torch.Tensor:  # fmt: skip
-    z = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    return _ACTIVATIONS[activation](z if residual is None else z + residual)
-
-
-def _fits(x: torch.Tensor, residual: torch.Tensor | None, pixels: int) -> bool:
+def _fits(x: torch.Tensor, residual: torch.Tensor | None) -> bool:
     """Whether whole vectors of channels come out, for one pixel or some together; one alone has no variance."""
+    pixels = x.numel() // x.shape[1]
     together = next(n for n in range(1, _LANES + 1) if n * x.shape[1] % _LANES == 0)
     return pixels > 1 and pixels % together == 0 and (residual is None or residual.shape == x.shape)
-
-
-def _last(x: torch.Tensor) -> torch.Tensor:
-    """(N, H, W, C) contiguous, which is what ``channels_last`` is in memory."""
-    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-
-
-def _dense(parameter: torch.Tensor | None) -> Any:
-    """A parameter or buffer in the order of its indices."""
-    return None if parameter is None else parameter.detach().contiguous()
-
-
-def _new(n: int, c: int, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, C, H, W) in ``channels_last``, and the same memory as (N, H, W, C)."""
-    # Not the other way round: autograd lets nobody overwrite a view that a Function returns.
-    images = torch.empty((n, c, h, w), dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-    return images, images.permute(0, 2, 3, 1)
-
-
-def _again(
-    run: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor | None, ...], needs: Sequence[bool],
-    derivative: torch.Tensor,
-) -> list[torch.Tensor | None]:  # fmt: skip
-    """The gradients through PyTorch's own operations: where ``create_graph`` asks for derivatives of them, too."""
-    # Views: one of the inputs may have been computed from another.
-    views = [None if x is None else x.view_as(x) for x in inputs]
-    wanted = [view for view, needed in zip(views, needs, strict=False) if needed and view is not None]
-    found = iter(torch.autograd.grad(run(*views), wanted, derivative, create_graph=True))
-    return [next(found) if needed else None for _, needed in zip(inputs, needs, strict=False)]
-
-
-class _Conv3x3(torch.autograd.Function):
-    """3 x 3, stride 1, the same padding on all sides."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: int,
-        native: _cnnrs.Kernels,
-    ) -> torch.Tensor:  # fmt: skip
-        n, _, h, w = x.shape
-        last = _last(x)
-        output, memory = _new(n, len(weight), h + 2 * padding - 2, w + 2 * padding - 2)
-        native.conv3x3(last, _dense(weight), _dense(bias), memory, padding)
-        ctx.save_for_backward(x, weight, bias)
-        ctx.padding, ctx.native = padding, native
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, derivative: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            run = partial(F.conv2d, padding=ctx.padding)
-            return (*_again(run, (x, weight, bias), ctx.needs_input_grad, derivative), None, None)
-        filters, last = _dense(weight), _last(derivative)
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx, memory = _new(*x.shape)
-            ctx.native.conv3x3_input(last, filters, memory, ctx.padding)
-        if ctx.needs_input_grad[1]:
-            dw = torch.empty_like(filters)
-            ctx.native.conv3x3_weight(_last(x), last, dw, ctx.padding)
-        if ctx.needs_input_grad[2]:
-            db = derivative.sum((0, 2, 3))
-        return dx, dw, db, None, None
-
-
-class _Depthwise(torch.autograd.Function):
-    """A filter of its own for every channel; all but the gradient of the filters is PyTorch's."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, padding: int,
-        native: _cnnrs.Kernels,
-    ) -> torch.Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, bias)
-        ctx.settings = stride, padding
-        ctx.native = native
-        return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
-
-    @staticmethod
-    def backward(ctx: Any, derivative: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        stride, padding = ctx.settings
-        if torch.is_grad_enabled():
-            run = partial(F.conv2d, stride=stride, padding=padding, groups=len(weight))
-            return (*_again(run, (x, weight, bias), ctx.needs_input_grad, derivative), None, None, None)
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.ops.aten.convolution_backward(
-                derivative, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], len(weight),
-                [True, False, False],
-            )[0]  # fmt: skip
-        if ctx.needs_input_grad[1]:
-            dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            ctx.native.depthwise_weight(_last(x), _last(derivative), dw, stride, padding)
-        if ctx.needs_input_grad[2]:
-            db = derivative.sum((0, 2, 3))
-        return dx, dw, db, None, None, None
-
-
-def _described(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
-    mean: torch.Tensor, var: torch.Tensor, eps: float, activation: str,
-) -> BatchNorm:  # fmt: skip
-    return {
-        "input": _last(x), "residual": None if residual is None else _last(residual), "weight": _dense(weight),
-        "bias": _dense(bias), "mean": _dense(mean), "var": _dense(var), "eps": eps, "activation": activation,
-    }  # fmt: skip
-
-
-class _BatchNorm(torch.autograd.Function):
-    """Batch norm, then the sum with ``residual``, then an activation; ``mean`` None: the batch's own statistics.
-
-    Returns the result, and of the batch mean and biased variance.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None,
-        bias: torch.Tensor | None, mean: torch.Tensor | None, var: torch.Tensor | None, eps: float, activation: str,
-        native: _cnnrs.Kernels,
-    ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-        ctx.training = mean is None
-        if mean is None or var is None:
-            mean, var = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-        output, memory = _new(*x.shape)
-        native.batch_norm(_described(x, residual, weight, bias, mean, var, eps, activation), memory, ctx.training)
-        ctx.save_for_backward(x, residual, weight, bias, mean, var)
-        ctx.settings = eps, activation
-        ctx.native = native
-        ctx.set_materialize_grads(False)
-        if ctx.training:
-            ctx.mark_non_differentiable(mean, var)
-        return (output, mean, var) if ctx.training else (output, None, None)
-
-    @staticmethod
-    def backward(ctx: Any, derivative: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        x, residual, weight, bias, mean, var = ctx.saved_tensors
-        if derivative is None:
-            return (None,) * 9
-        needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            mean, var = (None, None) if ctx.training else (mean, var)
-            rest = mean, var, ctx.training, 0.0, *ctx.settings
-
-            def run(*inputs: Any) -> torch.Tensor:
-                return _plain(*(*inputs, *rest))
-
-            return (*_again(run, (x, residual, weight, bias), needs, derivative), *[None] * 5)
-        dx, dx_memory = _new(*x.shape) if needs[0] else (None, None)
-        dr, dr_memory = _new(*x.shape) if needs[1] else (None, None)
-        dw, db = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-        norm = _described(x, residual, weight, bias, mean, var, *ctx.settings)
-        gradients: BatchNormGradients = {"input": dx_memory, "residual": dr_memory, "weight": dw, "bias": db}
-        ctx.native.batch_norm_backward(norm, _last(derivative), ctx.training, gradients)
-        return dx, dr, dw if needs[2] else None, db if needs[3] else None, None, None, None, None, None

@@ -22,7 +22,7 @@ class Group:
 
     Attributes:
         nodes: their numbers; only the value of the last one is there afterwards.
-        sources: the nodes whose values they read.
+        sources: the nodes whose values they read, of other groups what these have read instead of it.
         run: gets these values and all tensors, and returns the value of the last node.
     """
 
@@ -51,7 +51,7 @@ def play(
     values: dict[int, torch.Tensor] = {}
     groups = groups or {}
     computed_at = {node: end for end, group in groups.items() for node in group.nodes}
-    done = _last_read(lowered, computed_at)
+    done = _last_read(lowered, computed_at, groups)
     for number, (_, kind, sources, attributes) in enumerate(lowered.operations):
         if number < start or computed_at.get(number, number) > number:
             continue
@@ -80,13 +80,16 @@ def needed(operation: Node) -> list[int]:
     return [*sources, *(dim[0] for dim in attributes.get("dims", ()) if isinstance(dim, tuple) and dim[1] != 0)]
 
 
-def _last_read(lowered: Lowered, computed_at: Mapping[int, int]) -> list[list[int]]:
+def _last_read(lowered: Lowered, computed_at: Mapping[int, int], groups: Mapping[int, Group]) -> list[list[int]]:
     """For every node, the nodes that nobody reads behind it; ``computed_at``: where that is not at the node itself."""
     readers = {number: number for number in range(len(lowered.operations))}
     for number, (_, _, sources, attributes) in enumerate(lowered.operations):
         sizes = [dim[0] for dim in attributes.get("dims", ()) if isinstance(dim, tuple)]
         for node in (*sources, *sizes):
             readers[node] = max(readers[node], computed_at.get(number, number))
+    for end, group in groups.items():
+        for node in group.sources:
+            readers[node] = max(readers[node], end)
     done: list[list[int]] = [[] for _ in readers]
     for node, number in readers.items():
         if node != lowered.output:

@@ -15,37 +15,10 @@ from cnnrs import _cnnrs
 from cnnrs.engine.frozen_front import front_of
 from cnnrs.engine.kernels import Kernels
 from cnnrs.model.lowering import lower
-from native_block import Block
+from native_block import Block, assert_as_exact, sequential
 
 LAST: Any = torch.channels_last
 pytestmark = pytest.mark.usefixtures("two_threads")
-
-
-def outcome(
-    model: nn.Module, inputs: torch.Tensor, kernels: bool, dtype: torch.dtype = torch.float32
-) -> dict[str, Any]:
-    """Output, gradients and buffers behind one batch."""
-    model, inputs = copy.deepcopy(model).to(dtype), inputs.to(dtype, copy=True).requires_grad_()
-    lowered = lower(model, True)
-    output = Kernels(lowered).play(lowered, lowered.tensors, inputs) if kernels else model(inputs)
-    output.square().sum().backward()
-    found = {"output": output.detach(), "input": inputs.grad, **dict(model.named_buffers())}
-    return found | {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_as_exact(model: nn.Module, inputs: torch.Tensor) -> None:
-    """At most ten times the error of PyTorch in float32, or what rounding of 2e-6 becomes where sums cancel."""
-    exact = outcome(model, inputs, False, torch.float64)
-    theirs, ours = outcome(model, inputs, False), outcome(model, inputs, True)
-    assert exact.keys() == ours.keys()
-    largest = max(value.norm() for value in exact.values() if value is not None and value.is_floating_point())
-    for name, value in exact.items():
-        if value is None or not value.is_floating_point():
-            assert ours[name] is value is None or torch.equal(ours[name], value), name
-            continue
-        # In front of a batch norm a bias, or the scale of weights, has no gradient but rounding.
-        floor = 5e-5 * value.norm() + 1e-6 * largest
-        assert (ours[name] - value).norm() <= max(10 * (theirs[name] - value).norm(), floor), name
 
 
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.Hardswish, nn.ReLU, nn.ReLU6, nn.GELU])
@@ -59,10 +32,6 @@ def test_a_step_has_the_gradients_of_the_module(activation: Any, mode: str) -> N
         nn.init.uniform_(norm.running_var, 0.5, 2.0)
         norm.train(norm.training and mode != "frozen statistics")
     assert_as_exact(model, torch.randn(4, 3, 22, 30))
-
-
-def sequential(*layers: nn.Module) -> nn.Module:
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 @pytest.mark.parametrize(
@@ -220,12 +189,12 @@ def test_they_run_on_pytorchs_threads_and_elsewhere_on_others_with_the_same_bits
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
-def norm(x: torch.Tensor) -> Any:
-    """A batch norm without anything beside its statistics."""
-    return {
-        "input": x, "residual": None, "weight": None, "bias": None, "mean": torch.zeros(16), "var": torch.ones(16),
-        "eps": 1e-5, "activation": "",
-    }  # fmt: skip
+#: A batch norm without anything beside its statistics.
+NORM: Any = {
+    "weight": None, "bias": None, "mean": torch.zeros(16), "var": torch.ones(16), "eps": 1e-5, "activation": "",
+}  # fmt: skip
+#: No gradients at all.
+NONE: Any = dict.fromkeys(("input", "weight", "bias", "gate", "filters"))
 
 
 def test_sizes_that_do_not_fit_are_errors() -> None:
@@ -240,9 +209,28 @@ def test_sizes_that_do_not_fit_are_errors() -> None:
     with pytest.raises(ValueError, match="float64"):
         native.conv3x3(x.double(), w, None, torch.zeros(1, 4, 4, 16), 1)
     with pytest.raises(ValueError, match="batch norm: activation 'Tanh' is unknown"):
-        native.batch_norm({**norm(x), "activation": "Tanh"}, x, True)
+        native.batch_norm(x, None, {**NORM, "activation": "Tanh"}, x.clone())
+    with pytest.raises(ValueError, match="vectors do not fit"):
+        native.batch_norm(x, None, {**NORM, "mean": torch.zeros(8), "var": torch.ones(8)}, x.clone())
     with pytest.raises(ValueError, match="shapes do not fit"):
-        native.depthwise_weight(x, x, torch.zeros(16, 1, 4, 4), 1, 1)
+        native.convolution(x, None, None, torch.zeros(16, 1, 4, 4), x.clone(), 1, 1, None)
+    with pytest.raises(ValueError, match="filters do not fit"):
+        native.convolution(x, None, None, torch.zeros(16, 8, 1, 1), x.clone(), 1, 0, None)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        native.convolution(x, None, None, torch.zeros(16, 16, 1, 1), x.clone(), 2, 0, None)
+    with pytest.raises(ValueError, match="vectors do not fit"):
+        native.convolution(x, None, None, torch.zeros(16, 16, 1, 1), x.clone(), 1, 0, (torch.zeros(8), torch.zeros(16)))
+    with pytest.raises(ValueError, match="gate do not fit"):
+        native.convolution(x, None, torch.zeros(1, 16), torch.zeros(16, 16, 1, 1), x.clone(), 1, 0, None)
+    with pytest.raises(ValueError, match="gate do not fit"):
+        native.convolution(x, NORM, torch.zeros(1, 8), torch.zeros(16, 16, 1, 1), x.clone(), 1, 0, None)
+    with pytest.raises(ValueError, match="gate do not fit"):
+        native.convolution(x, NORM, torch.zeros(1, 16), torch.zeros(16, 1, 3, 3), x.clone(), 1, 1, None)
+    with pytest.raises(ValueError, match="means do not fit"):
+        native.squeeze(x, NORM, torch.zeros(2, 16))
+    late: Any = {"norm": NORM, "weight": torch.zeros(16), "bias": torch.zeros(16), "training": True, "derivative": x}
+    with pytest.raises(ValueError, match="output and late do not fit"):
+        native.convolution_backward(x, None, None, torch.zeros(16, 16, 1, 1), 1, 0, x, None, late, NONE)
 
 
 def test_they_have_as_many_threads_as_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,6 +291,6 @@ def test_empty_images_are_an_error() -> None:
     with pytest.raises(ValueError, match="without zeros"):
         native.conv3x3(empty, filters, None, empty.clone(), 1)
     with pytest.raises(ValueError, match="without zeros"):
-        native.depthwise_weight(empty, empty.clone(), torch.zeros(16, 1, 3, 3), 1, 1)
+        native.convolution(empty, None, None, torch.zeros(16, 1, 3, 3), empty.clone(), 1, 1, None)
     with pytest.raises(ValueError, match="without zeros"):
-        native.batch_norm(norm(empty), empty, True)
+        native.batch_norm(empty, None, NORM, empty.clone())

@@ -6,8 +6,10 @@
 //! Pixels lie behind each other as rows of channels. Where the channels are no whole blocks of sixteen, several pixels make
 //! a row: the same channels come again every so many.
 
+use super::late::Moments;
+use super::rows::{Channels, GROUP, PartMoments, join};
 use super::{Address, Workspace};
-use crate::engine::cpu::common::kernels::activate::{Activate, activate, derive};
+use crate::engine::cpu::common::kernels::activate::{Activate, activate_derivable, derive};
 use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::error::Result;
 
@@ -67,21 +69,20 @@ impl BatchNorm {
     pub fn statistics(&self, x: &[f32], mean: &mut [f32], var: &mut [f32], workspace: &mut Workspace) -> Result<()> {
         assert_eq!((x.len(), mean.len(), var.len()), (self.pixels * self.channels, self.channels, self.channels));
         let r = self.rows();
-        let sums = self.sums(workspace, r, |chunk, to| Moments { r, x: x.as_ptr(), chunk, to })?;
-        // Chan, Golub and LeVeque's formula for the moments of parts.
-        for c in 0..self.channels {
-            let (mut n, mut m, mut square) = (0.0f64, 0.0f64, 0.0f64);
-            for (chunk, sums) in sums.chunks_exact(2 * r.width).enumerate() {
-                let rows = r.range(chunk).len() as f64;
-                for at in (c..r.width).step_by(self.channels) {
-                    let delta = f64::from(sums[at]) - m;
-                    m += delta * rows / (n + rows);
-                    square += f64::from(sums[r.width + at]) + delta * delta * n * rows / (n + rows);
-                    n += rows;
-                }
-            }
-            (mean[c], var[c]) = (m as f32, (square / n) as f32);
-        }
+        let sums = self.sums(workspace, r, |chunk, to| {
+            let (rows, channels) = (r.range(chunk), Channels(r.width));
+            let x = x.as_ptr().wrapping_add(rows.start * r.width);
+            PartMoments { channels, x, rows: rows.len(), to }
+        })?;
+        let chunks = sums.chunks_exact(2 * r.width).enumerate();
+        let parts = chunks.flat_map(|(chunk, sums)| {
+            let (means, squares) = sums.split_at(r.width);
+            let pixels = means.chunks_exact(self.channels).zip(squares.chunks_exact(self.channels));
+            pixels.map(move |(means, squares)| (r.range(chunk).len(), means, squares))
+        });
+        let moments = Moments::of_parts(self.channels, parts);
+        mean.copy_from_slice(&moments.mean);
+        var.copy_from_slice(&moments.var);
         Ok(())
     }
 
@@ -109,10 +110,14 @@ impl BatchNorm {
         assert!(read.iter().flatten().all(|x| x.len() == floats), "floats of what is read");
         assert!([&b.x, &b.residual].into_iter().flatten().all(|x| x.len() == floats), "floats of what is written");
         let (r, isa) = (self.rows(), workspace.isa);
+        let out = |x: Option<&mut [f32]>| Address(x.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr));
+        let (dx, dr) = (out(b.x), out(b.residual));
         let mut factors = self.factors(&b.forward, r);
         let sums = {
             let job = Job::new(self, &b.forward, Some(b.derivative), &factors);
-            self.sums(workspace, r, |chunk, to| Sums { job: &job, chunk, to })?
+            // Without dx there is no second pass.
+            let dr = if dx.0.is_null() { dr } else { Address(std::ptr::null_mut()) };
+            self.sums(workspace, r, |chunk, to| Sums { job: &job, dr, chunk, to })?
         };
         for c in 0..self.channels {
             let (mut plain, mut product) = (0.0f64, 0.0f64);
@@ -128,14 +133,12 @@ impl BatchNorm {
                 let (scale, n) = (f64::from(factors[0][c]), self.pixels as f64);
                 for at in (c..r.width).step_by(self.channels) {
                     factors[3][at] = (-scale * inverse * inverse * product / n) as f32;
-                    factors[4][at] = (-scale * plain / n) as f32;
+                    factors[4][at] = (plain / n) as f32;
                 }
             }
         }
         let job = Job::new(self, &b.forward, Some(b.derivative), &factors);
-        let out = |x: Option<&mut [f32]>| Address(x.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr));
-        let (dx, dr) = (out(b.x), out(b.residual));
-        if dx.0.is_null() && dr.0.is_null() {
+        if dx.0.is_null() {
             return Ok(());
         }
         workspace
@@ -157,7 +160,7 @@ impl BatchNorm {
         Ok(unsafe { std::slice::from_raw_parts(to.0, len) })
     }
 
-    /// For every float of a row: scale, mean, shift, and the two factors of the derivative (0 as yet).
+    /// For every float of a row: scale, mean, shift, and of the derivative the factor of x - mean and the mean of g (0 as yet).
     fn factors(&self, from: &Forward<'_>, r: Rows) -> [Vec<f32>; 5] {
         let mut factors: [Vec<f32>; 5] = std::array::from_fn(|_| vec![0.0; r.width]);
         let [scale, mean, shift, ..] = &mut factors;
@@ -244,50 +247,6 @@ impl<'a> Job<'a> {
     }
 }
 
-/// Mean and sum of squared differences from it, of a chunk.
-struct Moments {
-    r: Rows,
-    x: *const f32,
-    chunk: usize,
-    to: *mut f32,
-}
-
-impl Kernel for Moments {
-    #[inline(always)]
-    fn run<V: Lanes>(self) {
-        let Self { r, x, chunk, to } = self;
-        let rows = r.range(chunk);
-        let n = V::splat(1.0 / rows.len() as f32);
-        for at in (0..2 * r.width).step_by(LANES) {
-            // SAFETY: two sums per float of a row.
-            unsafe { V::splat(0.0).store(to.wrapping_add(at)) };
-        }
-        for row in rows.clone() {
-            for at in (0..r.width).step_by(LANES) {
-                // SAFETY: inside the images, and as above.
-                unsafe {
-                    let sum = V::load(to.wrapping_add(at)).add(V::load(x.wrapping_add(row * r.width + at)));
-                    sum.store(to.wrapping_add(at));
-                }
-            }
-        }
-        for at in (0..r.width).step_by(LANES) {
-            // SAFETY: as above.
-            unsafe { V::load(to.wrapping_add(at)).mul(n).store(to.wrapping_add(at)) };
-        }
-        for row in rows {
-            for at in (0..r.width).step_by(LANES) {
-                // SAFETY: as above.
-                unsafe {
-                    let square = to.wrapping_add(r.width + at);
-                    let d = V::load(x.wrapping_add(row * r.width + at)).sub(V::load(to.wrapping_add(at)));
-                    d.mul_add(d, V::load(square)).store(square);
-                }
-            }
-        }
-    }
-}
-
 struct Apply<'a> {
     job: &'a Job<'a>,
     y: Address,
@@ -304,16 +263,17 @@ impl Kernel for Apply<'_> {
                 // SAFETY: inside the images, whose lengths `run` has compared; nobody else writes this chunk.
                 unsafe {
                     let [_, z] = job.value::<V>(at, column);
-                    activate(job.norm.activation, z).store(self.y.at(at));
+                    activate_derivable(job.norm.activation, z).store(self.y.at(at));
                 }
             }
         }
     }
 }
 
-/// Sums of g, the derivative of z, and of g (x - mean), of a chunk.
+/// Sums of g, the derivative of z, and of g (x - mean), of a chunk; g itself goes to `dr`, unless that is null.
 struct Sums<'a> {
     job: &'a Job<'a>,
+    dr: Address,
     chunk: usize,
     to: *mut f32,
 }
@@ -321,21 +281,32 @@ struct Sums<'a> {
 impl Kernel for Sums<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let Self { job, chunk, to } = self;
+        let Self { job, dr, chunk, to } = self;
         let r = job.r;
         for at in (0..2 * r.width).step_by(LANES) {
             // SAFETY: two sums per float of a row.
             unsafe { V::splat(0.0).store(to.wrapping_add(at)) };
         }
-        for row in r.range(chunk) {
+        let rows = r.range(chunk);
+        for first in rows.clone().step_by(GROUP) {
             for column in (0..r.width).step_by(LANES) {
-                let at = row * r.width + column;
-                // SAFETY: inside the images, whose lengths `differentiate` has compared, and as above.
+                let (mut sum, mut along) = (V::splat(0.0), V::splat(0.0));
+                for row in first..rows.end.min(first + GROUP) {
+                    let at = row * r.width + column;
+                    // SAFETY: inside the images, whose lengths `differentiate` has compared; nobody else writes this chunk.
+                    unsafe {
+                        let [x, g] = job.derivative::<V>(at, column);
+                        (sum, along) = (sum.add(g), x.mul_add(g, along));
+                        if !dr.0.is_null() {
+                            g.store(dr.at(at));
+                        }
+                    }
+                }
+                let (plain, product) = (to.wrapping_add(column), to.wrapping_add(r.width + column));
+                // SAFETY: two sums per float of a row.
                 unsafe {
-                    let [x, g] = job.derivative::<V>(at, column);
-                    let (plain, product) = (to.wrapping_add(column), to.wrapping_add(r.width + column));
-                    V::load(plain).add(g).store(plain);
-                    x.mul_add(g, V::load(product)).store(product);
+                    join(sum, plain);
+                    join(along, product);
                 }
             }
         }
@@ -366,11 +337,12 @@ impl Kernel for Differentiate<'_> {
                     }
                     if !self.dx.0.is_null() {
                         // Statistics that are not the batch's own do not depend on x, which may be infinite.
-                        let along = match self.training {
-                            true => x.mul_add(job.factor(3, column), job.factor(4, column)),
-                            false => V::splat(0.0),
+                        let scale = job.factor::<V>(0, column);
+                        let dx = match self.training {
+                            true => g.sub(job.factor(4, column)).mul_add(scale, x.mul(job.factor(3, column))),
+                            false => g.mul(scale),
                         };
-                        g.mul_add(job.factor(0, column), along).store(self.dx.at(at));
+                        dx.store(self.dx.at(at));
                     }
                 }
             }

@@ -1,7 +1,12 @@
-//! The gradient of a depthwise convolution's filters, of which each channel has one of its own.
+//! A depthwise convolution: each channel has a filter of its own.
 //!
 //! The last block of channels begins sixteen before the end: where channels are no whole blocks, some are computed twice.
 
+use std::ops::Range;
+
+use super::depthwise_rows::{Cut, Reader, Ring, Share};
+use super::depthwise_taps::{Row, Taps};
+use super::late::{Moments, Values};
 use super::{Address, Shape, Workspace};
 use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
@@ -19,8 +24,8 @@ pub struct Depthwise {
 impl Depthwise {
     /// Whether there is code for these sizes.
     pub fn is_known(&self) -> bool {
-        let long = self.input.size.iter().all(|&side| side + 2 * self.padding >= self.kernel);
-        let known = matches!(self.kernel, 3 | 5 | 7) && matches!(self.stride, 1 | 2);
+        let long = self.input.size.iter().all(|&side| side > 0 && side + 2 * self.padding >= self.kernel);
+        let known = matches!((self.kernel, self.stride), (3 | 5, 1 | 2) | (7, 1));
         known && long && self.padding < self.kernel && self.input.channels >= LANES
     }
 
@@ -29,148 +34,228 @@ impl Depthwise {
         Shape { size, ..self.input }
     }
 
-    /// The gradient of the filters `[channels][kernel][kernel]`.
+    /// y of the values, which are zeros around the image; `moments`: those of y. `weight`: `[channels][kernel][kernel]`.
     ///
     /// # Errors
     /// `NoMemory`; `Panic`.
-    pub fn weight_gradient(
+    pub fn run(
         &self,
-        input: &[f32],
-        derivative: &[f32],
-        gradient: &mut [f32],
+        values: Values<'_>,
+        weight: &[f32],
+        y: &mut [f32],
+        moments: Option<&mut Moments>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        assert_eq!((derivative.len(), input.len()), (self.output().floats(), self.input.floats()), "floats of images");
-        let (taps, channels, isa) = (self.taps(), self.input.channels, workspace.isa);
-        assert_eq!(gradient.len(), taps * channels, "floats of the filters");
-        let parts = self.input.images * self.bands();
-        let sums = Address(workspace.memory(parts * taps * channels)?);
-        let job = Job { conv: *self, input: input.as_ptr(), derivative: derivative.as_ptr(), to: sums };
-        workspace.threads.run(parts, &|part, _| self.part(isa, &job, part))?;
-        // SAFETY: all parts have filled theirs.
-        let sums = unsafe { std::slice::from_raw_parts(sums.0, parts * taps * channels) };
-        for (c, filter) in gradient.chunks_exact_mut(taps).enumerate() {
-            for (tap, value) in filter.iter_mut().enumerate() {
-                let of_parts = sums[tap * channels + c..].iter().step_by(taps * channels);
-                *value = of_parts.map(|&sum| f64::from(sum)).sum::<f64>() as f32;
+        let (output, channels) = (self.output(), self.input.channels);
+        assert!(self.is_known(), "{self:?}");
+        assert_eq!((values.x.len(), y.len()), (self.input.floats(), output.floats()), "floats of images");
+        assert_eq!(weight.len(), self.taps() * channels, "floats of the filters");
+        values.check(channels);
+        let rows = |step: usize| (step - 1) * self.stride + self.kernel;
+        let width = (output.size[1] - 1) * self.stride + self.kernel;
+        let cut = Cut::new(self, workspace.threads.workers(), |step| Ring::floats(rows(step), width, 1));
+        let ring = Ring::floats(rows(cut.step), width, cut.widest());
+        let (filters, slots) = (self.taps() * cut.width(), cut.parts() * 2 * cut.width());
+        let workers = workspace.threads.workers();
+        let weights = Address(workspace.memory(filters + workers * ring + slots)?);
+        let job = Job {
+            conv: *self,
+            values: Reader::of(values),
+            weights,
+            rings: Address(weights.at(filters)),
+            ring,
+            y: Address(y.as_mut_ptr()),
+            slots: moments.is_some().then(|| Address(weights.at(filters + workers * ring))),
+            cut,
+            isa: workspace.isa,
+        };
+        // SAFETY: there is room for them.
+        unsafe { self.arrange(&job.cut, weight, weights, |tap| tap) };
+        workspace.threads.run(job.cut.tasks(), &|task, worker| job.run(task, worker))?;
+        if let (Some(moments), Some(slots)) = (moments, job.slots) {
+            // SAFETY: all tasks have filled theirs.
+            let slots = unsafe { std::slice::from_raw_parts(slots.0, cut.parts() * 2 * cut.width()) };
+            let parts = slots.chunks_exact(2 * cut.width()).enumerate().map(|(part, slot)| {
+                let (mean, square) = slot.split_at(cut.width());
+                (cut.rows(part).len() * output.size[1], mean, square)
+            });
+            *moments = Moments::of_parts(cut.width(), parts);
+            for of in [&mut moments.mean, &mut moments.var] {
+                of.drain(cut.twice());
             }
         }
         Ok(())
     }
 
-    fn taps(&self) -> usize {
+    pub(super) fn taps(&self) -> usize {
         self.kernel * self.kernel
     }
 
-    /// Where the blocks of channels begin.
-    fn blocks(&self) -> impl Iterator<Item = usize> {
-        let channels = self.input.channels;
-        (0..channels.div_ceil(LANES)).map(move |block| (block * LANES).min(channels - LANES))
-    }
-
-    /// Bands of output rows, each with what fits the second-level cache of its inputs.
-    fn bands(&self) -> usize {
-        let output = self.output();
-        let row = self.stride * self.input.row() + output.row();
-        (output.size[0] * row).div_ceil(BAND).min(output.size[0])
-    }
-
-    fn part(&self, isa: Isa, job: &Job, part: usize) {
-        match (self.kernel, self.stride) {
-            (3, 1) => dispatch(isa, Part::<3, 1> { job, part }),
-            (3, _) => dispatch(isa, Part::<3, 2> { job, part }),
-            (5, 1) => dispatch(isa, Part::<5, 1> { job, part }),
-            (5, _) => dispatch(isa, Part::<5, 2> { job, part }),
-            (_, 1) => dispatch(isa, Part::<7, 1> { job, part }),
-            _ => dispatch(isa, Part::<7, 2> { job, part }),
-        }
-    }
-}
-
-/// Floats of a band.
-const BAND: usize = 1 << 16;
-
-/// What the parts read, and where they write.
-struct Job {
-    conv: Depthwise,
-    input: *const f32,
-    derivative: *const f32,
-    to: Address,
-}
-
-// SAFETY: parts only read the two, and write to places of their own.
-unsafe impl Sync for Job {}
-
-/// The filters' gradients `[tap][channel]` of a band of an image.
-struct Part<'a, const K: usize, const S: usize> {
-    job: &'a Job,
-    part: usize,
-}
-
-impl<const K: usize, const S: usize> Kernel for Part<'_, K, S> {
-    #[inline(always)]
-    fn run<V: Lanes>(self) {
-        let Job { conv, input, derivative, to } = self.job;
-        let (output, channels, bands) = (conv.output(), conv.input.channels, conv.bands());
-        let [height, width] = conv.input.size;
-        let (image, band) = (self.part / bands, self.part % bands);
-        let rows = output.size[0] * band / bands..output.size[0] * (band + 1) / bands;
-        let input = input.wrapping_add(image * height * conv.input.row());
-        let derivative = derivative.wrapping_add(image * output.size[0] * output.row());
-        // Outputs whose filter lies inside the row.
-        let first = conv.padding.div_ceil(S).min(output.size[1]);
-        let inner = first..((width + conv.padding + S).saturating_sub(K) / S).clamp(first, output.size[1]);
-        for start in conv.blocks() {
-            let mut sums = [[V::splat(0.0); K]; K];
-            for oy in rows.clone() {
-                for (ky, sums) in sums.iter_mut().enumerate() {
-                    let Some(y) = (oy * S + ky).checked_sub(conv.padding).filter(|&y| y < height) else { continue };
-                    let line = Line {
-                        input: input.wrapping_add(y * width * channels + start),
-                        derivative: derivative.wrapping_add(oy * output.size[1] * channels + start),
-                        channels,
-                    };
-                    // SAFETY: inside the images, whose lengths `weight_gradient` has compared.
-                    unsafe {
-                        for ox in (0..inner.start).chain(inner.end..output.size[1]) {
-                            for (kx, sum) in sums.iter_mut().enumerate() {
-                                if let Some(x) = (ox * S + kx).checked_sub(conv.padding).filter(|&x| x < width) {
-                                    *sum = line.product(x, ox, *sum);
-                                }
-                            }
-                        }
-                        for ox in inner.clone() {
-                            for (kx, sum) in sums.iter_mut().enumerate() {
-                                *sum = line.product(ox * S + kx - conv.padding, ox, *sum);
-                            }
-                        }
-                    }
+    /// Every block's filters as `[tap][16]`, the taps in an order of the caller's.
+    ///
+    /// # Safety
+    /// There is room for all blocks.
+    pub(super) unsafe fn arrange(&self, cut: &Cut, weight: &[f32], to: Address, place: impl Fn(usize) -> usize) {
+        let taps = self.taps();
+        for tap in 0..taps {
+            for block in 0..cut.blocks() {
+                let from = &weight[cut.start(block) * taps..][..LANES * taps];
+                let to = to.at((block * taps + place(tap)) * LANES);
+                for lane in 0..LANES {
+                    // SAFETY: the caller's promise.
+                    unsafe { to.add(lane).write(from[lane * taps + tap]) };
                 }
             }
-            for (tap, sum) in sums.as_flattened().iter().enumerate() {
-                // SAFETY: `weight_gradient` made room for all parts.
-                unsafe { sum.store(to.at((self.part * K * K + tap) * channels + start)) };
-            }
         }
     }
 }
 
-/// Sixteen channels of a row of the input and of one of the derivative.
-struct Line {
-    input: *const f32,
-    derivative: *const f32,
-    channels: usize,
+/// What the tasks read, and where they write.
+struct Job<'a> {
+    conv: Depthwise,
+    cut: Cut,
+    isa: Isa,
+    values: Reader<'a>,
+    weights: Address,
+    /// Per worker a ring of that many floats.
+    rings: Address,
+    ring: usize,
+    y: Address,
+    /// Per part and block of channels, mean and sum of squared differences from it.
+    slots: Option<Address>,
 }
 
-impl Line {
-    /// # Safety
-    /// The pixels are inside their rows.
+/// Taps of a column of the largest filter.
+pub(super) const MOST: usize = 7;
+
+impl Job<'_> {
+    /// A band of outputs.
+    fn run(&self, task: usize, worker: usize) {
+        let (conv, cut, output) = (&self.conv, &self.cut, self.conv.output());
+        let (kernel, stride, [height, width]) = (conv.kernel, conv.stride, conv.input.size);
+        let Share { part, image, rows, blocks } = cut.share(task);
+        let ring = Ring {
+            at: self.rings.at(worker * self.ring),
+            rows: (cut.step - 1) * stride + kernel,
+            width: (output.size[1] - 1) * stride + kernel,
+            border: conv.padding,
+            blocks: blocks.len(),
+        };
+        let inner = width.min(ring.width - conv.padding.min(ring.width));
+        // SAFETY: every worker has a ring of this size.
+        unsafe { ring.clear(inner) };
+        let mut next = (rows.start * stride).saturating_sub(conv.padding);
+        for first in rows.clone().step_by(cut.step) {
+            let end = rows.end.min(first + cut.step);
+            let needed = ((end - 1) * stride + kernel).saturating_sub(conv.padding).min(height);
+            for y in next..needed {
+                let from = (image * height + y) * conv.input.row();
+                // SAFETY: the row is inside the images, whose length `run` has compared; the ring is this worker's.
+                unsafe { self.values.read(self.isa, from, cut, blocks.clone(), &ring, (y, inner)) };
+            }
+            next = next.max(needed);
+            for oy in first..end {
+                let (mut taps, mut count) = ([Taps::NONE; MOST], 0);
+                for ky in 0..kernel {
+                    let y = (oy * stride + ky).wrapping_sub(conv.padding);
+                    if y < height {
+                        let weights = self.weights.at(ky * kernel * LANES);
+                        taps[count] = Taps { input: ring.row(y), weights };
+                        count += 1;
+                    }
+                }
+                let to = self.y.at((image * output.size[0] + oy) * output.row());
+                let row = Row {
+                    cut,
+                    rows: &taps[..count],
+                    taps: kernel,
+                    stride,
+                    blocks: blocks.clone(),
+                    input: ring.block(),
+                    weights: conv.taps() * LANES,
+                    to,
+                    pixel: output.channels,
+                    block: None,
+                    width: output.size[1],
+                };
+                // SAFETY: the ring's rows are long enough; nobody else writes these outputs.
+                unsafe { row.compute(self.isa) };
+                if let Some(slots) = self.slots {
+                    let mean = slots.at(part * 2 * cut.width());
+                    let (blocks, width) = (blocks.clone(), output.size[1]);
+                    self.measure(Measure { cut, blocks, y: to, width, rows: oy - rows.start, mean });
+                }
+            }
+        }
+    }
+
+    #[inline(never)]
+    fn measure(&self, row: Measure<'_>) {
+        dispatch(self.isa, row);
+    }
+}
+
+/// Adds a row's moments to those of `rows` of them.
+struct Measure<'a> {
+    cut: &'a Cut,
+    blocks: Range<usize>,
+    y: *const f32,
+    width: usize,
+    rows: usize,
+    /// Of all blocks the mean, then the sum of squared differences from it.
+    mean: *mut f32,
+}
+
+/// Pixels whose mean is near that of the row.
+const FIRST: usize = 7;
+
+impl Kernel for Measure<'_> {
     #[inline(always)]
-    unsafe fn product<V: Lanes>(&self, x: usize, ox: usize, sum: V) -> V {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let d = V::load(self.derivative.wrapping_add(ox * self.channels));
-            d.mul_add(V::load(self.input.wrapping_add(x * self.channels)), sum)
+    fn run<V: Lanes>(self) {
+        let Self { cut, width, rows, .. } = self;
+        let first = FIRST.min(width);
+        // Chan, Golub and LeVeque's formula.
+        let share = 1.0 / (rows + 1) as f32;
+        let between = V::splat((width * rows) as f32 * share);
+        for block in self.blocks {
+            let y = self.y.wrapping_add(cut.start(block));
+            let mean = self.mean.wrapping_add(block * LANES);
+            let square = mean.wrapping_add(cut.width());
+            // SAFETY: the row is inside the images, and the part has a slot, filled by the rows before.
+            unsafe {
+                let mut about = V::splat(0.0);
+                for x in 0..first {
+                    about = about.add(V::load(y.wrapping_add(x * cut.channels)));
+                }
+                let about = about.mul(V::splat(1.0 / first as f32));
+                // Two sums, neither of which waits for the other.
+                let (mut sums, mut squares) = ([V::splat(0.0); 2], [V::splat(0.0); 2]);
+                for x in (0..width / 2 * 2).step_by(2) {
+                    for (r, (sum, square)) in sums.iter_mut().zip(&mut squares).enumerate() {
+                        let delta = V::load(y.wrapping_add((x + r) * cut.channels)).sub(about);
+                        *sum = sum.add(delta);
+                        *square = delta.mul_add(delta, *square);
+                    }
+                }
+                if !width.is_multiple_of(2) {
+                    let delta = V::load(y.wrapping_add((width - 1) * cut.channels)).sub(about);
+                    sums[0] = sums[0].add(delta);
+                    squares[0] = delta.mul_add(delta, squares[0]);
+                }
+                let sum = sums[0].add(sums[1]);
+                let delta = sum.mul(V::splat(1.0 / width as f32));
+                let squares = squares[0].add(squares[1]).sub(delta.mul(sum)).max(V::splat(0.0));
+                let ours = delta.add(about);
+                if rows == 0 {
+                    ours.store(mean);
+                    squares.store(square);
+                } else {
+                    let before = V::load(mean);
+                    let delta = ours.sub(before);
+                    delta.mul_add(V::splat(share), before).store(mean);
+                    delta.mul(delta).mul_add(between, V::load(square).add(squares)).store(square);
+                }
+            }
         }
     }
 }

@@ -7,6 +7,14 @@ mod batch_norm;
 mod conv3x3;
 mod conv3x3_weight;
 mod depthwise;
+mod depthwise_gradient;
+mod depthwise_rows;
+mod depthwise_taps;
+mod gate;
+mod late;
+mod pointwise;
+mod pointwise_gradient;
+mod rows;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -14,6 +22,9 @@ mod threads;
 pub use batch_norm::{Backward, BatchNorm, Forward};
 pub use conv3x3::{Conv3x3, Filters};
 pub use depthwise::Depthwise;
+pub use gate::Gate;
+pub use late::{Derivative, Gradients, Late, Moments, Norm, Open, Sums, Values};
+pub use pointwise::Pointwise;
 pub use threads::Threads;
 
 pub use crate::engine::cpu::common::kernels::activate::Activate;

@@ -72,6 +72,18 @@ pub trait Lanes: Copy {
     /// The same, into the second-level cache: for much that is needed later.
     #[inline(always)]
     fn prefetch_l2(_at: *const f32) {}
+    /// A store past the caches: for much that is not read again soon.
+    ///
+    /// # Safety
+    /// As for [`Lanes::store`]; `to` begins a cache line, and [`Lanes::fence`] follows before others may read.
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { self.store(to) };
+    }
+    /// Orders what was streamed before whatever is written after.
+    #[inline(always)]
+    fn fence() {}
 }
 
 #[derive(Clone, Copy)]

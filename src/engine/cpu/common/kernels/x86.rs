@@ -197,6 +197,21 @@ impl Lanes for Avx2 {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
+
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA; the memory is the caller's promise.
+        unsafe {
+            _mm256_stream_ps(to, self.0);
+            _mm256_stream_ps(to.add(8), self.1);
+        }
+    }
+
+    #[inline(always)]
+    fn fence() {
+        // SAFETY: every x86-64 has it.
+        unsafe { _mm_sfence() }
+    }
 }
 
 impl Lanes for Avx512 {
@@ -353,5 +368,17 @@ impl Lanes for Avx512 {
     fn prefetch_l2(at: *const f32) {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: this type exists only where `dispatch` found AVX-512; the memory is the caller's promise.
+        unsafe { _mm512_stream_ps(to, self.0) }
+    }
+
+    #[inline(always)]
+    fn fence() {
+        // SAFETY: every x86-64 has it.
+        unsafe { _mm_sfence() }
     }
 }
