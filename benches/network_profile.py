@@ -23,12 +23,16 @@ from cnnrs.model.lowering import Lowered, lower
 Kind = tuple[str, str, str]
 NATIVE, EAGER = "native", "PyTorch"
 THREE, ONE, DEPTHWISE, OTHER = "3 x 3, stride 1", "1 x 1", "depthwise", "other convolutions"
-NORM, LINEAR, UPDATE, REST = "batch norm, sum, activation", "linear layers", "update", "rest"
+NORM, GATE = "batch norm, sum, activation", "squeeze and excitation"
+LINEAR, UPDATE, REST = "linear layers", "update", "rest"
 FORWARD, INPUT, WEIGHT, BOTH = "forward", "input gradient", "weight gradient", "both gradients"
-ORDER = [THREE, ONE, DEPTHWISE, OTHER, NORM, LINEAR, UPDATE]
+ORDER = [THREE, ONE, DEPTHWISE, OTHER, NORM, GATE, LINEAR, UPDATE]
 PARTS = [FORWARD, INPUT, WEIGHT, BOTH, "backward", ""]
 #: The beginnings of the names of native kernels.
-KERNELS = {"conv3x3": THREE, "conv1x1": ONE, "pointwise": ONE, "depthwise": DEPTHWISE, "batch_norm": NORM}
+KERNELS = {
+    "conv3x3": THREE, "conv1x1": ONE, "depthwise": DEPTHWISE, "squeeze": GATE, "batch_norm": NORM, "moments": NORM,
+    "finish": NORM,
+}  # fmt: skip
 STEP = "whole step"
 
 
@@ -57,7 +61,8 @@ class Profile:
                 "not. GFLOP: what the direct algorithm takes; share of the machine: of "
                 f"{show(self.peak / 1e9)} GFLOP/s, PyTorch's product of two 2048 x 2048 matrices here. Winograd's "
                 "algorithm takes a quarter of the products, so it may exceed 100 %. PyTorch computes both gradients of "
-                "a convolution in one operation. Of the rest, the operations that take most.",
+                "a convolution in one operation; native 1 x 1 and depthwise convolutions do, too, and have the batch "
+                "norms around them in their time. Of the rest, the operations that take most.",
                 "",
                 *(line for found in self.found for line in self._lines(*found)),
             ]
@@ -133,7 +138,7 @@ def _named_kernels() -> Iterator[None]:
 
         def __getattr__(self, name: str) -> Any:
             found = getattr(self._kernels, name)
-            return _recorded(f"{NATIVE}::{name}", found) if callable(found) else found
+            return _recorded(name, found) if callable(found) else found
 
     with patch.object(_cnnrs, "Kernels", Named):
         yield
@@ -141,10 +146,20 @@ def _named_kernels() -> Iterator[None]:
 
 def _recorded(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
     def inner(*arguments: Any) -> Any:
-        with record_function(name):
+        with record_function(f"{NATIVE}::{_named(name, arguments)}"):
             return run(*arguments)
 
     return inner
+
+
+def _named(name: str, arguments: tuple[Any, ...]) -> str:
+    """One kernel's convolutions are of two kinds."""
+    if not name.startswith("convolution"):
+        return name
+    what = "conv1x1" if arguments[3].shape[2] == 1 else "depthwise"
+    if name == "convolution":
+        return what
+    return f"{what}_weight" if arguments[-1]["input"] is None else f"{what}_both"
 
 
 def _add(event: Any, seconds: dict[Kind, float], depthwise: bool) -> None:
@@ -160,7 +175,7 @@ def _add(event: Any, seconds: dict[Kind, float], depthwise: bool) -> None:
         own = event.time_range.elapsed_us() - sum(child.time_range.elapsed_us() for child in event.cpu_children)
         seconds[REST, event.name.split("evaluate_function: ")[-1].removeprefix("aten::"), EAGER] += own / 1e6
     for child in event.cpu_children:
-        _add(child, seconds, depthwise or event.name == "_DepthwiseBackward")
+        _add(child, seconds, depthwise or event.name == "DepthwiseFiltersBackward")
 
 
 def _kind(event: Any, depthwise: bool) -> Kind | None:
@@ -187,8 +202,9 @@ def _kind(event: Any, depthwise: bool) -> Kind | None:
 
 def _native_kind(name: str) -> Kind:
     what = next((what for begin, what in KERNELS.items() if name.startswith(begin)), name)
-    end = re.search(r"_(input|weight|backward)$", name)
-    part = {"input": INPUT, "weight": WEIGHT, "backward": "backward"}[end[1]] if end else FORWARD
+    end = re.search(r"_(input|weight|both|backward)$", name)
+    parts = {"input": INPUT, "weight": WEIGHT, "both": BOTH, "backward": "backward"}
+    part = "backward" if name == "finish" else parts[end[1]] if end else FORWARD
     return what, part, NATIVE
 
 
@@ -222,4 +238,5 @@ def _work(lowered: Lowered, kernels: Kernels, images: torch.Tensor) -> dict[Kind
         if number in native:
             for part in (FORWARD, INPUT, WEIGHT):
                 work[what, part, NATIVE] += flops
+            work[what, BOTH, NATIVE] += 2.0 * flops
     return work

@@ -35,7 +35,8 @@ def small() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1),
         nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32), nn.SiLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+        nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
     )  # fmt: skip
 
 
@@ -53,7 +54,15 @@ def test_a_profile_names_every_kind_of_operation(benches: Any, monkeypatch: pyte
         for what in ("1 x 1", "other convolutions", "linear layers")
         for part in ("forward", "both gradients")
     }
-    wanted = conv | norm | depthwise | theirs | {("depthwise", "weight gradient", "native"), ("update", "", "PyTorch")}
+    fused = {(what, part, "native") for what in ("1 x 1", "depthwise") for part in ("forward", "both gradients")}
+    wanted = (
+        conv
+        | norm
+        | depthwise
+        | theirs
+        | fused
+        | {("depthwise", "weight gradient", "native"), ("update", "", "PyTorch")}
+    )
     assert {kind for kind in kinds if kind[0] != "rest"} == wanted
     # Forward: 2 x 9 x 16 x 16 per pixel of four images of 8 x 8.
     assert [row[5] for row in rows if row[0] == "| 3 x 3, stride 1"] == ["0.00118"] * 3
