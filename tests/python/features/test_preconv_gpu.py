@@ -13,7 +13,7 @@ from torch import nn
 import cnnrs
 from cnnrs.engine.recording import WARM_UP
 from fake_cuda import FakeCuda
-from gpu_batches import TRANSFORM, Large, batches, layers, preconv
+from gpu_batches import TRANSFORM, Large, batches, layers, preconv, rows
 
 DEVICES = ["cuda:0", "cuda:1"]
 
@@ -27,8 +27,7 @@ def waits(cuda: FakeCuda) -> list[str]:
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("engine", ["auto", "python"])
 def test_rows_have_landed(fake_cuda: FakeCuda, tmp_path: Path, device: str, stored: bool, engine: Any) -> None:
-    with torch.no_grad():
-        expected = torch.cat([layers().eval()(images) for images, _ in batches()])
+    expected = rows(layers(), batches())
     found = preconv(batches(), layers().to(device), out=tmp_path / "f" if stored else None, engine=engine)
     assert torch.equal(found.features, expected)
 
@@ -245,8 +244,8 @@ def test_low_precision_is_autocast_with_weights_cast_once(
 ) -> None:
     model = layers().cuda()
     before = [(p.data_ptr(), p.dtype, p.stride()) for p in model.parameters()]
-    with torch.no_grad(), torch.autocast("cpu", kind):
-        expected = torch.cat([layers().eval()(images) for images, _ in batches()])
+    with torch.autocast("cpu", kind):
+        expected = rows(layers(), batches())
     fake_cuda.launches.clear()
     found = preconv(batches(), model, precision=precision, engine=engine)
     assert found.features.dtype == kind and torch.equal(found.features, expected)
@@ -279,10 +278,11 @@ def test_a_module_is_on_the_device_for_the_time_of_the_call(fake_cuda: FakeCuda)
     assert set(places) == {(torch.device("cuda:1"), torch.device("cuda:1"))}
     assert [(id(t), t.data_ptr()) for t in (*model.parameters(), *model.buffers())] == before
     assert {t.device.type for t in model.state_dict().values()} == {"cpu"} and model.calls == 7
-    assert torch.equal(found.features, preconv(batches(), model, engine="python").features)
+    assert torch.equal(found.features, rows(model.layers, batches()))
     # And from there to the CPU.
     on_gpu = layers().cuda()
-    assert torch.equal(preconv(batches(), on_gpu, device="cpu", engine="python").features, found.features)
+    on_cpu = preconv(batches(), layers(), engine="python").features
+    assert torch.equal(preconv(batches(), on_gpu, device="cpu", engine="python").features, on_cpu)
     assert next(on_gpu.parameters()).is_cuda
 
 
@@ -292,7 +292,7 @@ def test_a_store_is_the_same_on_any_device(fake_cuda: FakeCuda, folder: Path, tm
     for device in ("cuda:1", None, "cuda:0"):
         found = preconv(data, model, out=tmp_path / "f", device=device, verbose=True)
         assert ("nothing to compute" in capsys.readouterr().out) == (device != "cuda:1")
-    assert found.body is model and torch.equal(found.features, preconv(data, model, engine="python").features)
+    assert found.body is model and torch.equal(found.features, rows(model, cnnrs.DataLoader(data, batch_size=256)))
 
 
 @pytest.mark.parametrize("device", [None, "cuda:1"])
@@ -332,13 +332,13 @@ def test_a_data_set_and_a_name(fake_cuda: FakeCuda, folder: Path, monkeypatch: p
 
 def test_bytes_of_the_users_loader_cross_too(fake_cuda: FakeCuda, folder: Path, monkeypatch: Any) -> None:
     loader = cnnrs.DataLoader(cnnrs.ImageFolder(folder, TRANSFORM), batch_size=8)
-    expected = preconv(loader, layers(), engine="python")
+    expected = rows(layers(), loader)
     made = []
     real = cnnrs.data.mover.finish_on
     monkeypatch.setattr("cnnrs.data.mover.finish_on", lambda *a: made.append(a) or real(*a))
     found = preconv(loader, layers().cuda())
     assert len(made) == 1 and loader.device is None
-    assert torch.equal(found.features, expected.features)
+    assert torch.equal(found.features, expected)
 
 
 @pytest.mark.parametrize("device, words", [

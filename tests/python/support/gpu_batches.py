@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +26,14 @@ def layers() -> nn.Module:
 def batches(count: int = 7, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [(torch.randn(size, 3, 24, 24, generator=generator), torch.arange(size)) for _ in range(count)]
+
+
+def rows(model: nn.Module, data: Iterable[tuple[torch.Tensor, Any]]) -> torch.Tensor:
+    """What the CPU makes of batches in the order of memory that a GPU gets: on some processors its last bits are others."""
+    last: Any = torch.channels_last
+    model = copy.deepcopy(model).eval().to(memory_format=last)
+    with torch.no_grad():
+        return torch.cat([model(images.contiguous(memory_format=last)) for images, _ in data])
 
 
 def preconv(data: Any, model: Any, **options: Any) -> cnnrs.Features:
