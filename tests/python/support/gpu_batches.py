@@ -29,7 +29,7 @@ def batches(count: int = 7, size: int = 4) -> list[tuple[torch.Tensor, torch.Ten
 
 
 def rows(model: nn.Module, data: Iterable[tuple[torch.Tensor, Any]]) -> torch.Tensor:
-    """What the CPU makes of batches in the order of memory that a GPU gets: on some processors its last bits are others."""
+    """What the CPU makes of batches in the order of memory a GPU gets, which on some processors has other last bits."""
     last: Any = torch.channels_last
     model = copy.deepcopy(model).eval().to(memory_format=last)
     with torch.no_grad():
