@@ -74,7 +74,7 @@ pub fn activate<V: Lanes>(function: Activate, x: V) -> V {
     }
 }
 
-/// The functions that [`derive`] knows, `x` for others: less code than [`activate`].
+/// The functions that [`derive()`] knows, `x` for others: less code than [`activate`].
 #[inline(always)]
 pub fn activate_derivable<V: Lanes>(function: Activate, x: V) -> V {
     match function {
