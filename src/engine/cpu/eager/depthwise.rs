@@ -7,6 +7,7 @@ use std::ops::Range;
 use super::depthwise_rows::{Cut, Reader, Ring, Share};
 use super::depthwise_taps::{Row, Taps};
 use super::late::{Moments, Values};
+use super::rows::all_moments;
 use super::{Address, Shape, Workspace};
 use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
@@ -55,7 +56,7 @@ impl Depthwise {
         let width = (output.size[1] - 1) * self.stride + self.kernel;
         let cut = Cut::new(self, workspace.threads.workers(), |step| Ring::floats(rows(step), width, 1));
         let ring = Ring::floats(rows(cut.step), width, cut.widest());
-        let (filters, slots) = (self.taps() * cut.width(), cut.parts() * 2 * cut.width());
+        let (filters, slots) = (self.taps() * cut.channels.padded(), cut.parts() * 2 * cut.channels.padded());
         let workers = workspace.threads.workers();
         let weights = Address(workspace.memory(filters + workers * ring + slots)?);
         let job = Job {
@@ -74,15 +75,8 @@ impl Depthwise {
         workspace.threads.run(job.cut.tasks(), &|task, worker| job.run(task, worker))?;
         if let (Some(moments), Some(slots)) = (moments, job.slots) {
             // SAFETY: all tasks have filled theirs.
-            let slots = unsafe { std::slice::from_raw_parts(slots.0, cut.parts() * 2 * cut.width()) };
-            let parts = slots.chunks_exact(2 * cut.width()).enumerate().map(|(part, slot)| {
-                let (mean, square) = slot.split_at(cut.width());
-                (cut.rows(part).len() * output.size[1], mean, square)
-            });
-            *moments = Moments::of_parts(cut.width(), parts);
-            for of in [&mut moments.mean, &mut moments.var] {
-                of.drain(cut.twice());
-            }
+            let slots = unsafe { std::slice::from_raw_parts(slots.0, cut.parts() * 2 * cut.channels.padded()) };
+            *moments = all_moments(cut.channels, slots, |part| cut.rows(part).len() * output.size[1]);
         }
         Ok(())
     }
@@ -98,8 +92,8 @@ impl Depthwise {
     pub(super) unsafe fn arrange(&self, cut: &Cut, weight: &[f32], to: Address, place: impl Fn(usize) -> usize) {
         let taps = self.taps();
         for tap in 0..taps {
-            for block in 0..cut.blocks() {
-                let from = &weight[cut.start(block) * taps..][..LANES * taps];
+            for block in 0..cut.channels.blocks() {
+                let from = &weight[cut.channels.start(block) * taps..][..LANES * taps];
                 let to = to.at((block * taps + place(tap)) * LANES);
                 for lane in 0..LANES {
                     // SAFETY: the caller's promise.
@@ -181,7 +175,7 @@ impl Job<'_> {
                 // SAFETY: the ring's rows are long enough; nobody else writes these outputs.
                 unsafe { row.compute(self.isa) };
                 if let Some(slots) = self.slots {
-                    let mean = slots.at(part * 2 * cut.width());
+                    let mean = slots.at(part * 2 * cut.channels.padded());
                     let (blocks, width) = (blocks.clone(), output.size[1]);
                     self.measure(Measure { cut, blocks, y: to, width, rows: oy - rows.start, mean });
                 }
@@ -218,27 +212,27 @@ impl Kernel for Measure<'_> {
         let share = 1.0 / (rows + 1) as f32;
         let between = V::splat((width * rows) as f32 * share);
         for block in self.blocks {
-            let y = self.y.wrapping_add(cut.start(block));
+            let y = self.y.wrapping_add(cut.channels.start(block));
             let mean = self.mean.wrapping_add(block * LANES);
-            let square = mean.wrapping_add(cut.width());
+            let square = mean.wrapping_add(cut.channels.padded());
             // SAFETY: the row is inside the images, and the part has a slot, filled by the rows before.
             unsafe {
                 let mut about = V::splat(0.0);
                 for x in 0..first {
-                    about = about.add(V::load(y.wrapping_add(x * cut.channels)));
+                    about = about.add(V::load(y.wrapping_add(x * cut.channels.0)));
                 }
                 let about = about.mul(V::splat(1.0 / first as f32));
                 // Two sums, neither of which waits for the other.
                 let (mut sums, mut squares) = ([V::splat(0.0); 2], [V::splat(0.0); 2]);
                 for x in (0..width / 2 * 2).step_by(2) {
                     for (r, (sum, square)) in sums.iter_mut().zip(&mut squares).enumerate() {
-                        let delta = V::load(y.wrapping_add((x + r) * cut.channels)).sub(about);
+                        let delta = V::load(y.wrapping_add((x + r) * cut.channels.0)).sub(about);
                         *sum = sum.add(delta);
                         *square = delta.mul_add(delta, *square);
                     }
                 }
                 if !width.is_multiple_of(2) {
-                    let delta = V::load(y.wrapping_add((width - 1) * cut.channels)).sub(about);
+                    let delta = V::load(y.wrapping_add((width - 1) * cut.channels.0)).sub(about);
                     sums[0] = sums[0].add(delta);
                     squares[0] = delta.mul_add(delta, squares[0]);
                 }

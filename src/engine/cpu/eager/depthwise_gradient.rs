@@ -55,8 +55,8 @@ impl Depthwise {
         let cut = Cut::new(self, workers, |step| floats(step, 1));
         let ring = floats(cut.step, cut.widest());
         // Every part's gradients of the filters, and its two sums.
-        let slot = (if for_filters { taps } else { 0 } + 2) * cut.width();
-        let arranged = taps * cut.width();
+        let slot = (if for_filters { taps } else { 0 } + 2) * cut.channels.padded();
+        let arranged = taps * cut.channels.padded();
         let memory = Address(workspace.memory(arranged + workers * ring + cut.parts() * slot)?);
         let slots = Address(memory.at(arranged + workers * ring));
         let [g_rows, a_rows] = rows(cut.step);
@@ -87,25 +87,30 @@ impl Depthwise {
         let slots = unsafe { std::slice::from_raw_parts(slots.0, cut.parts() * slot) };
         if let Some(sums) = sums {
             let part = |at: usize| {
-                slots.chunks_exact(slot).map(move |slot| &slot[slot.len() - at * cut.width()..][..cut.width()])
+                slots
+                    .chunks_exact(slot)
+                    .map(move |slot| &slot[slot.len() - at * cut.channels.padded()..][..cut.channels.padded()])
             };
-            *sums = Sums { plain: total(cut.width(), part(2)), product: total(cut.width(), part(1)) };
+            *sums =
+                Sums { plain: total(cut.channels.padded(), part(2)), product: total(cut.channels.padded(), part(1)) };
             for of in [&mut sums.plain, &mut sums.product] {
                 of.drain(cut.twice());
             }
         }
         if let Some(dweight) = dweight {
             let to = Address(dweight.as_mut_ptr());
-            workspace.threads.run(cut.blocks(), &|block, _| {
+            workspace.threads.run(cut.channels.blocks(), &|block, _| {
                 for tap in 0..taps {
                     let sums = total(
                         LANES,
-                        slots.chunks_exact(slot).map(|slot| &slot[tap * cut.width() + block * LANES..][..LANES]),
+                        slots
+                            .chunks_exact(slot)
+                            .map(|slot| &slot[tap * cut.channels.padded() + block * LANES..][..LANES]),
                     );
                     for (at, sum) in (block * LANES..).zip(sums) {
                         if !cut.twice().contains(&at) {
                             // SAFETY: a filter's tap, whose number `differentiate` has compared; no other task has it.
-                            unsafe { to.at((cut.start(block) + at % LANES) * taps + tap).write(sum as f32) };
+                            unsafe { to.at((cut.channels.start(block) + at % LANES) * taps + tap).write(sum as f32) };
                         }
                     }
                 }
@@ -218,8 +223,8 @@ impl Job<'_> {
         unsafe {
             g.clear(out_width);
             a.clear(inner);
-            for sum in 0..self.slot / cut.width() {
-                let of_task = slot.wrapping_add(sum * cut.width() + blocks.start * LANES);
+            for sum in 0..self.slot / cut.channels.padded() {
+                let of_task = slot.wrapping_add(sum * cut.channels.padded() + blocks.start * LANES);
                 of_task.write_bytes(0, blocks.len() * LANES);
             }
         }
@@ -315,7 +320,7 @@ impl Job<'_> {
         }
         if let Some(norm) = norm {
             // The slot's last two.
-            let sums = slot.wrapping_add(self.slot - 2 * cut.width());
+            let sums = slot.wrapping_add(self.slot - 2 * cut.channels.padded());
             let x = self.values.x.wrapping_add(at);
             self.begin(Begin { norm, cut, blocks, width, da: waiting, x, dx, sums });
         }
@@ -347,15 +352,15 @@ impl Kernel for Begin<'_> {
         // Through memory in its order, or nearly so.
         for first in (0..width).step_by(STRIP) {
             for (at, block) in self.blocks.clone().enumerate() {
-                let start = cut.start(block);
+                let start = cut.channels.start(block);
                 let plain = self.sums.wrapping_add(block * LANES);
-                let product = plain.wrapping_add(cut.width());
+                let product = plain.wrapping_add(cut.channels.padded());
                 // SAFETY: the promise to `Job::input`.
                 unsafe {
                     let norm = self.norm.lanes::<V>(start);
                     let (mut s, mut t) = (V::splat(0.0), V::splat(0.0));
                     for x in first..width.min(first + STRIP) {
-                        let place = x * cut.channels + start;
+                        let place = x * cut.channels.0 + start;
                         let da = V::load(self.da.wrapping_add((at * width + x) * LANES));
                         let [centred, dz] = norm.derivative(V::load(self.x.wrapping_add(place)), da);
                         ahead::<V>(self.dx.wrapping_add(place));
@@ -433,7 +438,7 @@ impl<const T: usize, const S: usize> Kernel for FiltersOfSize<'_, T, S> {
                     }
                 }
                 for (kx, sum) in sums.iter().enumerate() {
-                    let to = to.wrapping_add((first + kx) * cut.width() + block * LANES);
+                    let to = to.wrapping_add((first + kx) * cut.channels.padded() + block * LANES);
                     // SAFETY: the promise to `Filters::add`.
                     unsafe { V::load(to).add(*sum).store(to) };
                 }

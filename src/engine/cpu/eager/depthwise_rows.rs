@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::depthwise::Depthwise;
 use super::late::{Derivative, Late, Norm, Values};
+use super::rows::Channels;
 use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 
@@ -19,7 +20,7 @@ const TASKS: usize = 8;
 /// A task is a band of output rows of an image, of a group of blocks of channels.
 #[derive(Debug, Clone, Copy)]
 pub struct Cut {
-    pub channels: usize,
+    pub channels: Channels,
     height: usize,
     bands: usize,
     images: usize,
@@ -39,12 +40,13 @@ pub struct Share {
 impl Cut {
     /// `floats`: what a block of channels takes in the cache if that many output rows are computed together.
     pub fn new(conv: &Depthwise, workers: usize, floats: impl Fn(usize) -> usize) -> Self {
-        let ([height, width], channels, images) = (conv.output().size, conv.input.channels, conv.input.images);
+        let ([height, width], channels, images) =
+            (conv.output().size, Channels(conv.input.channels), conv.input.images);
         let step = LONG.div_ceil(width).min(height);
         let wanted = TASKS * workers;
         let bands = wanted.div_ceil(images.max(1)).clamp(1, height.div_ceil(2 * conv.kernel));
         let mut cut = Self { channels, height, bands, images, groups: 1, step };
-        let for_cache = (cut.blocks() * floats(step)).div_ceil(CACHE);
+        let for_cache = (cut.channels.blocks() * floats(step)).div_ceil(CACHE);
         // Two blocks at least: of each pixel's channels, whole cache lines in a row.
         let for_workers = wanted.div_ceil((images * bands).max(1)).min(cut.units() / 2);
         cut.groups = for_cache.max(for_workers).clamp(1, cut.units());
@@ -69,26 +71,10 @@ impl Cut {
         Share { part, image: part / self.bands, rows: self.rows(part), blocks: self.group(group) }
     }
 
-    pub fn blocks(&self) -> usize {
-        self.channels.div_ceil(LANES)
-    }
-
-    /// The channel that a block begins with.
-    #[inline(always)]
-    pub fn start(&self, block: usize) -> usize {
-        (block * LANES).min(self.channels - LANES)
-    }
-
-    /// Floats of all blocks behind each other.
-    #[inline(always)]
-    pub fn width(&self) -> usize {
-        self.blocks() * LANES
-    }
-
     /// What the last two blocks both have, of all blocks behind each other.
     pub fn twice(&self) -> Range<usize> {
-        let last = self.width() - LANES;
-        last..last + self.width() - self.channels
+        let last = self.channels.padded() - LANES;
+        last..last + self.channels.twice()
     }
 
     /// Blocks of the largest group.
@@ -98,12 +84,12 @@ impl Cut {
 
     /// Blocks, of which the last two, if they overlap, are one: what they both write is then one thread's.
     fn units(&self) -> usize {
-        (self.channels / LANES).max(1)
+        (self.channels.0 / LANES).max(1)
     }
 
     fn group(&self, group: usize) -> Range<usize> {
         let [start, end] = [group, group + 1].map(|group| self.units() * group / self.groups);
-        start..if end == self.units() { self.blocks() } else { end }
+        start..if end == self.units() { self.channels.blocks() } else { end }
     }
 }
 
@@ -250,11 +236,11 @@ impl Kernel for Read<'_> {
         for x in (0..width).step_by(STRIP) {
             let pixels = STRIP.min(width - x);
             for block in self.blocks.clone() {
-                let start = cut.start(block);
-                let from = self.from + x * cut.channels + start;
+                let start = cut.channels.start(block);
+                let from = self.from + x * cut.channels.0 + start;
                 let to = to.wrapping_add((block - self.blocks.start) * ring.block() + x * LANES);
                 // SAFETY: the promise to `Reader::read`.
-                unsafe { reader.strip::<V>(from, cut.channels, start, to, pixels) };
+                unsafe { reader.strip::<V>(from, cut.channels.0, start, to, pixels) };
             }
         }
     }

@@ -99,7 +99,7 @@ impl<const T: usize, const S: usize> OfSize<'_, T, S> {
         for (at, block) in row.blocks.clone().enumerate() {
             let place = match row.block {
                 Some(floats) => at * floats,
-                None => row.cut.start(block),
+                None => row.cut.channels.start(block),
             };
             let to = row.to.wrapping_add(x * row.pixel + place);
             // SAFETY: the caller's promise.
