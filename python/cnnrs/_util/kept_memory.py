@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process while a training runs, instead of going back to the system."""
+"""Memory that is freed stays with the process from step to step and from epoch to epoch, then goes back."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ _KEPT = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
 #: again.
 _USUAL = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 64 << 20))
 
+#: Seconds behind the last use: validation, or the next epoch, begins sooner, and wants the same memory.
+LINGERS = 2.0
+
 _LOCK = threading.Lock()
 _users = 0
+_lingering: threading.Timer | None = None
 
 
 @contextmanager
 def kept_memory(wanted: bool = True) -> Iterator[None]:
-    """Inside, what is freed is used again; behind the last one it goes back to the system.
+    """Inside, what is freed is used again; a moment behind the last one it goes back to the system.
 
     Every step of a network takes and frees the same activations and gradients. glibc gives large blocks back at once,
     so each step pays for new, zeroed pages: up to a sixth of a step of mobilenet_v3_large at 224 x 224. Does nothing
@@ -43,14 +47,53 @@ def kept_memory(wanted: bool = True) -> Iterator[None]:
 
 
 def _count(malloc: Any, change: int) -> None:
-    global _users
+    global _users, _lingering
     with _LOCK:
+        if change < 0 and _users == 0:
+            return  # It began in the parent of this process.
         _users += change
-        if change > 0 and _users == 1:
+        if _lingering is not None:
+            _lingering.cancel()
+            _lingering = None
+        elif _users == 1 and change > 0:
             _set(malloc, _KEPT)
-        elif _users == 0:
-            _set(malloc, _USUAL)
-            malloc.malloc_trim(0)
+        if _users == 0:
+            _lingering = threading.Timer(LINGERS, _give_back, (malloc,))
+            # Nobody waits for it at the end of the program.
+            _lingering.daemon = True
+            try:
+                _lingering.start()
+            except RuntimeError:
+                # No more threads: the program ends, or the system has a limit.
+                _lingering = None
+                _free(malloc)
+
+
+def _give_back(malloc: Any) -> None:
+    global _lingering
+    with _LOCK:
+        # Cancelled when it had begun: another one will come.
+        if _lingering is threading.current_thread():
+            _lingering = None
+            _free(malloc)
+
+
+def _free(malloc: Any) -> None:
+    _set(malloc, _USUAL)
+    malloc.malloc_trim(0)
+
+
+def _in_a_fork() -> None:
+    """Whoever uses it, and the thread that would give memory back, are in the parent."""
+    global _LOCK, _users, _lingering
+    malloc = _malloc() if _users or _lingering is not None else None
+    _LOCK, _users, _lingering = threading.Lock(), 0, None
+    if malloc is not None:
+        _set(malloc, _USUAL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_fork)
 
 
 def _set(malloc: Any, options: tuple[tuple[int, int], ...]) -> None:

@@ -14,7 +14,6 @@ from torch import nn
 import cnnrs
 import tutorial
 import which_engine
-from cnnrs._util import kept_memory
 from cnnrs.engine import memory_order
 
 LAST: Any = torch.channels_last
@@ -290,11 +289,3 @@ def test_torchvisions_networks_may_be_tried(name: str) -> None:
             return self.body(x).relu()  # type: ignore[no-any-return]
 
     assert memory_order.obstacle(Own()) is None
-
-
-def test_freed_memory_is_kept_within_only() -> None:
-    with kept_memory.kept_memory(), kept_memory.kept_memory():
-        assert kept_memory._users in (0, 2)
-    with pytest.raises(ValueError, match="x"), kept_memory.kept_memory():
-        raise ValueError("x")
-    assert kept_memory._users == 0

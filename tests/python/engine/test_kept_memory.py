@@ -1,0 +1,96 @@
+"""Memory that steps free is used again by the next ones, and goes back to the system when no more come."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cnnrs._util import kept_memory
+
+
+def test_freed_memory_is_kept_within_only() -> None:
+    with kept_memory.kept_memory(), kept_memory.kept_memory():
+        assert kept_memory._users in (0, 2)
+    with pytest.raises(ValueError, match="x"), kept_memory.kept_memory():
+        raise ValueError("x")
+    assert kept_memory._users == 0
+
+
+@pytest.mark.skipif(kept_memory._malloc() is None, reason="another C library, or its malloc is set up by the user")
+class TestFreedMemory:
+    """What was freed inside goes back to the system a moment later, unless somebody wants it again."""
+
+    @pytest.fixture(autouse=True)
+    def soon(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setattr(kept_memory, "LINGERS", 0.3)
+        yield
+        wait_until(lambda: kept_memory._lingering is None)
+
+    def test_lingers(self) -> None:
+        before = resident()
+        with kept_memory.kept_memory():
+            blocks = [torch.ones(1 << 20) for _ in range(50)]
+            del blocks
+        assert resident() - before > 150
+        with kept_memory.kept_memory():
+            time.sleep(0.5)
+        assert resident() - before > 150
+        wait_until(lambda: resident() - before < 50)
+
+    @pytest.mark.parametrize("within", [False, True])
+    def test_is_no_matter_of_a_forked_process(self, within: bool) -> None:
+        with kept_memory.kept_memory():
+            if within:
+                child = forked()
+        if not within:
+            child = forked()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def test_goes_back_at_once_without_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(_: threading.Timer) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Timer, "start", refuse)
+        before = resident()
+        with kept_memory.kept_memory():
+            blocks = [torch.ones(1 << 20) for _ in range(50)]
+            del blocks
+        assert resident() - before < 50 and kept_memory._users == 0
+
+
+def forked() -> int:
+    """A child process that frees a block; it ends with 0 where that goes back to the system."""
+    with warnings.catch_warnings():
+        # Threads of PyTorch's: the child computes nothing.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        before = resident()
+        block = np.ones(25 << 20, np.float32)
+        held = resident() - before
+        del block
+        left = resident() - before
+        # By an exception, out of what the parent has begun.
+        kept_memory._count(kept_memory._malloc(), -1)
+        os._exit(0 if held > 90 and left < 10 and kept_memory._users == 0 else 1)
+    return child
+
+
+def resident() -> float:
+    """MiB of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
