@@ -79,10 +79,12 @@ pub enum Op {
         channels: bool,
         inplace: bool,
     },
-    /// In training: drops samples, or (not `rows`) the whole batch; torchvision's.
+    /// In training: drops samples, or (not `rows`) the whole batch; torchvision's. With `keep`, 1 - p, as
+    /// `x / keep * floor(keep + rand)` with one uniform number per sample.
     StochasticDepth {
         p: f64,
         rows: bool,
+        keep: Option<f64>,
     },
     Flatten {
         start: i64,

@@ -70,6 +70,8 @@ fn output(graph: &Graph, node: &Node, known: &[Shape], input: &[usize]) -> Resul
                 [h, w] => Ok(vec![n, c, h, w]),
             }
         }
+        // Its draw has four dimensions, so any other value would become one of four.
+        Op::StochasticDepth { keep: Some(_), .. } => image(node, from(0)?).map(|size| size.to_vec()),
         Op::Activation { .. } | Op::Dropout { .. } | Op::StochasticDepth { .. } => Ok(from(0)?.clone()),
         Op::Softmax { dim, .. } => {
             let shape = from(0)?;

@@ -165,7 +165,7 @@ const OPERATIONS: &Names<fn(&Attributes<'_, '_>) -> PyResult<Op>> = &[
             inplace: a.get("inplace")?,
         })
     }),
-    ("StochasticDepth", |a| Ok(Op::StochasticDepth { p: a.get("p")?, rows: a.get("rows")? })),
+    ("StochasticDepth", |a| Ok(Op::StochasticDepth { p: a.get("p")?, rows: a.get("rows")?, keep: a.get("keep")? })),
     ("Flatten", |a| Ok(Op::Flatten { start: a.get("start")?, end: a.get("end")? })),
     ("View", |a| {
         Ok(Op::Reshape { dims: a.get::<Vec<Bound<'_, PyAny>>>("dims")?.iter().map(dim).collect::<PyResult<_>>()? })

@@ -107,7 +107,13 @@ fn apply(node: &Node, tensors: &[Tensor], values: &[Option<Tensor>]) -> Result<T
                 (true, true) => x.f_feature_dropout_(*p, *training)?,
             }
         }
-        Op::StochasticDepth { p, rows } => {
+        Op::StochasticDepth { keep: Some(keep), .. } => {
+            let mut size = vec![1; x.dim()];
+            size[0] = x.size()[0];
+            let samples = Tensor::f_rand(size.as_slice(), (x.kind(), x.device()))?;
+            x.f_div_scalar(*keep)?.f_mul(&samples.f_add_scalar(*keep)?.f_floor()?)?
+        }
+        Op::StochasticDepth { p, rows, keep: None } => {
             // As torchvision draws.
             let mut size = vec![1; x.dim()];
             if *rows {

@@ -331,11 +331,9 @@ class _Rest:
             ArithmeticError: native kernels do not do what PyTorch does.
         """
         generators, tensors = Generators(), self._copied()
-        sample, whole = self.sample, self._front.whole
-        if sample is not None and torch.equal(sample.inputs, features):
-            whole = without_dropout(whole)
-        else:
-            sample = None
+        # In another order of memory the same random numbers would drop others.
+        whole = without_dropout(self._front.whole)
+        sample = self.sample if self.sample is not None and torch.equal(self.sample.inputs, features) else None
         outputs = self._computed(whole, features, tensors)
         if self._check and features.isfinite().all():
             # The same random numbers.

@@ -18,7 +18,7 @@ from torch import nn
 from cnnrs._util.generators import Generators
 from cnnrs.engine.derivatives import same_derivatives
 from cnnrs.engine.guarded import Again, Closed, Guarded, looks
-from cnnrs.engine.twins import attributes, changed, copied, without_dropout, written
+from cnnrs.engine.twins import attributes, changed, copied, draws_itself, without_dropout, written
 from cnnrs.model.lowering import Lowered
 from cnnrs.model.player import play
 
@@ -30,10 +30,17 @@ Context = Callable[[torch.device], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Sample:
-    """A few samples, and what module and operations alike make of them with dropout off, their weights as they are."""
+    """A few samples, and what module and operations alike make of them with dropout off, their weights as they are.
+
+    Attributes:
+        inputs: (N, ...).
+        outputs: of these samples.
+        is_drawn: they are one draw of many.
+    """
 
     inputs: torch.Tensor
     outputs: torch.Tensor
+    is_drawn: bool
 
 
 def same_bits(
@@ -78,7 +85,8 @@ def _same_bits(
             generators.put_back()
     if guarded.touched or closed.touched:
         return None
-    if guarded.drew or type(theirs) is not torch.Tensor or changed(before, attributes(twin)):
+    draws = draws_itself(lowered)
+    if guarded.drew != draws or type(theirs) is not torch.Tensor or changed(before, attributes(twin)):
         return None
     if looks(list(shared.values())) != weights:
         return None
@@ -86,15 +94,19 @@ def _same_bits(
     fresh = {id(t): shared[id(t)] if id(t) in shared else t.detach().clone() for t in quiet.tensors}
     y = inputs.clone(memory_format=torch.contiguous_format)
     again = Again(guarded.products) if run is play else nullcontext()
-    with torch.set_grad_enabled(training), context(y.device), again:
-        ours = run(quiet, [fresh[id(t)] for t in quiet.tensors], y)
+    try:
+        with torch.set_grad_enabled(training), context(y.device), again:
+            ours = run(quiet, [fresh[id(t)] for t in quiet.tensors], y)
+    finally:
+        if draws:
+            generators.put_back()
     pairs = [(theirs.detach(), ours.detach()), (x, y)]
     pairs += [(b, fresh.get(id(a), a)) for a, b in zip(model.buffers(), twin.buffers(), strict=True)]
     if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs):
         return None
     if training and not same_derivatives(theirs, ours):
         return None
-    return Sample(inputs.clone(), theirs.detach())
+    return Sample(inputs.clone(), theirs.detach(), draws)
 
 
 def _is_shared(parameter: nn.Parameter) -> bool:

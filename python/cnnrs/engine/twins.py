@@ -12,7 +12,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cnnrs import _cnnrs
-from cnnrs.model.lowering import Lowered, is_stochastic_depth
+from cnnrs._records import Node
+from cnnrs.model.lowering import Lowered
+from cnnrs.model.stochastic_depth import is_stochastic_depth
 
 
 def copied(model: nn.Module, parameters: Mapping[int, nn.Parameter] | None = None) -> nn.Module:
@@ -93,10 +95,24 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def draws_itself(lowered: Lowered) -> bool:
+    """Whether forward draws in its own code, which nothing keeps from it: its operations draw the same then."""
+    return any(_is_own_draw(operation) for operation in lowered.operations)
+
+
+def _is_own_draw(operation: Node) -> bool:
+    _, kind, _, attributes = operation
+    return kind == "StochasticDepth" and attributes["keep"] is not None
+
+
+def _stays(operation: Node) -> bool:
+    return operation[1] not in ("Dropout", "StochasticDepth") or _is_own_draw(operation)
+
+
 def without_dropout(lowered: Lowered) -> Lowered:
-    """The same operations, none of which draws."""
+    """The same operations, none of which draws but where :func:`draws_itself` says so."""
     operations = [
-        (name, kind, inputs, {**attributes, "p": 0.0} if kind in ("Dropout", "StochasticDepth") else attributes)
+        (name, kind, inputs, attributes if _stays((name, kind, inputs, attributes)) else {**attributes, "p": 0.0})
         for name, kind, inputs, attributes in lowered.operations
     ]
     if operations == lowered.operations:

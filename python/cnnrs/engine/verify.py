@@ -25,7 +25,7 @@ from cnnrs._util.generators import Drawing, Generators
 from cnnrs._util.precision import uses_tf32
 from cnnrs.engine import companion
 from cnnrs.engine.same_bits import Run, Sample, same_bits
-from cnnrs.engine.twins import WithoutDropout, attributes, changed, copied, without_dropout
+from cnnrs.engine.twins import WithoutDropout, attributes, changed, copied, draws_itself, without_dropout
 from cnnrs.model.lowering import Lowered
 from cnnrs.model.operations import LAYERS
 from cnnrs.model.player import play
@@ -79,7 +79,7 @@ def differs(
         sample = same_bits(model, lowered, case.run, part[:2].detach(), training, case.context) if run is None else None
         if sample is not None:
             found[key] = None
-            if samples is not None:
+            if samples is not None and not sample.is_drawn:
                 samples.append(sample)
             return None
         decided, reason = case.verdict(part.detach(), last=len(part) == len(inputs))
@@ -174,7 +174,7 @@ class _Case:
                 generators.put_back()
         if not isinstance(output, torch.Tensor):
             raise _Unlike(f"it returns {type(output).__name__}, not one tensor")
-        if drawing.drew:
+        if drawing.drew and not draws_itself(self.lowered):
             raise _Unlike("it draws random numbers, and not for dropout")
         if others := changed(before, attributes(twin)):
             raise _Unlike(f"its forward changes {', '.join(others)}")
@@ -193,9 +193,13 @@ class _Case:
             id(t): t.detach().clone(memory_format=torch.contiguous_format).requires_grad_(t.requires_grad)
             for t in quiet.tensors
         }
-        x = inputs.clone(memory_format=torch.contiguous_format)
-        with torch.set_grad_enabled(self.training), self.context(x.device):
-            output = self.run(quiet, [fresh[id(t)] for t in quiet.tensors], x)
+        x, generators = inputs.clone(memory_format=torch.contiguous_format), Generators()
+        try:
+            with torch.set_grad_enabled(self.training), self.context(x.device):
+                output = self.run(quiet, [fresh[id(t)] for t in quiet.tensors], x)
+        finally:
+            if draws_itself(quiet):
+                generators.put_back()
         parameters = {name: fresh.get(id(p), p) for name, p in self.model.named_parameters()}
         buffers = {name: fresh.get(id(b), b) for name, b in self.model.named_buffers()}
         return _Outcome(output.detach(), x, buffers, self._gradients(output, parameters))

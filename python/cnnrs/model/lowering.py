@@ -20,6 +20,7 @@ from cnnrs._records import Attributes, Node, OpKind
 from cnnrs._util import plain
 from cnnrs.model.around import global_hooks
 from cnnrs.model.operations import BINARY, FUNCTIONS, INPLACE, LAYERS, METHODS, WEIGHTED, Unsupported
+from cnnrs.model.stochastic_depth import Draws, is_stochastic_depth
 from cnnrs.model.tracing import Memory, Recorder, Size, Standin, values
 
 
@@ -114,6 +115,7 @@ class _Lowering:
 
     def __post_init__(self) -> None:
         self._recorder = Recorder(self.model, self, self.gradients)
+        self._draws = Draws(self._recorder, self.nodes)
         self._layers = {module: name for name, module in reversed(list(self.model.named_modules()))}
         own = [*self.model.named_parameters(), *self.model.named_buffers()]
         self._own = {id(tensor): (name, tensor) for name, tensor in own}
@@ -124,14 +126,15 @@ class _Lowering:
             return self._run()
         finally:
             # A circle, in which the model would wait for the garbage collector.
-            del self._recorder
+            del self._recorder, self._draws
 
     def _run(self) -> Lowered:
         output = self._recorder.run()
         reasons = self._recorder.reasons
         node = None
+        self._attempt("forward", self._draws.check)
         if isinstance(output, Standin):
-            node = self._attempt("forward returns", lambda: self._read(output))
+            node = self._attempt("forward returns", lambda: self._read(self._tensor(output)))
         if node is None and not reasons:
             reasons.append("forward does not return one tensor")
         if node is None or reasons:
@@ -175,7 +178,7 @@ class _Lowering:
     def _layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Standin:
         if is_stochastic_depth(module):
             if module.training and getattr(module, "p", 1.0) > 0.0:
-                drops: Attributes = {"p": module.p, "rows": module.mode == "row"}
+                drops: Attributes = {"p": module.p, "rows": module.mode == "row", "keep": None}
                 return self._apply(name, "StochasticDepth", [self._tensor(args[0])], drops)
             return self._tensor(args[0])
         if type(module) not in LAYERS and type(module) is not nn.Identity:
@@ -194,7 +197,21 @@ class _Lowering:
         result = self._attempt(f"{name}()", lambda: self._call(target, name, list(args), dict(kwargs)))
         return result if result is not None else self._nothing()
 
+    def sized(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Standin:
+        drawn = self._draws.drawn(target, args, kwargs)
+        if drawn is None:
+            raise self._recorder.stop(f"{name}() makes a tensor of the batch's size")
+        return drawn
+
     def _call(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Standin:
+        dropped = self._draws.call(name, args, kwargs)
+        if isinstance(dropped, Standin):
+            return dropped
+        if dropped is not None:
+            x, keep = dropped
+            return self._apply(
+                self._unique("drop"), "StochasticDepth", [x], {"p": 1.0 - keep, "rows": True, "keep": keep}
+            )
         if any(isinstance(value, Standin) and value.node is None for value in values((args, kwargs))):
             raise Unsupported  # The reason has been given where the value is made.
         if target in WEIGHTED:
@@ -318,6 +335,7 @@ class _Lowering:
 
     def _tensor(self, argument: Any) -> Standin:
         if isinstance(argument, Standin):
+            self._draws.refuse(argument)
             return argument
         if isinstance(argument, torch.Tensor):
             own = self._own_name(argument)
@@ -360,11 +378,6 @@ _KEEP_THEIR_RESULT = frozenset(
 )
 #: One of them that engine ``torch`` computes from its input instead, so that it would not notice.
 _KEEP_THEIR_INPUT = frozenset({"LeakyReLU_"})
-
-
-def is_stochastic_depth(module: nn.Module) -> bool:
-    """Whether it is torchvision's layer, which is no torch layer."""
-    return type(module).__module__.startswith("torchvision.ops") and type(module).__name__ == "StochasticDepth"
 
 
 def _kind(kind: OpKind, attributes: Attributes) -> str:

@@ -167,6 +167,10 @@ def _dropout(o: _Operation) -> torch.Tensor:
 
 
 def _stochastic_depth(o: _Operation) -> torch.Tensor:
+    if o["keep"] is not None:
+        samples = torch.rand([len(o.x), 1, 1, 1], dtype=o.x.dtype, device=o.x.device)
+        kept: torch.Tensor = o.x / o["keep"] * torch.floor(o["keep"] + samples)
+        return kept
     # As torchvision.ops.stochastic_depth.
     if o["p"] == 0.0:
         return o.x

@@ -159,6 +159,9 @@ class Lowering(Protocol):
     def call(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A function (or, by name, a method) of at least one stand-in."""
 
+    def sized(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A function that makes a tensor of the batch's size, of no stand-in."""
+
     def layer(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         """A module that is not walked through."""
 
@@ -265,7 +268,7 @@ class Recorder(TorchFunctionMode):
         found = [value for value in values((args, kwargs)) if isinstance(value, (Standin, Size, Shape))]
         if not any(isinstance(value, Standin) for value in found):
             if found:
-                raise self.stop(f"{name}() makes a tensor of the batch's size")
+                return self.lowering.sized(func, name, args, kwargs)
             return self._elsewhere(func, name, args, kwargs)
         self._check_contexts()
         if name == "__get__":
@@ -298,7 +301,19 @@ class Recorder(TorchFunctionMode):
     def _attribute(self, name: str, x: Standin) -> Any:
         if name == "shape":
             return Shape(self, x.node)
+        if name in ("dtype", "device") and self._is_float32():
+            return torch.float32 if name == "dtype" else torch.device("cpu")
         raise self.stop(f"forward asks for the {name} of a tensor, which the graph does not keep")
+
+    def _is_float32(self) -> bool:
+        """Whether every value of a training is: no operation of the graph makes another type of float32 weights.
+
+        A batch of another type they do not take.
+        """
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        held = [tensor for tensor in tensors if tensor.is_floating_point()]
+        alike = all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in held)
+        return self.gradients and bool(held) and alike and not torch.is_autocast_enabled("cpu")
 
     def _size(self, x: Standin, dim: int | None = None) -> Any:
         return Shape(self, x.node) if dim is None else Size(self, x.node, dim)
@@ -358,6 +373,9 @@ class _Anything:
         self.called.append(name.strip("_"))
         return self.recorder.value(0, Memory(name))
 
+    def sized(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise self.recorder.stop(f"{name}() makes a tensor of the batch's size")
+
     def layer(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self.called.append(module)
         if module is self.until:
@@ -397,6 +415,10 @@ class _Pure:
     def call(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name.startswith(("as_strided", "set_")):
             raise self.recorder.stop(f"forward calls {name}(), which sees the order of memory")
+        return self.recorder.value(0, Memory(name))
+
+    def sized(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # As many samples in any order of memory; what is drawn is put back.
         return self.recorder.value(0, Memory(name))
 
     def layer(self, module: nn.Module, args: tuple[Any, ...]) -> Any:

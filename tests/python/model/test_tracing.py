@@ -413,7 +413,6 @@ def test_looking_leaves_no_trace(function: Any, capsys: pytest.CaptureFixture[st
         (counts_in_the_class, "forward changes class Net"),
         (counts_in_a_closure, "which sets calls of an enclosing function"),
         (reads_a_weight, "forward reads the value of a tensor"),
-        (asks_for_the_type, "forward asks for the dtype of a tensor"),
         (asks_for_gradients, "forward asks for the grad_fn of a tensor"),
         (asks_for_the_shape, "forward computes with the size of a tensor"),
         (swallows, "forward reads the value of a tensor"),
