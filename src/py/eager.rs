@@ -368,7 +368,7 @@ impl Convolution {
             check((stride, padding) == (1, 0) && (Shape { channels: outputs, ..input }) == output, "shapes")?;
             return Ok(Self { input, output, kind: Kind::Pointwise(of) });
         }
-        let of = Depthwise { input, kernel, stride, padding };
+        let of = Depthwise { input, kernel, stride, padding, outputs: output.size };
         check(inputs == 1 && outputs == input.channels, "filters")?;
         check(of.is_known() && of.output() == output, "shapes")?;
         Ok(Self { input, output, kind: Kind::Depthwise(of) })

@@ -239,6 +239,31 @@ class DepthwiseFilters(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of a convolution, alike both ways.
+
+    Attributes:
+        stride: from one filter to the next.
+        before: rows and columns of zeros above the image and to its left.
+        after: below it and to its right.
+    """
+
+    stride: int
+    before: int
+    after: int
+
+    def outputs(self, side: int, kernel: int) -> int:
+        """How many there are along a side."""
+        return (side + self.before + self.after - kernel) // self.stride + 1
+
+    def plain(self, x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
+        """The same by PyTorch."""
+        x = x if self.before == self.after else F.pad(x, (self.before, self.after) * 2)
+        padding = self.before if self.before == self.after else 0
+        return F.conv2d(x, filters, None, self.stride, padding, groups=x.shape[1] // filters.shape[1])
+
+
 class Convolution(torch.autograd.Function):
     """1 x 1 of stride 1, or depthwise, without a bias, of ``act(bn(x))``, or of ``x`` where ``statistics`` is None.
 
@@ -248,14 +273,13 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, filters: torch.Tensor,
-        statistics: Statistics | None, sizes: tuple[int, int], source: Written, result: Written, native: _cnnrs.Kernels,
+        statistics: Statistics | None, sizes: Sizes, source: Written, result: Written, native: _cnnrs.Kernels,
     ) -> torch.Tensor:  # fmt: skip
-        stride, padding = sizes
         n, _, *size = x.shape
-        h, w = ((side + 2 * padding - filters.shape[2]) // stride + 1 for side in size)
+        h, w = (sizes.outputs(side, filters.shape[2]) for side in size)
         output, memory = _new(n, len(filters), h, w)
         norm = None if statistics is None else statistics.norm(weight, bias)
-        native.convolution(_last(x), norm, None, _dense(filters), memory, stride, padding, result.gathered)
+        native.convolution(_last(x), norm, None, _dense(filters), memory, sizes.stride, sizes.before, result.gathered)
         # Whoever finishes the derivative of the output reads it again.
         kept = output if result.takes_late else None
         ctx.save_for_backward(x, weight, bias, filters, kept, *_given(statistics))
@@ -268,13 +292,12 @@ class Convolution(torch.autograd.Function):
         statistics: Statistics | None = ctx.statistics
         source: Written = ctx.source
         needs, rest = ctx.needs_input_grad, [None] * 5
-        stride, padding = ctx.sizes
+        sizes: Sizes = ctx.sizes
         if torch.is_grad_enabled():
             source.read_again()
 
             def run(x: Any, weight: Any, bias: Any, filters: torch.Tensor) -> torch.Tensor:
-                a = x if statistics is None else statistics.plain(x, None, weight, bias)
-                return F.conv2d(a, filters, None, stride, padding, groups=a.shape[1] // filters.shape[1])
+                return sizes.plain(x if statistics is None else statistics.plain(x, None, weight, bias), filters)
 
             return (*_again(run, (x, weight, bias, filters), needs, derivative), *rest)
         late = ctx.result.taken(derivative)
@@ -289,7 +312,7 @@ class Convolution(torch.autograd.Function):
         norm = None if statistics is None else statistics.norm(weight, bias)
         native: _cnnrs.Kernels = ctx.native
         native.convolution_backward(
-            _last(x), norm, None, _dense(filters), stride, padding, _last(derivative),
+            _last(x), norm, None, _dense(filters), sizes.stride, sizes.before, _last(derivative),
             None if late is None else _last(output), late, gradients,
         )  # fmt: skip
         if dx is not None and needs[0] and statistics is not None and dw is not None and db is not None:

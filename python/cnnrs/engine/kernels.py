@@ -69,22 +69,34 @@ def _groups(lowered: Lowered, start: int, native: _Native) -> dict[int, Group]:
         for node in needed(operation):
             readers[node].append(number)
     found: dict[int, Group] = {}
-    for number, (_, kind, sources, attributes) in enumerate(lowered.operations):
-        if number <= start or number in found:
+    taken: set[int] = set()
+    for number, (_, kind, sources, _) in enumerate(lowered.operations):
+        if number <= start or number in taken:
             continue
+        new: dict[int, Group] = {}
         if kind == "BatchNorm2d":
-            found |= _behind_norm(lowered, number, readers, native)
-        elif kind == "Conv2d":
-            weight = lowered.tensors[attributes["weight"]]
-            if _is_3x3(weight, attributes):
-                run = _conv3x3(native, attributes)
-            elif attributes["bias"] is None:
-                run = _convolution(lowered, number, None, readers, native)
-            else:
-                run = _depthwise(native, attributes) if _is_depthwise(weight, attributes) else None
-            if run is not None:
-                found[number] = Group((number,), tuple(sources), run)
+            new = _behind_norm(lowered, number, readers, native)
+        elif (convolution := _convolution(lowered, number, None, readers, native)) is not None:
+            end, run = convolution
+            new = {end: Group(tuple(range(number, end + 1)), tuple(sources), run)}
+        elif kind == "Conv2d" and (run := _with_weights(lowered, number, native)) is not None:
+            new = {number: Group((number,), tuple(sources), run)}
+        found |= new
+        taken.update(node for group in new.values() for node in group.nodes)
     return found
+
+
+def _with_weights(lowered: Lowered, number: int, native: _Native) -> Any:
+    """A convolution with which nothing else is computed; None for most."""
+    attributes = lowered.operations[number][3]
+    weight = lowered.tensors[attributes["weight"]]
+    if _is_3x3(weight, attributes):
+        return _conv3x3(native, attributes)
+    if _is_depthwise(weight, attributes):
+        return _depthwise(native, attributes)
+    if _is_one_pixel(lowered, number):
+        return _linear(attributes)
+    return None
 
 
 def _behind_norm(lowered: Lowered, number: int, readers: list[list[int]], native: _Native) -> dict[int, Group]:
@@ -103,9 +115,10 @@ def _behind_norm(lowered: Lowered, number: int, readers: list[list[int]], native
                 product + 1: Group((product, product + 1), (*sources, opener), run),
             }
         if _is_alone(lowered, last, readers):
-            run = _convolution(lowered, last + 1, norm, readers, native)
-            if run is not None:
-                return {last + 1: Group((*chain, last + 1), tuple(sources), run)}
+            convolution = _convolution(lowered, last + 1, norm, readers, native)
+            if convolution is not None:
+                end, run = convolution
+                return {end: Group((*chain, *range(last + 1, end + 1)), tuple(sources), run)}
     return {last: Group(tuple(chain), (*sources, *residual), _batch_norm(native, norm))}
 
 
@@ -136,6 +149,17 @@ def _is_mean(lowered: Lowered, node: int) -> bool:
     else:
         is_mean = kind == "AdaptiveAvgPool2d" and tuple(attributes["output"]) == (1, 1)
     return node != lowered.output and is_mean
+
+
+def _is_one_pixel(lowered: Lowered, node: int) -> bool:
+    """Whether it is a 1 x 1 convolution of images of one pixel: of means, and what becomes of them alone."""
+    _, kind, sources, attributes = lowered.operations[node]
+    if kind == "Conv2d":
+        kernel = lowered.tensors[attributes["weight"]].shape[2:]
+        alone = kernel == (1, 1) and attributes["padding"] == (0, 0) and attributes["groups"] == 1
+        return alone and (_is_mean(lowered, sources[0]) or _is_one_pixel(lowered, sources[0]))
+    through = kind in functions.ACTIVATIONS or kind in ("Sigmoid", "Hardsigmoid", "Dropout")
+    return through and (_is_mean(lowered, sources[0]) or _is_one_pixel(lowered, sources[0]))
 
 
 def _comes_from(lowered: Lowered, node: int, origin: int) -> bool:
@@ -215,6 +239,16 @@ def _conv3x3(native: _Native, attributes: Attributes) -> Any:
     return run
 
 
+def _linear(attributes: Attributes) -> Any:
+    """PyTorch's own: a product of two matrices begins in a tenth of the time of a convolution."""
+
+    def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
+        bias = None if attributes["bias"] is None else tensors[attributes["bias"]]
+        return F.linear(values[0].flatten(1), tensors[attributes["weight"]].flatten(1), bias)[:, :, None, None]
+
+    return run
+
+
 def _depthwise(native: _Native, attributes: Attributes) -> Any:
     def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
         bias = None if attributes["bias"] is None else tensors[attributes["bias"]]
@@ -225,16 +259,30 @@ def _depthwise(native: _Native, attributes: Attributes) -> Any:
     return run
 
 
-def _convolution(lowered: Lowered, number: int, norm: _Norm | None, readers: list[list[int]], native: _Native) -> Any:
-    """A 1 x 1 or depthwise convolution behind a batch norm, or behind anything else; None for others."""
+def _convolution(
+    lowered: Lowered, number: int, norm: _Norm | None, readers: list[list[int]], native: _Native
+) -> tuple[int, Any] | None:
+    """A 1 x 1 or depthwise convolution behind a batch norm, or behind anything else: its node, and what computes it.
+
+    With the zeros that a node in front of it puts around the image.
+    """
     _, kind, _, attributes = lowered.operations[number]
+    pad = None
+    if kind == "ZeroPad2d" and _is_alone(lowered, number, readers):
+        pad, number = attributes, number + 1
+        _, kind, _, attributes = lowered.operations[number]
     if kind != "Conv2d" or attributes["bias"] is not None:
         return None
     weight = lowered.tensors[attributes["weight"]]
-    if not _is_depthwise(weight, attributes) and not _is_pointwise(weight, attributes):
+    if not _is_depthwise(weight, attributes) and (pad is not None or not _is_pointwise(weight, attributes)):
         return None
-    sizes = attributes["stride"][0], attributes["padding"][0]
-    left = _left_behind(lowered, number, readers)
+    before = after = attributes["padding"][0]
+    if pad is not None:
+        (before, left), (after, right) = pad["before"], pad["after"]
+        if (before, after) != (left, right) or attributes["padding"] != (0, 0) or max(before, after) >= weight.shape[2]:
+            return None
+    sizes = functions.Sizes(attributes["stride"][0], before, after)
+    left_behind = _left_behind(lowered, number, readers)
 
     def run(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
         kernels, x, filters = native(), values[0], tensors[attributes["weight"]]
@@ -242,11 +290,11 @@ def _convolution(lowered: Lowered, number: int, norm: _Norm | None, readers: lis
         scale = shift = statistics = None
         if norm is not None:
             scale, shift, statistics = norm.begin(x, tensors, source, kernels)
-        result = left(x, filters)
+        result = left_behind(x, filters)
         y = functions.Convolution.apply(x, scale, shift, filters, statistics, sizes, source, result, kernels)
         return mark(y, result) if result.takes_late else y
 
-    return run
+    return number, run
 
 
 def _squeeze(native: _Native, norm: _Norm) -> Any:

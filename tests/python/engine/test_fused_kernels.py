@@ -14,7 +14,7 @@ from torch import nn
 from cnnrs.engine.kernel_functions import Written
 from cnnrs.engine.kernels import Kernels
 from cnnrs.model.lowering import lower
-from native_block import Gated, Inverted, Mean, assert_as_exact, sequential
+from native_block import Gated, Inverted, Mean, Padded, assert_as_exact, sequential
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -47,11 +47,19 @@ def test_what_is_computed_together() -> None:
         lowered = lower(Gated(nn.ReLU, pool=pool), True)
         kinds = [[lowered.kinds[node] for node in group.nodes] for group in Kernels(lowered).groups.values()]
         assert kinds == [
-            ["BatchNorm2d"], ["Conv2d"], ["BatchNorm2d", "ReLU", kind], ["Mul", "Conv2d"], ["BatchNorm2d", "Add"],
+            ["BatchNorm2d"], ["Conv2d"], ["BatchNorm2d", "ReLU", kind], ["Mul", "Conv2d"], ["Conv2d"], ["Conv2d"],
+            ["BatchNorm2d", "Add"],
         ]  # fmt: skip
 
+    lowered = lower(Padded(nn.ReLU), True)
+    kinds = [[lowered.kinds[node] for node in group.nodes] for group in Kernels(lowered).groups.values()]
+    assert kinds == [
+        ["BatchNorm2d"], ["Conv2d"], ["BatchNorm2d", "ReLU", "ZeroPad2d", "Conv2d"], ["BatchNorm2d", "ReLU", "Conv2d"],
+        ["BatchNorm2d", "Add"], ["Conv2d"], ["BatchNorm2d", "ReLU"],
+    ]  # fmt: skip
 
-@pytest.mark.parametrize("kind", [Inverted, Gated])
+
+@pytest.mark.parametrize("kind", [Inverted, Gated, Padded])
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.Hardswish, nn.ReLU, nn.ReLU6, nn.Identity, nn.GELU])
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen statistics"])
 def test_a_step_has_the_gradients_of_the_module(kind: Any, activation: Any, mode: str) -> None:
@@ -63,6 +71,42 @@ def test_one_gate_for_all_channels_and_another_mean() -> None:
     torch.manual_seed(1)
     assert_as_exact(ready(Gated(pool=Mean()), "train"), torch.randn(3, 3, 11, 13))
     assert_as_exact(ready(Gated(channels=1), "train"), torch.randn(3, 3, 40, 41))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "pad"),
+    [
+        # As wide as the filter or nearly so, none, on all sides alike, and not.
+        (3, 1, (1, 1, 1, 1)), (3, 2, (0, 1, 0, 1)), (3, 2, (2, 1, 2, 1)), (5, 1, (4, 0, 4, 0)), (5, 2, (1, 2, 1, 2)),
+        (7, 1, (2, 4, 2, 4)), (3, 1, (1, 1, 2, 0)), (3, 1, (2, 0, 1, 1)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [(12, 8), (17, 20)])
+def test_zeros_by_a_layer_of_their_own(
+    kernel: int, stride: int, pad: tuple[int, int, int, int], size: tuple[int, int]
+) -> None:
+    torch.manual_seed(1)
+    model = ready(Padded(nn.Hardswish, kernel, stride, pad), "train")
+    assert_as_exact(model, torch.randn(3, 3, *size))
+    lowered, alike = lower(model, True), pad[0] == pad[2] and pad[1] == pad[3]
+    groups = [[lowered.kinds[node] for node in group.nodes] for group in Kernels(lowered).groups.values()]
+    assert any("ZeroPad2d" in kinds for kinds in groups) is alike
+
+
+def test_zeros_that_somebody_else_reads_too() -> None:
+    class Both(Padded):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            pad, conv = self.depthwise  # type: ignore[misc]
+            y = pad(self.act1(self.norm1(self.expand(self.norm(self.stem(x))))))
+            y = self.project(self.act2(self.norm2(conv(y)))).mean((2, 3)) + self.project(y).mean((2, 3))
+            return y
+
+    torch.manual_seed(1)
+    model = ready(Both(), "train")
+    lowered = lower(model, True)
+    groups = [[lowered.kinds[node] for node in group.nodes] for group in Kernels(lowered).groups.values()]
+    assert not any("ZeroPad2d" in kinds for kinds in groups)
+    assert_as_exact(model, torch.randn(3, 3, 12, 9))
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7])
@@ -90,7 +134,7 @@ def test_parts_that_are_not_trained(kind: Any, frozen: str, upto: bool) -> None:
     assert_as_exact(model, torch.randn(3, 3, 11, 13), of_inputs=False)
 
 
-@pytest.mark.parametrize("kind", [Inverted, Gated])
+@pytest.mark.parametrize("kind", [Inverted, Gated, Padded])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_loss_may_have_gradients_in_it(kind: Any, mode: str) -> None:
     torch.manual_seed(2)

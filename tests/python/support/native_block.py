@@ -61,6 +61,18 @@ class Inverted(nn.Module):
         return self.fc(self.act3(self.norm4(y)).mean((2, 3)))
 
 
+class Padded(Inverted):
+    """Zeros around the image by a layer of their own, as "same" padding is written."""
+
+    def __init__(
+        self, activation: Callable[[], nn.Module] = nn.SiLU, kernel: int = 3, stride: int = 1,
+        pad: tuple[int, int, int, int] = (0, 2, 0, 2),
+    ) -> None:  # fmt: skip
+        super().__init__(activation, kernel, stride)
+        conv = nn.Conv2d(40, 40, kernel, stride, groups=40, bias=False)
+        self.depthwise = nn.Sequential(nn.ZeroPad2d(pad), conv)
+
+
 class Mean(nn.Module):
     """The mean of each channel of an image, as timm writes it."""
 

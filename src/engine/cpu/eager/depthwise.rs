@@ -13,26 +13,32 @@ use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::error::Result;
 
-/// Sizes of a depthwise convolution with square filters, the same stride and padding both ways.
+/// Sizes of a depthwise convolution with square filters, the same stride both ways.
 #[derive(Debug, Clone, Copy)]
 pub struct Depthwise {
     pub input: Shape,
     pub kernel: usize,
     pub stride: usize,
+    /// Above and to the left of the image; below and to the right there are as many zeros as `outputs` need.
     pub padding: usize,
+    /// Rows and columns.
+    pub outputs: [usize; 2],
 }
 
 impl Depthwise {
     /// Whether there is code for these sizes.
     pub fn is_known(&self) -> bool {
-        let long = self.input.size.iter().all(|&side| side > 0 && side + 2 * self.padding >= self.kernel);
+        // Every filter begins at least one number in front of the end of the image.
+        let fits = |(&side, &outputs): (&usize, &usize)| {
+            side > 0 && outputs > 0 && (outputs - 1).saturating_mul(self.stride) < side + self.padding
+        };
         let known = matches!((self.kernel, self.stride), (3 | 5, 1 | 2) | (7, 1));
-        known && long && self.padding < self.kernel && self.input.channels >= LANES
+        let fit = self.input.size.iter().zip(&self.outputs).all(fits);
+        known && fit && self.padding < self.kernel && self.input.channels >= LANES
     }
 
     pub fn output(&self) -> Shape {
-        let size = self.input.size.map(|side| (side + 2 * self.padding - self.kernel) / self.stride + 1);
-        Shape { size, ..self.input }
+        Shape { size: self.outputs, ..self.input }
     }
 
     /// y of the values, which are zeros around the image; `moments`: those of y. `weight`: `[channels][kernel][kernel]`.

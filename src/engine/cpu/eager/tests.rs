@@ -109,15 +109,20 @@ fn winograd_convolutions_and_their_gradients() {
 
 #[test]
 fn gradients_of_depthwise_filters() {
+    // With zeros above and to the left, and below and to the right.
     for (kernel, stride, padding, channels, size) in [
-        (3, 1, 1, 16, [5, 7]),
-        (3, 2, 1, 24, [9, 8]),
-        (5, 1, 2, 40, [3, 4]),
-        (5, 2, 0, 17, [11, 9]),
-        (7, 1, 3, 32, [70, 90]),
-        (7, 1, 6, 20, [8, 8]),
+        (3, 1, [1, 1], 16, [5, 7]),
+        (3, 2, [1, 1], 24, [9, 8]),
+        (3, 2, [0, 1], 20, [8, 6]),
+        (5, 1, [2, 2], 40, [3, 4]),
+        (5, 2, [0, 0], 17, [11, 9]),
+        (5, 2, [1, 2], 33, [12, 7]),
+        (7, 1, [3, 3], 32, [70, 90]),
+        (7, 1, [6, 6], 20, [8, 8]),
+        (7, 1, [0, 6], 16, [3, 5]),
     ] {
-        let conv = Depthwise { input: Shape { images: 2, size, channels }, kernel, stride, padding };
+        let conv = depthwise_of(Shape { images: 2, size, channels }, kernel, stride, padding);
+        let padding = conv.padding;
         assert!(conv.is_known());
         let output = conv.output();
         let (x, dy) = (numbers(conv.input.floats(), 1), numbers(output.floats(), 2));
@@ -135,6 +140,12 @@ fn gradients_of_depthwise_filters() {
             assert_close(&got, &dw, 1e-5, &format!("{conv:?} on {:?}", workspace.isa));
         }
     }
+}
+
+/// `padding`: in front of every row and column, and behind.
+pub(super) fn depthwise_of(input: Shape, kernel: usize, stride: usize, padding: [usize; 2]) -> Depthwise {
+    let outputs = input.size.map(|side| (side + padding[0] + padding[1] - kernel) / stride + 1);
+    Depthwise { input, kernel, stride, padding: padding[0], outputs }
 }
 
 pub(super) fn activation(function: Activate, z: f64) -> (f64, f64) {

@@ -11,12 +11,12 @@ struct Case {
 }
 
 fn case(
-    [kernel, stride, padding]: [usize; 3],
+    [kernel, stride, before, after]: [usize; 4],
     (images, size, channels): (usize, [usize; 2], usize),
     norm: Option<Activate>,
     late: Option<(Activate, bool)>,
 ) -> Case {
-    let conv = Depthwise { input: Shape { images, size, channels }, kernel, stride, padding };
+    let conv = depthwise_of(Shape { images, size, channels }, kernel, stride, [before, after]);
     assert!(conv.is_known());
     Case { conv, norm, late }
 }
@@ -92,28 +92,33 @@ fn depthwise_convolutions_and_their_gradients() {
     use Activate::{Hardswish, Nothing, Relu, Relu6, Silu};
     for case in [
         // Every filter and stride; channels of no whole blocks; rows of 1 to 7 outputs and more; several bands.
-        case([3, 1, 1], (2, [5, 7], 16), None, None),
-        case([3, 1, 1], (1, [40, 12], 24), Some(Relu), Some((Relu6, true))),
-        case([3, 2, 1], (2, [9, 8], 24), Some(Hardswish), Some((Silu, true))),
-        case([3, 2, 0], (1, [30, 31], 40), Some(Silu), Some((Nothing, false))),
-        case([3, 2, 2], (2, [6, 5], 17), Some(Nothing), None),
-        case([3, 1, 0], (3, [3, 3], 48), None, Some((Hardswish, true))),
-        case([5, 1, 2], (2, [3, 4], 40), Some(Relu6), Some((Relu, false))),
-        case([5, 1, 4], (1, [9, 11], 17), None, Some((Nothing, true))),
-        case([5, 2, 2], (2, [33, 15], 16), Some(Hardswish), Some((Hardswish, true))),
-        case([5, 2, 0], (1, [11, 9], 17), Some(Silu), None),
-        case([5, 2, 3], (2, [4, 4], 24), None, None),
-        case([7, 1, 3], (1, [37, 20], 33), None, None),
-        case([7, 1, 3], (2, [4, 3], 24), Some(Silu), Some((Silu, true))),
-        case([7, 1, 3], (1, [29, 30], 40), Some(Relu), Some((Relu, true))),
-        case([7, 1, 6], (2, [8, 8], 20), Some(Nothing), Some((Nothing, true))),
+        case([3, 1, 1, 1], (2, [5, 7], 16), None, None),
+        case([3, 1, 1, 1], (1, [40, 12], 24), Some(Relu), Some((Relu6, true))),
+        case([3, 2, 1, 1], (2, [9, 8], 24), Some(Hardswish), Some((Silu, true))),
+        case([3, 2, 0, 0], (1, [30, 31], 40), Some(Silu), Some((Nothing, false))),
+        case([3, 2, 2, 2], (2, [6, 5], 17), Some(Nothing), None),
+        case([3, 1, 0, 0], (3, [3, 3], 48), None, Some((Hardswish, true))),
+        case([5, 1, 2, 2], (2, [3, 4], 40), Some(Relu6), Some((Relu, false))),
+        case([5, 1, 4, 4], (1, [9, 11], 17), None, Some((Nothing, true))),
+        case([5, 2, 2, 2], (2, [33, 15], 16), Some(Hardswish), Some((Hardswish, true))),
+        case([5, 2, 0, 0], (1, [11, 9], 17), Some(Silu), None),
+        case([5, 2, 3, 3], (2, [4, 4], 24), None, None),
+        case([7, 1, 3, 3], (1, [37, 20], 33), None, None),
+        case([7, 1, 3, 3], (2, [4, 3], 24), Some(Silu), Some((Silu, true))),
+        case([7, 1, 3, 3], (1, [29, 30], 40), Some(Relu), Some((Relu, true))),
+        case([7, 1, 6, 6], (2, [8, 8], 20), Some(Nothing), Some((Nothing, true))),
+        // More zeros behind than in front, as "same" padding has them.
+        case([3, 2, 0, 1], (2, [12, 8], 24), Some(Relu6), Some((Nothing, true))),
+        case([5, 2, 1, 2], (1, [10, 30], 17), Some(Silu), Some((Relu, true))),
+        case([3, 1, 0, 2], (1, [5, 4], 16), None, None),
+        case([7, 1, 1, 6], (1, [9, 4], 33), Some(Relu), None),
         // An image of one pixel, and zeros wider than it.
-        case([3, 1, 1], (2, [1, 1], 16), Some(Relu), Some((Relu, true))),
-        case([5, 2, 2], (3, [1, 1], 24), Some(Silu), None),
-        case([7, 1, 6], (1, [1, 2], 32), None, Some((Silu, true))),
+        case([3, 1, 1, 1], (2, [1, 1], 16), Some(Relu), Some((Relu, true))),
+        case([5, 2, 2, 2], (3, [1, 1], 24), Some(Silu), None),
+        case([7, 1, 6, 6], (1, [1, 2], 32), None, Some((Silu, true))),
         // Groups of blocks.
-        case([3, 1, 1], (1, [2, 2], 200), Some(Relu), Some((Relu, true))),
-        case([5, 1, 2], (1, [4, 300], 72), Some(Hardswish), Some((Nothing, true))),
+        case([3, 1, 1, 1], (1, [2, 2], 200), Some(Relu), Some((Relu, true))),
+        case([5, 1, 2, 2], (1, [4, 300], 72), Some(Hardswish), Some((Nothing, true))),
     ] {
         check(&case);
     }
@@ -191,7 +196,7 @@ fn check(case: &Case) {
 #[test]
 fn moments_far_from_zero() {
     // A mean of a hundred times the deviation, which is all the more at the edges of an image.
-    let case = case([3, 1, 1], (4, [60, 50], 24), None, None);
+    let case = case([3, 1, 1, 1], (4, [60, 50], 24), None, None);
     let floats = case.conv.input.floats();
     let x: Vec<f32> = numbers(floats, 1).into_iter().map(|x| x + 100.0).collect();
     for (kind, w) in [("sums", vec![1.0; 24 * 9]), ("copies", [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0].repeat(24))]
