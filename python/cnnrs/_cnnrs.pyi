@@ -279,6 +279,7 @@ class Kernels:
         """A convolution of ``input``, or of what ``norm`` makes of it, into ``output``.
 
         Filters (O, I, 1, 1) with stride 1, or (C, 1, k, k) with k 3, 5 or 7 and stride 1 or 2; at least 16 channels.
+        ``padding``: zeros above and to the left; below and to the right there are as many as ``output`` needs.
         Behind the norm and in front of a 1 x 1 convolution ``gate`` (N, C) multiplies. ``moments``: where mean and
         variance of the output go.
         """

@@ -262,28 +262,28 @@ class Network:
         """None where the model is to be called instead, from now on."""
         if self._front.last == 0:
             return inputs
-        front, new = self._front.front, self._plan is None
+        front = self._front.front
         try:
-            self._plan = self._plan or kept_plans.take(self._model, front)
-            features = self._plan(inputs)
+            plan = self._plan = self._plan or kept_plans.take(self._model, front)
+            features = plan(inputs)
         except MemoryError:
             self._stop(
                 "there is no memory for its frozen layers in native code, several times that of their weights: it is "
                 "called itself"
             )
             return None
-        if new and self._check and (reason := self._difference(inputs[:2], features[:2])):
-            self._stop(
-                f"it is called itself, because its frozen layers in native code do not do what they do: {reason}"
-            )
-            return None
+        # What becomes of NaN in a sum is nobody's promise.
+        if self._check and plan.checked != self._front.shape and inputs[:2].isfinite().all():
+            if reason := self._difference(inputs[:2], features[:2]):
+                self._stop(
+                    f"it is called itself, because its frozen layers in native code do not do what they do: {reason}"
+                )
+                return None
+            plan.checked = self._front.shape
         return features
 
     @torch.no_grad()
     def _difference(self, inputs: torch.Tensor, features: torch.Tensor) -> str | None:
-        # What becomes of NaN in a sum is nobody's promise.
-        if not inputs.isfinite().all():
-            return None
         front = self._front.front
         return outputs_differ(play(front, front.tensors, inputs), features)
 

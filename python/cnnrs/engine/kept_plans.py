@@ -33,12 +33,14 @@ class Plan:
         key: what can be compared without looking at numbers.
         owner: the layer with the network's first weights: there is no network when it is gone. None: never kept.
         output: the operation with which it ends.
+        checked: the shape of samples of which some have come out as by PyTorch; None: of none yet.
     """
 
     network: _cnnrs.CpuNetwork
     key: Any
     owner: ref[nn.Module] | None
     output: int
+    checked: tuple[int, ...] | None = None
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features of a batch. What is kept of other networks must not be why there is no memory for this one."""

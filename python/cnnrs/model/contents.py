@@ -16,6 +16,8 @@ from cnnrs.identity.reach import package
 
 #: Larger containers are watched for their length only, and no more than this many objects are looked at.
 _MOST = 10_000
+#: What has no contents; most of what is in a module is of these types.
+_EMPTY = frozenset({type(None), bool, int, float, str, torch.Tensor, nn.Parameter})
 _FOREIGN = ("torch", "numpy", "builtins", "collections", "threading", "_thread", "logging", "weakref")
 
 
@@ -41,9 +43,9 @@ class State:
             elif put_back := _put_back(value):
                 self._kept[id(value)] = (value, where, put_back)
                 if isinstance(value, dict):
-                    todo.extend((entry, where, depth - 1) for entry in list(value.values()))
+                    todo.extend((v, where, depth - 1) for v in list(value.values()) if type(v) not in _EMPTY)
                 elif isinstance(value, (list, set, collections.deque)) and len(value) <= _MOST:
-                    todo.extend((entry, where, depth - 1) for entry in list(value))
+                    todo.extend((v, where, depth - 1) for v in list(value) if type(v) not in _EMPTY)
             elif isinstance(getattr(value, "__dict__", None), dict) and not _is_foreign(value):
                 todo.append((vars(value), where, depth - 1))
 

@@ -120,6 +120,8 @@ class _Lowering:
         own = [*self.model.named_parameters(), *self.model.named_buffers()]
         self._own = {id(tensor): (name, tensor) for name, tensor in own}
         self._names: Counter[str] = Counter()
+        #: Where a tensor is among those, by its id.
+        self._places: dict[int, int] = {}
 
     def run(self) -> Lowered:
         try:
@@ -355,11 +357,10 @@ class _Lowering:
             return None
         if isinstance(tensor, Standin):
             raise Unsupported("a weight is computed, not a parameter or buffer")
-        for index, known in enumerate(self.tensors):
-            if known is tensor:
-                return index
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
+        index = self._places.setdefault(id(tensor), len(self.tensors))
+        if index == len(self.tensors):
+            self.tensors.append(tensor)
+        return index
 
     def _unique(self, name: str) -> str:
         name = name.strip("_")

@@ -20,7 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cnnrs.model.operations import Unsupported
-from cnnrs.model.surroundings import Contexts, Surroundings
+from cnnrs.model.surroundings import Contexts, Surroundings, unwatched
 
 _BLANK = torch.empty((), device="meta")
 #: One module class is patched while a model is traced.
@@ -260,16 +260,17 @@ class Recorder(TorchFunctionMode):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One use of tensors."""
-        with torch._C.DisableTorchFunction():
-            return self._call(func, args, kwargs)
-
-    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
-        found = [value for value in values((args, kwargs)) if isinstance(value, (Standin, Size, Shape))]
+        with torch._C.DisableTorchFunction():
+            found = [value for value in values((args, kwargs)) if isinstance(value, (Standin, Size, Shape))]
+            if not found:
+                return self._elsewhere(func, name, args, kwargs)
+            with unwatched():
+                return self._call(func, name, found, args, kwargs)
+
+    def _call(self, func: Any, name: str, found: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not any(isinstance(value, Standin) for value in found):
-            if found:
-                return self.lowering.sized(func, name, args, kwargs)
-            return self._elsewhere(func, name, args, kwargs)
+            return self.lowering.sized(func, name, args, kwargs)
         self._check_contexts()
         if name == "__get__":
             return self._attribute(func.__self__.__name__, args[0])
@@ -333,7 +334,7 @@ class Recorder(TorchFunctionMode):
                 return before(module, *args, **kwargs)
             if not self.lowering.is_layer(module):
                 return before(module, *args, **kwargs)
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), unwatched():
                 self._check_contexts()
                 return self.lowering.layer(module, given)
 

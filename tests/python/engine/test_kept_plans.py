@@ -318,3 +318,46 @@ def test_epochs_share_their_frozen_front(made: list[Any], small: None) -> None:
         count = len(made)
         trained(model.train())
         assert len(made) == count
+
+
+def test_a_plan_is_compared_with_pytorch_once(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[tuple[int, ...]] = []
+    original = frozen_front.play
+
+    def spy(lowered: Any, tensors: Any, inputs: torch.Tensor, **options: Any) -> torch.Tensor:
+        played.append(tuple(inputs.shape))
+        return original(lowered, tensors, inputs, **options)
+
+    monkeypatch.setattr(frozen_front, "play", spy)
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    model, shape = nn.Sequential(*net()[:3], *pooled), batches()[0][0].shape[1:]
+    validated(model)
+    assert played == [(2, *shape)]
+    validated(model)
+    assert len(played) == 1
+    # Other weights, and images of another size.
+    data(model)
+    validated(model)
+    assert len(played) == 2
+    larger = [(torch.randn(3, shape[0], shape[1] + 4, shape[2] + 3), torch.arange(3))]
+    cnnrs.fit(0, model, larger, "validation", loss_fn=F.cross_entropy, verbose=False)
+    assert len(played) == 3
+
+
+def test_numbers_that_are_none_are_no_comparison(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[int] = []
+    original = frozen_front.play
+
+    def spy(*given: Any, **options: Any) -> torch.Tensor:
+        played.append(len(given[2]))
+        return original(*given, **options)
+
+    monkeypatch.setattr(frozen_front, "play", spy)
+    model, (inputs, targets) = net(), batches()[0]
+
+    several = [(torch.full_like(inputs, torch.inf), targets), (inputs, targets), (inputs, targets)]
+    with pytest.raises(cnnrs.NonFiniteLossError):
+        cnnrs.fit(0, model, several[:1], "validation", loss_fn=F.cross_entropy, verbose=False)
+    assert not played
+    cnnrs.fit(0, model, several[1:], "validation", loss_fn=F.cross_entropy, verbose=False)
+    assert played == [2]

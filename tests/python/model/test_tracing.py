@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import copy
+import cProfile
 import gc
 import io
 import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -545,3 +547,14 @@ def test_what_the_garbage_collector_calls_is_not_forwards() -> None:
     finally:
         gc.set_threshold(*before)
         gc.callbacks.remove(collected)
+
+
+def test_a_profiler_of_the_users_own_stays_on() -> None:
+    model, profiler = net(plain), cProfile.Profile()
+    profiler.enable()
+    try:
+        lowered = lower(model)
+        assert sys.getprofile() is profiler
+    finally:
+        profiler.disable()
+    assert lowered.kinds == lower(model).kinds and sys.getprofile() is None
