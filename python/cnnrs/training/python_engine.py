@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,7 @@ from cnnrs._util.kept_memory import kept_memory
 from cnnrs.data.labels import on_host
 from cnnrs.engine import kept_plans
 from cnnrs.engine.frozen_front import Front, Network
+from cnnrs.engine.fused_update import fused
 from cnnrs.engine.losses import Totals, call, check_targets, counts, measured
 from cnnrs.engine.memory_order import MemoryOrder
 from cnnrs.engine.same_bits import Sample
@@ -191,7 +192,9 @@ class _Engine:
         self._clip_gradients()
         closure: dict[str, Any] = {} if self._window is None else {"closure": self._closure(self._window)}
         if scaler is None:
-            optimizer.step(**closure)
+            # Rounding is PyTorch's own wherever all else of a batch is.
+            with fused(optimizer) if self._network is not None and not closure else nullcontext():
+                optimizer.step(**closure)
         else:
             # Refuses closures, but only by name: their gradients would not be unscaled.
             scaler.step(optimizer, **closure)
