@@ -1,8 +1,9 @@
 """Native kernels under PyTorch's autograd, for images in ``channels_last``: what eager PyTorch is slow at on a CPU.
 
-3 x 3 convolutions of stride 1 (forward and both gradients by Winograd's algorithm), depthwise and 1 x 1 convolutions
-together with the batch norm and the activation in front of them, and other batch norms together with the addition and
-the activation behind them. They run on PyTorch's own threads; everything else of a step stays PyTorch's.
+3 x 3 convolutions of stride 1 (forward and both gradients by Winograd's algorithm or, for few pixels, by direct sums),
+depthwise and 1 x 1 convolutions together with the batch norm and the activation in front of them, and other batch norms
+together with the addition and the activation behind them. They run on PyTorch's own threads; everything else of a step
+stays PyTorch's.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import nn
 
 from cnnrs import _cnnrs
 from cnnrs.engine.frozen_front import front_of
+from cnnrs.engine.kernel_functions import Conv3x3
 from cnnrs.engine.kernels import Kernels
 from cnnrs.model.lowering import lower
 from native_block import Block, assert_as_exact, sequential
@@ -55,6 +56,30 @@ def test_a_step_has_the_gradients_of_the_module(activation: Any, mode: str) -> N
 def test_what_has_a_kernel_and_what_has_none(model: nn.Module) -> None:
     torch.manual_seed(2)
     assert_as_exact(model, torch.randn(3, 3, 11, 13))
+
+
+@pytest.mark.parametrize(
+    ("images", "side", "ins", "outs", "padding"),
+    [(32, 2, 64, 64, 1), (32, 1, 64, 80, 1), (3, 7, 512, 64, 1), (2, 3, 64, 512, 0), (5, 2, 48, 64, 2)],
+)
+def test_sums_over_few_pixels_are_as_exact_as_pytorchs(
+    images: int, side: int, ins: int, outs: int, padding: int
+) -> None:
+    torch.manual_seed(2)
+    x, w, b = torch.randn(images, ins, side, side), torch.randn(outs, ins, 3, 3), torch.randn(outs)
+
+    def computed(by: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [value.to(dtype).requires_grad_() for value in (x, w, b)]
+        y = by(*leaves)
+        weights = torch.arange(y.numel(), dtype=dtype).sin().view_as(y)
+        return [y.detach(), *torch.autograd.grad(y, leaves, weights)]
+
+    native = _cnnrs.Kernels(2, None)
+    exact = computed(lambda *leaves: F.conv2d(*leaves, 1, padding), torch.float64)
+    ours = computed(lambda *leaves: Conv3x3.apply(*leaves, padding, native), torch.float32)
+    # Of products of random sign; Winograd's algorithm is at 1e-6 here.
+    errors = [float((got - wanted).norm() / wanted.norm()) for got, wanted in zip(ours, exact, strict=True)]
+    assert max(errors) < 4e-7, errors
 
 
 class Shortcut(nn.Module):

@@ -32,6 +32,52 @@ pub enum Filters<'a> {
     Turned(&'a [f32]),
 }
 
+impl Filters<'_> {
+    fn len(&self) -> usize {
+        let (Self::AsTheyAre(w) | Self::Turned(w)) = self;
+        w.len()
+    }
+
+    /// Nine taps of each of the sixteen input channels `q`, each of the sixteen output channels `block`.
+    #[inline(always)]
+    pub(super) fn taps<V: Lanes>(
+        &self,
+        [inputs, outputs]: [usize; 2],
+        [q, block]: [usize; 2],
+        taps: &mut [V; 9 * LANES],
+    ) {
+        match self {
+            Filters::AsTheyAre(w) => {
+                for (at, taps) in (0..).step_by(LANES).zip(taps.as_chunks_mut::<LANES>().0) {
+                    for (lane, row) in taps.iter_mut().enumerate() {
+                        let filters = &w[((block * LANES + lane) * inputs + q * LANES) * 9..][at..at + LANES];
+                        // SAFETY: sixteen floats.
+                        *row = unsafe { V::load(filters.as_ptr()) };
+                    }
+                    *taps = V::transpose(*taps);
+                }
+            }
+            Filters::Turned(w) => {
+                for (i, taps) in taps.as_chunks_mut::<9>().0.iter_mut().enumerate() {
+                    let filters = &w[((q * LANES + i) * outputs + block * LANES) * 9..][..9 * LANES];
+                    // Behind a filter's nine taps is the next one, of which nothing is used; behind the last is nothing.
+                    let mut rows = [V::splat(0.0); LANES];
+                    let mut last = [0.0; LANES];
+                    last[..9].copy_from_slice(&filters[9 * (LANES - 1)..]);
+                    for (lane, row) in rows.iter_mut().enumerate() {
+                        let from = if lane + 1 < LANES { &filters[9 * lane..][..LANES] } else { &last };
+                        // SAFETY: sixteen floats.
+                        *row = unsafe { V::load(from.as_ptr()) };
+                    }
+                    for (tap, column) in taps.iter_mut().rev().zip(V::transpose(rows)) {
+                        *tap = column;
+                    }
+                }
+            }
+        }
+    }
+}
+
 impl Conv3x3 {
     pub fn output(&self) -> Shape {
         let size = self.input.size.map(|side| side + 2 * self.padding - 2);
@@ -41,6 +87,18 @@ impl Conv3x3 {
     /// That which computes the gradient of the input from that of the output.
     pub fn turned(&self) -> Self {
         Self { input: self.output(), outputs: self.input.channels, padding: 2 - self.padding }
+    }
+
+    pub(super) fn check(&self, input: &[f32], filters: Filters<'_>, bias: &[f32], output: &[f32]) {
+        assert_eq!((input.len(), output.len()), (self.input.floats(), self.output().floats()), "floats of the images");
+        assert_eq!(filters.len(), self.input.channels * self.outputs * 9, "floats of the filters");
+        assert_eq!(bias.len(), self.outputs, "a bias for every channel");
+    }
+
+    pub(super) fn check_gradient(&self, input: &[f32], derivative: &[f32], gradient: &[f32]) {
+        let images = (self.input.floats(), self.output().floats());
+        assert_eq!((input.len(), derivative.len()), images, "floats of the images");
+        assert_eq!(gradient.len(), self.input.channels * self.outputs * 9, "floats of the filters");
     }
 
     /// Tiles of one image, down and across.
@@ -79,27 +137,18 @@ impl Conv3x3 {
         unsafe { patch::<V, INPUTS>(image, &self.input, corner, block, room) }
     }
 
-    /// The convolution of `input` with `filters`.
-    ///
-    /// # Arguments
-    /// `input`: as its shape says; `bias`: one float per output channel; `output`: all of it is written.
-    ///
-    /// # Errors
-    /// `NoMemory`; `Panic`.
-    pub fn run(
+    /// [`Self::run`] by Winograd's algorithm.
+    pub(super) fn run_winograd(
         &self,
         input: &[f32],
         filters: Filters<'_>,
-        bias: Option<&[f32]>,
+        bias: &[f32],
         output: &mut [f32],
         workspace: &mut Workspace,
     ) -> Result<()> {
-        assert_eq!((input.len(), output.len()), (self.input.floats(), self.output().floats()), "floats of the images");
+        self.check(input, filters, bias, output);
         let (isa, workers) = (workspace.isa, workspace.threads.workers());
         let plan = Plan::new(*self, isa, workers);
-        let zeros = vec![0.0; self.outputs];
-        let bias = bias.unwrap_or(&zeros);
-        assert_eq!(bias.len(), self.outputs, "a bias for every channel");
         let (u_len, shared, own) = (plan.u_len(), plan.shared(), plan.blocks.own());
         let memory = Address(workspace.memory(u_len + shared + own * workers)?);
         let turn = Turn { plan: &plan, filters, u: memory };
@@ -316,34 +365,8 @@ impl Kernel for TurnTask<'_> {
         let (panel, column) = (block / b.isa.columns(), block % b.isa.columns());
         let width = b.columns(panel) * LANES;
         let u = u.at(plan.u_start(panel) + column * LANES);
-        // All taps of the sixteen input channels, each of sixteen output channels.
         let mut taps = [V::splat(0.0); 9 * LANES];
-        match filters {
-            Filters::AsTheyAre(w) => {
-                for (at, taps) in (0..).step_by(LANES).zip(taps.as_chunks_mut::<LANES>().0) {
-                    for (lane, row) in taps.iter_mut().enumerate() {
-                        let filters = &w[((block * LANES + lane) * inputs + q * LANES) * 9..][at..at + LANES];
-                        // SAFETY: sixteen floats.
-                        *row = unsafe { V::load(filters.as_ptr()) };
-                    }
-                    *taps = V::transpose(*taps);
-                }
-            }
-            Filters::Turned(w) => {
-                for (i, taps) in taps.as_chunks_mut::<9>().0.iter_mut().enumerate() {
-                    let filters = &w[((q * LANES + i) * outputs + block * LANES) * 9..][..9 * LANES];
-                    let mut rows = [V::splat(0.0); LANES];
-                    for (row, filter) in rows.iter_mut().zip(filters.as_chunks::<9>().0) {
-                        let mut taps = [0.0; LANES];
-                        taps[..9].copy_from_slice(filter);
-                        *row = V::from_array(taps);
-                    }
-                    for (tap, column) in taps.iter_mut().rev().zip(V::transpose(rows)) {
-                        *tap = column;
-                    }
-                }
-            }
-        }
+        filters.taps([inputs, outputs], [q, block], &mut taps);
         for (i, taps) in (q * LANES..).zip(taps.as_chunks::<9>().0) {
             let pixels = Pixels { from: taps.as_ptr().cast(), row: 3 * LANES, pixel: LANES };
             // SAFETY: nine taps of sixteen filters; `Plan::u_len` made room for the products of all of them.

@@ -27,26 +27,15 @@ const GROUP: usize = 8;
 const CHUNK: usize = 64;
 
 impl Conv3x3 {
-    /// The gradient of the filters `[out][in][3][3]`.
-    ///
-    /// # Arguments
-    /// `input`: of the convolution; `derivative`: of its output; `gradient`: all of it is written.
-    ///
-    /// # Errors
-    /// `NoMemory`; `Panic`.
-    pub fn weight_gradient(
+    /// [`Self::weight_gradient`] by Winograd's algorithm.
+    pub(super) fn weight_gradient_winograd(
         &self,
         input: &[f32],
         derivative: &[f32],
         gradient: &mut [f32],
         workspace: &mut Workspace,
     ) -> Result<()> {
-        assert_eq!(
-            (input.len(), derivative.len()),
-            (self.input.floats(), self.output().floats()),
-            "floats of the images"
-        );
-        assert_eq!(gradient.len(), self.input.channels * self.outputs * 9, "floats of the filters");
+        self.check_gradient(input, derivative, gradient);
         let (isa, workers) = (workspace.isa, workspace.threads.workers());
         let plan = Plan::new(*self, isa, workers);
         let (u, tiles) = (plan.parts * plan.u_len(), plan.block_len());
@@ -178,7 +167,7 @@ impl Job<'_> {
             let (image, y, x) = conv.place(tile);
             let image = self.derivative.wrapping_add(image * output.size[0] * output.row());
             let corner = [y, x].map(|at| (at * OUTPUTS).cast_signed());
-            // SAFETY: the caller's promise; `Conv3x3::weight_gradient` has compared the lengths of the images.
+            // SAFETY: the caller's promise; `check_gradient` has compared the lengths of the images.
             unsafe {
                 for q in 0..conv.input.blocks() {
                     let pixels = conv.tile::<V>(self.input, tile, q, &mut room);
@@ -353,13 +342,27 @@ impl Kernel for Piece<'_> {
                     filter_derivative::<V>(u.wrapping_add(i * width + column), plane, taps.as_mut_ptr().cast(), LANES)
                 };
             }
-            for (at, taps) in (0..).step_by(LANES).zip(taps.as_chunks::<LANES>().0) {
-                for (lane, row) in V::transpose(*taps).into_iter().enumerate() {
-                    let o = panel * wide + column + lane;
-                    // SAFETY: `Conv3x3::weight_gradient` has compared the gradient's length; these are this piece's filters.
-                    unsafe { row.store(job.gradient.at((o * inputs + q * LANES) * 9 + at)) };
-                }
-            }
+            // SAFETY: `check_gradient` has compared the gradient's length; these are this piece's filters.
+            unsafe { store_taps(&taps, job.gradient, inputs, [q, (panel * wide + column) / LANES]) };
+        }
+    }
+}
+
+/// Nine taps of each of the sixteen input channels `q`, each of the sixteen output channels `block`, into `[out][in][3][3]`.
+///
+/// # Safety
+/// The gradient has room for all filters, and nobody else has these.
+#[inline(always)]
+pub(super) unsafe fn store_taps<V: Lanes>(
+    taps: &[V; 9 * LANES],
+    gradient: Address,
+    inputs: usize,
+    [q, block]: [usize; 2],
+) {
+    for (at, taps) in (0..).step_by(LANES).zip(taps.as_chunks::<LANES>().0) {
+        for (o, row) in (block * LANES..).zip(V::transpose(*taps)) {
+            // SAFETY: the caller's promise.
+            unsafe { row.store(gradient.at((o * inputs + q * LANES) * 9 + at)) };
         }
     }
 }

@@ -5,6 +5,9 @@
 
 mod batch_norm;
 mod conv3x3;
+mod conv3x3_direct;
+mod conv3x3_direct_weight;
+mod conv3x3_method;
 mod conv3x3_weight;
 mod depthwise;
 mod depthwise_gradient;

@@ -1,5 +1,6 @@
 //! Every operation against its definition in float64, on every instruction set, by one thread and by three.
 
+mod conv3x3;
 mod depthwise;
 mod gate;
 mod pointwise;
@@ -56,53 +57,6 @@ pub(super) fn products(
                     product(to, from, (o * ins + i) * kernel * kernel + ky * kernel + kx);
                 }
             }
-        }
-    }
-}
-
-#[test]
-fn winograd_convolutions_and_their_gradients() {
-    // Tiles that end at the edge and beyond it, more than one panel, images smaller than a tile, paddings 0 to 2; the last
-    // ones have too many channels for one worker to take a block of tiles through alone, and for a dU each.
-    let sizes = [
-        (2, [8, 8], 16, 16, 1),
-        (1, [4, 4], 16, 32, 1),
-        (3, [7, 9], 48, 80, 1),
-        (2, [13, 11], 32, 48, 0),
-        (1, [5, 6], 16, 48, 2),
-        (1, [1, 1], 16, 16, 1),
-        (2, [5, 5], 144, 64, 1),
-        (1, [9, 6], 176, 176, 1),
-        // More tiles than are transformed at a time.
-        (150, [1, 1], 176, 176, 1),
-    ];
-    for (images, size, inputs, outputs, padding) in sizes {
-        let input = Shape { images, size, channels: inputs };
-        let conv = Conv3x3 { input, outputs, padding };
-        let output = conv.output();
-        let (x, w) = (numbers(input.floats(), 1), numbers(inputs * outputs * 9, 2));
-        let (bias, dy) = (numbers(outputs, 3), numbers(output.floats(), 4));
-        let mut y: Vec<f64> = (0..output.floats()).map(|at| f64::from(bias[at % outputs])).collect();
-        let (mut dx, mut dw) = (vec![0.0; x.len()], vec![0.0; w.len()]);
-        products(input, output, [3, 1, padding, 1], |to, from, filter| {
-            y[to] += f64::from(x[from]) * f64::from(w[filter]);
-            dx[from] += f64::from(dy[to]) * f64::from(w[filter]);
-            dw[filter] += f64::from(dy[to]) * f64::from(x[from]);
-        });
-        for mut workspace in workspaces() {
-            let what = format!("{conv:?} on {:?} by {}", workspace.isa, workspace.threads.workers());
-            let (mut got_y, mut got_dx, mut got_dw) =
-                (vec![f32::NAN; y.len()], vec![f32::NAN; x.len()], vec![f32::NAN; w.len()]);
-            conv.run(&x, Filters::AsTheyAre(&w), Some(&bias), &mut got_y, &mut workspace).unwrap();
-            conv.turned().run(&dy, Filters::Turned(&w), None, &mut got_dx, &mut workspace).unwrap();
-            conv.weight_gradient(&x, &dy, &mut got_dw, &mut workspace).unwrap();
-            // Some hundred roundings of 2^-24: the transforms multiply by up to 8, twice.
-            for (got, expected, which) in [(&got_y, &y, "y"), (&got_dx, &dx, "dx"), (&got_dw, &dw, "dw")] {
-                assert_close(got, expected, 2e-5, &format!("{which} of {what}"));
-            }
-            let mut again = vec![f32::NAN; w.len()];
-            conv.weight_gradient(&x, &dy, &mut again, &mut workspace).unwrap();
-            assert_eq!(again, got_dw, "the same bits, whoever computes which part: {what}");
         }
     }
 }
