@@ -70,7 +70,7 @@ fn the_method_that_takes_less_time() {
         (32, 8, 128, Winograd, Winograd),
         (1, 7, 512, Direct, Direct),
         (2, 7, 512, Direct, Direct),
-        (8, 7, 512, Winograd, Direct),
+        (16, 4, 512, Winograd, Direct),
         (32, 7, 512, Winograd, Winograd),
         (1, 56, 64, Winograd, Winograd),
         (32, 56, 64, Winograd, Winograd),
