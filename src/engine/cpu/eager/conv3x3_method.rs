@@ -123,7 +123,7 @@ impl Conv3x3 {
             .sum()
     }
 
-    /// Whether a cache of two megabytes or so holds what the filters are transformed to.
+    /// Whether caches of a few megabytes hold what the filters are transformed to.
     fn is_near(&self) -> bool {
         PRODUCTS * self.input.channels * self.outputs <= 1 << 20
     }
