@@ -54,8 +54,9 @@ impl Pointwise {
         let (isa, workers) = (workspace.isa, workspace.threads.workers());
         let (ins, outs) = (Channels(self.inputs), Channels(self.outputs));
         let parts = Parts::new(self.pixels, values.open, 2 * self.inputs + self.outputs, isa.rows(), workers);
-        // Several gradients per worker, so that none waits long for the last one; but they are memory to go through.
-        let most = (MOST / weight.len()).clamp(workers, 4 * workers);
+        // Several gradients per worker, so that none waits long for the last one; but they are memory to go through. As many
+        // for each: of three, two workers would compute in the time of four.
+        let most = (MOST / weight.len() / workers).clamp(1, 4) * workers;
         let tasks = if dweight.is_some() { most.min(parts.count) } else { parts.count };
         let panels = |channels, columns, row: usize| Panels { channels, columns, plane: row * columns * LANES };
         let plane = |columns| odd(parts.most() * columns * LANES);
