@@ -16,8 +16,9 @@ from cnnrs.identity.reach import package
 
 #: Larger containers are watched for their length only, and no more than this many objects are looked at.
 _MOST = 10_000
-#: What has no contents; most of what is in a module is of these types.
-_EMPTY = frozenset({type(None), bool, int, float, str, torch.Tensor, nn.Parameter})
+#: Most of what a module holds is of these types.
+_WITHOUT_CONTENTS = frozenset({type(None), bool, int, float, str, torch.Tensor, nn.Parameter})
+_DICTIONARIES = frozenset({dict, collections.OrderedDict})
 _FOREIGN = ("torch", "numpy", "builtins", "collections", "threading", "_thread", "logging", "weakref")
 
 
@@ -27,6 +28,8 @@ class State:
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Any, str, Callable[[], bool]]] = {}
         self._classes: set[type] = set()
+        #: Dictionaries without entries, as most of a module's are.
+        self._empty: list[tuple[dict[Any, Any], str]] = []
 
     def keep(self, value: Any, where: str, depth: int = 4) -> None:
         """Remember ``value``'s contents, and those of what it holds."""
@@ -43,11 +46,20 @@ class State:
             elif put_back := _put_back(value):
                 self._kept[id(value)] = (value, where, put_back)
                 if isinstance(value, dict):
-                    todo.extend((v, where, depth - 1) for v in list(value.values()) if type(v) not in _EMPTY)
+                    self._add(todo, list(value.values()), where, depth - 1)
                 elif isinstance(value, (list, set, collections.deque)) and len(value) <= _MOST:
-                    todo.extend((v, where, depth - 1) for v in list(value) if type(v) not in _EMPTY)
+                    self._add(todo, list(value), where, depth - 1)
             elif isinstance(getattr(value, "__dict__", None), dict) and not _is_foreign(value):
                 todo.append((vars(value), where, depth - 1))
+
+    def _add(self, todo: list[tuple[Any, str, int]], entries: list[Any], where: str, depth: int) -> None:
+        """What is to be remembered of what something holds; much of it is nothing."""
+        for entry in entries:
+            kind = type(entry)
+            if kind in _DICTIONARIES and not entry:
+                self._empty.append((entry, where))
+            elif kind not in _WITHOUT_CONTENTS:
+                todo.append((entry, where, depth))
 
     def keep_buffers(self, model: nn.Module) -> None:
         """Remember the numbers in the buffers."""
@@ -71,7 +83,11 @@ class State:
 
     def changed(self) -> list[str]:
         """Whose contents are others now, one name each; they are put back."""
-        return sorted({where for _, where, put_back in self._kept.values() if put_back()})
+        filled = [(entry, where) for entry, where in self._empty if entry]
+        for entry, _ in filled:
+            entry.clear()
+        changed = {where for _, where, put_back in self._kept.values() if put_back()}
+        return sorted(changed.union(where for _, where in filled))
 
     def _keep_class(self, cls: type) -> None:
         for base in cls.__mro__:
