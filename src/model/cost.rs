@@ -70,7 +70,9 @@ fn field(graph: &Graph, node: &Node, known: &[Option<Field>], shapes: &[Shape]) 
         | Op::Scale { .. }
         | Op::Add { .. }
         | Op::Mul
-        | Op::Cat { .. } => return Some(from),
+        | Op::Cat { .. }
+        | Op::Split { .. }
+        | Op::ChannelShuffle { .. } => return Some(from),
     };
     for i in 0..2 {
         from.size[i] += (kernel[i] - 1) * dilation[i] * from.jump[i];
@@ -98,6 +100,8 @@ fn flops(graph: &Graph, node: &Node, shape: &Shape, shapes: &[Shape]) -> u64 {
         | Op::Flatten { .. }
         | Op::Reshape { .. }
         | Op::Cat { .. }
+        | Op::Split { .. }
+        | Op::ChannelShuffle { .. }
         | Op::Pad { .. }
         | Op::Permute { .. } => 0,
     }

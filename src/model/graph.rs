@@ -134,6 +134,16 @@ pub enum Op {
     Cat {
         dim: i64,
     },
+    /// One of the parts, of these sizes along a dimension, that `chunk` and `split` return.
+    Split {
+        dim: i64,
+        sizes: Vec<usize>,
+        part: usize,
+    },
+    /// Channel `i` of group `g` goes to place `i * groups + g`.
+    ChannelShuffle {
+        groups: usize,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -217,6 +227,8 @@ impl Op {
             Self::Add { .. } => "Add",
             Self::Mul => "Mul",
             Self::Cat { .. } => "Cat",
+            Self::Split { .. } => "Split",
+            Self::ChannelShuffle { .. } => "ChannelShuffle",
         }
     }
 
@@ -245,7 +257,9 @@ impl Op {
             | Self::Mean { .. }
             | Self::Add { .. }
             | Self::Mul
-            | Self::Cat { .. } => Vec::new(),
+            | Self::Cat { .. }
+            | Self::Split { .. }
+            | Self::ChannelShuffle { .. } => Vec::new(),
         }
     }
 }

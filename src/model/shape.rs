@@ -159,6 +159,26 @@ fn output(graph: &Graph, node: &Node, known: &[Shape], input: &[usize]) -> Resul
             }
             Ok(out)
         }
+        Op::Split { dim, sizes, part } => {
+            let mut out = from(0)?.clone();
+            let dim = axis(node, *dim, out.len())?;
+            let total = sizes.iter().try_fold(0usize, |sum, &size| sum.checked_add(size));
+            match sizes.get(*part) {
+                Some(&size) if total == Some(out[dim]) => {
+                    out[dim] = size;
+                    Ok(out)
+                }
+                _ => Err(fail(node, format!("cannot divide {out:?} into {sizes:?} along dimension {dim}"))),
+            }
+        }
+        Op::ChannelShuffle { groups } => {
+            let shape = from(0)?;
+            let [_, c, ..] = image(node, shape)?;
+            match c.checked_rem(*groups) {
+                Some(0) => Ok(shape.clone()),
+                _ => Err(fail(node, format!("cannot divide {c} channels into {groups} groups"))),
+            }
+        }
     }
 }
 

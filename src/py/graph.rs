@@ -190,6 +190,8 @@ const OPERATIONS: &Names<fn(&Attributes<'_, '_>) -> PyResult<Op>> = &[
         false => Ok(Op::Mul),
     }),
     ("Cat", |a| Ok(Op::Cat { dim: a.get("dim")? })),
+    ("Split", |a| Ok(Op::Split { dim: a.get("dim")?, sizes: a.get("sizes")?, part: a.get("part")? })),
+    ("ChannelShuffle", |a| Ok(Op::ChannelShuffle { groups: a.get("groups")? })),
     ("ReLU", |a| activation(a, Activation::Relu)),
     ("ReLU6", |a| activation(a, Activation::Relu6)),
     ("LeakyReLU", |a| activation(a, Activation::LeakyRelu { negative_slope: a.get("negative_slope")? })),

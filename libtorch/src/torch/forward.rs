@@ -157,6 +157,16 @@ fn apply(node: &Node, tensors: &[Tensor], values: &[Option<Tensor>]) -> Result<T
             let all = (0..node.inputs.len()).map(input).collect::<Result<Vec<_>>>()?;
             Tensor::f_cat(&all, *dim)?
         }
+        Op::Split { dim, sizes, part } => {
+            let before: usize = sizes[..*part].iter().sum();
+            x.f_narrow(*dim, before as i64, sizes[*part] as i64)?
+        }
+        Op::ChannelShuffle { groups } => {
+            let (size, groups) = (x.size(), *groups as i64);
+            // As torchvision's networks; the result lies in memory as theirs does.
+            let apart = [&[size[0], groups, size[1] / groups], &size[2..]].concat();
+            x.f_reshape(apart)?.f_transpose(1, 2)?.f_contiguous()?.f_reshape(size)?
+        }
     })
 }
 

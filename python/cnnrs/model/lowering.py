@@ -18,8 +18,10 @@ from torch.utils._device import DeviceContext
 from cnnrs import _cnnrs
 from cnnrs._records import Attributes, Node, OpKind
 from cnnrs._util import plain
+from cnnrs.model import shuffle
 from cnnrs.model.around import global_hooks
 from cnnrs.model.operations import BINARY, FUNCTIONS, INPLACE, LAYERS, METHODS, WEIGHTED, Unsupported
+from cnnrs.model.sizes import Sizes
 from cnnrs.model.stochastic_depth import Draws, is_stochastic_depth
 from cnnrs.model.tracing import Memory, Recorder, Size, Standin, values
 
@@ -122,6 +124,9 @@ class _Lowering:
         self._names: Counter[str] = Counter()
         #: Where a tensor is among those, by its id.
         self._places: dict[int, int] = {}
+        self._sizes = Sizes()
+        #: Steps of channel shuffles, which are one operation each.
+        self._joined: set[int] = set()
 
     def run(self) -> Lowered:
         try:
@@ -141,6 +146,7 @@ class _Lowering:
             reasons.append("forward does not return one tensor")
         if node is None or reasons:
             raise Unsupported("\n".join(reasons))
+        self.nodes, node = shuffle.without(self.nodes, node, self._joined)
         try:
             graph = _cnnrs.Graph(self.nodes, node, [list(t.shape) for t in self.tensors])
         except (TypeError, ValueError, OverflowError) as error:
@@ -169,6 +175,12 @@ class _Lowering:
             return True
         return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, nn.Sequential)
 
+    def unpacked(self, node: int, count: int) -> None:
+        self._sizes.has_rank(node, count)
+
+    def channels(self, node: int) -> int | None:
+        return self._sizes.channels(node)
+
     def layer(self, module: nn.Module, args: tuple[Any, ...]) -> Standin:
         kind = type(module).__name__
         name = self._layers.get(module)
@@ -191,11 +203,15 @@ class _Lowering:
         if type(module) is nn.Identity:
             return x
         kind, attributes = LAYERS[type(module)]
-        return self._apply(name, kind, [x], self._described(attributes, module, self._tensor_index))
+        made = self._apply(name, kind, [x], self._described(attributes, module, self._tensor_index))
+        if kind == "BatchNorm2d" and made.node is not None:
+            # The layer, not the function, refuses everything else.
+            self._sizes.has_rank(made.node, 4)
+        return made
 
     # -- functions
 
-    def call(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Standin:
+    def call(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = self._attempt(f"{name}()", lambda: self._call(target, name, list(args), dict(kwargs)))
         return result if result is not None else self._nothing()
 
@@ -205,7 +221,7 @@ class _Lowering:
             raise self._recorder.stop(f"{name}() makes a tensor of the batch's size")
         return drawn
 
-    def _call(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Standin:
+    def _call(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         dropped = self._draws.call(name, args, kwargs)
         if isinstance(dropped, Standin):
             return dropped
@@ -230,11 +246,16 @@ class _Lowering:
             return self._apply(self._unique(name), "Cat", [self._tensor(a) for a in parts], {"dim": dim})
         x = self._tensor(args.pop(0) if args else kwargs.pop("input", None))
         if target in ("view", "reshape", torch.reshape):
-            return self._apply(self._unique(name), "View", [x], {"dims": self._view_dims(args, kwargs)})
+            return self._view(name, x, self._view_dims(args, kwargs))
         if target == "contiguous" and not args and not kwargs:
-            if any(kind == "Permute" for _, kind, _, _ in self.nodes):
-                raise Unsupported("copies permuted dimensions, which has no counterpart yet")
-            return self._recorder.value(self._read(x), x.memory)
+            return self._contiguous(x)
+        if target in ("chunk", torch.chunk, "split", torch.split):
+            sizes = self._described(_chunks if name == "chunk" else _parts, self._channels_of(x), *args, **kwargs)
+            one: list[Attributes] = [{"dim": 1, "sizes": sizes, "part": part} for part in range(len(sizes))]
+            return tuple(self._apply(self._unique(name), "Split", [x], part) for part in one)
+        if target in ("transpose", torch.transpose):
+            order = self._described(_swapped, self._sizes.rank(self._read(x)), *args, **kwargs)
+            return self._apply(self._unique(name), "Permute", [x], {"dims": order})
         inplace = INPLACE.get(name)
         function = inplace or (METHODS.get(target) if isinstance(target, str) else target)
         if function not in FUNCTIONS:
@@ -246,8 +267,40 @@ class _Lowering:
             attributes["inplace"] = True
         return self._apply(self._unique(name), kind, [x], attributes)
 
+    def _view(self, name: str, x: Standin, dims: list[Any]) -> Standin:
+        node = x.node
+        groups = None if node is None else self._shuffled(node)
+        if node is not None and groups is not None and shuffle.puts_together(self.nodes, node, dims):
+            self._check_version(x)
+            self._joined |= {node, *self.nodes[node][2]}
+            source = self._recorder.value(shuffle.source(self.nodes, node), x.memory)
+            return self._apply(self._unique("channel_shuffle"), "ChannelShuffle", [source], {"groups": groups})
+        return self._apply(self._unique(name), "View", [x], {"dims": dims})
+
+    def _shuffled(self, node: int) -> int | None:
+        """The groups of a channel shuffle that has come so far, None for any other value."""
+        if self.nodes[node][1] != "Permute":
+            return None
+        before = shuffle.source(self.nodes, node) if self.nodes[self.nodes[node][2][0]][1] == "View" else 0
+        return shuffle.groups_behind(self.nodes, node, self._sizes.channels(before))
+
+    def _contiguous(self, x: Standin) -> Standin:
+        node = self._read(x)
+        made = self._recorder.value(node, x.memory)
+        made.copied = self._shuffled(node) is not None
+        permuted = (number for number, (_, kind, *_) in enumerate(self.nodes) if kind == "Permute")
+        if not made.copied and any(number not in self._joined for number in permuted):
+            raise Unsupported(_COPIES)
+        return made
+
+    def _channels_of(self, x: Standin) -> int:
+        channels = self._sizes.channels(self._read(x))
+        if channels is None:
+            raise Unsupported("divides a value whose number of channels is not known for every batch")
+        return channels
+
     @staticmethod
-    def _described(describe: Callable[..., Attributes], *args: Any, **kwargs: Any) -> Attributes:
+    def _described(describe: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return describe(*args, **kwargs)
         except TypeError as error:
@@ -294,10 +347,13 @@ class _Lowering:
         """One more operation. What it returns is a new tensor, its input overwritten, its input, or a view of it."""
         nodes = [self._read(x) for x in inputs]
         x, overwrites = inputs[0], attributes.get("inplace", False)
+        if overwrites and self._is_part(nodes[0]):
+            raise Unsupported("overwrites a part of a value, which has no counterpart yet")
         drops = kind != "Dropout" or (attributes["training"] and attributes["p"] > 0.0)
         if overwrites and drops:
             attributes["inplace"] = self._may_overwrite(kind, x.memory, attributes)
         self.nodes.append((name, kind, nodes, attributes))
+        self._sizes.add(self.nodes[-1], self.tensors)
         made = len(self.nodes) - 1
         if overwrites or not drops:
             if drops:
@@ -328,12 +384,25 @@ class _Lowering:
             raise Unsupported("has no derivative in place with a negative slope")
         return False
 
+    def _is_part(self, node: int) -> bool:
+        while (kind := self.nodes[node][1]) in VIEWS:
+            if kind == "Split":
+                return True
+            node = self.nodes[node][2][0]
+        return False
+
     def _read(self, x: Standin) -> int:
         if x.node is None:
             raise Unsupported  # The reason has been given where the value is made.
+        if x.copied:
+            raise Unsupported(_COPIES)
+        self._check_version(x)
+        return x.node
+
+    @staticmethod
+    def _check_version(x: Standin) -> None:
         if x.version != x.memory.version:
             raise Unsupported(f"reads a view of a value, which {x.memory.writer} has overwritten since")
-        return x.node
 
     def _tensor(self, argument: Any) -> Standin:
         if isinstance(argument, Standin):
@@ -369,8 +438,9 @@ class _Lowering:
         return f"{name}_{count}" if count else name
 
 
+_COPIES = "copies permuted dimensions, which has no counterpart yet"
 #: Operations whose result shares memory with their input, or may.
-VIEWS: frozenset[OpKind] = frozenset({"View", "Flatten", "Permute"})
+VIEWS: frozenset[OpKind] = frozenset({"View", "Flatten", "Permute", "Split", "ChannelShuffle"})
 #: Operations that overwrite their input in engine ``torch`` too; the others get a value of their own there.
 _IN_PLACE: frozenset[OpKind] = frozenset({"ReLU", "ReLU6", "SiLU", "Hardswish", "Hardsigmoid", "Dropout", "Add"})
 #: Operations whose derivative needs their result.
@@ -379,6 +449,35 @@ _KEEP_THEIR_RESULT = frozenset(
 )
 #: One of them that engine ``torch`` computes from its input instead, so that it would not notice.
 _KEEP_THEIR_INPUT = frozenset({"LeakyReLU_"})
+
+
+def _chunks(channels: int, chunks: int, dim: int = 0) -> list[int]:
+    """The sizes of the parts that ``torch.chunk`` makes of channels."""
+    if type(chunks) is not int or chunks < 1:
+        raise Unsupported(f"divides into {chunks!r} parts")
+    return _parts(channels, -(-channels // chunks), dim)
+
+
+def _parts(channels: int, split_size_or_sections: Any = None, dim: int = 0, split_size: Any = None) -> list[int]:
+    """Those that ``torch.split`` makes, whose argument has another name as a method."""
+    if dim not in (1, -3):
+        raise Unsupported("divides another dimension than the channels")
+    each = split_size if split_size_or_sections is None else split_size_or_sections
+    if type(each) is int and each > 0:
+        return [min(each, channels - first) for first in range(0, channels, each)]
+    sizes = list(each) if isinstance(each, (tuple, list)) else []
+    if any(type(size) is not int or size < 1 for size in sizes) or sum(sizes) != channels:
+        raise Unsupported(f"divides {channels} channels into {each!r}")
+    return sizes
+
+
+def _swapped(rank: int | None, dim0: int, dim1: int) -> list[int]:
+    """The order of the dimensions after two of them have changed places."""
+    if rank is None or not all(-rank <= dim < rank for dim in (dim0, dim1)):
+        raise Unsupported("swaps dimensions of a value that may have any number of them")
+    order = list(range(rank))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return order
 
 
 def _kind(kind: OpKind, attributes: Attributes) -> str:

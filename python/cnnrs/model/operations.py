@@ -219,6 +219,7 @@ LAYERS: dict[type[nn.Module], tuple[OpKind, Callable[[Any, Index], Attributes]]]
     nn.Flatten: ("Flatten", lambda m, _: {"start": m.start_dim, "end": m.end_dim}),
     nn.LogSoftmax: ("Softmax", lambda m, _: _softmax(m.dim, log=True)),
     nn.Softmax: ("Softmax", lambda m, _: _softmax(m.dim, log=False)),
+    nn.ChannelShuffle: ("ChannelShuffle", lambda m, _: {"groups": m.groups}),
 }
 
 # -- functions and methods -----------------------------------------------------------------------------------
@@ -249,6 +250,7 @@ FUNCTIONS: dict[Any, tuple[OpKind, Callable[..., Attributes]]] = {
     torch.flatten: ("Flatten", lambda start_dim=0, end_dim=-1: {"start": start_dim, "end": end_dim}),
     F.pad: ("ZeroPad2d", _pad),
     torch.permute: ("Permute", _permute),
+    torch.channel_shuffle: ("ChannelShuffle", lambda groups: {"groups": groups}),
     torch.mean: ("Mean", lambda dim, keepdim=False: {"dims": _dims(dim), "keepdim": keepdim}),
 }
 

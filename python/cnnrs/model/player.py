@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,8 @@ def play(
     groups = groups or {}
     computed_at = {node: end for end, group in groups.items() for node in group.nodes}
     done = _last_read(lowered, computed_at, groups)
+    # Parts of a value that are still to be handed out, by what divides it and how.
+    parts: dict[tuple[int, str], Sequence[torch.Tensor]] = {}
     for number, (_, kind, sources, attributes) in enumerate(lowered.operations):
         if number < start or computed_at.get(number, number) > number:
             continue
@@ -62,6 +64,12 @@ def play(
             value = group.run([values[source] for source in group.sources], tensors)
         elif kind == "View":
             value = values[sources[0]].reshape(_sizes(attributes["dims"], values, inputs))
+        elif kind == "Split":
+            # One division for all parts, as in `forward`: it has one derivative.
+            key = sources[0], repr((attributes["dim"], attributes["sizes"]))
+            if key not in parts:
+                parts[key] = _divided(values[sources[0]], attributes["dim"], attributes["sizes"])
+            value = parts[key][attributes["part"]]
         else:
             value = OPERATIONS[kind](_Operation([values[source] for source in sources], attributes, tensors))
         values[number] = value
@@ -70,6 +78,8 @@ def play(
         del value
         for node in done[number]:
             values.pop(node, None)
+            for key in [key for key in parts if key[0] == node]:
+                del parts[key]
     return values[lowered.output]
 
 
@@ -192,6 +202,20 @@ def _softmax(o: _Operation) -> torch.Tensor:
     return F.log_softmax(o.x, o["dim"]) if o["log"] else F.softmax(o.x, o["dim"])
 
 
+def _divided(x: torch.Tensor, dim: int, sizes: list[int]) -> Sequence[torch.Tensor]:
+    # What `chunk` and `split` by a size call is another function than `split` by several.
+    each = sizes[0]
+    alike = all(size == each for size in sizes[:-1]) and sizes[-1] <= each
+    return x.split(each, dim) if alike else x.split(sizes, dim)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _channel_shuffle(o: _Operation) -> torch.Tensor:
+    n, c, *plane = o.x.shape
+    # As torchvision's networks; the result lies in memory as theirs does.
+    groups = o.x.reshape(n, o["groups"], c // o["groups"], *plane)
+    return groups.transpose(1, 2).contiguous().reshape(n, c, *plane)
+
+
 def _add(o: _Operation) -> torch.Tensor:
     return o.x.add_(o.values[1]) if o["inplace"] else o.x + o.values[1]
 
@@ -201,7 +225,7 @@ def _sizes(dims: list[Any], values: dict[int, torch.Tensor], inputs: torch.Tenso
     return [dim if isinstance(dim, int) else values.get(dim[0], inputs).shape[dim[1]] for dim in dims]
 
 
-#: Kind of a node -> its function; ``Input`` and ``View`` are :func:`play`'s own.
+#: Kind of a node -> its function; ``Input``, ``View`` and ``Split`` are :func:`play`'s own.
 OPERATIONS: dict[OpKind, Callable[[_Operation], torch.Tensor]] = {
     "Conv2d": _conv2d,
     "BatchNorm2d": _batch_norm,
@@ -230,4 +254,5 @@ OPERATIONS: dict[OpKind, Callable[[_Operation], torch.Tensor]] = {
     "Add": _add,
     "Mul": lambda o: o.x * o.values[1],
     "Cat": lambda o: torch.cat(o.values, o["dim"]),
+    "ChannelShuffle": _channel_shuffle,
 }

@@ -56,12 +56,14 @@ class Standin(torch.Tensor):
         node: the node that makes the value; None when the reason why there is none has been given.
         memory: what it shares with its views.
         version: that of the memory which this node stands for.
+        copied: it is the node's value in another order of memory, which only some operations behind it may see.
     """
 
     recorder: Recorder
     node: int | None
     memory: Memory
     version: int
+    copied = False
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -75,7 +77,7 @@ class Standin(torch.Tensor):
 
 
 class Size(torch.SymInt):
-    """``x.size(dim)``: it can be given to ``view`` and nothing else."""
+    """``x.size(dim)`` where the batch decides: it can be given to ``view`` and nothing else."""
 
     def __init__(self, recorder: Recorder, node: int | None, dim: int) -> None:
         self.recorder, self.of, self.dim = recorder, node, dim
@@ -100,15 +102,17 @@ class Shape:
     def __class__(self) -> type:
         return torch.Size
 
-    def __getitem__(self, dim: Any) -> Size:
+    def __getitem__(self, dim: Any) -> Size | int:
         if type(dim) is not int:
             raise self.recorder.stop("forward computes with the shape of a tensor")
-        return Size(self.recorder, self.of, dim)
+        return self.recorder.size(self.of, dim)
 
-    def __iter__(self) -> Iterator[Size]:
+    def __iter__(self) -> Iterator[Size | int]:
         count = _unpacked(sys._getframe(1))
         if count is None:
             raise self.recorder.stop("forward computes with the shape of a tensor")
+        if self.of is not None:
+            self.recorder.lowering.unpacked(self.of, count)
         return iter([self[dim] for dim in range(count)])
 
     def __getattr__(self, name: str) -> Any:
@@ -167,6 +171,23 @@ class Lowering(Protocol):
 
     def is_layer(self, module: nn.Module) -> bool:
         """Whether it is not walked through."""
+
+    def unpacked(self, node: int, count: int) -> None:
+        """``forward`` goes on only where the value of a node has so many dimensions."""
+
+    def channels(self, node: int) -> int | None:
+        """How many channels the images of a node have, whatever the batch; None where that is not known."""
+
+
+class _Unknowing:
+    """Who asks nothing of sizes."""
+
+    def unpacked(self, node: int, count: int) -> None:
+        """Nobody wants to know."""
+
+    def channels(self, node: int) -> int | None:
+        """Not known."""
+        return None
 
 
 #: Methods and functions through which a value leaves a tensor for Python.
@@ -317,7 +338,15 @@ class Recorder(TorchFunctionMode):
         return self.gradients and bool(held) and alike and not torch.is_autocast_enabled("cpu")
 
     def _size(self, x: Standin, dim: int | None = None) -> Any:
-        return Shape(self, x.node) if dim is None else Size(self, x.node, dim)
+        return Shape(self, x.node) if dim is None else self.size(x.node, dim)
+
+    def size(self, node: int | None, dim: int) -> Size | int:
+        """One size of a value: a number where every batch has the same."""
+        if node is not None and dim in (1, -3):
+            channels = self.lowering.channels(node)
+            if channels is not None:
+                return channels
+        return Size(self, node, dim)
 
     def _check_contexts(self) -> None:
         if changed := self.contexts.changed():
@@ -362,7 +391,7 @@ class Recorder(TorchFunctionMode):
             function.apply = before
 
 
-class _Anything:
+class _Anything(_Unknowing):
     """Goes along with all calls, up to that of one module, and writes them down."""
 
     def __init__(self, model: nn.Module, until: nn.Module) -> None:
@@ -407,7 +436,7 @@ def calls_up_to(model: nn.Module, until: nn.Module) -> list[Any] | None:
 _PURE = frozenset({"torch", "torchvision", "timm"})
 
 
-class _Pure:
+class _Pure(_Unknowing):
     """Goes along with all calls of code that is nobody's library, and stops at those that see how tensors lie."""
 
     def __init__(self, model: nn.Module) -> None:

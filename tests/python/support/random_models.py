@@ -148,6 +148,18 @@ class Step(nn.Module):
     def _cat(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x, torch.relu(x)] if self.form < 2 else [x, x], 1)
 
+    def _moved(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, h, w = x.shape
+        if c % 2:
+            return x
+        if self.form == 0:
+            return torch.cat(x.chunk(2, dim=1)[::-1], 1)
+        if self.form == 1:
+            a, b = torch.split(x, c // 2, dim=1)
+            x = torch.cat([a, torch.tanh(b)], 1)
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2)
+        return x.contiguous().view(n, c, h, w) if self.form < 3 else x.reshape(n, -1, h, w)
+
     def _unused(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
@@ -158,6 +170,7 @@ class Step(nn.Module):
 KINDS = (
     ["conv", "grouped", "norm", "relu", "leaky", "smooth", "pool", "function", "method", "residual"] * 3
     + ["dropout", "alias", "alias", "context", "shared", "counter", "asks", "detach", "scale", "cat", "unused", "draws"]
+    + ["moved"] * 2
 )  # fmt: skip
 
 

@@ -4,9 +4,10 @@ use std::sync::{Mutex, PoisonError};
 
 use super::fuse::{Fused, Tensors};
 use super::memory::{Geometry, Value, arena};
+use super::places::Picked;
 use super::method::{Method, window};
 use super::steps::{
-    self, Binary, Block, Cat, Conv, Depthwise, Direct, Grouped, LayerNorm, Load, Packing, Pad, Pointwise, Pool,
+    self, Binary, Block, Cat, Conv, Depthwise, Direct, Grouped, LayerNorm, Load, Packing, Pad, Pick, Pointwise, Pool,
     Relayout, Softmax, Step,
 };
 use super::steps::{Filters, Source, Store, Taps, Winograd};
@@ -116,6 +117,7 @@ impl<'a> Network<'a> {
                 method.widen(&window, input);
             }
         }
+        self.align(&mut geometries);
         let dense = |l: &Fused| {
             let first = l.expand.as_deref().unwrap_or(l);
             matches!(self.method(first), (Some(w), Method::Direct) if w.groups == 1)
@@ -130,6 +132,30 @@ impl<'a> Network<'a> {
             input.pixel = input.channels;
         }
         Ok(geometries)
+    }
+
+    /// Convolutions that pick channels of several values: how many.
+    pub fn together(&self) -> impl Iterator<Item = &[usize]> {
+        let picks = |layer: &&Fused| layer.picked.is_some() && matches!(self.method(layer), (Some(_), _));
+        self.all().filter(picks).map(|layer| layer.inputs.as_slice())
+    }
+
+    /// The same borders around values from which a convolution picks channels: one distance leads to the next image.
+    fn align(&self, geometries: &mut [Option<Geometry>]) {
+        loop {
+            let before = geometries.to_vec();
+            for nodes in self.together() {
+                let all: Vec<Geometry> = nodes.iter().filter_map(|&node| geometries[node]).collect();
+                for &node in nodes {
+                    if let Some(geometry) = &mut geometries[node] {
+                        all.iter().for_each(|other| geometry.widen(other.before, other.after));
+                    }
+                }
+            }
+            if before == geometries {
+                return;
+            }
+        }
     }
 
     /// # Errors
@@ -175,12 +201,18 @@ impl<'a> Network<'a> {
             return Ok(Box::new(Load { output }));
         }
         let input = value(layer.inputs[0])?;
+        let sources = layer.inputs.iter().map(|&node| value(node)).collect::<Result<Vec<_>>>()?;
+        if let (Some(picked), (None, _)) = (&layer.picked, self.method(layer)) {
+            let number = |node: usize| layer.inputs.iter().position(|&input| input == node).unwrap_or(0);
+            let places = picked.places.iter().map(|place| (number(place.node), place.channel)).collect();
+            return Ok(Box::new(Pick { inputs: sources, places, output }));
+        }
         let plane = |v: &Value| [v.geometry.height, v.geometry.width];
         Ok(match &node.op {
             Op::Conv2d { .. } | Op::Linear { .. } => {
                 let residual = layer.residual.map(&value).transpose()?;
                 let rows = layer.expand.as_ref().map(|before| value(before.last)).transpose()?;
-                return self.sums(layer, Values { input, rows, output, residual }, weights);
+                return self.sums(layer, &Values { input, sources, rows, output, residual }, weights);
             }
             Op::MaxPool2d { .. } | Op::AvgPool2d { .. } | Op::AdaptiveAvgPool2d { .. } | Op::Mean { .. } => {
                 let (spans, reduce) = geometry::pool(&node.op, plane(&input), plane(&output))
@@ -212,8 +244,7 @@ impl<'a> Network<'a> {
             Op::Cat { .. } => {
                 let mut first = 0;
                 let mut inputs = Vec::new();
-                for &i in &layer.inputs {
-                    let part = value(i)?;
+                for part in sources {
                     inputs.push((part, first));
                     first += part.geometry.channels;
                 }
@@ -221,7 +252,12 @@ impl<'a> Network<'a> {
             }
             Op::Flatten { .. } | Op::Reshape { .. } => Box::new(Relayout { input, output }),
             Op::Softmax { log, .. } => Box::new(Softmax { input, output, log: *log }),
-            Op::Input | Op::Dropout { .. } | Op::StochasticDepth { .. } | Op::Permute { .. } => {
+            Op::Input
+            | Op::Dropout { .. }
+            | Op::StochasticDepth { .. }
+            | Op::Permute { .. }
+            | Op::Split { .. }
+            | Op::ChannelShuffle { .. } => {
                 return Err(Error::internal(format_args!("{}: not a layer", node.name)));
             }
         })
@@ -232,9 +268,9 @@ impl<'a> Network<'a> {
         Box::new(Store { input: value })
     }
 
-    fn sums(&self, layer: &Fused, values: Values, weights: &mut Weights<'a>) -> Result<Box<dyn Step>> {
+    fn sums(&self, layer: &Fused, values: &Values, weights: &mut Weights<'a>) -> Result<Box<dyn Step>> {
         let (node, isa, activation) = (self.node(layer), self.isa, layer.activation);
-        let Values { input, output, residual, .. } = values;
+        let &Values { input, output, residual, .. } = values;
         if let (_, Method::Direct) = self.method(layer) {
             return Ok(Box::new(self.conv(layer, values, weights)?));
         }
@@ -265,8 +301,9 @@ impl<'a> Network<'a> {
             Method::Depthwise => {
                 let source = match (&layer.expand, values.rows) {
                     (Some(before), Some(rows)) => {
-                        let values = Values { output: rows, rows: None, residual: None, ..values };
-                        Source::Conv(Box::new(self.conv(before, values, weights)?))
+                        let sources = values.sources.clone();
+                        let values = Values { input, sources, output: rows, rows: None, residual: None };
+                        Source::Conv(Box::new(self.conv(before, &values, weights)?))
                     }
                     _ => Source::Value(input),
                 };
@@ -307,15 +344,23 @@ impl<'a> Network<'a> {
     }
 
     /// A convolution by direct summation.
-    fn conv(&self, layer: &Fused, values: Values, weights: &mut Weights<'a>) -> Result<Conv> {
+    fn conv(&self, layer: &Fused, values: &Values, weights: &mut Weights<'a>) -> Result<Conv> {
         let (isa, activation) = (self.isa, layer.activation);
-        let Values { input, output, residual, .. } = values;
+        let &Values { mut input, output, residual, .. } = values;
         let Sums { window: w, method, filters, scale, bias } = self.prepare(layer, weights)?;
         if method != Method::Direct {
             return Err(unsupported(self.node(layer), "is not summed directly"));
         }
         let (groups, inp) = (w.groups, w.channels / w.groups);
-        let taps = Taps::new(&input.geometry, inp, w.kernel, w.dilation);
+        let mut taps = Taps::new(&input.geometry, inp, w.kernel, w.dilation);
+        let mut rows = None;
+        if let Some(picked) = &layer.picked {
+            let first = values.sources.iter().min_by_key(|source| source.offset).copied();
+            input = first.ok_or_else(|| unsupported(self.node(layer), "reads nothing"))?;
+            taps = Taps::picked(self.offsets(layer, picked, &values.sources, &input)?);
+            rows = Some(picked.rows());
+        }
+        let order = layer.order.clone();
         let (depth, packing) = (taps.depth(), taps.clone());
         let len = w.out_channels.next_multiple_of(LANES) * depth;
         let wide = isa.columns() * LANES;
@@ -332,12 +377,27 @@ impl<'a> Network<'a> {
                 pixel: input.geometry.pixel,
                 weight: filters,
                 scale: scale.as_deref(),
+                rows: rows.as_deref(),
+                order: order.as_deref(),
             };
             steps::pack(&packing, number * wide, to);
         });
         let (stride, padding) = (w.stride, w.padding);
         let direct = Direct { isa, input, output, residual, bias, stride, padding, activation };
         Ok(Conv { direct, weights, groups, taps })
+    }
+
+    /// How far each picked channel is from the beginning of `first`, the first of the values in memory.
+    fn offsets(&self, layer: &Fused, picked: &Picked, sources: &[Value], first: &Value) -> Result<Vec<usize>> {
+        let offset = |place: &super::places::Place| {
+            let at = layer.inputs.iter().position(|&node| node == place.node)?;
+            let Value { geometry: g, offset, whole } = sources[at];
+            // One step leads to the next image in all of them.
+            let alike = g.len() == first.geometry.len() && g.plane() == first.geometry.plane() && whole == first.whole;
+            alike.then(|| offset - first.offset + place.channel / LANES * g.plane() + place.channel % LANES)
+        };
+        let offsets: Option<Vec<usize>> = picked.places.iter().map(offset).collect();
+        offsets.ok_or_else(|| Error::internal(format_args!("{}: picks of unlike values", self.node(layer).name)))
     }
 
     fn prepare(&self, layer: &Fused, weights: &mut Weights<'a>) -> Result<Sums<'a>> {
@@ -357,14 +417,18 @@ impl<'a> Network<'a> {
             }
             factor.clone()
         });
+        if let Some(order) = &layer.order {
+            summand = order.iter().map(|&channel| summand[channel]).collect();
+        }
         Ok(Sums { window, method, filters, scale, bias: weights.vector(summand) })
     }
 }
 
 /// What a convolution reads and writes.
-#[derive(Clone, Copy)]
 struct Values {
     input: Value,
+    /// All that it picks channels of.
+    sources: Vec<Value>,
     /// The result of the convolution that a depthwise one has taken in: rows in the workers' memory, in this geometry.
     rows: Option<Value>,
     output: Value,

@@ -72,6 +72,7 @@ fn order(graph: &Graph, node: &mut Node, shape: &Shape, orders: &[Vec<usize>]) -
         }
         Op::Softmax { dim, .. } => *dim = place(*dim) as i64,
         Op::Cat { dim } => *dim = place(*dim) as i64,
+        Op::Split { dim, .. } => *dim = place(*dim) as i64,
         Op::Mean { dims, keepdim } => {
             let keepdim = *keepdim;
             dims.iter_mut().for_each(|dim| *dim = place(*dim) as i64);
@@ -97,7 +98,9 @@ fn overwritten(graph: &Graph) -> Result<()> {
         let (same, written) = match node.op {
             Op::Activation { inplace, .. } | Op::Add { inplace } => (inplace, inplace),
             // Dropout that drops something is refused elsewhere.
-            Op::Flatten { .. } | Op::Reshape { .. } | Op::Permute { .. } | Op::Dropout { .. } => (true, false),
+            Op::Flatten { .. } | Op::Reshape { .. } | Op::Permute { .. } | Op::Dropout { .. } | Op::Split { .. } => {
+                (true, false)
+            }
             _ => (false, false),
         };
         if same {

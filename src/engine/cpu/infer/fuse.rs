@@ -4,10 +4,11 @@
 //! ZeroPad2d -> Conv2d | Linear -> (BatchNorm2d | Scale)* -> Add -> activation -> MaxPool2d 2x2 (Winograd only)
 //! Add | Mul | BatchNorm2d | Scale | LayerNorm | pooling -> activation
 //! Conv2d (direct, one group, no Add, more than one pixel) -> depthwise Conv2d
-//! x * sigmoid(x) is the activation SiLU; permutations are names (`canonical`)
+//! x * sigmoid(x) is the activation SiLU; permutations are names (`canonical`), and so are moved channels (`places`)
 //! ```
 
 use super::method::{Method, joined, window};
+use super::places::{self, Names, Picked};
 use crate::engine::cpu::common::analysis::{axis, readers, unsupported};
 use crate::engine::cpu::common::kernels::activate::Activate;
 use crate::error::Result;
@@ -29,6 +30,28 @@ pub struct Fused {
     pub residual: Option<usize>,
     pub activation: Activate,
     pub pool: bool,
+    /// Where it finds each channel, if not in the order of one value. A layer of its own that has nothing else is a copy.
+    pub picked: Option<Picked>,
+    /// Of a convolution: for each channel in memory which of PyTorch's it is, if not the same.
+    pub order: Option<Vec<usize>>,
+}
+
+impl Fused {
+    /// One operation alone.
+    pub fn plain(node: usize, inputs: &[usize]) -> Self {
+        Self {
+            expand: None,
+            node,
+            last: node,
+            inputs: inputs.to_vec(),
+            affine: None,
+            residual: None,
+            activation: Activate::Nothing,
+            pool: false,
+            picked: None,
+            order: None,
+        }
+    }
 }
 
 /// Parameters and buffers of the graph, as float32; `None` for those that hold no float32.
@@ -44,6 +67,7 @@ struct Fusion<'a> {
     /// The node that holds each node's value.
     source: Vec<usize>,
     taken: Vec<bool>,
+    names: Names,
 }
 
 /// The layers in the order in which they can run.
@@ -53,21 +77,24 @@ struct Fusion<'a> {
 pub fn fuse(graph: &Graph, shapes: &[Shape], tensors: &Tensors<'_>, exact: bool) -> Result<(Vec<Fused>, usize)> {
     let source = (0..graph.nodes.len()).collect();
     let taken = vec![false; graph.nodes.len()];
-    let mut fusion = Fusion { graph, shapes, tensors, exact, readers: readers(graph), source, taken };
+    let names = Names::new(graph.nodes.len());
+    let mut fusion = Fusion { graph, shapes, tensors, exact, readers: readers(graph), source, taken, names };
     let mut layers = Vec::new();
     for index in 0..graph.nodes.len() {
         if !fusion.taken[index] {
             layers.extend(fusion.layer(index)?);
         }
     }
-    // A layer that ends in an addition runs where the addition stood: by then the other operand is known.
-    layers.sort_by_key(|layer| layer.last);
     let resolve = |node: &mut usize| *node = fusion.source[*node];
     for layer in &mut layers {
         layer.inputs.iter_mut().for_each(resolve);
         layer.residual.as_mut().map(resolve);
     }
     let output = fusion.source[graph.output];
+    layers.extend(fusion.names.copies(&layers, output));
+    // A layer that ends in an addition runs where the addition stood: by then the other operand is known.
+    layers.sort_by_key(|layer| layer.last);
+    places::pick(graph, shapes, exact, output, &mut layers);
     Ok((expansions(graph, shapes, exact, output, layers), output))
 }
 
@@ -146,6 +173,9 @@ impl Fusion<'_> {
             Op::Cat { dim } if axis(*dim, shape.len()) != 1 => {
                 return Err(unsupported(node, "joins another dimension than the channels"));
             }
+            Op::Split { dim, .. } if axis(*dim, shape.len()) != 1 => {
+                return Err(unsupported(node, "divides another dimension than the channels"));
+            }
             Op::Mean { dims, .. } => {
                 let rank = from.map_or(0, Vec::len);
                 let mut axes: Vec<_> = dims.iter().map(|&d| axis(d, rank)).collect();
@@ -173,18 +203,14 @@ impl Fusion<'_> {
             | Op::Pad { .. }
             | Op::Scale { .. }
             | Op::Softmax { .. }
-            | Op::Cat { .. } => {}
+            | Op::Cat { .. }
+            | Op::Split { .. }
+            | Op::ChannelShuffle { .. } => {}
         }
-        let mut layer = Fused {
-            expand: None,
-            node: index,
-            last: index,
-            inputs: node.inputs.clone(),
-            affine: None,
-            residual: None,
-            activation: Activate::Nothing,
-            pool: false,
-        };
+        if self.names.note(self.graph, self.shapes, index, &self.source, &self.readers) {
+            return Ok(None);
+        }
+        let mut layer = Fused::plain(index, &node.inputs);
         match &node.op {
             Op::BatchNorm2d { .. } => layer.affine = Some(self.norm(node)?),
             Op::Scale { factor, .. } => layer.affine = Some(self.scale(index, *factor)?),

@@ -13,6 +13,7 @@ mod digest;
 mod fuse;
 mod memory;
 mod method;
+mod places;
 mod plan;
 #[cfg(test)]
 mod reference;

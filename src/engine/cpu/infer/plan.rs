@@ -80,6 +80,9 @@ impl Plan {
             }
         }
         last_use[producer(network.output)] = network.layers.len();
+        let mut outlives: Vec<bool> =
+            last_use.iter().enumerate().map(|(step, &used)| segment_of(used) != segment_of(step)).collect();
+        spread(&mut outlives, network.together().map(|nodes| nodes.iter().map(|&n| producer(n)).collect()).collect());
         let mut values: Vec<Option<Value>> = vec![None; network.graph.nodes.len()];
         let (mut room, mut held) = (Room::default(), Vec::new());
         for (step, layer) in network.layers.iter().enumerate() {
@@ -88,7 +91,7 @@ impl Plan {
                 values[before.last] = Some(Value { geometry: geometry(before.last)?, offset: 0, whole: false });
             }
             let segment = segment_of(step);
-            let whole = segment_of(last_use[step]) != segment;
+            let whole = outlives[step];
             let count = if whole { images } else { segments[segment].group };
             let geometry = geometry(layer.last)?;
             let offset = room.take(geometry, count);
@@ -281,6 +284,20 @@ fn segments(groups: &[usize]) -> Vec<Segment> {
         }
     }
     segments
+}
+
+/// Where one of a set of values is there for the whole batch, all are: one distance leads from image to image in each.
+fn spread(whole: &mut [bool], sets: Vec<Vec<usize>>) {
+    let mut sets = sets;
+    let (mut before, mut after) = (usize::MAX, sets.len());
+    while before != after {
+        sets.retain(|set| {
+            let any = set.iter().any(|&step| whole[step]);
+            set.iter().filter(|_| any).for_each(|&step| whole[step] = true);
+            !any
+        });
+        (before, after) = (after, sets.len());
+    }
 }
 
 /// Memory for values; a place is used again only for the same geometry, so that zero borders stay zero.

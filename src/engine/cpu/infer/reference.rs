@@ -154,6 +154,21 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                     first += len;
                 }
             }
+            Op::Split { sizes, part, .. } => {
+                let (from, first) = (from.unwrap(), sizes[..*part].iter().sum::<usize>());
+                let pixels: usize = out[2..].iter().product();
+                for n in 0..out[0] {
+                    let part = &x[(n * from[1] + first) * pixels..][..out[1] * pixels];
+                    y[n * out[1] * pixels..][..part.len()].copy_from_slice(part);
+                }
+            }
+            Op::ChannelShuffle { groups } => {
+                let each_group = out[1] / groups;
+                each(out, |[n, c, oy, ox], at| {
+                    let from = c % groups * each_group + c / groups;
+                    y[at] = x[((n * out[1] + from) * out[2] + oy) * out[3] + ox];
+                });
+            }
             Op::Dropout { .. } | Op::StochasticDepth { .. } | Op::Flatten { .. } | Op::Reshape { .. } => {
                 y.copy_from_slice(x);
             }

@@ -227,7 +227,9 @@ impl<'a> Builder<'a> {
             | Op::StochasticDepth { .. }
             | Op::Pad { .. }
             | Op::Permute { .. }
-            | Op::Scale { .. } => {
+            | Op::Scale { .. }
+            | Op::Split { .. }
+            | Op::ChannelShuffle { .. } => {
                 return Err(Error::internal(format_args!("{} has no kernel", node.name)));
             }
         })

@@ -167,7 +167,9 @@ impl Walk<'_> {
             | Op::Mean { .. }
             | Op::Add { .. }
             | Op::Mul
-            | Op::Cat { .. } => {}
+            | Op::Cat { .. }
+            | Op::Split { .. }
+            | Op::ChannelShuffle { .. } => {}
         }
         let chain = self.chain(index);
         let last = chain.as_ref().map_or(index, |chain| chain.last);
@@ -212,7 +214,9 @@ impl Walk<'_> {
             | Op::StochasticDepth { .. }
             | Op::Pad { .. }
             | Op::Permute { .. }
-            | Op::Scale { .. } => refuse("the cpu engine has no training kernel for it"),
+            | Op::Scale { .. }
+            | Op::Split { .. }
+            | Op::ChannelShuffle { .. } => refuse("the cpu engine has no training kernel for it"),
             Op::MaxPool2d { .. } if self.shapes[index].iter().product::<usize>() == 0 => refuse("has an empty output"),
             Op::Input
             | Op::Conv2d { .. }
@@ -357,6 +361,8 @@ fn derivative_reads_output(op: &Op) -> bool {
         | Op::Mean { .. }
         | Op::Add { .. }
         | Op::Mul
-        | Op::Cat { .. } => false,
+        | Op::Cat { .. }
+        | Op::Split { .. }
+        | Op::ChannelShuffle { .. } => false,
     }
 }

@@ -40,6 +40,11 @@ impl Taps {
         Self { offsets, len: input.pixel, short, short_len }
     }
 
+    /// For a window of one pixel whose channels lie anywhere.
+    pub fn picked(offsets: Vec<usize>) -> Self {
+        Self { offsets, len: 1, short: 0, short_len: 0 }
+    }
+
     /// Products per output.
     pub fn depth(&self) -> usize {
         (self.offsets.len() - self.short) * self.len + self.short * self.short_len
@@ -285,18 +290,19 @@ pub fn pack(conv: &Packing<'_>, first: usize, packed: &mut [f32]) {
 
 /// `width` output channels of a group, from `start` on.
 fn pack_panel(conv: &Packing<'_>, group: usize, start: usize, width: usize, panel: &mut [f32]) {
-    let Packing { out, groups, inp, kernel, pixel, weight, scale, .. } = *conv;
+    let Packing { out, groups, inp, kernel, pixel, weight, scale, rows: picked, order, .. } = *conv;
     let (group_out, window) = (out / groups, kernel[0] * kernel[1]);
     // A few rows of the panel at a time, which stay in the cache until all their columns are written.
     let step = (64 / window).max(1);
     for from in (0..inp).step_by(step) {
         for column in 0..width.min(group_out.saturating_sub(start)) {
-            let o = group * group_out + start + column;
+            let lies = group * group_out + start + column;
+            let o = order.map_or(lies, |order| order[lies]);
             let scale = scale.map_or(1.0, |s| s[o]);
             for i in from..(from + step).min(inp) {
                 // Narrow images: [window][channel]; blocks of channels: [block][window][channel of the block].
                 let (first, lane) = (i / pixel * pixel, i % pixel);
-                let rows = first * window + lane;
+                let rows = picked.map_or(first * window + lane, |rows| rows[i]);
                 for (k, &w) in weight[(o * inp + i) * window..][..window].iter().enumerate() {
                     let row = rows + k * pixel.min(inp - first);
                     panel[row * width + column] = (f64::from(w) * scale) as f32;
@@ -320,4 +326,8 @@ pub struct Packing<'a> {
     pub pixel: usize,
     pub weight: &'a [f32],
     pub scale: Option<&'a [f64]>,
+    /// Of a window of one pixel: where among the taps each input channel is, if not in order.
+    pub rows: Option<&'a [usize]>,
+    /// Which output channel goes to each place, if not in order.
+    pub order: Option<&'a [usize]>,
 }

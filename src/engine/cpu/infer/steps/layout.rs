@@ -1,6 +1,7 @@
 //! Between PyTorch's layout and blocks of sixteen channels.
 
 use super::Step;
+use crate::engine::cpu::common::kernels::lanes::LANES;
 use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
 use crate::model::Pair;
 
@@ -205,6 +206,45 @@ impl Step for Cat {
                 for x in 0..i.width {
                     // SAFETY: channel and pixel are inside both values.
                     unsafe { *to.add(place(o, first + c, y, x)) = *from.add(place(i, c, y, x)) };
+                }
+            }
+        }
+    }
+}
+
+/// Channels of several values, all in blocks, in another order.
+pub struct Pick {
+    pub inputs: Vec<Value>,
+    /// For each channel the number of an input, and the channel there.
+    pub places: Vec<(usize, usize)>,
+    pub output: Value,
+}
+
+impl Step for Pick {
+    fn tasks(&self, _phase: usize, images: usize) -> usize {
+        images * self.output.geometry.blocks()
+    }
+
+    fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
+        let o = &self.output.geometry;
+        let (image, block) = (task / o.blocks(), task % o.blocks());
+        let to = cx.image_mut(&self.output, image);
+        if block + 1 == o.blocks() {
+            // SAFETY: an image of the value.
+            unsafe { clear_spare(o, to, 0..o.height) };
+        }
+        let places = &self.places[block * o.pixel..o.channels.min((block + 1) * o.pixel)];
+        for y in 0..o.height {
+            let mut from = [std::ptr::null(); LANES];
+            for (from, &(input, channel)) in from.iter_mut().zip(places) {
+                let value = &self.inputs[input];
+                *from = cx.image(value, image).wrapping_add(place(&value.geometry, channel, y, 0));
+            }
+            let to = to.wrapping_add(place(o, block * o.pixel, y, 0));
+            for x in 0..o.width {
+                for (lane, &from) in from[..places.len()].iter().enumerate() {
+                    // SAFETY: a row of both images; all values are in blocks.
+                    unsafe { *to.add(x * LANES + lane) = *from.add(x * LANES) };
                 }
             }
         }

@@ -14,7 +14,7 @@ pub use conv::{Conv, Direct, Packing, Taps, pack};
 pub use depthwise::{Depthwise, Source};
 pub use grouped::{Block, Grouped, pack as pack_grouped};
 pub use layer_norm::LayerNorm;
-pub use layout::{Cat, Load, Pad, Relayout, Store};
+pub use layout::{Cat, Load, Pad, Pick, Relayout, Store};
 pub use pointwise::{Binary, Pointwise};
 pub use pool::Pool;
 pub use softmax::Softmax;
