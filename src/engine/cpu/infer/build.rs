@@ -4,11 +4,11 @@ use std::sync::{Mutex, PoisonError};
 
 use super::fuse::{Fused, Tensors};
 use super::memory::{Geometry, Value, arena};
-use super::places::Picked;
 use super::method::{Method, window};
+use super::places::Picked;
 use super::steps::{
     self, Binary, Block, Cat, Conv, Depthwise, Direct, Grouped, LayerNorm, Load, Packing, Pad, Pick, Pointwise, Pool,
-    Relayout, Softmax, Step,
+    Relayout, Small, Softmax, Step,
 };
 use super::steps::{Filters, Source, Store, Taps, Winograd};
 use crate::engine::cpu::common::analysis::unsupported;
@@ -330,6 +330,13 @@ impl<'a> Network<'a> {
                     dilation: w.dilation,
                     activation,
                 })
+            }
+            Method::Grouped if let Some(width) = Small::width(&w) => {
+                let len = output.geometry.blocks() * Small::block(w.kernel, width);
+                let weights = weights.reserve(len, move |to| steps::pack_small(&w, filters, scale.as_deref(), to));
+                let (stride, padding) = (w.stride, w.padding);
+                let direct = Direct { isa, input, output, residual, bias, stride, padding, activation };
+                Box::new(Small::new(direct, weights, w.kernel, width))
             }
             Method::Grouped => {
                 let blocks = Block::all(&w, &input.geometry);

@@ -79,6 +79,7 @@ fn groups_of_few_channels() {
         ([20, 40], 5, 1),
         ([80, 20], 20, 1),
         ([21, 42], 21, 1),
+        ([50, 50], 25, 1),
     ];
     for ([inp, out], groups, stride) in cases {
         let mut m = Model::new();
@@ -90,6 +91,26 @@ fn groups_of_few_channels() {
         let sum = m.op(Op::Add { inplace: false }, &[n, other]);
         m.act(sum, Activation::Relu);
         m.check(&[3, 3, 15, 18], &["grouped"]);
+    }
+}
+
+#[test]
+fn small_groups_with_windows_of_every_kind() {
+    let cases: &[(Pair, fn(&mut Op))] = &[
+        ([3, 3], |op| set(op, [1, 1], [0, 2], [1, 1], 5)),
+        ([5, 3], |op| set(op, [1, 2], [2, 1], [1, 1], 5)),
+        ([1, 1], |op| set(op, [2, 2], [0, 0], [1, 1], 5)),
+        ([3, 3], |op| set(op, [1, 1], [2, 2], [2, 2], 5)),
+        ([2, 4], |op| set(op, [3, 3], [1, 3], [1, 1], 5)),
+    ];
+    for &(kernel, change) in cases {
+        for size in [[12, 17], [5, 4]] {
+            let mut m = Model::new();
+            let x = m.conv(0, [3, 40], [1, 1], |_| {});
+            let x = m.conv(x, [40, 40], kernel, change);
+            m.act(x, Activation::Silu);
+            m.check(&[2, 3, size[0], size[1]], &["grouped"]);
+        }
     }
 }
 

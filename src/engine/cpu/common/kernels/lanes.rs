@@ -52,6 +52,8 @@ pub trait Lanes: Copy {
     fn unless_negative(self, condition: Self) -> Self;
     /// Sixteen rows become sixteen columns.
     fn transpose(rows: [Self; LANES]) -> [Self; LANES];
+    /// Lane `l` becomes lane `order[l]`, an integer in the bits of a float; both are among the first eight, or the last.
+    fn spread(self, order: Self) -> Self;
     /// The nearest integer, of two the even one; |self| at most 2^22.
     fn round(self) -> Self;
     /// `self * 2^n` for integers `n` between -126 and 127.
@@ -167,6 +169,11 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn spread(self, order: Self) -> Self {
+        Self(order.0.map(|lane| self.0[lane.to_bits() as usize % LANES]))
+    }
+
+    #[inline(always)]
     fn round(self) -> Self {
         // Adding and subtracting 1.5 * 2^23 leaves no room for a fraction.
         let magic = 12_582_912.0;
@@ -252,6 +259,9 @@ mod tests {
             for (x, column) in V::transpose(rows).into_iter().enumerate() {
                 assert_eq!(column.to_array(), std::array::from_fn(|y| number(y, x)), "column {x}");
             }
+            let order: [usize; LANES] = std::array::from_fn(|l| l / 8 * 8 + (l * 3 + 1) % 8);
+            let bits = V::from_array(order.map(|lane| f32::from_bits(lane as u32)));
+            assert_eq!(rows[5].spread(bits).to_array(), order.map(|lane| number(5, lane)));
             let one = V::splat(1.0);
             for (condition, kept) in [(-1.0, 0.0), (0.0, 0.0), (-0.0, 0.0), (1e-30, 1.0), (f32::NAN, 1.0)] {
                 assert_eq!(one.unless_negative(V::splat(condition)).to_array(), [kept; LANES], "{condition}");

@@ -2,6 +2,7 @@
 
 pub mod activate;
 pub mod depthwise;
+pub mod groups;
 pub mod lanes;
 pub mod tile;
 pub mod winograd;

@@ -148,6 +148,16 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn spread(self, order: Self) -> Self {
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA. Of a lane's number the instruction sees what
+        // is within its half.
+        unsafe {
+            let order = [_mm256_castps_si256(order.0), _mm256_castps_si256(order.1)];
+            Self(_mm256_permutevar8x32_ps(self.0, order[0]), _mm256_permutevar8x32_ps(self.1, order[1]))
+        }
+    }
+
+    #[inline(always)]
     fn round(self) -> Self {
         const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
@@ -321,6 +331,12 @@ impl Lanes for Avx512 {
             }
         }
         columns
+    }
+
+    #[inline(always)]
+    fn spread(self, order: Self) -> Self {
+        // SAFETY: this type exists only where `dispatch` found AVX-512.
+        unsafe { Self(_mm512_permutexvar_ps(_mm512_castps_si512(order.0), self.0)) }
     }
 
     #[inline(always)]

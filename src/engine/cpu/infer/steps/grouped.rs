@@ -1,13 +1,16 @@
-//! Convolutions in groups that are no whole blocks of channels (ResNeXt's of 4, RegNet's of 8 and 24): every block of output
-//! channels sees the few blocks of input channels that its groups are in.
+//! Convolutions in groups that are no whole blocks of channels. Those of 2, 4 or 8 channels (ResNeXt, RegNetY) have a kernel
+//! of their own, [`Small`]; of others (RegNet's of 24) every block of output channels sees the few blocks of input channels
+//! that its groups are in, [`Grouped`].
 
 use std::ops::Range;
 
 use super::Step;
 use super::conv::{Direct, Panel, Taps};
 use crate::engine::cpu::common::geometry::Window;
+use crate::engine::cpu::common::kernels::groups::{Row, orders, row};
 use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::infer::memory::{Context, Geometry};
+use crate::model::Pair;
 
 pub struct Grouped {
     pub direct: Direct,
@@ -110,6 +113,106 @@ impl Kernel for Plane<'_> {
                 // SAFETY: a line of the output.
                 unsafe { s.pixels::<V>(self.cx, lines, &panel, &pixels) };
             }
+        }
+    }
+}
+
+/// Groups that lie within a block, with as many outputs as inputs.
+pub struct Small {
+    pub direct: Direct,
+    /// `[block][row][input of the group][column][16]`
+    pub weights: usize,
+    pub kernel: Pair,
+    /// Channels of a group.
+    pub width: usize,
+    pub orders: Vec<f32>,
+}
+
+impl Small {
+    /// Channels of a group, where this is the way to compute it.
+    pub fn width(w: &Window) -> Option<usize> {
+        let (inputs, outputs) = (w.channels / w.groups, w.out_channels / w.groups);
+        (inputs == outputs && matches!(inputs, 2 | 4 | 8) && w.dilation == [1, 1]).then_some(inputs)
+    }
+
+    pub fn new(direct: Direct, weights: usize, kernel: Pair, width: usize) -> Self {
+        Self { direct, weights, kernel, width, orders: orders(width) }
+    }
+
+    /// Floats of the weights of a block.
+    pub fn block(kernel: Pair, width: usize) -> usize {
+        kernel[0] * kernel[1] * width * LANES
+    }
+}
+
+/// The weights of all blocks for [`Small`], zeros in lanes beyond the last channel.
+///
+/// `filters`: `[out][input of the group][row][column]`.
+pub fn pack_small(w: &Window, filters: &[f32], scale: Option<&[f64]>, to: &mut [f32]) {
+    let (width, [rows, columns]) = (w.channels / w.groups, w.kernel);
+    for (o, filter) in filters.chunks_exact(width * rows * columns).enumerate() {
+        let block = &mut to[o / LANES * Small::block(w.kernel, width)..];
+        let scale = scale.map_or(1.0, |s| s[o]);
+        for (at, &tap) in filter.iter().enumerate() {
+            let (i, y, x) = (at / columns / rows, at / columns % rows, at % columns);
+            block[((y * width + i) * columns + x) * LANES + o % LANES] = (f64::from(tap) * scale) as f32;
+        }
+    }
+}
+
+impl Step for Small {
+    fn tasks(&self, _phase: usize, images: usize) -> usize {
+        images * self.direct.output.geometry.blocks()
+    }
+
+    fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
+        let blocks = self.direct.output.geometry.blocks();
+        dispatch(self.direct.isa, SmallPlane { step: self, cx, image: task / blocks, block: task % blocks });
+    }
+}
+
+/// One block of channels of an image.
+struct SmallPlane<'a> {
+    step: &'a Small,
+    cx: &'a Context<'a>,
+    image: usize,
+    block: usize,
+}
+
+impl Kernel for SmallPlane<'_> {
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        let Self { step, cx, image, block } = self;
+        let s = &step.direct;
+        let (i, o) = (&s.input.geometry, &s.output.geometry);
+        let corner = block * i.plane() + (i.before[0] - s.padding[0]) * i.row() + (i.before[1] - s.padding[1]) * LANES;
+        let from = cx.image(&s.input, image).wrapping_add(corner);
+        let to = cx.image_mut(&s.output, image).wrapping_add(block * o.plane() + o.at(0, 0));
+        let weights = Small::block(step.kernel, step.width);
+        let mut rows = Vec::with_capacity(step.kernel[0]);
+        for y in 0..o.height {
+            rows.clear();
+            for tap in 0..step.kernel[0] {
+                rows.push(from.wrapping_add((y * s.stride[0] + tap) * i.row()));
+            }
+            let residual = s.residual.as_ref().map_or(std::ptr::null(), |value| {
+                let at = block * value.geometry.plane() + value.geometry.at(y, 0);
+                cx.image(value, image).wrapping_add(at)
+            });
+            let job = Row {
+                rows: &rows,
+                columns: step.kernel[1],
+                stride: s.stride[1],
+                orders: &step.orders,
+                weights: cx.weights(step.weights + block * weights, weights),
+                bias: cx.weights(s.bias + block * LANES, LANES),
+                residual,
+                output: to.wrapping_add(y * o.row()),
+                length: o.width,
+                activation: s.activation,
+            };
+            // SAFETY: the borders of the input cover the window of every output, and the weights hold every block.
+            unsafe { row::<V>(&job) };
         }
     }
 }

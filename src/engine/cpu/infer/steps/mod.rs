@@ -12,7 +12,7 @@ mod winograd;
 
 pub use conv::{Conv, Direct, Packing, Taps, pack};
 pub use depthwise::{Depthwise, Source};
-pub use grouped::{Block, Grouped, pack as pack_grouped};
+pub use grouped::{Block, Grouped, Small, pack as pack_grouped, pack_small};
 pub use layer_norm::LayerNorm;
 pub use layout::{Cat, Load, Pad, Pick, Relayout, Store};
 pub use pointwise::{Binary, Pointwise};
