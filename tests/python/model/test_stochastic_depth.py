@@ -168,7 +168,7 @@ def _rand(x: torch.Tensor, *shape: Any) -> torch.Tensor:
         (lambda x, p: x / p, "divides by a number"),
         (lambda x, p: (x / p).relu(), "divides by a number"),
         (lambda x, p: x / p * torch.floor(p + _rand(x, x.shape[0], 3, 1, 1)), "makes a tensor of the batch's size"),
-        (lambda x, p: x / p * torch.floor(p + _rand(x, x.shape[1], 1, 1, 1)), "makes a tensor of the batch's size"),
+        (lambda x, p: x / p * torch.floor(p + _rand(x, x.shape[1], 1, 1, 1)), "random numbers itself"),
         (lambda x, p: x / p * torch.floor(p + torch.rand(x.shape[0], 1, 1, 1)), "makes a tensor of the batch's size"),
         (lambda x, p: x / p * torch.floor(p + torch.randn(x.shape[0], 1, 1, 1)), "makes a tensor of the batch's size"),
     ],
