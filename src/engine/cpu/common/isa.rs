@@ -18,21 +18,33 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         if Self::has_avx2() {
             all.push(Self::Avx2);
-            if is_x86_feature_detected!("avx512f") {
+            if Self::has_avx512() {
                 all.push(Self::Avx512);
             }
         }
         all
     }
 
+    /// The widest; costs next to nothing, so that a kernel may ask each time.
+    #[inline]
     pub fn best() -> Self {
-        Self::available().last().copied().unwrap_or(Self::Portable)
+        #[cfg(target_arch = "x86_64")]
+        if Self::has_avx2() {
+            return if Self::has_avx512() { Self::Avx512 } else { Self::Avx2 };
+        }
+        Self::Portable
     }
 
     #[cfg(target_arch = "x86_64")]
     #[inline]
     fn has_avx2() -> bool {
         is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    fn has_avx512() -> bool {
+        is_x86_feature_detected!("avx512f")
     }
 }
 

@@ -347,6 +347,10 @@ impl<'a> Builder<'a> {
             input_grads: input.grad.map(|_| self.own(self.batch * columns)),
             terms: [self.batch, self.batch, 1]
                 .map(|each| if trained { self.own(out_features * each) } else { nothing }),
+            input_terms: [ROWS, ROWS, 1].map(|each| match input.grad {
+                Some(_) => self.own(out_features.div_ceil(ROWS) * self.batch * each),
+                None => nothing,
+            }),
             columns,
             kept,
         }

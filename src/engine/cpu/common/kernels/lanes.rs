@@ -36,6 +36,11 @@ pub trait Lanes: Copy {
     /// # Safety
     /// Sixteen floats must be writable at `to`.
     unsafe fn store(self, to: *mut f32);
+    /// Eight floats from each of two places.
+    ///
+    /// # Safety
+    /// Eight floats must be readable at both.
+    unsafe fn load_halves(low: *const f32, high: *const f32) -> Self;
     fn splat(value: f32) -> Self;
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
@@ -60,6 +65,19 @@ pub trait Lanes: Copy {
     fn scale(self, n: Self) -> Self;
     /// `1 / self` with a relative error below 2^-22, for numbers between 1 and 2^126; NaN stays.
     fn recip(self) -> Self;
+    /// Lanes 0, 2, 4, ... of `a` then `b`, and lanes 1, 3, 5, ...
+    fn unzip(a: Self, b: Self) -> (Self, Self);
+    /// Of each pair of lanes PyTorch's maximum when `other` comes later in the window: the first wins a tie, a NaN wins
+    /// everything; `tag` is `mine` or `others` accordingly.
+    fn later_max(self, other: Self, mine: Self, others: Self) -> (Self, Self);
+    /// Stores the lanes that are not zero side by side, with `unit` times the numbers in the same lanes of `positions`
+    /// (whole, from 0 to 2^23 - 1); returns how many there are.
+    ///
+    /// # Safety
+    /// Sixteen numbers must be writable at `values` and at `offsets`: the rest is overwritten with anything.
+    unsafe fn compress(self, positions: Self, unit: u32, values: *mut f32, offsets: *mut u32) -> usize;
+    /// The sum of all lanes.
+    fn sum(self) -> f32;
     fn to_array(self) -> [f32; LANES];
     fn from_array(lanes: [f32; LANES]) -> Self;
     /// Whether there are registers for 14 x 2 sums; otherwise 6 x 1.
@@ -112,6 +130,12 @@ impl Lanes for Portable {
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller's promise; arrays of floats have no stricter alignment than floats.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_halves(low: *const f32, high: *const f32) -> Self {
+        // SAFETY: the caller's promise.
+        Self(std::array::from_fn(|i| unsafe { if i < LANES / 2 { *low.add(i) } else { *high.add(i - LANES / 2) } }))
     }
 
     #[inline(always)]
@@ -191,6 +215,44 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn unzip(a: Self, b: Self) -> (Self, Self) {
+        let at = |i: usize| if i < LANES { a.0[i] } else { b.0[i - LANES] };
+        (Self(std::array::from_fn(|i| at(2 * i))), Self(std::array::from_fn(|i| at(2 * i + 1))))
+    }
+
+    #[inline(always)]
+    fn later_max(self, other: Self, mine: Self, others: Self) -> (Self, Self) {
+        let takes = |i: usize| other.0[i] > self.0[i] || other.0[i].is_nan();
+        let pick = |a: Self, b: Self| Self(std::array::from_fn(|i| if takes(i) { b.0[i] } else { a.0[i] }));
+        (pick(self, other), pick(mine, others))
+    }
+
+    #[inline(always)]
+    unsafe fn compress(self, positions: Self, unit: u32, values: *mut f32, offsets: *mut u32) -> usize {
+        let mut count = 0;
+        for (value, position) in self.0.into_iter().zip(positions.0) {
+            // SAFETY: the caller's promise; at most sixteen are counted, and one is written before it is counted.
+            unsafe {
+                values.add(count).write(value);
+                offsets.add(count).write(unit * position as u32);
+            }
+            count += usize::from(value != 0.0);
+        }
+        count
+    }
+
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        let mut sums = self.0;
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                sums[i] += sums[i + half];
+            }
+        }
+        sums[0]
+    }
+
+    #[inline(always)]
     fn to_array(self) -> [f32; LANES] {
         self.0
     }
@@ -262,9 +324,61 @@ mod tests {
             let order: [usize; LANES] = std::array::from_fn(|l| l / 8 * 8 + (l * 3 + 1) % 8);
             let bits = V::from_array(order.map(|lane| f32::from_bits(lane as u32)));
             assert_eq!(rows[5].spread(bits).to_array(), order.map(|lane| number(5, lane)));
+            let [a, b]: [V; 2] = std::array::from_fn(|y| V::from_array(std::array::from_fn(|x| number(y, x))));
+            let (even, odd) = V::unzip(a, b);
+            assert_eq!(even.to_array(), std::array::from_fn(|i| 2.0 * i as f32));
+            assert_eq!(odd.to_array(), std::array::from_fn(|i| 2.0 * i as f32 + 1.0));
+            assert_eq!((a.sum(), b.sum()), (120.0, 376.0));
+            let all: [f32; 3 * LANES] = std::array::from_fn(|i| i as f32);
+            // SAFETY: eight floats follow on both.
+            let halves = unsafe { V::load_halves(all.as_ptr().add(3), all.as_ptr().add(33)) };
+            assert_eq!(halves.to_array(), std::array::from_fn(|i| i as f32 + if i < 8 { 3.0 } else { 25.0 }));
+            check_later_max::<V>();
+            check_compress::<V>();
             let one = V::splat(1.0);
             for (condition, kept) in [(-1.0, 0.0), (0.0, 0.0), (-0.0, 0.0), (1e-30, 1.0), (f32::NAN, 1.0)] {
                 assert_eq!(one.unless_negative(V::splat(condition)).to_array(), [kept; LANES], "{condition}");
+            }
+        }
+    }
+
+    /// The later of two wins if it is larger or NaN.
+    fn check_later_max<V: Lanes>() {
+        let nan = f32::NAN;
+        for (first, later, takes) in [
+            (1.0, 2.0, true),
+            (2.0, 1.0, false),
+            (1.0, 1.0, false),
+            (nan, 1.0, false),
+            (1.0, nan, true),
+            (nan, nan, true),
+        ] {
+            let (max, tag) = V::splat(first).later_max(V::splat(later), V::splat(5.0), V::splat(6.0));
+            let expected = if takes { (later, 6.0) } else { (first, 5.0) };
+            assert_eq!(
+                (max.to_array().map(f32::to_bits), tag.to_array()),
+                ([expected.0.to_bits(); 16], [expected.1; 16])
+            );
+        }
+    }
+
+    /// What is not zero, NaN included, wherever it is.
+    fn check_compress<V: Lanes>() {
+        for mask in (0..1 << LANES).step_by(37).chain([0, 0xffff]) {
+            let lanes = std::array::from_fn(|i| match (mask >> i & 1, i) {
+                (0, _) => -0.0,
+                (_, 3) => f32::NAN,
+                (_, i) => i as f32 + 1.0,
+            });
+            let positions = V::from_array(std::array::from_fn(|i| ((1 << 23) - 1 - i) as f32));
+            let (mut values, mut offsets) = ([0.0; LANES], [0; LANES]);
+            // SAFETY: sixteen numbers fit both.
+            let count =
+                unsafe { V::from_array(lanes).compress(positions, 3, values.as_mut_ptr(), offsets.as_mut_ptr()) };
+            let kept: Vec<usize> = (0..LANES).filter(|i| mask >> i & 1 == 1).collect();
+            assert_eq!(count, kept.len());
+            for (t, &i) in kept.iter().enumerate() {
+                assert_eq!((values[t].to_bits(), offsets[t]), (lanes[i].to_bits(), 3 * ((1 << 23) - 1 - i as u32)));
             }
         }
     }

@@ -12,6 +12,81 @@ pub struct Avx2(__m256, __m256);
 #[derive(Clone, Copy)]
 pub struct Avx512(__m512);
 
+/// For every mask of eight lanes the lanes in it, in order.
+static LANES_OF: [[u8; 8]; 256] = {
+    let mut table = [[0; 8]; 256];
+    let mut mask = 0;
+    while mask < 256 {
+        let (mut lane, mut count) = (0, 0);
+        while lane < 8 {
+            if mask >> lane & 1 == 1 {
+                table[mask][count] = lane;
+                count += 1;
+            }
+            lane += 1;
+        }
+        mask += 1;
+    }
+    table
+};
+
+/// [`Lanes::compress`] of eight lanes.
+///
+/// # Safety
+/// The processor has AVX2; eight numbers must be writable at `values` and at `offsets`.
+#[inline(always)]
+unsafe fn compress(lanes: __m256, positions: __m256, unit: u32, values: *mut f32, offsets: *mut u32) -> usize {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mask = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_NEQ_UQ>(lanes, _mm256_setzero_ps())) as usize;
+        let kept = _mm256_cvtepu8_epi32(_mm_loadl_epi64(LANES_OF[mask & 255].as_ptr().cast()));
+        let numbers = _mm256_cvttps_epi32(_mm256_permutevar8x32_ps(positions, kept));
+        _mm256_storeu_ps(values, _mm256_permutevar8x32_ps(lanes, kept));
+        _mm256_storeu_si256(offsets.cast(), _mm256_mullo_epi32(numbers, _mm256_set1_epi32(unit as i32)));
+        mask.count_ones() as usize
+    }
+}
+
+/// The sum of eight lanes.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn sum(lanes: __m256) -> f32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let half = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
+        let pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+        _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps::<1>(pair, pair)))
+    }
+}
+
+/// Lanes 0, 2, 4, ... of `a` then `b`, and lanes 1, 3, 5, ...
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn unzip(a: __m256, b: __m256) -> (__m256, __m256) {
+    // SAFETY: the caller's promise. The shuffles work within 128 bits; the permutations put the quarters in order.
+    unsafe {
+        let even = _mm256_castps_pd(_mm256_shuffle_ps::<0b10_00_10_00>(a, b));
+        let odd = _mm256_castps_pd(_mm256_shuffle_ps::<0b11_01_11_01>(a, b));
+        let even = _mm256_permute4x64_pd::<0b11_01_10_00>(even);
+        let odd = _mm256_permute4x64_pd::<0b11_01_10_00>(odd);
+        (_mm256_castpd_ps(even), _mm256_castpd_ps(odd))
+    }
+}
+
+/// Where `b`, which comes later, is PyTorch's maximum of a window.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn takes(a: __m256, b: __m256) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm256_or_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(b, a), _mm256_cmp_ps::<_CMP_UNORD_Q>(b, b)) }
+}
+
 /// Eight rows become eight columns.
 ///
 /// # Safety
@@ -56,6 +131,12 @@ impl Lanes for Avx2 {
             _mm256_storeu_ps(to, self.0);
             _mm256_storeu_ps(to.add(8), self.1);
         }
+    }
+
+    #[inline(always)]
+    unsafe fn load_halves(low: *const f32, high: *const f32) -> Self {
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA; the memory is the caller's promise.
+        unsafe { Self(_mm256_loadu_ps(low), _mm256_loadu_ps(high)) }
     }
 
     #[inline(always)]
@@ -183,6 +264,40 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn unzip(a: Self, b: Self) -> (Self, Self) {
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
+        unsafe {
+            let (low, high) = (unzip(a.0, a.1), unzip(b.0, b.1));
+            (Self(low.0, high.0), Self(low.1, high.1))
+        }
+    }
+
+    #[inline(always)]
+    fn later_max(self, other: Self, mine: Self, others: Self) -> (Self, Self) {
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
+        unsafe {
+            let takes = [takes(self.0, other.0), takes(self.1, other.1)];
+            let max = Self(_mm256_blendv_ps(self.0, other.0, takes[0]), _mm256_blendv_ps(self.1, other.1, takes[1]));
+            (max, Self(_mm256_blendv_ps(mine.0, others.0, takes[0]), _mm256_blendv_ps(mine.1, others.1, takes[1])))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn compress(self, positions: Self, unit: u32, values: *mut f32, offsets: *mut u32) -> usize {
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA; the memory is the caller's promise.
+        unsafe {
+            let low = compress(self.0, positions.0, unit, values, offsets);
+            low + compress(self.1, positions.1, unit, values.add(low), offsets.add(low))
+        }
+    }
+
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
+        unsafe { sum(_mm256_add_ps(self.0, self.1)) }
+    }
+
+    #[inline(always)]
     fn to_array(self) -> [f32; LANES] {
         let mut lanes = [0.0; LANES];
         // SAFETY: the array holds sixteen floats.
@@ -237,6 +352,15 @@ impl Lanes for Avx512 {
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: this type exists only where `dispatch` found AVX-512; the memory is the caller's promise.
         unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_halves(low: *const f32, high: *const f32) -> Self {
+        // SAFETY: this type exists only where `dispatch` found AVX-512; the memory is the caller's promise.
+        unsafe {
+            let low = _mm512_castpd256_pd512(_mm256_loadu_pd(low.cast()));
+            Self(_mm512_castpd_ps(_mm512_insertf64x4::<1>(low, _mm256_loadu_pd(high.cast()))))
+        }
     }
 
     #[inline(always)]
@@ -358,6 +482,51 @@ impl Lanes for Avx512 {
         let guess = Self(unsafe { _mm512_rcp14_ps(self.0) });
         let error = Self::splat(2.0).sub(self.mul(guess));
         guess.mul(error)
+    }
+
+    #[inline(always)]
+    fn unzip(a: Self, b: Self) -> (Self, Self) {
+        // SAFETY: this type exists only where `dispatch` found AVX-512.
+        unsafe {
+            let even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+            let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+            (Self(_mm512_permutex2var_ps(a.0, even, b.0)), Self(_mm512_permutex2var_ps(a.0, odd, b.0)))
+        }
+    }
+
+    #[inline(always)]
+    fn later_max(self, other: Self, mine: Self, others: Self) -> (Self, Self) {
+        // SAFETY: this type exists only where `dispatch` found AVX-512.
+        unsafe {
+            let greater = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(other.0, self.0);
+            let takes = greater | _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(other.0, other.0);
+            (Self(_mm512_mask_mov_ps(self.0, takes, other.0)), Self(_mm512_mask_mov_ps(mine.0, takes, others.0)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn compress(self, positions: Self, unit: u32, values: *mut f32, offsets: *mut u32) -> usize {
+        // SAFETY: this type exists only where `dispatch` found AVX-512; the memory is the caller's promise. In registers
+        // and then stored whole: the instruction that stores what it keeps is slow on AMD.
+        unsafe {
+            let kept = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(self.0, _mm512_setzero_ps());
+            let numbers = _mm512_cvttps_epi32(_mm512_maskz_compress_ps(kept, positions.0));
+            _mm512_storeu_ps(values, _mm512_maskz_compress_ps(kept, self.0));
+            _mm512_storeu_si512(offsets.cast(), _mm512_mullo_epi32(numbers, _mm512_set1_epi32(unit as i32)));
+            kept.count_ones() as usize
+        }
+    }
+
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        // SAFETY: this type exists only where `dispatch` found AVX-512, which AVX2 comes with.
+        unsafe {
+            let high = _mm512_castpd_ps(_mm512_shuffle_f64x2::<0b11_10_11_10>(
+                _mm512_castps_pd(self.0),
+                _mm512_castps_pd(self.0),
+            ));
+            sum(_mm512_castps512_ps256(_mm512_add_ps(self.0, high)))
+        }
     }
 
     #[inline(always)]

@@ -1,7 +1,8 @@
 //! Direct convolution with stride 1 whose 2 x 2 max-pool, ReLU and channel scale happen in registers.
 
-use super::simd::{Kernel, Vector, dispatch};
 use super::terms::Terms;
+use crate::engine::cpu::common::isa::Isa;
+use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 
 /// Floats that may be read past the end of an image: the last tile's vectors and the kernel's width.
 pub const SLACK: usize = 48;
@@ -29,14 +30,12 @@ pub struct Direct<'a> {
 }
 
 pub fn conv_pool(work: Direct<'_>) {
-    dispatch(work);
+    dispatch(Isa::best(), work);
 }
 
 impl Kernel for Direct<'_> {
-    type Output = ();
-
     #[inline(always)]
-    fn run<V: Vector>(mut self) {
+    fn run<V: Lanes>(mut self) {
         let ([rows, columns], k) = (self.pooled, self.k);
         assert!(2 * rows + k - 1 <= self.height && 2 * columns + k - 1 <= self.width);
         assert!(self.image.len() >= self.channels * self.height * self.width + SLACK);
@@ -54,64 +53,89 @@ impl Kernel for Direct<'_> {
     }
 }
 
-/// 0, 2, 4, ...: the even positions of sixteen.
-const EVEN: [f32; 8] = [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0];
+/// Columns of the convolution in half a vector.
+const HALF: usize = LANES / 2;
+
+/// The even columns of two vectors.
+const EVEN: [f32; LANES] = [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0, 22.0, 24.0, 26.0, 28.0, 30.0];
+/// The even columns of two half vectors, and which of the two.
+const TWICE: [[f32; LANES]; 2] = [
+    [0.0, 2.0, 4.0, 6.0, 0.0, 2.0, 4.0, 6.0, 0.0, 2.0, 4.0, 6.0, 0.0, 2.0, 4.0, 6.0],
+    [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0],
+];
+
+/// Output channels of a tile whose two rows are `vectors` wide: three vectors of AVX2 are twelve registers with six sums
+/// for two rows, and of thirty-two registers twenty-four are enough.
+const fn most<V: Lanes>(vectors: usize) -> usize {
+    match (V::WIDE, vectors) {
+        (false, _) => 3,
+        (true, 1) => 8,
+        (true, _) => 6,
+    }
+}
 
 impl Direct<'_> {
     #[inline(always)]
-    fn rows<V: Vector, const K: usize>(&mut self) {
-        let vectors = (2 * self.pooled[1]).div_ceil(8);
-        for row in 0..self.pooled[0] {
-            let mut done = 0;
-            while done < vectors {
-                // Twelve accumulators each: tiles are 3, 2 or 1 vectors wide, and four are two and two.
-                let wide = match vectors - done {
-                    1 => 1,
-                    2 | 4 => 2,
-                    _ => 3,
-                };
-                match wide {
-                    1 => self.blocks::<V, K, 1>(row, done),
-                    2 => self.blocks::<V, K, 2>(row, done),
-                    _ => self.blocks::<V, K, 3>(row, done),
-                }
-                done += wide;
+    fn rows<V: Lanes, const K: usize>(&mut self) {
+        let [rows, columns] = self.pooled;
+        // At most eight columns beyond whole vectors are half a vector: two rows of the result fill one.
+        let whole = (2 * columns + HALF - 1) / LANES;
+        for row in 0..rows {
+            let mut vector = 0;
+            while V::WIDE && vector + 2 <= whole {
+                self.blocks::<V, K, 2, false>(row, vector);
+                vector += 2;
+            }
+            while vector < whole {
+                self.blocks::<V, K, 1, false>(row, vector);
+                vector += 1;
+            }
+            if LANES * whole < 2 * columns && row % 2 == 0 {
+                self.blocks::<V, K, 1, true>(row, whole);
             }
         }
     }
 
     #[inline(always)]
-    fn blocks<V: Vector, const K: usize, const N: usize>(&mut self, row: usize, vector: usize) {
+    fn blocks<V: Lanes, const K: usize, const N: usize, const HALVES: bool>(&mut self, row: usize, vector: usize) {
+        let channels = self.live.offsets.len();
+        let blocks = channels.div_ceil(most::<V>(N));
         let mut at = 0;
-        while at < self.live.offsets.len() {
-            let left = self.live.offsets.len() - at;
-            match (N, left) {
-                (1, 6..) => self.tile::<V, K, N, 6>(row, vector, at),
-                (1, 4..) => self.tile::<V, K, N, 4>(row, vector, at),
-                (1 | 2, 3..) => self.tile::<V, K, N, 3>(row, vector, at),
-                (_, 2..) => self.tile::<V, K, N, 2>(row, vector, at),
-                _ => self.tile::<V, K, N, 1>(row, vector, at),
+        for block in 0..blocks {
+            // As even as possible: few sums would wait for each other.
+            let size = (channels - at).div_ceil(blocks - block);
+            macro_rules! tiles {
+                ($($b:literal)*) => {
+                    match size {
+                        $($b => self.tile::<V, K, N, $b, HALVES>(row, vector, at),)*
+                        _ => unreachable!("conv_pool: no tile of {size} channels"),
+                    }
+                };
             }
-            at += match (N, left) {
-                (1, 6..) => 6,
-                (1, 4..) => 4,
-                (1 | 2, 3..) => 3,
-                (_, 2..) => 2,
-                _ => 1,
-            };
+            match most::<V>(N) {
+                3 => tiles!(1 2 3),
+                6 => tiles!(1 2 3 4 5 6),
+                _ => tiles!(1 2 3 4 5 6 7 8),
+            }
+            at += size;
         }
     }
 
-    /// `N` vectors of two rows of `B` output channels.
+    /// Distance from a row of the convolution to that which shares its vectors.
+    fn below(&self, row: usize) -> usize {
+        if row + 1 < self.pooled[0] { 2 * self.width } else { 0 }
+    }
+
+    /// `N` vectors of two rows of `B` output channels; or `HALVES` of vectors of two rows and the next two.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)] // r, n and b index registers and addresses alike
-    fn tile<V: Vector, const K: usize, const N: usize, const B: usize>(
+    fn tile<V: Lanes, const K: usize, const N: usize, const B: usize, const HALVES: bool>(
         &mut self,
         row: usize,
         vector: usize,
         at: usize,
     ) {
-        let per_channel = self.channels * K * K;
+        let (per_channel, below) = (self.channels * K * K, self.below(row));
         let (mut live, mut scales) = ([0; B], [0.0; B]);
         live.copy_from_slice(&self.live.offsets[at..at + B]);
         scales.copy_from_slice(&self.live.factors[at..at + B]);
@@ -123,33 +147,28 @@ impl Direct<'_> {
             }
             weights[b] = self.weights[live[b] as usize * per_channel..].as_ptr();
         }
-        let mut image = self.image[2 * row * self.width + 8 * vector..].as_ptr();
+        let mut image = self.image[2 * row * self.width + LANES * vector..].as_ptr();
         for _ in 0..self.channels {
             for ky in 0..K {
                 for kx in 0..K {
-                    // SAFETY: rows `2 row + ky` and the next are below `height` (asserted by `run`); a vector may run
-                    // past its row, and past the last one by less than SLACK. Weights end at `(o + 1) * per_channel`.
+                    // SAFETY: rows `2 row + ky` and the next are below `height` (asserted by `run`), those two further
+                    // down where there is another row of the result; a vector may run past its row, and past the last
+                    // one by less than SLACK. Weights end at `(o + 1) * per_channel`.
                     unsafe {
                         let corner = image.add(ky * self.width + kx);
-                        if N == 1 {
-                            // Many channels and one vector: the two inputs stay in registers, the weights pass by.
-                            let (upper, lower) = (V::load(corner), V::load(corner.add(self.width)));
-                            for b in 0..B {
-                                let w = V::splat(*weights[b].add(ky * K + kx));
-                                acc[b][0][0] = upper.mul_add(w, acc[b][0][0]);
-                                acc[b][1][0] = lower.mul_add(w, acc[b][1][0]);
-                            }
-                            continue;
-                        }
-                        let mut w = [V::splat(0.0); B];
-                        for b in 0..B {
-                            w[b] = V::splat(*weights[b].add(ky * K + kx));
-                        }
+                        // The inputs stay in registers, the weights pass by.
+                        let mut inputs = [[V::splat(0.0); N]; 2];
                         for r in 0..2 {
                             for n in 0..N {
-                                let x = V::load(corner.add(r * self.width + 8 * n));
-                                for b in 0..B {
-                                    acc[b][r][n] = x.mul_add(w[b], acc[b][r][n]);
+                                let x = corner.add(r * self.width + LANES * n);
+                                inputs[r][n] = if HALVES { V::load_halves(x, x.add(below)) } else { V::load(x) };
+                            }
+                        }
+                        for b in 0..B {
+                            let w = V::splat(*weights[b].add(ky * K + kx));
+                            for r in 0..2 {
+                                for n in 0..N {
+                                    acc[b][r][n] = inputs[r][n].mul_add(w, acc[b][r][n]);
                                 }
                             }
                         }
@@ -162,32 +181,52 @@ impl Direct<'_> {
             }
         }
         for b in 0..B {
-            self.pool::<V, N>(acc[b], live[b] as usize, scales[b], row, vector);
+            self.pool::<V, N, HALVES>(acc[b], live[b] as usize, scales[b], row, vector);
         }
     }
 
     #[inline(always)]
-    fn pool<V: Vector, const N: usize>(&mut self, acc: [[V; N]; 2], o: usize, scale: f32, row: usize, vector: usize) {
+    fn pool<V: Lanes, const N: usize, const HALVES: bool>(
+        &mut self,
+        acc: [[V; N]; 2],
+        o: usize,
+        scale: f32,
+        row: usize,
+        vector: usize,
+    ) {
         let [rows, columns] = self.pooled;
-        let start = (o * rows + row) * columns;
+        let (start, below) = ((o * rows + row) * columns, self.below(row));
         for n in (0..N).step_by(2) {
             let next = (n + 1).min(N - 1);
-            let first = 4 * (vector + n);
+            let first = HALF * (vector + n);
             let base = V::splat((2 * row * self.width + 2 * first) as f32);
-            // SAFETY: `EVEN` holds eight floats.
-            let even = unsafe { V::load(EVEN.as_ptr()) }.add(base);
-            let (odd, below) = (even.add(V::splat(1.0)), V::splat(self.width as f32));
+            let even = match HALVES {
+                true => V::from_array(TWICE[1]).mul_add(V::splat(below as f32), V::from_array(TWICE[0]).add(base)),
+                false => V::from_array(EVEN).add(base),
+            };
+            let (odd, lower) = (even.add(V::splat(1.0)), V::splat(self.width as f32));
             let (left, right) = V::unzip(acc[0][n], acc[0][next]);
             let (upper, upper_tag) = left.later_max(right, even, odd);
             let (left, right) = V::unzip(acc[1][n], acc[1][next]);
-            let (lower, lower_tag) = left.later_max(right, even.add(below), odd.add(below));
+            let (lower, lower_tag) = left.later_max(right, even.add(lower), odd.add(lower));
             let (best, origin) = upper.later_max(lower, upper_tag, lower_tag);
-            let best = if self.relu { best.relu() } else { best };
-            let best = best.mul_add(V::splat(scale), V::splat(0.0));
-            let valid = (if next == n { 4 } else { 8 }).min(columns - first);
-            write(best, &mut self.out[start + first..start + columns], valid);
-            if !self.origins.is_empty() {
-                write(origin, &mut self.origins[start + first..start + columns], valid);
+            let best = if self.relu { best.max(V::splat(0.0)) } else { best };
+            let best = best.mul(V::splat(scale));
+            let valid = (if next == n { HALF } else { LANES }).min(columns - first);
+            for (vector, to) in [(best, &mut self.out[..]), (origin, &mut self.origins[..])] {
+                if to.is_empty() {
+                    continue;
+                }
+                if !HALVES {
+                    write(vector, &mut to[start + first..start + columns], valid);
+                    continue;
+                }
+                let lanes = vector.to_array();
+                let to = &mut to[start + first..];
+                to[..valid].copy_from_slice(&lanes[..valid]);
+                if below > 0 {
+                    to[columns..columns + valid].copy_from_slice(&lanes[HALF / 2..][..valid]);
+                }
             }
         }
     }
@@ -195,19 +234,16 @@ impl Direct<'_> {
 
 /// The first `valid` lanes.
 #[inline(always)]
-fn write<V: Vector>(vector: V, to: &mut [f32], valid: usize) {
+fn write<V: Lanes>(vector: V, to: &mut [f32], valid: usize) {
     assert!(to.len() >= valid);
-    // SAFETY: as many floats as are written, just checked; `lanes` holds eight.
-    unsafe {
-        match valid {
-            8 => vector.store(to.as_mut_ptr()),
-            4 => vector.store_half(to.as_mut_ptr()),
-            _ => {
-                let mut lanes = [0.0; 8];
-                vector.store(lanes.as_mut_ptr());
-                to[..valid].iter_mut().zip(lanes).for_each(|(t, l)| *t = l);
-            }
-        }
+    if valid == LANES {
+        // SAFETY: as many floats as are written, just checked.
+        return unsafe { vector.store(to.as_mut_ptr()) };
+    }
+    let lanes = vector.to_array();
+    match valid {
+        HALF => to[..HALF].copy_from_slice(&lanes[..HALF]),
+        _ => to[..valid].iter_mut().zip(lanes).for_each(|(t, l)| *t = l),
     }
 }
 

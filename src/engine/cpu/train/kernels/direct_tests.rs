@@ -1,4 +1,3 @@
-use super::super::simd::{Kernel, Portable};
 use super::*;
 
 /// Small integers: every order of adding their products is exact.
@@ -51,6 +50,8 @@ fn conv_pool_like_the_definition() {
         (10, 12, 12, 5, 20),
         (1, 6, 70, 3, 1),
         (4, 7, 21, 5, 4),
+        (2, 10, 10, 3, 23),
+        (1, 8, 37, 3, 13),
     ];
     for (channels, height, width, k, outs) in shapes {
         for relu in [true, false] {
@@ -65,7 +66,7 @@ fn conv_pool_like_the_definition() {
             let scales = vec![2.0; live.len()];
             let len = outs * pooled[0] * pooled[1];
             let mut results = Vec::new();
-            for portable in [false, true] {
+            for isa in Isa::available() {
                 let (mut out, mut origins) = (vec![-7.0; len], vec![-7.0; len]);
                 let work = Direct {
                     image: &image,
@@ -82,10 +83,7 @@ fn conv_pool_like_the_definition() {
                     origins: &mut origins,
                 };
                 let expected = reference(&work);
-                match portable {
-                    true => work.run::<Portable>(),
-                    false => conv_pool(work),
-                }
+                dispatch(isa, work);
                 results.push((out, origins, expected));
             }
             for (out, origins, expected) in results {

@@ -1,6 +1,7 @@
 //! Products with a huge matrix and a batch of few rows: bound by how often the huge matrix crosses the memory bus.
 
-use super::simd::{Kernel, Vector, dispatch};
+use crate::engine::cpu::common::isa::Isa;
+use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 
 /// `y[b][r] += x[b] . w[r]` for `rows` rows of `w`, all `k` long.
 pub struct Dots<'a> {
@@ -23,10 +24,8 @@ const RESIDENT: usize = 1 << 17;
 const AHEAD: usize = 512;
 
 impl Kernel for Dots<'_> {
-    type Output = ();
-
     #[inline(always)]
-    fn run<V: Vector>(mut self) {
+    fn run<V: Lanes>(mut self) {
         assert!(self.w.len() >= self.rows * self.k && self.x.len() >= self.batch * self.k);
         assert!(self.batch == 0 || self.y.len() >= (self.batch - 1) * self.ldy + self.rows);
         assert!(self.other.is_none_or(|(other, _)| other.len() >= self.rows * self.k));
@@ -39,14 +38,18 @@ impl Kernel for Dots<'_> {
 
 impl Dots<'_> {
     #[inline(always)]
-    fn all<V: Vector, const SUM: bool>(&mut self) {
-        let step = (RESIDENT / self.batch.max(1)).clamp(512, self.k.max(512)) / 8 * 8;
+    fn all<V: Lanes, const SUM: bool>(&mut self) {
+        let step = (RESIDENT / self.batch.max(1)).clamp(512, self.k.max(512)) / LANES * LANES;
         for k0 in (0..self.k).step_by(step) {
             let k1 = (k0 + step).min(self.k);
             let mut row = 0;
-            while row + 4 <= self.rows {
+            while V::WIDE && row + 4 <= self.rows {
                 self.row_block::<V, SUM, 4>(row, k0, k1);
                 row += 4;
+            }
+            while !V::WIDE && row + 2 <= self.rows {
+                self.row_block::<V, SUM, 2>(row, k0, k1);
+                row += 2;
             }
             while row < self.rows {
                 self.row_block::<V, SUM, 1>(row, k0, k1);
@@ -56,22 +59,26 @@ impl Dots<'_> {
     }
 
     #[inline(always)]
-    fn row_block<V: Vector, const SUM: bool, const R: usize>(&mut self, row: usize, k0: usize, k1: usize) {
+    fn row_block<V: Lanes, const SUM: bool, const R: usize>(&mut self, row: usize, k0: usize, k1: usize) {
+        // Inputs, one row and sums: two and four of each fit sixteen and thirty-two registers.
+        let blocks = self.batch.div_ceil(if V::WIDE { 4 } else { 2 });
         let mut b = 0;
-        while b + 3 <= self.batch {
-            self.tile::<V, SUM, R, 3>(row, b, k0, k1);
-            b += 3;
-        }
-        match self.batch - b {
-            2 => self.tile::<V, SUM, R, 2>(row, b, k0, k1),
-            1 => self.tile::<V, SUM, R, 1>(row, b, k0, k1),
-            _ => {}
+        for block in 0..blocks {
+            let size = (self.batch - b).div_ceil(blocks - block);
+            match size {
+                1 => self.tile::<V, SUM, R, 1>(row, b, k0, k1),
+                2 => self.tile::<V, SUM, R, 2>(row, b, k0, k1),
+                3 if V::WIDE => self.tile::<V, SUM, R, 3>(row, b, k0, k1),
+                4 if V::WIDE => self.tile::<V, SUM, R, 4>(row, b, k0, k1),
+                _ => unreachable!("dots: no tile of {size} inputs"),
+            }
+            b += size;
         }
     }
 
     #[inline(always)]
     #[allow(clippy::needless_range_loop)] // r indexes registers and addresses alike
-    fn tile<V: Vector, const SUM: bool, const R: usize, const B: usize>(
+    fn tile<V: Lanes, const SUM: bool, const R: usize, const B: usize>(
         &mut self,
         row: usize,
         b: usize,
@@ -83,10 +90,9 @@ impl Dots<'_> {
         let (other, factors) = (all[row * self.k..].as_ptr(), [V::splat(first), V::splat(second)]);
         let mut acc = [[V::splat(0.0); R]; B];
         let mut at = k0;
-        while at + 8 <= k1 {
-            // SAFETY: rows `row..row + R` of `w` and `other` and `b..b + B` of `x` exist (asserted by `run`), `at + 8 <= k`.
+        while at + LANES <= k1 {
+            // SAFETY: rows `row..row + R` of `w` and `other` and `b..b + B` of `x` exist (asserted by `run`), `at + 16 <= k`.
             unsafe {
-                // Three inputs, one row and twelve sums fit the sixteen registers.
                 let mut inputs = [V::splat(0.0); B];
                 for (i, input) in inputs.iter_mut().enumerate() {
                     *input = V::load(x.add(i * self.k + at));
@@ -101,7 +107,7 @@ impl Dots<'_> {
                     }
                     let mut row = V::load(w.add(r * self.k + at));
                     if SUM {
-                        let other = V::load(other.add(r * self.k + at)).mul_add(factors[1], V::splat(0.0));
+                        let other = V::load(other.add(r * self.k + at)).mul(factors[1]);
                         row = row.mul_add(factors[0], other);
                     }
                     for i in 0..B {
@@ -109,7 +115,7 @@ impl Dots<'_> {
                     }
                 }
             }
-            at += 8;
+            at += LANES;
         }
         for (i, acc) in acc.into_iter().enumerate() {
             for (r, acc) in acc.into_iter().enumerate() {
@@ -125,13 +131,13 @@ impl Dots<'_> {
 }
 
 pub fn dots(work: Dots<'_>) {
-    dispatch(work);
+    dispatch(Isa::best(), work);
 }
 
-/// Rows of the result that one call of [`outer`] makes.
-pub const OUTER_ROWS: usize = 6;
+/// Rows of the result that one call of [`outer`] makes at most.
+pub const OUTER_ROWS: usize = 12;
 /// Columns per panel.
-pub const PANEL: usize = 16;
+pub const PANEL: usize = LANES;
 /// Steps of [`outer`] without a look at what comes next.
 const UNROLLED: usize = 4;
 
@@ -148,63 +154,68 @@ pub fn pack_transposed(x: &[f32], k: usize, start: usize, columns: usize, packed
     }
 }
 
-/// `out[r][c] = sum over s of d[s * d_step + r * d_row] * x[s * x_step + c]` for up to six rows and the sixteen columns of
-/// each panel: the one product behind forward, input gradient and weight gradient.
+/// `out[r][c] += sum over s of d[r * d_row + s] * x[s][c]` for up to twelve rows and the sixteen columns of each panel.
 pub struct Outer<'a> {
     pub d: &'a [f32],
-    pub d_step: usize,
     pub d_row: usize,
     pub rows: usize,
+    /// As [`pack_transposed`] has left it.
     pub x: &'a [f32],
-    pub x_step: usize,
-    /// Distance between panels of `x`.
-    pub x_panel: usize,
     pub steps: usize,
     pub panels: usize,
-    /// `out[r * out_row + panel * 16 ..]`
+    /// `out[r * panels * 16 + column]`
     pub out: &'a mut [f32],
-    pub out_row: usize,
-    /// Add to `out` instead of overwriting it.
-    pub add: bool,
-    /// What will be `d` next, as many rows and steps: fetched while this computes. Only with a `d_step` of 1.
+    /// What will be `d` next, as many rows and steps: fetched while this computes.
     pub ahead: &'a [f32],
 }
 
-impl Kernel for Outer<'_> {
-    type Output = ();
+/// Rows that share what is loaded of `x`: twelve registers of sums, or twelve for each of two panels.
+const fn together<V: Lanes>() -> usize {
+    if V::WIDE { OUTER_ROWS } else { OUTER_ROWS / 2 }
+}
 
+impl Kernel for Outer<'_> {
     #[inline(always)]
-    fn run<V: Vector>(mut self) {
+    fn run<V: Lanes>(mut self) {
         if self.rows == 0 || self.steps == 0 || self.panels == 0 {
             return;
         }
-        let (last_row, last_step, last_panel) = (self.rows - 1, self.steps - 1, self.panels - 1);
-        assert!(self.d.len() > last_step * self.d_step + last_row * self.d_row);
-        assert!(self.x.len() >= last_step * self.x_step + last_panel * self.x_panel + PANEL);
-        assert!(self.out.len() >= last_row * self.out_row + self.panels * PANEL);
-        // Constant distances are worth a loop of their own: a third of the instructions were address arithmetic.
-        let packed = self.x_step == PANEL && self.d_step == 1;
-        for panel in 0..self.panels {
-            match (self.rows, packed) {
-                (1, _) => self.panel::<V, 1, false>(panel),
-                (2, _) => self.panel::<V, 2, false>(panel),
-                (3, _) => self.panel::<V, 3, false>(panel),
-                (4, _) => self.panel::<V, 4, false>(panel),
-                (5, _) => self.panel::<V, 5, false>(panel),
-                (_, false) => self.panel::<V, OUTER_ROWS, false>(panel),
-                (_, true) => self.panel::<V, OUTER_ROWS, true>(panel),
-            }
+        assert!(self.rows <= OUTER_ROWS && self.d.len() >= (self.rows - 1) * self.d_row + self.steps);
+        assert!(self.x.len() >= self.panels * self.steps * PANEL && self.out.len() >= self.rows * self.panels * PANEL);
+        let mut row = 0;
+        while row < self.rows {
+            row += match self.rows - row {
+                left if left >= together::<V>() && V::WIDE => self.rows_from::<V, 12>(row),
+                6.. => self.rows_from::<V, 6>(row),
+                2.. => self.rows_from::<V, 2>(row),
+                _ => self.rows_from::<V, 1>(row),
+            };
         }
     }
 }
 
 impl Outer<'_> {
+    /// `R` rows of all panels; returns how many.
     #[inline(always)]
-    fn panel<V: Vector, const R: usize, const PACKED: bool>(&mut self, panel: usize) {
-        let mut acc = [[V::splat(0.0); 2]; R];
-        let mut x = self.x[panel * self.x_panel..].as_ptr();
-        let mut d = self.d.as_ptr();
-        let ahead = if panel == 0 { self.ahead } else { &[] };
+    fn rows_from<V: Lanes, const R: usize>(&mut self, row: usize) -> usize {
+        let mut panel = 0;
+        while V::WIDE && panel + 2 <= self.panels {
+            self.tile::<V, R, 2>(row, panel);
+            panel += 2;
+        }
+        while panel < self.panels {
+            self.tile::<V, R, 1>(row, panel);
+            panel += 1;
+        }
+        R
+    }
+
+    #[inline(always)]
+    fn tile<V: Lanes, const R: usize, const N: usize>(&mut self, row: usize, panel: usize) {
+        let mut acc = [[V::splat(0.0); N]; R];
+        let x = self.x[panel * self.steps * PANEL..].as_ptr();
+        let d = self.d[row * self.d_row..].as_ptr();
+        let ahead = if panel == 0 { self.ahead.get(row * self.d_row..).unwrap_or_default() } else { &[] };
         let mut step = 0;
         while step + UNROLLED <= self.steps {
             if step % PANEL == 0 && step < ahead.len() {
@@ -212,61 +223,57 @@ impl Outer<'_> {
                     V::prefetch(ahead.as_ptr().wrapping_add(r * self.d_row + step));
                 }
             }
-            let (x_step, d_step) = if PACKED { (PANEL, 1) } else { (self.x_step, self.d_step) };
             for i in 0..UNROLLED {
                 // SAFETY: steps, rows and panels end inside `d` and `x` (asserted by `run`).
-                unsafe { self.step(&mut acc, x.add(i * x_step), d.add(i * d_step)) };
+                unsafe { self.step(&mut acc, x.add((step + i) * PANEL), d.add(step + i)) };
             }
-            x = x.wrapping_add(UNROLLED * x_step);
-            d = d.wrapping_add(UNROLLED * d_step);
             step += UNROLLED;
         }
-        for _ in step..self.steps {
+        for step in step..self.steps {
             // SAFETY: steps, rows and panels end inside `d` and `x` (asserted by `run`).
-            unsafe { self.step(&mut acc, x, d) };
-            x = x.wrapping_add(self.x_step);
-            d = d.wrapping_add(self.d_step);
+            unsafe { self.step(&mut acc, x.add(step * PANEL), d.add(step)) };
         }
         for (r, acc) in acc.into_iter().enumerate() {
-            let out = self.out[r * self.out_row + panel * PANEL..].as_mut_ptr();
-            // SAFETY: row `r` and this panel end inside `out` (asserted by `run`).
-            unsafe {
-                let (mut low, mut high) = (acc[0], acc[1]);
-                if self.add {
-                    (low, high) = (low.add(V::load(out)), high.add(V::load(out.add(8))));
-                }
-                low.store(out);
-                high.store(out.add(8));
+            let out = self.out[((row + r) * self.panels + panel) * PANEL..][..N * PANEL].as_mut_ptr();
+            for (n, acc) in acc.into_iter().enumerate() {
+                // SAFETY: sixteen floats per panel from `out` on, as sliced.
+                unsafe { acc.add(V::load(out.add(n * PANEL))).store(out.add(n * PANEL)) };
             }
         }
     }
 
     /// # Safety
-    /// `x` must have sixteen floats, `d` one in each of `R` rows.
+    /// `x` must have sixteen floats in each of `N` panels, `d` one in each of `R` rows.
     #[inline(always)]
-    unsafe fn step<V: Vector, const R: usize>(&self, acc: &mut [[V; 2]; R], x: *const f32, d: *const f32) {
-        // The next panel of a matrix that is not packed lies in the next cache line.
-        V::prefetch(x.wrapping_add(PANEL));
+    unsafe fn step<V: Lanes, const R: usize, const N: usize>(
+        &self,
+        acc: &mut [[V; N]; R],
+        x: *const f32,
+        d: *const f32,
+    ) {
+        let mut inputs = [V::splat(0.0); N];
         // SAFETY: the caller's promise.
         unsafe {
-            let (low, high) = (V::load(x), V::load(x.add(8)));
+            for (n, input) in inputs.iter_mut().enumerate() {
+                *input = V::load(x.add(n * self.steps * PANEL));
+            }
             for (r, acc) in acc.iter_mut().enumerate() {
                 let d = V::splat(*d.add(r * self.d_row));
-                acc[0] = d.mul_add(low, acc[0]);
-                acc[1] = d.mul_add(high, acc[1]);
+                for (acc, input) in acc.iter_mut().zip(inputs) {
+                    *acc = d.mul_add(input, *acc);
+                }
             }
         }
     }
 }
 
 pub fn outer(work: Outer<'_>) {
-    dispatch(work);
+    dispatch(Isa::best(), work);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::cpu::train::kernels::simd::Portable;
 
     fn numbers(len: usize) -> Vec<f32> {
         // Small integers: every order of adding their products is exact.
@@ -281,15 +288,15 @@ mod tests {
             let mut y = vec![1.0; batch * ldy];
             let second: Vec<f32> = w.iter().rev().copied().collect();
             for (other, [f, g]) in [(None, [1.0, 0.0]), (Some((&second[..], [2.0, -1.0])), [2.0, -1.0])] {
-                y.fill(1.0);
-                dots(Dots { w: &w, other, rows, x: &x, batch, k, y: &mut y, ldy });
-                let mut z = vec![1.0; batch * ldy];
-                Dots { w: &w, other, rows, x: &x, batch, k, y: &mut z, ldy }.run::<Portable>();
-                for b in 0..batch {
-                    for r in 0..rows {
-                        let weight = |j: usize| f * w[r * k + j] + g * second[r * k + j];
-                        let exact = 1.0 + (0..k).map(|j| x[b * k + j] * weight(j)).sum::<f32>();
-                        assert_eq!((y[b * ldy + r], z[b * ldy + r]), (exact, exact));
+                for isa in Isa::available() {
+                    y.fill(1.0);
+                    dispatch(isa, Dots { w: &w, other, rows, x: &x, batch, k, y: &mut y, ldy });
+                    for b in 0..batch {
+                        for r in 0..rows {
+                            let weight = |j: usize| f * w[r * k + j] + g * second[r * k + j];
+                            let exact = 1.0 + (0..k).map(|j| x[b * k + j] * weight(j)).sum::<f32>();
+                            assert_eq!(y[b * ldy + r], exact);
+                        }
                     }
                 }
             }
@@ -298,45 +305,30 @@ mod tests {
 
     #[test]
     fn outer_like_three_loops_for_any_rows() {
-        let (batch, k, start, columns, panels) = (5, 70, 3, 37, 3);
+        let (batch, k, start, columns, d_row) = (37_usize, 90, 3, 71, 80);
+        let panels = batch.div_ceil(PANEL);
+        let x = numbers(batch * k);
+        let mut packed = vec![f32::NAN; panels * columns * PANEL];
+        pack_transposed(&x, k, start, columns, &mut packed);
         for rows in 1..=OUTER_ROWS {
-            let (x, d) = (numbers(batch * k), numbers(batch * rows));
-            let mut packed = vec![f32::NAN; batch * panels * PANEL];
-            for (p, panel) in packed.chunks_exact_mut(batch * PANEL).enumerate() {
-                for (b, to) in panel.chunks_exact_mut(PANEL).enumerate() {
-                    let from = |c: usize| if p * PANEL + c < columns { x[b * k + start + p * PANEL + c] } else { 0.0 };
-                    to.iter_mut().enumerate().for_each(|(c, to)| *to = from(c));
-                }
-            }
-            for (portable, add) in [(false, false), (true, true)] {
+            let d = numbers(rows * d_row);
+            for isa in Isa::available() {
                 let mut out = vec![1.0; rows * panels * PANEL];
-                let work = Outer {
-                    d: &d,
-                    d_step: rows,
-                    d_row: 1,
-                    rows,
-                    x: &packed,
-                    x_step: PANEL,
-                    x_panel: batch * PANEL,
-                    steps: batch,
-                    panels,
-                    out: &mut out,
-                    out_row: panels * PANEL,
-                    add,
-                    ahead: &[],
-                };
-                match portable {
-                    true => work.run::<Portable>(),
-                    false => outer(work),
-                }
+                let (x, steps, ahead) = (&packed, columns, &d[..]);
+                dispatch(isa, Outer { d: &d, d_row, rows, x, steps, panels, out: &mut out, ahead });
                 for r in 0..rows {
-                    for c in 0..columns {
-                        let exact: f32 = (0..batch).map(|b| d[b * rows + r] * x[b * k + start + c]).sum();
-                        assert_eq!(out[r * panels * PANEL + c], exact + f32::from(u8::from(add)));
+                    for b in 0..batch {
+                        let exact: f32 = (0..columns).map(|c| d[r * d_row + c] * x_at(&packed, columns, b, c)).sum();
+                        assert_eq!(out[r * panels * PANEL + b], exact + 1.0);
                     }
                 }
             }
         }
+    }
+
+    /// Element (sample, column) of packed panels.
+    fn x_at(packed: &[f32], columns: usize, sample: usize, column: usize) -> f32 {
+        packed[(sample / PANEL * columns + column) * PANEL + sample % PANEL]
     }
 
     #[test]

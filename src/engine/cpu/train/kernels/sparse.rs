@@ -1,8 +1,10 @@
 //! Weight gradients `dW = dY^T X` of which most terms are zero: ReLU and dropout leave a quarter of `dY` or less.
 
-use super::simd::{Kernel, Vector, dispatch};
+use crate::engine::cpu::common::isa::Isa;
+use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 
-/// Columns of X that lie side by side: eight vectors, as many sums as hide the latency of a multiply-add.
+/// Columns of X that lie side by side: four vectors of sums are eight registers of AVX2, as many as hide the latency of a
+/// multiply-add. AVX-512 takes two blocks at a time.
 pub const BLOCK: usize = 64;
 /// Rows of the gradient that one call makes: they share the blocks of X while these are in the first-level cache.
 pub const ROWS: usize = 16;
@@ -11,12 +13,17 @@ pub const ROWS: usize = 16;
 /// block is filled up with zeros.
 pub fn pack_blocks(x: &[f32], k: usize, start: usize, columns: usize, packed: &mut [f32]) {
     let batch = x.len() / k;
-    for (p, block) in packed.chunks_exact_mut(batch * BLOCK).take(columns.div_ceil(BLOCK)).enumerate() {
-        let len = BLOCK.min(columns - p * BLOCK);
-        for (row, to) in x.chunks_exact(k).zip(block.chunks_exact_mut(BLOCK)) {
-            to[..len].copy_from_slice(&row[start + p * BLOCK..][..len]);
-            to[len..].fill(0.0);
-        }
+    for (row, x) in x.chunks_exact(k).enumerate() {
+        pack_row(&x[start..start + columns], row, batch, packed);
+    }
+}
+
+/// One of `rows` rows of [`pack_blocks`].
+pub fn pack_row(x: &[f32], row: usize, rows: usize, packed: &mut [f32]) {
+    for (x, block) in x.chunks(BLOCK).zip(packed.chunks_exact_mut(rows * BLOCK)) {
+        let to = &mut block[row * BLOCK..][..BLOCK];
+        to[..x.len()].copy_from_slice(x);
+        to[x.len()..].fill(0.0);
     }
 }
 
@@ -50,6 +57,23 @@ impl RowTerms<'_> {
         }
     }
 
+    /// The other way round: row `part * batch + sample` has the terms of columns `16 part ..` of that sample, here
+    /// the "samples" of which there are sixteen.
+    pub fn find_columns(&mut self, dy: &[f32], n: usize) {
+        let samples = dy.len() / n;
+        for (sample, row) in dy.chunks_exact(n).enumerate() {
+            for (part, row) in row.chunks(ROWS).enumerate() {
+                let (start, mut count) = ((part * samples + sample) * ROWS, 0);
+                for (r, &d) in row.iter().enumerate() {
+                    self.values[start + count] = d;
+                    self.samples[start + count] = f32::from_bits(r as u32);
+                    count += usize::from(d != 0.0);
+                }
+                self.counts[part * samples + sample] = f32::from_bits(count as u32);
+            }
+        }
+    }
+
     /// Values and samples of one row.
     fn row(&self, row: usize) -> (&[f32], &[f32]) {
         let range = row * self.batch..row * self.batch + self.counts[row].to_bits() as usize;
@@ -66,47 +90,79 @@ pub struct SparseOuter<'a> {
     /// As [`pack_blocks`] has left it.
     pub x: &'a [f32],
     pub blocks: usize,
-    /// `out[r * blocks * 64 + column]`
+    /// `out[r * out_row + column]`
     pub out: &'a mut [f32],
+    pub out_row: usize,
+    /// Add to `out` instead of overwriting it.
+    pub add: bool,
     /// Addresses, or null, of matrices whose elements, `[r * ahead_row + column]`, are wanted next: fetched while this
     /// computes. Not slices, because others write those matrices meanwhile.
     pub ahead: [*const f32; 2],
     pub ahead_row: usize,
 }
 
-impl Kernel for SparseOuter<'_> {
-    type Output = ();
+/// Values and samples of the terms of up to sixteen rows.
+type Found<'a> = [(&'a [f32], &'a [f32]); ROWS];
 
+impl Kernel for SparseOuter<'_> {
     #[inline(always)]
-    fn run<V: Vector>(self) {
+    fn run<V: Lanes>(mut self) {
         let (width, batch) = (self.blocks * BLOCK, self.terms.batch);
-        assert!(self.rows <= ROWS && self.out.len() >= self.rows * width);
+        assert!(self.rows <= ROWS && width <= self.out_row && self.out.len() >= self.rows * self.out_row);
         assert!(self.x.len() >= batch * width);
-        let mut found = [(&[][..], &[][..]); ROWS];
+        let mut found: Found<'_> = [(&[], &[]); ROWS];
         for (r, found) in found.iter_mut().enumerate().take(self.rows) {
             *found = self.terms.row(self.first + r);
-            assert!(found.1.iter().all(|s| (s.to_bits() as usize) < batch));
+            for sample in found.1 {
+                assert!((sample.to_bits() as usize) < batch);
+            }
         }
-        for block in 0..self.blocks {
-            let x = self.x[block * batch * BLOCK..].as_ptr();
-            for (r, (values, samples)) in found.iter().enumerate().take(self.rows) {
-                let mut sums = [V::splat(0.0); BLOCK / 8];
-                for (&value, sample) in values.iter().zip(*samples) {
-                    let (d, row) = (V::splat(value), x.wrapping_add(sample.to_bits() as usize * BLOCK));
+        let mut block = 0;
+        while V::WIDE && block + 2 <= self.blocks {
+            self.columns::<V, 2>(&found, block);
+            block += 2;
+        }
+        while block < self.blocks {
+            self.columns::<V, 1>(&found, block);
+            block += 1;
+        }
+    }
+}
+
+/// Vectors per block.
+const VECTORS: usize = BLOCK / LANES;
+
+impl SparseOuter<'_> {
+    /// `N` blocks of all rows.
+    #[inline(always)]
+    fn columns<V: Lanes, const N: usize>(&mut self, found: &Found<'_>, block: usize) {
+        let size = self.terms.batch * BLOCK;
+        let x = self.x[block * size..].as_ptr();
+        for (r, (values, samples)) in found.iter().enumerate().take(self.rows) {
+            let mut sums = [[V::splat(0.0); VECTORS]; N];
+            for (&value, sample) in values.iter().zip(*samples) {
+                let (d, row) = (V::splat(value), x.wrapping_add(sample.to_bits() as usize * BLOCK));
+                for (n, sums) in sums.iter_mut().enumerate() {
                     for (i, sum) in sums.iter_mut().enumerate() {
-                        // SAFETY: the sample is below `batch` and the block inside `x` (both asserted above).
-                        *sum = d.mul_add(unsafe { V::load(row.add(8 * i)) }, *sum);
+                        // SAFETY: the sample is below `batch` and the blocks inside `x` (both asserted by `run`).
+                        *sum = d.mul_add(unsafe { V::load(row.add(n * size + LANES * i)) }, *sum);
                     }
                 }
-                for matrix in self.ahead {
-                    let next = matrix.wrapping_add(r * self.ahead_row + block * BLOCK);
-                    (0..if matrix.is_null() { 0 } else { BLOCK / 16 })
-                        .for_each(|l| V::prefetch(next.wrapping_add(16 * l)));
+            }
+            for matrix in self.ahead {
+                let next = matrix.wrapping_add(r * self.ahead_row + block * BLOCK);
+                for line in 0..if matrix.is_null() { 0 } else { N * VECTORS } {
+                    V::prefetch(next.wrapping_add(LANES * line));
                 }
-                let out = self.out[r * width + block * BLOCK..][..BLOCK].as_mut_ptr();
+            }
+            let out = self.out[r * self.out_row + block * BLOCK..][..N * BLOCK].as_mut_ptr();
+            for (n, sums) in sums.into_iter().enumerate() {
                 for (i, sum) in sums.into_iter().enumerate() {
-                    // SAFETY: sixty-four floats from `out` on, as sliced.
-                    unsafe { sum.store(out.add(8 * i)) };
+                    // SAFETY: sixty-four floats per block from `out` on, as sliced.
+                    unsafe {
+                        let to = out.add(n * BLOCK + LANES * i);
+                        (if self.add { sum.add(V::load(to)) } else { sum }).store(to);
+                    }
                 }
             }
         }
@@ -114,13 +170,12 @@ impl Kernel for SparseOuter<'_> {
 }
 
 pub fn sparse_outer(work: SparseOuter<'_>) {
-    dispatch(work);
+    dispatch(Isa::best(), work);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::cpu::train::kernels::simd::Portable;
 
     #[test]
     fn like_three_loops_whatever_is_zero() {
@@ -135,8 +190,9 @@ mod tests {
         let mut terms = RowTerms { values: &mut values, samples: &mut samples, counts: &mut counts, batch };
         terms.find(&dy, n);
         for (first, rows) in [(0, ROWS), (16, 5), (20, 1)] {
-            for portable in [false, true] {
-                let mut out = vec![f32::NAN; rows * blocks * BLOCK];
+            for (isa, add) in Isa::available().into_iter().flat_map(|isa| [(isa, false), (isa, true)]) {
+                let out_row = (blocks + 1) * BLOCK;
+                let mut out = vec![if add { 1.0 } else { f32::NAN }; rows * out_row];
                 let work = SparseOuter {
                     terms: &terms,
                     first,
@@ -144,21 +200,41 @@ mod tests {
                     x: &packed,
                     blocks,
                     out: &mut out,
+                    out_row,
+                    add,
                     ahead: [std::ptr::null(); 2],
                     ahead_row: 0,
                 };
-                if portable {
-                    work.run::<Portable>()
-                } else {
-                    sparse_outer(work)
-                }
+                dispatch(isa, work);
                 for r in 0..rows {
                     for c in 0..columns {
                         let exact: f32 = (0..batch).map(|b| dy[b * n + first + r] * x[b * k + start + c]).sum();
-                        assert_eq!(out[r * blocks * BLOCK + c], exact);
+                        assert_eq!(out[r * out_row + c], exact + f32::from(u8::from(add)));
                     }
                 }
             }
         }
+    }
+
+    #[test]
+    fn terms_of_columns_are_what_is_not_zero() {
+        let (samples, n) = (3, 37_usize);
+        let dy: Vec<f32> = (0..samples * n).map(|i| if i % 3 == 0 { i as f32 - 30.0 } else { 0.0 }).collect();
+        let parts = n.div_ceil(ROWS);
+        let len = parts * samples * ROWS;
+        let (mut values, mut rows, mut counts) = (vec![0.0; len], vec![0.0; len], vec![0.0; parts * samples]);
+        let mut terms = RowTerms { values: &mut values, samples: &mut rows, counts: &mut counts, batch: ROWS };
+        terms.find_columns(&dy, n);
+        let mut found = vec![0.0; samples * n];
+        for part in 0..parts {
+            for sample in 0..samples {
+                let (values, rows) = terms.row(part * samples + sample);
+                for (value, row) in values.iter().zip(rows) {
+                    assert_ne!(*value, 0.0);
+                    found[sample * n + part * ROWS + row.to_bits() as usize] = *value;
+                }
+            }
+        }
+        assert_eq!(found, dy);
     }
 }

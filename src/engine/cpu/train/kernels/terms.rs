@@ -1,6 +1,7 @@
 //! The sums that the derivative of a convolution in front of a max-pool is made of: few terms are not zero.
 
-use super::simd::{Kernel, Vector, dispatch};
+use crate::engine::cpu::common::isa::Isa;
+use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 
 /// Terms of a sum: `factors[i]` times what starts at `offsets[i]`.
 #[derive(Clone, Copy)]
@@ -17,7 +18,7 @@ pub fn terms(memory: &mut [f32]) -> (&mut [u32], &mut [f32]) {
 }
 
 /// Terms that [`Gather`] may write beyond those that count.
-pub const OVERSHOOT: usize = 8;
+pub const OVERSHOOT: usize = LANES;
 
 /// The terms that are not zero of one output channel's derivative before its pool.
 pub struct Gather<'a> {
@@ -32,52 +33,46 @@ pub struct Gather<'a> {
     /// Room for all outputs and [`OVERSHOOT`] more.
     pub offsets: &'a mut [u32],
     pub factors: &'a mut [f32],
+    /// Number of terms, and the sum of their factors.
+    pub found: &'a mut (usize, f32),
 }
 
-/// Number of terms, and the sum of their factors.
-pub fn gather(work: Gather<'_>) -> (usize, f32) {
-    dispatch(work)
+pub fn gather(work: Gather<'_>) {
+    dispatch(Isa::best(), work);
 }
 
 impl Kernel for Gather<'_> {
-    type Output = (usize, f32);
-
     #[inline(always)]
-    fn run<V: Vector>(self) -> (usize, f32) {
+    fn run<V: Lanes>(self) {
         let len = self.dy.len();
         assert!(self.y.len() == len && self.origins.len() == len);
         assert!(self.offsets.len().min(self.factors.len()) >= len + OVERSHOOT);
         let (mut count, mut sum) = (0, V::splat(0.0));
-        for start in (0..len).step_by(8) {
-            let lanes = (len - start).min(8);
-            // SAFETY: eight lanes from `start` on, or as many as there are, with zeros behind them.
+        for start in (0..len).step_by(LANES) {
+            let range = start..len.min(start + LANES);
+            let grad = part::<V>(&self.dy[range.clone()]).mul(V::splat(self.scale));
+            let grad = if self.relu { grad.unless_negative(part(&self.y[range.clone()])) } else { grad };
+            sum = sum.add(grad);
+            // SAFETY: at most `start` terms were counted, and there is room for sixteen more (asserted above).
             unsafe {
-                let (y, dy, origin) =
-                    (part(self.y, start, lanes), part(self.dy, start, lanes), part(self.origins, start, lanes));
-                let grad: V = dy;
-                let grad = grad.mul_add(V::splat(self.scale), V::splat(0.0));
-                let grad = if self.relu { grad.unless_below(y) } else { grad };
-                sum = sum.add(grad);
                 let (values, offsets) = (self.factors.as_mut_ptr().add(count), self.offsets.as_mut_ptr().add(count));
-                count += grad.compress(origin, self.unit, values, offsets);
+                count += grad.compress(part(&self.origins[range]), self.unit, values, offsets);
             }
         }
-        (count, sum.sum())
+        *self.found = (count, sum.sum());
     }
 }
 
-/// `lanes` floats from `start` on, and zeros.
+/// At most sixteen floats, and zeros.
 #[inline(always)]
-fn part<V: Vector>(from: &[f32], start: usize, lanes: usize) -> V {
-    let from = &from[start..start + lanes];
-    if lanes == 8 {
-        // SAFETY: eight floats, just sliced.
+fn part<V: Lanes>(from: &[f32]) -> V {
+    if from.len() == LANES {
+        // SAFETY: sixteen floats, just counted.
         return unsafe { V::load(from.as_ptr()) };
     }
-    let mut all = [0.0; 8];
-    all[..lanes].copy_from_slice(from);
-    // SAFETY: eight floats.
-    unsafe { V::load(all.as_ptr()) }
+    let mut all = [0.0; LANES];
+    all[..from.len()].copy_from_slice(from);
+    V::from_array(all)
 }
 
 /// `to[row][..] += sum over terms of factor * from[offset + row * from_stride ..]`, in registers over all terms.
@@ -87,85 +82,63 @@ pub struct Combine<'a> {
     pub from_stride: usize,
     pub to: &'a mut [f32],
     pub to_stride: usize,
+    /// Three or five.
     pub rows: usize,
-    /// Vectors of eight per row; whole vectors are read and added.
+    /// Vectors of sixteen per row; whole vectors are read and added.
     pub vectors: usize,
 }
 
 pub fn combine(work: Combine<'_>) {
-    dispatch(work);
+    dispatch(Isa::best(), work);
 }
 
 impl Kernel for Combine<'_> {
-    type Output = ();
-
     #[inline(always)]
-    fn run<V: Vector>(mut self) {
-        let last = (self.rows - 1) * self.from_stride + 8 * self.vectors;
+    fn run<V: Lanes>(mut self) {
+        let last = (self.rows - 1) * self.from_stride + LANES * self.vectors;
         assert!(furthest(self.terms) + last <= self.from.len());
-        assert!((self.rows - 1) * self.to_stride + 8 * self.vectors <= self.to.len());
-        self.all::<V>();
+        assert!((self.rows - 1) * self.to_stride + LANES * self.vectors <= self.to.len());
+        match self.rows {
+            3 => self.all::<V, 3>(),
+            5 => self.all::<V, 5>(),
+            rows => unreachable!("combine: no tile of {rows} rows"),
+        }
     }
 }
 
 impl Combine<'_> {
-    /// Tiles of at most twelve accumulators.
+    /// Tiles of as many sums as there are registers for, as even as possible.
     #[inline(always)]
-    fn all<V: Vector>(&mut self) {
+    fn all<V: Lanes, const R: usize>(&mut self) {
+        let tiles = self.vectors.div_ceil(sums::<V>() / R);
         let mut column = 0;
-        while column < self.vectors {
-            let wide = (self.vectors - column).min(8);
-            let mut row = 0;
-            while row < self.rows {
-                let left = self.rows - row;
-                let tall = left.min(match wide {
-                    1 | 2 => 5,
-                    3 => 3,
-                    4 => 2,
-                    _ => 1,
-                });
-                macro_rules! tiles {
-                    ($(($r:literal, $n:literal)),*) => {
-                        match (tall, wide) {
-                            $(($r, $n) => self.tile::<V, $r, $n>(row, column),)*
-                            _ => unreachable!("combine: no tile of {tall} x {wide}"),
-                        }
-                    };
-                }
-                tiles!(
-                    (1, 1),
-                    (2, 1),
-                    (3, 1),
-                    (4, 1),
-                    (5, 1),
-                    (1, 2),
-                    (2, 2),
-                    (3, 2),
-                    (4, 2),
-                    (5, 2),
-                    (1, 3),
-                    (2, 3),
-                    (3, 3),
-                    (1, 4),
-                    (2, 4),
-                    (1, 5),
-                    (1, 6),
-                    (1, 7),
-                    (1, 8)
-                );
-                row += tall;
+        for tile in 0..tiles {
+            let wide = (self.vectors - column).div_ceil(tiles - tile);
+            macro_rules! tiles {
+                ($($n:literal)*) => {
+                    match wide {
+                        $($n => self.tile::<V, R, $n>(column),)*
+                        _ => unreachable!("combine: no tile {wide} wide"),
+                    }
+                };
+            }
+            match sums::<V>() / R {
+                1 => tiles!(1),
+                2 => tiles!(1 2),
+                5 => tiles!(1 2 3 4 5),
+                _ => tiles!(1 2 3 4 5 6 7 8),
             }
             column += wide;
         }
     }
 
     #[inline(always)]
-    fn tile<V: Vector, const R: usize, const N: usize>(&mut self, row: usize, column: usize) {
+    fn tile<V: Lanes, const R: usize, const N: usize>(&mut self, column: usize) {
         let mut acc = [[V::splat(0.0); N]; R];
-        let from = self.from[row * self.from_stride + 8 * column..].as_ptr();
+        let from = self.from[LANES * column..].as_ptr();
         let (offsets, factors) = (self.terms.offsets, self.terms.factors);
         let mut at = 0;
-        if R * N <= 5 {
+        if 2 * R * N <= sums::<V>() {
             // So few sums would wait for each other: every other term has sums of its own.
             let mut odd = acc;
             while at + 2 <= offsets.len() {
@@ -182,17 +155,17 @@ impl Combine<'_> {
             at += 1;
         }
         for (r, acc) in acc.into_iter().enumerate() {
-            let to = self.to[(row + r) * self.to_stride + 8 * column..].as_mut_ptr();
+            let to = self.to[r * self.to_stride + LANES * column..].as_mut_ptr();
             for (n, acc) in acc.into_iter().enumerate() {
                 // SAFETY: the last vector of the last row is inside `to` (asserted by `run`).
-                unsafe { acc.add(V::load(to.add(8 * n))).store(to.add(8 * n)) };
+                unsafe { acc.add(V::load(to.add(LANES * n))).store(to.add(LANES * n)) };
             }
         }
     }
 
     /// One term to all sums of a tile that begins at `from`.
     #[inline(always)]
-    fn add<V: Vector, const R: usize, const N: usize>(
+    fn add<V: Lanes, const R: usize, const N: usize>(
         &self,
         acc: &mut [[V; N]; R],
         from: *const f32,
@@ -203,11 +176,16 @@ impl Combine<'_> {
         for (r, acc) in acc.iter_mut().enumerate() {
             for (n, acc) in acc.iter_mut().enumerate() {
                 // SAFETY: the last vector of the last row of every term is inside `from` (asserted by `run`).
-                let x = unsafe { V::load(from.add(offset as usize + r * self.from_stride + 8 * n)) };
+                let x = unsafe { V::load(from.add(offset as usize + r * self.from_stride + LANES * n)) };
                 *acc = factor.mul_add(x, *acc);
             }
         }
     }
+}
+
+/// Sums that fit the registers.
+const fn sums<V: Lanes>() -> usize {
+    if V::WIDE { 25 } else { 6 }
 }
 
 /// The transpose of [`Combine`]: `to[offset + row * to_stride ..] += factor * from[row * from_stride ..]` for every term.
@@ -218,20 +196,18 @@ pub struct Spread<'a> {
     pub to: &'a mut [f32],
     pub to_stride: usize,
     pub rows: usize,
-    /// Vectors of eight per row; whole vectors are read and added.
+    /// Vectors of sixteen per row; whole vectors are read and added.
     pub vectors: usize,
 }
 
 pub fn spread(work: Spread<'_>) {
-    dispatch(work);
+    dispatch(Isa::best(), work);
 }
 
 impl Kernel for Spread<'_> {
-    type Output = ();
-
     #[inline(always)]
-    fn run<V: Vector>(self) {
-        let last = |stride: usize| (self.rows - 1) * stride + 8 * self.vectors;
+    fn run<V: Lanes>(self) {
+        let last = |stride: usize| (self.rows - 1) * stride + LANES * self.vectors;
         assert!(furthest(self.terms) + last(self.to_stride) <= self.to.len());
         assert!(last(self.from_stride) <= self.from.len());
         for (&offset, &factor) in self.terms.offsets.iter().zip(self.terms.factors) {
@@ -240,8 +216,8 @@ impl Kernel for Spread<'_> {
                 for n in 0..self.vectors {
                     // SAFETY: the last vector of the last row of every term is inside `from` and `to` (asserted above).
                     unsafe {
-                        let to = self.to.as_mut_ptr().add(offset as usize + r * self.to_stride + 8 * n);
-                        let from = V::load(self.from.as_ptr().add(r * self.from_stride + 8 * n));
+                        let to = self.to.as_mut_ptr().add(offset as usize + r * self.to_stride + LANES * n);
+                        let from = V::load(self.from.as_ptr().add(r * self.from_stride + LANES * n));
                         factor.mul_add(from, V::load(to)).store(to);
                     }
                 }
@@ -264,32 +240,28 @@ fn furthest(terms: Terms<'_>) -> usize {
 #[cfg(test)]
 mod tests {
     use super::super::direct::tests::numbers;
-    use super::super::simd::{Kernel, Portable};
     use super::*;
 
     #[test]
     fn combine_like_two_loops() {
-        for (rows, vectors) in (1..=5).flat_map(|r| (1..=19).map(move |v| (r, v))) {
-            let (from_stride, to_stride) = (8 * vectors + 3, 8 * vectors + 1);
+        for (rows, vectors) in [3, 5].into_iter().flat_map(|r| (1..=19).map(move |v| (r, v))) {
+            let (from_stride, to_stride) = (LANES * vectors + 3, LANES * vectors + 1);
             let from = numbers(400 + rows * from_stride, 4);
             let offsets: Vec<u32> = (0..9).map(|i| i * 37).collect();
             let factors: Vec<f32> = (0..9).map(|i| i as f32 - 4.0).collect();
             let terms = Terms { offsets: &offsets, factors: &factors };
-            for portable in [false, true] {
+            for isa in Isa::available() {
                 let mut to = numbers(rows * to_stride, 5);
                 let mut expected = to.clone();
                 for r in 0..rows {
-                    for j in 0..8 * vectors {
+                    for j in 0..LANES * vectors {
                         for (offset, factor) in offsets.iter().zip(&factors) {
                             expected[r * to_stride + j] += factor * from[*offset as usize + r * from_stride + j];
                         }
                     }
                 }
                 let work = Combine { terms, from: &from, from_stride, to: &mut to, to_stride, rows, vectors };
-                match portable {
-                    true => work.run::<Portable>(),
-                    false => combine(work),
-                }
+                dispatch(isa, work);
                 assert_eq!(to, expected, "{rows} {vectors}");
             }
         }
@@ -305,8 +277,9 @@ mod tests {
             let origins: Vec<f32> = (0..len).map(|i| ((1 << 23) - 1 - 7 * i) as f32).collect();
             let pass = |i: usize| if relu && y[i] <= 0.0 { 0.0 } else { 0.5 * dy[i] };
             let kept: Vec<usize> = (0..len).filter(|&i| pass(i) != 0.0).collect();
-            for portable in [false, true] {
+            for isa in Isa::available() {
                 let (mut offsets, mut factors) = (vec![0; len + OVERSHOOT], vec![0.0; len + OVERSHOOT]);
+                let mut found = (0, 0.0);
                 let work = Gather {
                     y: &y,
                     dy: &dy,
@@ -316,8 +289,10 @@ mod tests {
                     unit: 3,
                     offsets: &mut offsets,
                     factors: &mut factors,
+                    found: &mut found,
                 };
-                let (count, sum) = if portable { work.run::<Portable>() } else { gather(work) };
+                dispatch(isa, work);
+                let (count, sum) = found;
                 let bits = |x: f32| if x.is_nan() { 1 } else { (x + 0.0).to_bits() };
                 assert_eq!(count, kept.len());
                 assert_eq!(bits(sum), bits((0..len).map(pass).sum()));
@@ -331,26 +306,23 @@ mod tests {
     #[test]
     fn spread_like_two_loops() {
         for (rows, vectors) in (1..=5).flat_map(|r| (1..=11).map(move |v| (r, v))) {
-            let (from_stride, to_stride) = (8 * vectors + 3, 8 * vectors + 1);
+            let (from_stride, to_stride) = (LANES * vectors + 3, LANES * vectors + 1);
             let from = numbers(rows * from_stride, 4);
             let offsets: Vec<u32> = (0..9).map(|i| i * 37).collect();
             let factors: Vec<f32> = (0..9).map(|i| i as f32 - 4.0).collect();
-            for portable in [false, true] {
+            for isa in Isa::available() {
                 let mut to = numbers(400 + rows * to_stride, 5);
                 let mut expected = to.clone();
                 for (offset, factor) in offsets.iter().zip(&factors) {
                     for r in 0..rows {
-                        for j in 0..8 * vectors {
+                        for j in 0..LANES * vectors {
                             expected[*offset as usize + r * to_stride + j] += factor * from[r * from_stride + j];
                         }
                     }
                 }
                 let terms = Terms { offsets: &offsets, factors: &factors };
                 let work = Spread { terms, from: &from, from_stride, to: &mut to, to_stride, rows, vectors };
-                match portable {
-                    true => work.run::<Portable>(),
-                    false => spread(work),
-                }
+                dispatch(isa, work);
                 assert_eq!(to, expected, "{rows} {vectors}");
             }
         }

@@ -1,6 +1,7 @@
 //! Convolution, dropout of channels, ReLU and 2 x 2 max-pool as one layer. Three quarters of the derivative behind such
 //! a pool are zero, and ReLU and dropout zero more: backward walks the rest only.
 
+use crate::engine::cpu::common::kernels::lanes::LANES;
 use crate::engine::cpu::train::kernels::direct::{Direct, SLACK, conv_pool};
 use crate::engine::cpu::train::kernels::terms::{
     Combine, Gather, OVERSHOOT, Spread, Terms, combine, gather, spread, terms,
@@ -115,7 +116,7 @@ impl ConvPool {
     /// Whole vectors per pixel where that is not much more memory: then what one term of the input's derivative adds to
     /// is exactly what another has stored, and the processor passes it on without a trip through the cache.
     pub fn pixel(channels: usize, input_grads: bool) -> usize {
-        let whole = channels.next_multiple_of(8);
+        let whole = channels.next_multiple_of(LANES);
         if input_grads && 5 * whole <= 8 * channels { whole } else { channels }
     }
 
@@ -126,7 +127,7 @@ impl ConvPool {
 
     /// Length of a row of the weights with channels innermost.
     pub fn row_len(pixel: usize, k: usize) -> usize {
-        (pixel * k).next_multiple_of(8)
+        (pixel * k).next_multiple_of(LANES)
     }
 
     fn row(&self) -> usize {
@@ -257,7 +258,8 @@ impl ConvPool {
             let o = o as usize;
             let range = o * outputs..(o + 1) * outputs;
             // As in PyTorch a NaN lets its gradient through ReLU.
-            let (count, sum) = gather(Gather {
+            let mut found = (0, 0.0);
+            gather(Gather {
                 y: &y[range.clone()],
                 dy: &dy[range.clone()],
                 origins: &origins[range],
@@ -266,7 +268,9 @@ impl ConvPool {
                 unit: pixel as u32,
                 offsets,
                 factors,
+                found: &mut found,
             });
+            let (count, sum) = found;
             if let Some(share) = &mut bias {
                 share[o] += sum;
             }
@@ -274,7 +278,7 @@ impl ConvPool {
                 continue;
             }
             let (rows, row, filter) = (self.k, self.row(), o * self.k * self.row());
-            let (terms, vectors) = (Terms { offsets: &offsets[..count], factors: &factors[..count] }, row / 8);
+            let (terms, vectors) = (Terms { offsets: &offsets[..count], factors: &factors[..count] }, row / LANES);
             if self.weight.grad.is_some() {
                 let (from, to) = (&*pixels, &mut weight_grads[filter..]);
                 combine(Combine { terms, from, from_stride: width * pixel, to, to_stride: row, rows, vectors });

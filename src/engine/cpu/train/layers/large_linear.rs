@@ -4,7 +4,9 @@
 use std::ops::Range;
 
 use crate::engine::cpu::train::kernels::skinny::{Dots, OUTER_ROWS, Outer, PANEL, dots, outer, pack_transposed};
-use crate::engine::cpu::train::kernels::sparse::{BLOCK, ROWS, RowTerms, SparseOuter, pack_blocks, sparse_outer};
+use crate::engine::cpu::train::kernels::sparse::{
+    BLOCK, ROWS, RowTerms, SparseOuter, pack_blocks, pack_row, sparse_outer,
+};
 use crate::engine::cpu::train::layer::{Context, Edge, Grain, Layer, Out, Param, share};
 use crate::engine::cpu::train::memory::{Floats, Read, Slot};
 use crate::engine::cpu::train::waiting::FEW_SAMPLES;
@@ -30,6 +32,8 @@ pub struct LargeLinear {
     /// `out_features x batch` twice and `out_features`: the terms of the gradient that are not zero, their samples, and
     /// how many there are in each row.
     pub terms: [Slot; 3],
+    /// The same of each sample and sixteen columns, where the input's derivative is wanted.
+    pub input_terms: [Slot; 3],
     /// Columns of the weights that are updated together.
     pub columns: usize,
     /// Where steps wait for each other.
@@ -62,7 +66,14 @@ impl LargeLinear {
 
     /// `dx = dy w` with the weights of before the update, and the update: for some columns, a few rows at a time, so that
     /// the weights cross the memory bus once for both.
-    fn backward_columns(&self, cx: &Context<'_>, dy: &[f32], x: &[f32], terms: &RowTerms<'_>, columns: Range<usize>) {
+    fn backward_columns(
+        &self,
+        cx: &Context<'_>,
+        x: &[f32],
+        terms: &RowTerms<'_>,
+        input_terms: &RowTerms<'_>,
+        columns: Range<usize>,
+    ) {
         let (k, n) = (self.in_features, self.out_features);
         // SAFETY: different slots, each taken once: `add_input_grads` borrows the rows.
         let (mut packed, mut grads, mut tile) =
@@ -77,7 +88,7 @@ impl LargeLinear {
         for row in (0..n).step_by(ROWS) {
             let rows = row..(row + ROWS).min(n);
             if let Some(tile) = &mut tile {
-                self.add_input_grads(cx, dy, rows.clone(), columns.clone(), &mut grads, tile);
+                self.add_input_grads(cx, input_terms, rows.clone(), columns.clone(), &mut grads, tile);
             }
             if !self.trained {
                 continue;
@@ -110,59 +121,55 @@ impl LargeLinear {
     ) {
         let (k, blocks) = (self.in_features, columns.len().div_ceil(BLOCK));
         let (first, x, out) = (rows.start, packed, &mut *grads);
-        sparse_outer(SparseOuter { terms, first, rows: rows.len(), x, blocks, out, ahead, ahead_row: k });
+        let (rows_len, out_row) = (rows.len(), blocks * BLOCK);
+        sparse_outer(SparseOuter {
+            terms,
+            first,
+            rows: rows_len,
+            x,
+            blocks,
+            out,
+            out_row,
+            add: false,
+            ahead,
+            ahead_row: k,
+        });
         for (r, grad) in rows.zip(grads.chunks_exact_mut(blocks * BLOCK)) {
             cx.updates.take(cx, self.weight.tensor, r * k + columns.start, &mut grad[..columns.len()]);
         }
     }
 
-    /// `tile += dy w` for some rows and columns of `w`; `scratch` holds them meanwhile.
+    /// `tile += dy w` for some rows and columns of `w`; `packed` holds them meanwhile.
     fn add_input_grads(
         &self,
         cx: &Context<'_>,
-        dy: &[f32],
+        terms: &RowTerms<'_>,
         rows: Range<usize>,
         columns: Range<usize>,
-        scratch: &mut [f32],
+        packed: &mut [f32],
         tile: &mut [f32],
     ) {
-        let (k, n, whole, rest) = (self.in_features, self.out_features, columns.len() / PANEL, columns.len() % PANEL);
         let weights = cx.memory.tensor(self.weight.tensor);
-        // Rows that are a power of two apart would fight for a few lines of the cache.
-        let (packed, last) = scratch.split_at_mut(whole * PANEL * rows.len());
         for (r, row) in rows.clone().enumerate() {
-            let start = row * k + columns.start;
+            let start = row * self.in_features + columns.start;
             // SAFETY: nobody else has these columns until the barrier, and this worker writes them when they are
             // packed.
-            let row = unsafe { cx.read(weights.part(start..start + columns.len())) };
-            for (panel, row) in row[..whole * PANEL].chunks_exact(PANEL).enumerate() {
-                packed[(panel * rows.len() + r) * PANEL..][..PANEL].copy_from_slice(row);
-            }
-            last[r * rest..][..rest].copy_from_slice(&row[whole * PANEL..]);
+            pack_row(&unsafe { cx.read(weights.part(start..start + columns.len())) }, r, ROWS, packed);
         }
-        for b in (0..cx.batch).step_by(OUTER_ROWS) {
-            outer(Outer {
-                d: &dy[b * n + rows.start..],
-                d_step: 1,
-                d_row: n,
-                rows: OUTER_ROWS.min(cx.batch - b),
+        let (first, blocks) = (rows.start / ROWS * cx.batch, columns.len().div_ceil(BLOCK));
+        for sample in (0..cx.batch).step_by(ROWS) {
+            sparse_outer(SparseOuter {
+                terms,
+                first: first + sample,
+                rows: ROWS.min(cx.batch - sample),
                 x: packed,
-                x_step: PANEL,
-                x_panel: rows.len() * PANEL,
-                steps: rows.len(),
-                panels: whole,
-                out: &mut tile[b * self.columns..],
+                blocks,
+                out: &mut tile[sample * self.columns..],
                 out_row: self.columns,
                 add: true,
-                ahead: &[],
+                ahead: [std::ptr::null(); 2],
+                ahead_row: 0,
             });
-        }
-        // Columns that do not fill a panel: the matrix ends in the middle of one.
-        for (dy, tile) in dy.chunks_exact(n).zip(tile.chunks_exact_mut(self.columns)) {
-            for c in 0..rest {
-                let column = last[c..].iter().step_by(rest);
-                tile[whole * PANEL + c] += dy[rows.clone()].iter().zip(column).map(|(d, w)| d * w).sum::<f32>();
-            }
         }
     }
 
@@ -275,17 +282,12 @@ impl LargeLinear {
             for row in (0..rows).step_by(OUTER_ROWS) {
                 outer(Outer {
                     d: &weights[(own.start + row) * k + start..],
-                    d_step: 1,
                     d_row: k,
                     rows: OUTER_ROWS.min(rows - row),
                     x: &packed,
-                    x_step: PANEL,
-                    x_panel: columns * PANEL,
                     steps: columns,
                     panels,
                     out: &mut turned[row * width..],
-                    out_row: width,
-                    add: true,
                     ahead: weights.get((own.start + row + OUTER_ROWS) * k + start..).unwrap_or_default(),
                 });
             }
@@ -356,10 +358,16 @@ impl Layer for LargeLinear {
         if self.trained {
             terms.find(&dy, n);
         }
+        // SAFETY: three slots more, each taken once.
+        let [mut values, mut rows, mut counts] = self.input_terms.map(|slot| unsafe { cx.own(slot) });
+        let mut input_terms = RowTerms { values: &mut values, samples: &mut rows, counts: &mut counts, batch: ROWS };
+        if self.input.grad.is_some() {
+            input_terms.find_columns(&dy, n);
+        }
         let own = share(k, cx.worker, cx.workers, PANEL);
         for start in own.clone().step_by(self.columns) {
             let columns = start..(start + self.columns).min(own.end);
-            self.backward_columns(cx, &dy, &x, &terms, columns);
+            self.backward_columns(cx, &x, &terms, &input_terms, columns);
         }
         cx.meet();
     }
