@@ -41,6 +41,11 @@ pub trait Lanes: Copy {
     /// # Safety
     /// Eight floats must be readable at both.
     unsafe fn load_halves(low: *const f32, high: *const f32) -> Self;
+    /// Eight floats to each of two places.
+    ///
+    /// # Safety
+    /// Eight floats must be writable at both.
+    unsafe fn store_halves(self, low: *mut f32, high: *mut f32);
     fn splat(value: f32) -> Self;
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
@@ -136,6 +141,17 @@ impl Lanes for Portable {
     unsafe fn load_halves(low: *const f32, high: *const f32) -> Self {
         // SAFETY: the caller's promise.
         Self(std::array::from_fn(|i| unsafe { if i < LANES / 2 { *low.add(i) } else { *high.add(i - LANES / 2) } }))
+    }
+
+    #[inline(always)]
+    unsafe fn store_halves(self, low: *mut f32, high: *mut f32) {
+        for i in 0..LANES / 2 {
+            // SAFETY: the caller's promise.
+            unsafe {
+                low.add(i).write(self.0[i]);
+                high.add(i).write(self.0[i + LANES / 2]);
+            }
+        }
     }
 
     #[inline(always)]
@@ -333,6 +349,15 @@ mod tests {
             // SAFETY: eight floats follow on both.
             let halves = unsafe { V::load_halves(all.as_ptr().add(3), all.as_ptr().add(33)) };
             assert_eq!(halves.to_array(), std::array::from_fn(|i| i as f32 + if i < 8 { 3.0 } else { 25.0 }));
+            let mut stored = [-1.0; 2 * LANES];
+            // SAFETY: eight floats follow on both.
+            unsafe { a.store_halves(stored.as_mut_ptr().add(20), stored.as_mut_ptr().add(1)) };
+            let expected = |i: usize| match i {
+                1..9 => i as f32 + 7.0,
+                20..28 => i as f32 - 20.0,
+                _ => -1.0,
+            };
+            assert_eq!(stored, std::array::from_fn(expected));
             check_later_max::<V>();
             check_compress::<V>();
             let one = V::splat(1.0);

@@ -140,6 +140,15 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn store_halves(self, low: *mut f32, high: *mut f32) {
+        // SAFETY: this type exists only where `dispatch` found AVX2 and FMA; the memory is the caller's promise.
+        unsafe {
+            _mm256_storeu_ps(low, self.0);
+            _mm256_storeu_ps(high, self.1);
+        }
+    }
+
+    #[inline(always)]
     fn splat(value: f32) -> Self {
         // SAFETY: this type exists only where `dispatch` found AVX2 and FMA.
         let all = unsafe { _mm256_set1_ps(value) };
@@ -360,6 +369,16 @@ impl Lanes for Avx512 {
         unsafe {
             let low = _mm512_castpd256_pd512(_mm256_loadu_pd(low.cast()));
             Self(_mm512_castpd_ps(_mm512_insertf64x4::<1>(low, _mm256_loadu_pd(high.cast()))))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_halves(self, low: *mut f32, high: *mut f32) {
+        // SAFETY: this type exists only where `dispatch` found AVX-512; the memory is the caller's promise.
+        unsafe {
+            let all = _mm512_castps_pd(self.0);
+            _mm256_storeu_pd(low.cast(), _mm512_castpd512_pd256(all));
+            _mm256_storeu_pd(high.cast(), _mm512_extractf64x4_pd::<1>(all));
         }
     }
 

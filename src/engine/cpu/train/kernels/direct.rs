@@ -58,17 +58,19 @@ const HALF: usize = LANES / 2;
 
 /// The even columns of two vectors.
 const EVEN: [f32; LANES] = [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0, 22.0, 24.0, 26.0, 28.0, 30.0];
-/// The even columns of two half vectors, and which of the two.
-const TWICE: [[f32; LANES]; 2] = [
+/// Those of one, twice.
+const TWICE: [f32; LANES] = [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0];
+/// Those of two half vectors, twice, and which of the two.
+const QUARTERS: [[f32; LANES]; 2] = [
     [0.0, 2.0, 4.0, 6.0, 0.0, 2.0, 4.0, 6.0, 0.0, 2.0, 4.0, 6.0, 0.0, 2.0, 4.0, 6.0],
     [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0],
 ];
 
-/// Output channels of a tile whose two rows are `vectors` wide: three vectors of AVX2 are twelve registers with six sums
-/// for two rows, and of thirty-two registers twenty-four are enough.
+/// Output channels of a tile whose two rows are `vectors` wide: sums, inputs and a weight fit sixteen registers with two
+/// channels, thirty-two with twenty-four sums.
 const fn most<V: Lanes>(vectors: usize) -> usize {
     match (V::WIDE, vectors) {
-        (false, _) => 3,
+        (false, _) => 2,
         (true, 1) => 8,
         (true, _) => 6,
     }
@@ -113,7 +115,7 @@ impl Direct<'_> {
                 };
             }
             match most::<V>(N) {
-                3 => tiles!(1 2 3),
+                2 => tiles!(1 2),
                 6 => tiles!(1 2 3 4 5 6),
                 _ => tiles!(1 2 3 4 5 6 7 8),
             }
@@ -180,70 +182,77 @@ impl Direct<'_> {
                 *w = w.wrapping_add(K * K);
             }
         }
+        // A pool leaves half of a vector: two of them at a time, of one channel or of two.
         for b in 0..B {
-            self.pool::<V, N, HALVES>(acc[b], live[b] as usize, scales[b], row, vector);
+            if N == 1 && b % 2 == 1 {
+                continue;
+            }
+            let other = if N == 1 { (b + 1).min(B - 1) } else { b };
+            let upper = V::unzip(acc[b][0][0], acc[other][0][N - 1]);
+            let lower = V::unzip(acc[b][1][0], acc[other][1][N - 1]);
+            let channels = [live[b] as usize, live[other] as usize];
+            let single = N == 1 && other == b;
+            self.pool::<V, N, HALVES>([upper, lower], channels, single, [scales[b], scales[other]], row, vector);
         }
     }
 
+    /// Even and odd columns of two rows to what the layer returns: the lower half for a channel, the upper for what
+    /// comes behind it or for another channel, unless there is a `single` one.
     #[inline(always)]
     fn pool<V: Lanes, const N: usize, const HALVES: bool>(
         &mut self,
-        acc: [[V; N]; 2],
-        o: usize,
-        scale: f32,
+        [upper, lower]: [(V, V); 2],
+        channels: [usize; 2],
+        single: bool,
+        scales: [f32; 2],
         row: usize,
         vector: usize,
     ) {
-        let [rows, columns] = self.pooled;
-        let (start, below) = ((o * rows + row) * columns, self.below(row));
-        for n in (0..N).step_by(2) {
-            let next = (n + 1).min(N - 1);
-            let first = HALF * (vector + n);
-            let base = V::splat((2 * row * self.width + 2 * first) as f32);
-            let even = match HALVES {
-                true => V::from_array(TWICE[1]).mul_add(V::splat(below as f32), V::from_array(TWICE[0]).add(base)),
-                false => V::from_array(EVEN).add(base),
-            };
-            let (odd, lower) = (even.add(V::splat(1.0)), V::splat(self.width as f32));
-            let (left, right) = V::unzip(acc[0][n], acc[0][next]);
-            let (upper, upper_tag) = left.later_max(right, even, odd);
-            let (left, right) = V::unzip(acc[1][n], acc[1][next]);
-            let (lower, lower_tag) = left.later_max(right, even.add(lower), odd.add(lower));
-            let (best, origin) = upper.later_max(lower, upper_tag, lower_tag);
-            let best = if self.relu { best.max(V::splat(0.0)) } else { best };
-            let best = best.mul(V::splat(scale));
-            let valid = (if next == n { HALF } else { LANES }).min(columns - first);
-            for (vector, to) in [(best, &mut self.out[..]), (origin, &mut self.origins[..])] {
-                if to.is_empty() {
-                    continue;
-                }
-                if !HALVES {
-                    write(vector, &mut to[start + first..start + columns], valid);
-                    continue;
-                }
-                let lanes = vector.to_array();
-                let to = &mut to[start + first..];
-                to[..valid].copy_from_slice(&lanes[..valid]);
-                if below > 0 {
-                    to[columns..columns + valid].copy_from_slice(&lanes[HALF / 2..][..valid]);
+        let ([rows, columns], below, width) = (self.pooled, self.below(row), V::splat(self.width as f32));
+        let base = V::splat((2 * row * self.width + LANES * vector) as f32);
+        let even = match (HALVES, N) {
+            (true, _) => V::from_array(QUARTERS[1]).mul_add(V::splat(below as f32), V::from_array(QUARTERS[0])),
+            (false, 1) => V::from_array(TWICE),
+            (false, _) => V::from_array(EVEN),
+        };
+        let even = even.add(base);
+        let odd = even.add(V::splat(1.0));
+        let (upper, upper_tag) = upper.0.later_max(upper.1, even, odd);
+        let (lower, lower_tag) = lower.0.later_max(lower.1, even.add(width), odd.add(width));
+        let (best, origin) = upper.later_max(lower, upper_tag, lower_tag);
+        let best = if self.relu { best.max(V::splat(0.0)) } else { best };
+        let scales = [[scales[0]; HALF], [scales[1]; HALF]];
+        // SAFETY: eight floats each.
+        let best = best.mul(unsafe { V::load_halves(scales[0].as_ptr(), scales[1].as_ptr()) });
+        let first = HALF * vector;
+        let start = (channels[0] * rows + row) * columns + first;
+        let starts = [start, if N == 1 { (channels[1] * rows + row) * columns + first } else { start + HALF }];
+        let valid = [columns - first, if N == 1 { columns - first } else { columns.saturating_sub(first + HALF) }];
+        for (values, to) in [(best, &mut self.out[..]), (origin, &mut self.origins[..])] {
+            if to.is_empty() {
+                continue;
+            }
+            if !HALVES && !single && valid[0] >= HALF && valid[1] >= HALF {
+                let low = to[starts[0]..starts[0] + HALF].as_mut_ptr();
+                let high = to[starts[1]..starts[1] + HALF].as_mut_ptr();
+                // SAFETY: eight floats each, just sliced.
+                unsafe { values.store_halves(low, high) };
+                continue;
+            }
+            let lanes = values.to_array();
+            for half in 0..if single { 1 } else { 2 } {
+                let (lanes, to) = (&lanes[HALF * half..][..HALF], &mut to[starts[half]..]);
+                if HALVES {
+                    to[..valid[half]].copy_from_slice(&lanes[..valid[half]]);
+                    if below > 0 {
+                        to[columns..columns + valid[half]].copy_from_slice(&lanes[HALF / 2..][..valid[half]]);
+                    }
+                } else {
+                    let valid = valid[half].min(HALF);
+                    to[..valid].copy_from_slice(&lanes[..valid]);
                 }
             }
         }
-    }
-}
-
-/// The first `valid` lanes.
-#[inline(always)]
-fn write<V: Lanes>(vector: V, to: &mut [f32], valid: usize) {
-    assert!(to.len() >= valid);
-    if valid == LANES {
-        // SAFETY: as many floats as are written, just checked.
-        return unsafe { vector.store(to.as_mut_ptr()) };
-    }
-    let lanes = vector.to_array();
-    match valid {
-        HALF => to[..HALF].copy_from_slice(&lanes[..HALF]),
-        _ => to[..valid].iter_mut().zip(lanes).for_each(|(t, l)| *t = l),
     }
 }
 
