@@ -277,7 +277,7 @@ impl<'a> Builder<'a> {
         let k = self.graph.tensors[weight][2];
         let pixel = ConvPool::pixel(channels, input.grad.is_some());
         let image = ConvPool::image_len(pixel, size, padding);
-        let row = out_channels * k * ConvPool::row_len(pixel, k);
+        let row = out_channels * k * ConvPool::row_len(pixel, k, input.grad.is_some());
         let outputs = pooled[0] * pooled[1];
         let backward = out.grad.map(|_| BackwardSlots {
             origins: self.shared(out_channels * outputs, self.batch),

@@ -84,9 +84,12 @@ pub struct Combine<'a> {
     pub to_stride: usize,
     /// Three or five.
     pub rows: usize,
-    /// Vectors of sixteen per row; whole vectors are read and added.
-    pub vectors: usize,
+    /// Columns, all of them read and added: whole vectors of sixteen, or eight.
+    pub columns: usize,
 }
+
+/// Columns of half a vector.
+const HALF: usize = LANES / 2;
 
 pub fn combine(work: Combine<'_>) {
     dispatch(Isa::best(), work);
@@ -95,13 +98,15 @@ pub fn combine(work: Combine<'_>) {
 impl Kernel for Combine<'_> {
     #[inline(always)]
     fn run<V: Lanes>(mut self) {
-        let last = (self.rows - 1) * self.from_stride + LANES * self.vectors;
-        assert!(furthest(self.terms) + last <= self.from.len());
-        assert!((self.rows - 1) * self.to_stride + LANES * self.vectors <= self.to.len());
-        match self.rows {
-            3 => self.all::<V, 3>(),
-            5 => self.all::<V, 5>(),
-            rows => unreachable!("combine: no tile of {rows} rows"),
+        assert!(self.columns == HALF || self.columns.is_multiple_of(LANES));
+        assert!(furthest(self.terms) + (self.rows - 1) * self.from_stride + self.columns <= self.from.len());
+        assert!((self.rows - 1) * self.to_stride + self.columns <= self.to.len());
+        match (self.rows, self.columns) {
+            (3, HALF) => self.tile::<V, 2, 1, true>(0),
+            (5, HALF) => self.tile::<V, 3, 1, true>(0),
+            (3, _) => self.all::<V, 3>(),
+            (5, _) => self.all::<V, 5>(),
+            (rows, _) => unreachable!("combine: no tile of {rows} rows"),
         }
     }
 }
@@ -110,14 +115,15 @@ impl Combine<'_> {
     /// Tiles of as many sums as there are registers for, as even as possible.
     #[inline(always)]
     fn all<V: Lanes, const R: usize>(&mut self) {
-        let tiles = self.vectors.div_ceil(sums::<V>() / R);
+        let vectors = self.columns / LANES;
+        let tiles = vectors.div_ceil(sums::<V>() / R);
         let mut column = 0;
         for tile in 0..tiles {
-            let wide = (self.vectors - column).div_ceil(tiles - tile);
+            let wide = (vectors - column).div_ceil(tiles - tile);
             macro_rules! tiles {
                 ($($n:literal)*) => {
                     match wide {
-                        $($n => self.tile::<V, R, $n>(column),)*
+                        $($n => self.tile::<V, R, $n, false>(column),)*
                         _ => unreachable!("combine: no tile {wide} wide"),
                     }
                 };
@@ -132,8 +138,9 @@ impl Combine<'_> {
         }
     }
 
+    /// `R` rows of `N` vectors; or, two rows in each vector, `R` pairs of rows, of which the last may be the same row twice.
     #[inline(always)]
-    fn tile<V: Lanes, const R: usize, const N: usize>(&mut self, column: usize) {
+    fn tile<V: Lanes, const R: usize, const N: usize, const HALVES: bool>(&mut self, column: usize) {
         let mut acc = [[V::splat(0.0); N]; R];
         let from = self.from[LANES * column..].as_ptr();
         let (offsets, factors) = (self.terms.offsets, self.terms.factors);
@@ -142,8 +149,8 @@ impl Combine<'_> {
             // So few sums would wait for each other: every other term has sums of its own.
             let mut odd = acc;
             while at + 2 <= offsets.len() {
-                self.add(&mut acc, from, offsets[at], factors[at]);
-                self.add(&mut odd, from, offsets[at + 1], factors[at + 1]);
+                self.add::<V, R, N, HALVES>(&mut acc, from, offsets[at], factors[at]);
+                self.add::<V, R, N, HALVES>(&mut odd, from, offsets[at + 1], factors[at + 1]);
                 at += 2;
             }
             for (acc, odd) in acc.iter_mut().flatten().zip(odd.into_iter().flatten()) {
@@ -151,21 +158,39 @@ impl Combine<'_> {
             }
         }
         while at < offsets.len() {
-            self.add(&mut acc, from, offsets[at], factors[at]);
+            self.add::<V, R, N, HALVES>(&mut acc, from, offsets[at], factors[at]);
             at += 1;
         }
+        let to = self.to[LANES * column..].as_mut_ptr();
         for (r, acc) in acc.into_iter().enumerate() {
-            let to = self.to[r * self.to_stride + LANES * column..].as_mut_ptr();
             for (n, acc) in acc.into_iter().enumerate() {
+                let [first, second] = self.pair::<HALVES>(r, self.to_stride);
                 // SAFETY: the last vector of the last row is inside `to` (asserted by `run`).
-                unsafe { acc.add(V::load(to.add(LANES * n))).store(to.add(LANES * n)) };
+                unsafe {
+                    if HALVES {
+                        let (low, high) = (to.add(first), to.add(second));
+                        acc.add(V::load_halves(low, high)).store_halves(low, high);
+                    } else {
+                        let to = to.add(first + LANES * n);
+                        acc.add(V::load(to)).store(to);
+                    }
+                }
             }
+        }
+    }
+
+    /// Where row `r` of a tile begins, or both of a pair of rows.
+    #[inline(always)]
+    fn pair<const HALVES: bool>(&self, r: usize, stride: usize) -> [usize; 2] {
+        match HALVES {
+            true => [2 * r * stride, (2 * r + 1).min(self.rows - 1) * stride],
+            false => [r * stride; 2],
         }
     }
 
     /// One term to all sums of a tile that begins at `from`.
     #[inline(always)]
-    fn add<V: Lanes, const R: usize, const N: usize>(
+    fn add<V: Lanes, const R: usize, const N: usize, const HALVES: bool>(
         &self,
         acc: &mut [[V; N]; R],
         from: *const f32,
@@ -174,9 +199,17 @@ impl Combine<'_> {
     ) {
         let factor = V::splat(factor);
         for (r, acc) in acc.iter_mut().enumerate() {
+            let [first, second] = self.pair::<HALVES>(r, self.from_stride);
             for (n, acc) in acc.iter_mut().enumerate() {
                 // SAFETY: the last vector of the last row of every term is inside `from` (asserted by `run`).
-                let x = unsafe { V::load(from.add(offset as usize + r * self.from_stride + LANES * n)) };
+                let x = unsafe {
+                    let from = from.add(offset as usize);
+                    if HALVES {
+                        V::load_halves(from.add(first), from.add(second))
+                    } else {
+                        V::load(from.add(first + LANES * n))
+                    }
+                };
                 *acc = factor.mul_add(x, *acc);
             }
         }
@@ -244,8 +277,9 @@ mod tests {
 
     #[test]
     fn combine_like_two_loops() {
-        for (rows, vectors) in [3, 5].into_iter().flat_map(|r| (1..=19).map(move |v| (r, v))) {
-            let (from_stride, to_stride) = (LANES * vectors + 3, LANES * vectors + 1);
+        let widths = || std::iter::once(HALF).chain((1..=19).map(|v| LANES * v));
+        for (rows, columns) in [3, 5].into_iter().flat_map(|r| widths().map(move |c| (r, c))) {
+            let (from_stride, to_stride) = (columns + 3, columns + 1);
             let from = numbers(400 + rows * from_stride, 4);
             let offsets: Vec<u32> = (0..9).map(|i| i * 37).collect();
             let factors: Vec<f32> = (0..9).map(|i| i as f32 - 4.0).collect();
@@ -254,15 +288,15 @@ mod tests {
                 let mut to = numbers(rows * to_stride, 5);
                 let mut expected = to.clone();
                 for r in 0..rows {
-                    for j in 0..LANES * vectors {
+                    for j in 0..columns {
                         for (offset, factor) in offsets.iter().zip(&factors) {
                             expected[r * to_stride + j] += factor * from[*offset as usize + r * from_stride + j];
                         }
                     }
                 }
-                let work = Combine { terms, from: &from, from_stride, to: &mut to, to_stride, rows, vectors };
+                let work = Combine { terms, from: &from, from_stride, to: &mut to, to_stride, rows, columns };
                 dispatch(isa, work);
-                assert_eq!(to, expected, "{rows} {vectors}");
+                assert_eq!(to, expected, "{rows} {columns}");
             }
         }
     }

@@ -125,13 +125,14 @@ impl ConvPool {
         channels * (size[0] + 2 * padding[0]) * (size[1] + 2 * padding[1]) + SLACK
     }
 
-    /// Length of a row of the weights with channels innermost.
-    pub fn row_len(pixel: usize, k: usize) -> usize {
-        (pixel * k).next_multiple_of(LANES)
+    /// Length of a row of the weights with channels innermost: whole vectors, or half a one.
+    pub fn row_len(pixel: usize, k: usize, input_grads: bool) -> usize {
+        let half = LANES / 2;
+        if pixel * k <= half && !input_grads { half } else { (pixel * k).next_multiple_of(LANES) }
     }
 
     fn row(&self) -> usize {
-        Self::row_len(self.pixel, self.k)
+        Self::row_len(self.pixel, self.k, self.input.grad.is_some())
     }
 
     /// Output channels that dropout left alive, with their scales, in `memory`.
@@ -278,13 +279,13 @@ impl ConvPool {
                 continue;
             }
             let (rows, row, filter) = (self.k, self.row(), o * self.k * self.row());
-            let (terms, vectors) = (Terms { offsets: &offsets[..count], factors: &factors[..count] }, row / LANES);
+            let terms = Terms { offsets: &offsets[..count], factors: &factors[..count] };
             if self.weight.grad.is_some() {
                 let (from, to) = (&*pixels, &mut weight_grads[filter..]);
-                combine(Combine { terms, from, from_stride: width * pixel, to, to_stride: row, rows, vectors });
+                combine(Combine { terms, from, from_stride: width * pixel, to, to_stride: row, rows, columns: row });
             }
             if self.input.grad.is_some() {
-                let (from, to) = (&weights[filter..], &mut *pixel_grads);
+                let (from, to, vectors) = (&weights[filter..], &mut *pixel_grads, row / LANES);
                 spread(Spread { terms, from, from_stride: row, to, to_stride: width * pixel, rows, vectors });
             }
         }
