@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use super::kernels::simd::vectorised;
 use super::layer::{Context, Param, share};
 use super::memory::{Floats, Part, Slot, arena};
 use super::waiting::{Combination, Waiting};
@@ -236,7 +237,8 @@ pub fn reduce_and_update(cx: &Context<'_>, params: &[Param]) {
             for worker in 1..cx.workers {
                 // SAFETY: as for the sum, and not the memory of worker 0.
                 let other = unsafe { cx.read(part(worker)) };
-                sum.iter_mut().zip(other.iter()).for_each(|(s, o)| *s += *o);
+                let (sum, other) = (&mut *sum, &*other);
+                vectorised(|| sum.iter_mut().zip(other).for_each(|(s, o)| *s += o));
             }
             cx.updates.take(cx, param.tensor, piece.start, &mut sum);
         }
