@@ -113,6 +113,8 @@ _OURS = (
     *(os.path.dirname(os.path.abspath(path)) + os.sep for path in (__file__, torch.__file__)),
     "<frozen importlib",
 )
+#: Where generators are saved, set and put back: what is drawn in between leaves no trace.
+_GENERATORS = torch.random.__file__
 _CLOCKS_AND_SYSTEM = frozenset({"time", "posix", "nt", "_io", "_socket", "_datetime", "datetime"})
 _STORES = frozenset(dis.opmap[name] for name in ("STORE_GLOBAL", "DELETE_GLOBAL"))
 _STORE_DEREF = dis.opmap["STORE_DEREF"]
@@ -123,7 +125,7 @@ def _is_outside(function: Any) -> bool:
     if function in (builtins.print, builtins.input, builtins.open):
         return True
     owner = getattr(function, "__self__", None)
-    if isinstance(owner, (random.Random, io.IOBase)):
+    if isinstance(owner, (random.Random, torch.Generator, io.IOBase)):
         return True
     if isinstance(owner, type) and owner.__module__ == "datetime":
         return function.__name__ in ("now", "utcnow", "today")
@@ -166,6 +168,8 @@ class Watch:
         code = frame.f_code
         ours = self._ours.get(code)
         if ours is None:
+            if code.co_filename == _GENERATORS and event == "call":
+                raise self._stop(f"forward calls {code.co_name}(), on which random numbers depend")
             ours = self._ours[code] = code.co_filename.startswith(_OURS)
         if ours:
             return

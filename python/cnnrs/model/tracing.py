@@ -11,7 +11,7 @@ import dis
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any, Protocol
 
@@ -190,6 +190,11 @@ class _Unknowing:
         return None
 
 
+#: Arguments that run nobody's code when they are read.
+_SILENT = frozenset({
+    Standin, Size, Shape, torch.Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device, torch.memory_format,
+    bool, int, float, str, type(None), type(Ellipsis),
+})  # fmt: skip
 #: Methods and functions through which a value leaves a tensor for Python.
 _LEAVES = frozenset({
     "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__complex__", "__index__",
@@ -283,10 +288,13 @@ class Recorder(TorchFunctionMode):
         """One use of tensors."""
         name = getattr(func, "__name__", str(func))
         with torch._C.DisableTorchFunction():
-            found = [value for value in values((args, kwargs)) if isinstance(value, (Standin, Size, Shape))]
+            given = list(values((args, kwargs)))
+            found = [value for value in given if isinstance(value, (Standin, Size, Shape))]
             if not found:
                 return self._elsewhere(func, name, args, kwargs)
-            with unwatched():
+            # What the user's own numbers and sequences do when they are read is seen.
+            own = all(type(value) in _SILENT for value in given)
+            with unwatched() if own else nullcontext():
                 return self._call(func, name, found, args, kwargs)
 
     def _call(self, func: Any, name: str, found: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

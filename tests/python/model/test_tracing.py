@@ -130,6 +130,24 @@ def own_numpy_coin(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.head(f) if self.numbers.random() < 0.5 else self.head(self.spare(f))
 
 
+def puts_back(self: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.random.fork_rng():
+        f = F.dropout(self.body(x), 0.5, self.training)
+    return self.head(f)
+
+
+class Timed(list[int]):
+    """Looks at the clock whenever it is gone through."""
+
+    def __iter__(self) -> Any:
+        time.perf_counter()
+        return super().__iter__()
+
+
+def clock_in_an_argument(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.head(self.body(F.adaptive_avg_pool2d(x, Timed([3, 3]))))
+
+
 def torch_coin(self: Any, x: torch.Tensor) -> torch.Tensor:
     f = self.body(x)
     return self.head(f) if torch.rand(1).item() < 0.5 else self.head(self.spare(f))
@@ -299,7 +317,7 @@ def swallows(self: Any, x: torch.Tensor) -> torch.Tensor:
 CONTEXTS = [without_gradients, decorated, set_by_hand, with_hooks]
 PRECISION = [autocast, all_autocast]
 OUTSIDE = [coin, own_coin, numpy_coin, own_numpy_coin, torch_coin, torch_draw, own_torch_coin, system_coin, urandom,
-           clock, printing]  # fmt: skip
+           puts_back, clock, clock_in_an_argument, printing]  # fmt: skip
 STATE = [counts_in_a_buffer, counts_by_an_operator, counts_in_data, running_mean, counts_in_a_dict,
          counts_in_an_object, counts_in_a_global, counts_in_a_global_dict, counts_in_the_class,
          counts_in_a_closure, remembers, freezes, switches_mode, reads_a_weight]  # fmt: skip
@@ -405,7 +423,9 @@ def test_looking_leaves_no_trace(function: Any, capsys: pytest.CaptureFixture[st
         (numpy_coin, "forward draws NumPy's random numbers itself"),
         (torch_draw, "forward draws PyTorch's random numbers itself"),
         (own_numpy_coin, "forward changes attributes of Net"),
+        (puts_back, r"forward calls fork_rng\(\), on which random numbers depend"),
         (clock, r"perf_counter\(\)"),
+        (clock_in_an_argument, r"perf_counter\(\)"),
         (printing, r"print\(\)"),
         (counts_in_a_buffer, r"forward changes a tensor in place \(add_\), once per call"),
         (counts_by_an_operator, r"forward changes a tensor in place \(add_.Tensor\), once per call"),
