@@ -140,6 +140,8 @@ def _last(lowered: Lowered, training: bool, statistics_move: bool = True) -> int
 def _is_in_motion(kind: str, attributes: Attributes) -> bool:
     """Whether it draws, or computes with the batch's own statistics."""
     if kind in ("Dropout", "StochasticDepth"):
+        if attributes.get("keep") is not None:
+            return True  # Also where it keeps all.
         return bool(attributes.get("training", True) and attributes["p"] > 0.0)
     return kind == "BatchNorm2d" and (attributes["training"] or attributes["running_mean"] is None)
 

@@ -274,11 +274,17 @@ class _Case:
                     parted.append(f"{self.lowered.names[number]} ({self.lowered.kinds[number]})")
 
         quiet = without_dropout(self.lowered)
-        tensors = [t.detach().clone() for t in quiet.tensors]
+        tensors, generators = [t.detach().clone() for t in quiet.tensors], Generators()
         with torch.no_grad(), self.context(inputs.device):
-            with WithoutDropout():
-                twin(inputs.clone(memory_format=torch.contiguous_format))
-            play(quiet, tensors, inputs.clone(memory_format=torch.contiguous_format), visit)
+            try:
+                with WithoutDropout():
+                    twin(inputs.clone(memory_format=torch.contiguous_format))
+                if draws_itself(quiet):
+                    generators.put_back()
+                play(quiet, tensors, inputs.clone(memory_format=torch.contiguous_format), visit)
+            finally:
+                if draws_itself(quiet):
+                    generators.put_back()
         return f", first behind {parted[0]}" if parted else ""
 
 

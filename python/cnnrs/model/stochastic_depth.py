@@ -30,12 +30,14 @@ class _Draw:
     """One uniform number per sample, or what has been made of it.
 
     Attributes:
+        samples: the node as many as whose samples they are; another one may have others, the mean of a batch one.
         at: how many operations there were.
         keep: what has been added to it; None: nothing yet.
         is_mask: it has been rounded down to 0 or 1.
         is_used: a value has been multiplied by it.
     """
 
+    samples: int
     at: int
     keep: float | None = None
     is_mask: bool = False
@@ -77,7 +79,7 @@ class Draws:
             return None
         if any(type(size) is not int or size != 1 for size in ones):
             return None
-        self._draws.append(_Draw(len(self._nodes)))
+        self._draws.append(_Draw(samples.of, len(self._nodes)))
         return self._new(self._draws[-1])
 
     def call(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Standin | tuple[Standin, float] | None:
@@ -98,10 +100,10 @@ class Draws:
         first, other = self._of(args[0]), args[1] if len(args) == 2 else None
         if name in ("add", "add_") and isinstance(first, _Draw) and type(other) is float and first.keep is None:
             if 0.0 < other <= 1.0:
-                return self._changed(args[0], first, name, _Draw(first.at, other))
+                return self._changed(args[0], first, name, _Draw(first.samples, first.at, other))
         elif name in ("floor", "floor_") and isinstance(first, _Draw) and len(args) == 1:
             if first.keep is not None and not first.is_mask:
-                return self._changed(args[0], first, name, _Draw(first.at, first.keep, True))
+                return self._changed(args[0], first, name, _Draw(first.samples, first.at, first.keep, True))
         elif name == "div" and first is None and args[0].node is not None and type(other) is float and other > 0.0:
             return self._new(_Quotient(args[0], len(self._nodes), other))
         elif name == "mul" and isinstance(other, Standin):
@@ -138,7 +140,8 @@ class Draws:
     def _is_whole(self, draw: _Draw, quotient: _Quotient) -> bool:
         # Nothing else draws, or overwrites the value, in between.
         alone = draw.at == quotient.at == len(self._nodes) and self._draws[-1] is draw
-        return alone and draw.is_mask and not draw.is_used and draw.keep == quotient.keep
+        fits = draw.samples == quotient.of.node and draw.keep == quotient.keep
+        return alone and fits and draw.is_mask and not draw.is_used
 
     def _changed(self, given: Standin, before: _Draw, name: str, after: _Draw) -> Standin | None:
         if before is not self._draws[-1]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 import cnnrs
 from cnnrs.engine import verify
+from cnnrs.engine.frozen_front import front_of
 from cnnrs.engine.kernels import Kernels
 from cnnrs.model.lowering import lower
 from cnnrs.model.operations import Unsupported
@@ -205,17 +207,60 @@ def overwritten_between(x: torch.Tensor, p: float) -> torch.Tensor:
     return quotient * torch.floor(p + _rand(x)) + x
 
 
+def as_many_as_another_has(x: torch.Tensor, p: float) -> torch.Tensor:
+    mean = x.mean(0, keepdim=True)
+    return x / p * torch.floor(p + _rand(x, mean.shape[0], 1, 1, 1))
+
+
 def unused(x: torch.Tensor, p: float) -> torch.Tensor:
     _rand(x)
     return x
 
 
 @pytest.mark.parametrize(
-    "drop", [twice, from_before, two_at_once, with_dropout_between, overwritten_between, unused]
-)  # fmt: skip
+    "drop",
+    [twice, from_before, two_at_once, with_dropout_between, overwritten_between, as_many_as_another_has, unused],
+)
 def test_a_draw_is_used_once_and_at_once(drop: Any) -> None:
     with pytest.raises(Unsupported, match=r"stochastic depth|divides"):
         lower(Net(drop))
+
+
+def test_generators_that_are_put_back() -> None:
+    def forked(x: torch.Tensor, p: float) -> torch.Tensor:
+        with torch.random.fork_rng():
+            return drop_connect(x, p)
+
+    def saved(x: torch.Tensor, p: float) -> torch.Tensor:
+        state = torch.default_generator.get_state()
+        y = drop_connect(x, p)
+        torch.default_generator.set_state(state)
+        return y
+
+    for drop, reason in ((forked, r"calls fork_rng\(\)"), (saved, r"calls .*get_state\(\)")):
+        with pytest.raises(Unsupported, match=reason):
+            lower(Net(drop))
+
+
+def test_a_difference_that_is_found_leaves_random_numbers_alone() -> None:
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 3, 9, 9)
+    lowered = lower(model)
+    wrong = [(n, k, i, {**a, "eps": 9.0} if k == "BatchNorm2d" else a) for n, k, i, a in lowered.operations]
+    state, optimizer = torch.get_rng_state(), torch.optim.SGD(model.parameters(), lr=0.1)
+    found = verify.differs(model, replace(lowered, operations=wrong), x, engine="python", optimizer=optimizer)
+    assert found is not None and "first behind norm (BatchNorm2d)" in found
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_front_ends_before_a_draw_that_keeps_all(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cnnrs.engine.frozen_front.LEAST_FLOPS", 1)
+    model = Net(lambda x, _: drop_connect(x, 0.0))
+    for module in (model.norm, model.norm1, model.norm2, model.norm3):
+        module.eval()
+    model.dropout.p = 0.0
+    front = front_of(lower(model.requires_grad_(False)), torch.randn(4, 3, 9, 9), True, 1000)
+    assert front is not None and front.end == "norm (BatchNorm2d)"
 
 
 def test_types_are_asked_for_in_training_only() -> None:
