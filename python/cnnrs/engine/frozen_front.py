@@ -178,6 +178,7 @@ class Network:
 
     Attributes:
         order: that of the values behind the front.
+        rounds: the bits of a batch were not, or by chance only, the plain loop's.
     """
 
     def __init__(
@@ -187,6 +188,7 @@ class Network:
         self._rest = _Rest(front, check, sample)
         part = front.last, repr(front.whole.operations)
         self.order = MemoryOrder(model, orders and not front.is_all, training, self._rest.on_copies, part)
+        self.rounds = False
         self._model = model
         self._front = front
         self._check = check
@@ -211,6 +213,7 @@ class Network:
         if self._front.is_all:
             return features
         ordered = self.order.ordered(features)
+        self.rounds |= self._front.last > 0 or self.order.is_measured
         if self._rest.wrong:
             self._note(
                 f"PyTorch's own kernels are used, because native ones do not do what they do: {self._rest.wrong}"

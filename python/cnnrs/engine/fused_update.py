@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from cnnrs._util.plain import is_plain
@@ -27,10 +28,13 @@ _LEAST_OF_MOMENTUM, _LEAST = 200_000, 16_000
 def fused(optimizer: Optimizer) -> Iterator[None]:
     """Inside, a step takes the fused kernels where they are faster and do the same, but for rounding."""
     groups = [group for group in optimizer.param_groups if _may(optimizer, group)] if _is_known(optimizer) else []
-    for group in groups:
-        group["fused"] = True
     try:
+        for group in groups:
+            group["fused"] = True
         yield
+        # The kernels do not say that they write: who needs the old weights for a derivative is to be refused, as ever.
+        for p in [p for group in groups for p in group["params"] if p.grad is not None]:
+            increment_version(p)
     finally:
         for group in groups:
             group["fused"] = None
@@ -40,6 +44,8 @@ def _is_known(optimizer: Optimizer) -> bool:
     if torch.are_deterministic_algorithms_enabled():
         return False  # Who asks for them gets the bits of the plain loop.
     kind: Any = type(optimizer)
+    if kind is not SGD and torch.get_default_dtype() is not torch.float32:
+        return False  # Adam counts its steps in the default type, the fused kernels in float32.
     # Hooks see the options of a step.
     return kind in (SGD, Adam, AdamW) and not is_hooked(optimizer) and _are_there(kind)
 
@@ -47,8 +53,8 @@ def _is_known(optimizer: Optimizer) -> bool:
 @lru_cache(maxsize=3)
 def _are_there(kind: Any) -> bool:
     """Whether this torch has them for the CPU, as those of 2.4 and later do."""
-    weight = torch.nn.Parameter(torch.ones(1))
-    weight.grad = torch.ones(1)
+    weight = torch.nn.Parameter(torch.ones(1, device="cpu"))
+    weight.grad = torch.ones_like(weight)
     try:
         kind([weight], lr=0.5, fused=True).step()
     except (RuntimeError, TypeError):
@@ -65,6 +71,8 @@ def _may(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     trained = [p for p in group["params"] if p.grad is not None]
     if sum(p.numel() for p in trained) < _least(group) * max(1, len(trained)):
         return False
+    if len({id(p) for p in trained}) < len(trained):
+        return False  # All steps of a weight that is there twice would be counted before the first.
     states = [_averages(optimizer, p) for p in trained]
     # Some, but not all: the kernels have no word for it.
     if len(set(map(len, states))) > 1:

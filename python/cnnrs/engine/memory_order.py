@@ -213,6 +213,11 @@ class MemoryOrder:
         yield
         self._seconds += time.thread_time() - start
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether it is up to the clock in which order the batch under way is."""
+        return self._trial is not None and not self._trial.fails
+
     def refuse(self) -> None:
         """No batch like the one under way has the other order, from now on."""
         if self._trial is not None:

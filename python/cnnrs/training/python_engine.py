@@ -192,8 +192,9 @@ class _Engine:
         self._clip_gradients()
         closure: dict[str, Any] = {} if self._window is None else {"closure": self._closure(self._window)}
         if scaler is None:
-            # Rounding is PyTorch's own wherever all else of a batch is.
-            with fused(optimizer) if self._network is not None and not closure else nullcontext():
+            # Rounding is PyTorch's own wherever all else of an epoch is.
+            rounds = self._network is not None and self._network.rounds
+            with fused(optimizer) if rounds and not closure else nullcontext():
                 optimizer.step(**closure)
         else:
             # Refuses closures, but only by name: their gradients would not be unscaled.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+import cnnrs
 from cnnrs.engine import fused_update
 from cnnrs.engine.fused_update import fused
 
@@ -191,6 +195,70 @@ def test_deterministic_algorithms_are_the_plain_loops(seen: list[str]) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert not seen
+
+
+def test_a_weight_that_is_there_twice(seen: list[str]) -> None:
+    ours = weights()[:3]
+    theirs = copy.deepcopy(ours)
+    with warnings.catch_warnings():
+        # That this will be an error one day.
+        warnings.simplefilter("ignore")
+        optimizers = [Adam(p + p, lr=0.01) for p in (ours, theirs)]
+    stepped(ours, optimizers[0], range(3), True)
+    stepped(theirs, optimizers[1], range(3), False)
+    assert not seen
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("kind", "fast"), [(Adam, False), (AdamW, False), (SGD, True)])
+def test_steps_are_counted_in_the_default_type(kind: Any, fast: bool, seen: list[str]) -> None:
+    ours = weights()[:3]
+    theirs = copy.deepcopy(ours)
+    more = {"momentum": 0.9} if kind is SGD else {}
+    torch.set_default_dtype(torch.float64)
+    try:
+        optimizers = [kind(p, lr=0.01, **more) for p in (ours, theirs)]
+        for parameters, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for p in parameters:
+                p.grad = p.detach().clone()
+            with fused(optimizer) if parameters is ours else nullcontext():
+                optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert bool(seen) is fast
+    assert_same_state(*optimizers)
+
+
+def test_derivatives_that_need_the_old_weights_are_refused(seen: list[str]) -> None:
+    parameters = weights()[:3]
+    optimizer = SGD(parameters, lr=0.01, momentum=0.9)
+    loss = (parameters[0] ** 2).sum()
+    stepped(parameters, optimizer, range(1), True)
+    assert seen
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_rounding_is_pytorchs_where_all_else_is(monkeypatch: pytest.MonkeyPatch, seen: list[str]) -> None:
+    monkeypatch.setattr("cnnrs.engine.frozen_front.LEAST_FLOPS", 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    # Fewer pixels than are worth another order of memory.
+    plain, batches = copy.deepcopy(model), [(torch.randn(4, 3, 5, 5), torch.arange(4) % 3) for _ in range(3)]
+    optimizer = Adam(plain.parameters(), lr=0.01)
+    for x, y in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    fit = cnnrs.compile(optimizer=Adam(model.parameters(), lr=0.01), loss_fn=F.cross_entropy, verbose=False)
+    fit(0, model, batches, phase="training")
+    assert not seen
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+    monkeypatch.setattr("cnnrs.engine.memory_order.LEAST_PIXELS", 1)
+    fit(1, model, batches, phase="training")
+    assert seen
 
 
 def test_other_optimizers_and_subclasses(seen: list[str]) -> None:
