@@ -23,7 +23,8 @@ _USUAL = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 64 
 LINGERS = 2.0
 
 _LOCK = threading.Lock()
-_users = 0
+#: One for each that is inside, taken out once, whatever interrupts it.
+_users: set[object] = set()
 _lingering: threading.Timer | None = None
 
 
@@ -39,25 +40,32 @@ def kept_memory(wanted: bool = True) -> Iterator[None]:
     if malloc is None:
         yield
         return
-    _count(malloc, 1)
+    user = object()
     try:
+        _begin(malloc, user)
         yield
     finally:
-        _count(malloc, -1)
+        _end(malloc, user)
 
 
-def _count(malloc: Any, change: int) -> None:
-    global _users, _lingering
+def _begin(malloc: Any, user: object) -> None:
+    global _lingering
     with _LOCK:
-        if change < 0 and _users == 0:
-            return  # It began in the parent of this process.
-        _users += change
+        _users.add(user)
         if _lingering is not None:
             _lingering.cancel()
             _lingering = None
-        elif _users == 1 and change > 0:
+        elif len(_users) == 1:
             _set(malloc, _KEPT)
-        if _users == 0:
+
+
+def _end(malloc: Any, user: object) -> None:
+    global _lingering
+    with _LOCK:
+        if user not in _users:
+            return  # It began in the parent of this process.
+        _users.remove(user)
+        if not _users:
             _lingering = threading.Timer(LINGERS, _give_back, (malloc,))
             # Nobody waits for it at the end of the program.
             _lingering.daemon = True
@@ -87,7 +95,7 @@ def _in_a_fork() -> None:
     """Whoever uses it, and the thread that would give memory back, are in the parent."""
     global _LOCK, _users, _lingering
     malloc = _malloc() if _users or _lingering is not None else None
-    _LOCK, _users, _lingering = threading.Lock(), 0, None
+    _LOCK, _users, _lingering = threading.Lock(), set(), None
     if malloc is not None:
         _set(malloc, _USUAL)
 
