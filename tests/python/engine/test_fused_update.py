@@ -120,6 +120,30 @@ def assert_same_state(one: Optimizer, other: Optimizer) -> None:
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam])
+def test_filters_of_one_pixel(kind: Any, seen: list[str]) -> None:
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(8, 16, 1, 1)), nn.Parameter(torch.randn(16, 1, 3, 3))]
+    theirs = copy.deepcopy(ours)
+    more = {"momentum": 0.9} if kind is SGD else {}
+    optimizers = [kind(p, lr=0.01, **more) for p in (ours, theirs)]
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            # Of PyTorch's convolutions in channels_last.
+            o, i, h, w = one.shape
+            other.grad = torch.randn(o, h, w, i).permute(0, 3, 1, 2)
+            one.grad = other.grad.clone()
+        assert ours[0].grad is not None and ours[0].grad.stride() != ours[0].stride()
+        with fused(optimizers[0]):
+            optimizers[0].step()
+        optimizers[1].step()
+    assert len(seen) == 3
+    assert_close(ours, theirs, 3)
+    for values in zip(*(o.state_dict()["state"].values() for o in optimizers), strict=True):
+        for name in values[0]:
+            assert torch.allclose(values[0][name], values[1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
 def test_state_goes_on_in_either_way(kind: Any) -> None:
     ours = weights()[:3]
     theirs = copy.deepcopy(ours)
