@@ -108,7 +108,7 @@ class Rest(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             nn.ZeroPad2d(1), nn.Conv2d(3, 8, 3), nn.LeakyReLU(), nn.AvgPool2d(2), nn.ReLU6(), nn.Dropout2d(0.5),
-            nn.Tanh(), nn.GELU("tanh"), nn.Sigmoid(),
+            nn.Tanh(), nn.GELU("tanh"), nn.Sigmoid(), nn.ChannelShuffle(2),
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
