@@ -45,6 +45,17 @@ class TestFreedMemory:
         assert resident() - before > 150
         wait_until(lambda: resident() - before < 50)
 
+    def test_goes_back_at_once_for_whoever_asks(self) -> None:
+        before = resident()
+        with kept_memory.kept_memory():
+            blocks = [torch.ones(1 << 20) for _ in range(50)]
+            del blocks
+            kept_memory.give_back()
+            assert resident() - before > 150
+        kept_memory.give_back()
+        assert resident() - before < 50 and kept_memory._lingering is None
+        kept_memory.give_back()
+
     @pytest.mark.parametrize("within", [False, True])
     def test_is_no_matter_of_a_forked_process(self, within: bool) -> None:
         with kept_memory.kept_memory():
