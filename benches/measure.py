@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from cnnrs._util.kept_memory import give_back
+
 #: What is counted, by unit.
 THINGS = {
     "img/s": "images", "files/s": "files", "rows/s": "rows", "ms/batch": "batches", "TFLOP/s": "TFLOP", "GB/s": "GB",
@@ -43,11 +45,16 @@ class Comparison:
             contender.amount = contender.run()
         for number in range(self.rounds):
             for contender in self.contenders:
+                self.settle(contender)
                 start = time.perf_counter()
                 contender.run()
                 contender.seconds.append(time.perf_counter() - start)
             print(f"{self.work}: round {number + 1} of {self.rounds}", file=sys.stderr, flush=True)
         return self
+
+    def settle(self, contender: Contender) -> None:
+        """Before each round, not measured: what cnnrs keeps of freed memory must not help the others."""
+        give_back()
 
     def table(self) -> str:
         """A Markdown table: median, smallest, largest, and the median of the single rounds' ratios to the baseline."""

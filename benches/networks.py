@@ -1,8 +1,6 @@
 """Whole networks, their last blocks and heads, and validation: the plain loop in both orders of memory, and `fit`."""
 
 import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,6 @@ from network_profile import Profile
 from torch import nn
 
 import cnnrs
-from cnnrs._util.kept_memory import give_back
 
 #: Name, batch, steps and size of what "auto" calls. As many steps as tell what an epoch costs, which looks at the model
 #: once, a tenth of a second; few, since all of this part is to take less than 20 minutes.
@@ -100,23 +97,16 @@ def _instructions() -> set[str]:
 
 
 class AgainstBetter(Comparison):
-    """The baseline is the faster one of the first two; everyone has an epoch before the one that is measured.
+    """The baseline is the faster one of the first two."""
 
-    What `fit` keeps of freed memory must not help the loops, and must help the next epoch of `fit`.
-    """
+    def settle(self, contender: Contender) -> None:
+        """An epoch of its own: what `fit` keeps of freed memory is for its next one."""
+        super().settle(contender)
+        contender.run()
 
     def measure(self) -> "AgainstBetter":
-        """In turn; who is the baseline shows afterwards."""
-        for contender in self.contenders:
-            contender.amount = contender.run()
-        for number in range(self.rounds):
-            for contender in self.contenders:
-                give_back()
-                contender.run()
-                start = time.perf_counter()
-                contender.run()
-                contender.seconds.append(time.perf_counter() - start)
-            print(f"{self.work}: round {number + 1} of {self.rounds}", file=sys.stderr, flush=True)
+        """As ever; who is the baseline shows afterwards."""
+        super().measure()
         self.contenders[:2] = sorted(self.contenders[:2], key=lambda one: statistics.median(one.seconds))
         return self
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cnnrs import _cnnrs
-from cnnrs._records import Attributes, Node
+from cnnrs._records import Attributes, Node, OpKind
 from cnnrs._util.generators import Generators
 from cnnrs._util.notes import note
 from cnnrs._util.plain import is_plain
@@ -24,6 +24,7 @@ from cnnrs.engine.memory_order import MemoryOrder
 from cnnrs.engine.same_bits import Sample
 from cnnrs.engine.twins import without_dropout, written
 from cnnrs.engine.verify import outputs_differ
+from cnnrs.model import draws
 from cnnrs.model.lowering import Lowered
 from cnnrs.model.player import needed, play
 
@@ -137,13 +138,10 @@ def _last(lowered: Lowered, training: bool, statistics_move: bool = True) -> int
     return best
 
 
-def _is_in_motion(kind: str, attributes: Attributes) -> bool:
+def _is_in_motion(kind: OpKind, attributes: Attributes) -> bool:
     """Whether it draws, or computes with the batch's own statistics."""
-    if kind in ("Dropout", "StochasticDepth"):
-        if attributes.get("keep") is not None:
-            return True  # Also where it keeps all.
-        return bool(attributes.get("training", True) and attributes["p"] > 0.0)
-    return kind == "BatchNorm2d" and (attributes["training"] or attributes["running_mean"] is None)
+    moves = kind == "BatchNorm2d" and (attributes["training"] or attributes["running_mean"] is None)
+    return moves or draws.is_drawn(kind, attributes)
 
 
 #: Attributes that are indices of tensors.

@@ -20,7 +20,7 @@ from cnnrs.engine.optimizers import is_hooked
 
 #: Numbers per tensor from which on one pass is faster: a fused kernel begins later (43 instead of 13 us), but takes 0.3
 #: instead of 0.5 ns for a number of SGD with momentum, of 2 ns and more with weight decay, Nesterov's momentum, or Adam
-#: (2 threads, AMD).
+#: (2 threads, AMD, threads that sleep meanwhile: the worst case; those that spin begin sooner).
 _LEAST_OF_MOMENTUM, _LEAST = 200_000, 16_000
 
 

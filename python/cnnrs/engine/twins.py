@@ -12,7 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cnnrs import _cnnrs
-from cnnrs._records import Node
+from cnnrs._records import Attributes, OpKind
+from cnnrs.model import draws
 from cnnrs.model.lowering import Lowered
 from cnnrs.model.stochastic_depth import is_stochastic_depth
 
@@ -97,23 +98,18 @@ class WithoutDropout(TorchFunctionMode):
 
 def draws_itself(lowered: Lowered) -> bool:
     """Whether forward draws in its own code, which nothing keeps from it: its operations draw the same then."""
-    return any(_is_own_draw(operation) for operation in lowered.operations)
+    return any(draws.is_own(kind, attributes) for _, kind, _, attributes in lowered.operations)
 
 
-def _is_own_draw(operation: Node) -> bool:
-    _, kind, _, attributes = operation
-    return kind == "StochasticDepth" and attributes["keep"] is not None
-
-
-def _stays(operation: Node) -> bool:
-    return operation[1] not in ("Dropout", "StochasticDepth") or _is_own_draw(operation)
+def _quiet(kind: OpKind, attributes: Attributes) -> Attributes:
+    drops = kind in ("Dropout", "StochasticDepth") and not draws.is_own(kind, attributes)
+    return {**attributes, "p": 0.0} if drops else attributes
 
 
 def without_dropout(lowered: Lowered) -> Lowered:
     """The same operations, none of which draws but where :func:`draws_itself` says so."""
     operations = [
-        (name, kind, inputs, attributes if _stays((name, kind, inputs, attributes)) else {**attributes, "p": 0.0})
-        for name, kind, inputs, attributes in lowered.operations
+        (name, kind, inputs, _quiet(kind, attributes)) for name, kind, inputs, attributes in lowered.operations
     ]
     if operations == lowered.operations:
         return lowered
