@@ -361,7 +361,9 @@ def fit_cpu(
 class CpuNetwork:
     """A frozen network on engine cpu, compiled for the shape of the first batch and again when it changes."""
 
-    def __new__(cls, graph: Graph, tensors: Sequence[torch.Tensor], workers: int, exact: bool) -> CpuNetwork: ...
+    def __new__(
+        cls, graph: Graph, tensors: Sequence[torch.Tensor], workers: int, exact: bool, torch: str | None = None
+    ) -> CpuNetwork: ...
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features of one batch, contiguous float32 (N, ...), of float32 images on the CPU."""
 

@@ -26,6 +26,7 @@ mod transform;
 
 use pyo3::prelude::*;
 
+use crate::engine::cpu::openmp;
 use crate::error::Error;
 
 impl From<Error> for PyErr {
@@ -66,6 +67,7 @@ mod _cnnrs {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        openmp::loaded();
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

@@ -1,5 +1,6 @@
 //! `cnnrs._cnnrs.CpuNetwork`: a frozen network on the cpu engine, which borrows the memory of the user's tensors.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -51,6 +52,7 @@ pub struct CpuNetwork {
     weights: Mutex<Arc<Weights>>,
     graph: model::Graph,
     options: Options,
+    torch: Option<PathBuf>,
     /// Memory of features that nobody looks at any more.
     buffers: Arc<Buffers>,
 }
@@ -63,14 +65,24 @@ type Row = (String, &'static str, &'static str, u64, f64);
 
 #[pymethods]
 impl CpuNetwork {
-    /// `tensors`: contiguous; `workers`: number of threads; `exact`: no Winograd convolution.
+    /// `tensors`: contiguous; `workers`: number of threads; `exact`: no Winograd convolution; `torch`: the library whose
+    /// threads are used, where it has some of OpenMP's.
     #[new]
-    fn new(py: Python<'_>, graph: &Graph, tensors: Vec<Tensor>, workers: usize, exact: bool) -> PyResult<Self> {
+    #[pyo3(signature = (graph, tensors, workers, exact, torch=None))]
+    fn new(
+        py: Python<'_>,
+        graph: &Graph,
+        tensors: Vec<Tensor>,
+        workers: usize,
+        exact: bool,
+        torch: Option<PathBuf>,
+    ) -> PyResult<Self> {
         let options = Options { workers, exact, isa: Isa::best() };
         let (weights, graph) = (weights(graph, tensors)?, graph.inner.clone());
-        let inner = Frozen::new(graph.clone(), Arc::clone(&weights), options).map_err(|error| convert(py, error))?;
+        let inner = Frozen::new(graph.clone(), Arc::clone(&weights), options, torch.as_deref());
+        let inner = inner.map_err(|error| convert(py, error))?;
         let (inner, weights) = (Mutex::new(inner), Mutex::new(weights));
-        Ok(Self { inner, weights, graph, options, buffers: Buffers::new(BUFFERS) })
+        Ok(Self { inner, weights, graph, options, torch, buffers: Buffers::new(BUFFERS) })
     }
 
     /// Why a graph cannot be computed on inputs of this shape; None where it can.
@@ -139,7 +151,7 @@ impl CpuNetwork {
         let mut weights = self.lock_weights(py);
         let Some(moved) = weights.moved(py)? else { return Ok(()) };
         let moved = Arc::new(moved);
-        let compiled = Frozen::new(self.graph.clone(), Arc::clone(&moved), self.options);
+        let compiled = Frozen::new(self.graph.clone(), Arc::clone(&moved), self.options, self.torch.as_deref());
         let compiled = compiled.map_err(|error| convert(py, error))?;
         *weights = moved;
         let old = py.allow_threads(|| {

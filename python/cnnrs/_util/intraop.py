@@ -1,4 +1,4 @@
-"""One thread for operations of torch in the user's Python code, as in torch's worker processes."""
+"""The threads with which torch computes one operation."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 
+def library() -> str:
+    """The one through which they are found."""
+    return str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+
+
 @contextmanager
 def one_thread(wanted: bool = True) -> Iterator[None]:
-    """Inside, operations that this thread starts run on it alone; other threads are not concerned.
+    """Inside, operations that this thread starts run on it alone, as in torch's worker processes.
 
-    Steps on single images are too small to be shared, and torch's threads would wait for each other while cnnrs's have
+    Other threads are not concerned. Steps on single images are too small to be shared, and torch's threads would wait for each other while cnnrs's have
     the cores. `torch.set_num_threads` is not used: new threads of the process would take its number over for good.
     """
     setter = _setter() if wanted else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cnnrs import _cnnrs
-from cnnrs._util import plain
+from cnnrs._util import intraop, plain
 from cnnrs.model.lowering import Lowered
 
 
@@ -35,7 +35,7 @@ def _in_order(lowered: Lowered) -> list[torch.Tensor]:
     return [tensor.contiguous() for tensor in lowered.tensors]
 
 
-def network(lowered: Lowered, *, exact: bool = False) -> _cnnrs.CpuNetwork:
+def network(lowered: Lowered, *, exact: bool = False, beside: bool = False) -> _cnnrs.CpuNetwork:
     """The engine that computes features, where :func:`obstacle` has found none.
 
     It is taken wherever it can run: its rounding is libtorch's, its convolutions are faster.
@@ -43,8 +43,11 @@ def network(lowered: Lowered, *, exact: bool = False) -> _cnnrs.CpuNetwork:
     Args:
         lowered: the frozen model.
         exact: no Winograd convolution.
+        beside: between operations of PyTorch, whose threads are used: they spin for milliseconds when they have done
+            one, on the cores that others would need.
 
     Returns:
         A callable from (N, C, H, W) to (N, ...) float32.
     """
-    return _cnnrs.CpuNetwork(lowered.graph, _in_order(lowered), torch.get_num_threads(), exact)
+    library = intraop.library() if beside else None
+    return _cnnrs.CpuNetwork(lowered.graph, _in_order(lowered), torch.get_num_threads(), exact, library)

@@ -267,7 +267,7 @@ class Network:
             return inputs
         front = self._front.front
         try:
-            plan = self._plan = self._plan or kept_plans.take(self._model, front)
+            plan = self._plan = self._plan or kept_plans.take(self._model, front, beside=not self._front.is_all)
             features = plan(inputs)
         except MemoryError:
             self._stop(

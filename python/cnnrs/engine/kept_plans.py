@@ -64,20 +64,21 @@ class Plan:
 _KEPT: deque[Plan] = deque(maxlen=MOST)
 
 
-def take(model: nn.Module, lowered: Lowered, *, exact: bool = False) -> Plan:
+def take(model: nn.Module, lowered: Lowered, *, exact: bool = False, beside: bool = False) -> Plan:
     """A plan of ``lowered``: the one that was kept, if it is that of ``model`` as it is, else a new one.
 
     Args:
         model: whose operations these are; when its layers are gone, so is the plan.
         lowered: frozen; engine ``cpu`` can compute it.
         exact: no Winograd convolution.
+        beside: on PyTorch's threads, as :func:`~cnnrs.engine.cpu_inference.network` says.
     """
-    owner, key = _owner(model, lowered), _key(lowered, exact)
+    owner, key = _owner(model, lowered), (*_key(lowered, exact), beside)
     for plan in _removed(owner, lowered.output):
         # One at a time: what is not up to date frees its memory first.
         if plan.key == key and plan.network.is_current():
             return plan
-    made = cpu_inference.network(lowered, exact=exact)
+    made = cpu_inference.network(lowered, exact=exact, beside=beside)
     return Plan(made, key, None if owner is None else ref(owner, _forget), lowered.output)
 
 

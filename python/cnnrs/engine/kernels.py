@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 
 from cnnrs import _cnnrs
 from cnnrs._records import Attributes
+from cnnrs._util import intraop
 from cnnrs.engine import kernel_functions as functions
 from cnnrs.engine.kernel_functions import Statistics, Written, mark, written
 from cnnrs.model.lowering import VIEWS, Lowered
@@ -58,8 +58,7 @@ class Kernels:
 
 
 def _native() -> _Native:
-    library = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
-    made = lru_cache(maxsize=1)(lambda threads: _cnnrs.Kernels(threads, library))
+    made = lru_cache(maxsize=1)(lambda threads: _cnnrs.Kernels(threads, intraop.library()))
     return lambda: made(torch.get_num_threads())
 
 

@@ -30,7 +30,7 @@ from cnnrs.model.tracing import impurities, values
 
 #: Below so many numbers in the weights of convolutions, or pixels in a batch, a step is short: nothing is to be gained,
 #: and the plain loop's bits are kept.
-LEAST_WEIGHTS, LEAST_PIXELS = 1 << 19, 1 << 16
+LEAST_WEIGHTS, LEAST_PIXELS = 1 << 19, 1 << 12
 #: Batches timed in each order; one more of each goes first, in which PyTorch sets its kernels up.
 TIMED = 3
 #: A smaller gain is not worth other bits than the plain loop's.

@@ -42,6 +42,7 @@ class Extractor:
         lowered: the model as a graph, None when it cannot be lowered or the module is to be called.
         draws: why its rows are a draw of a random generator, "" while nothing says so.
         quiet: whether nobody else draws from the process's generators while the model computes.
+        beside: whether PyTorch makes the batches, in this thread.
         order: in which order of memory the module gets its batches where "auto" calls it on the CPU: what earlier rows
             of the same job had; None: open, so that the clock may choose.
     """
@@ -67,6 +68,7 @@ class Extractor:
         self.lowered: Lowered | None = lowered_for(model, engine, gradients=False)
         self.draws = "" if self.lowered is None else draws.of_graph(self.lowered)
         self.quiet = True
+        self.beside = True
         self.order: Order | None = None
         # Why the module is called, once that is known.
         self._against: tuple[str, ...] = ()
@@ -143,7 +145,8 @@ class Extractor:
         if choice.engine == "torch":
             network = _without_gradients(self.lowered)
         else:
-            self._plan = kept_plans.take(self.model, self.lowered, exact=self.precision == "exact")
+            exact = self.precision == "exact"
+            self._plan = kept_plans.take(self.model, self.lowered, exact=exact, beside=self.beside)
             network = _natively(self._plan)
         if self._differs(self.lowered, network, images):
             self._against, self._plan = ("its module computes something else",), None

@@ -186,6 +186,11 @@ class Data:
         return bool(lowered.python or lowered.rest) or kept_ops(ops) < len(ops)
 
     @property
+    def has_threads(self) -> bool:
+        """Whether the loader's own threads make the next batches while the model computes."""
+        return isinstance(self.data, DataLoader)
+
+    @property
     def runs_python(self) -> bool:
         """Whether threads of the loader may run Python code while the model computes."""
         if not isinstance(self.data, DataLoader):

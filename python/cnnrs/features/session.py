@@ -41,6 +41,7 @@ class Session:
         self.verbose = verbose
         self.overwrite = overwrite
         extractor.quiet = not data.runs_python
+        extractor.beside = not data.has_threads
         data.device = extractor.device
         # Replaced where several processes share the work.
         self.computes: Compute | None = None

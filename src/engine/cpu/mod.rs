@@ -6,3 +6,5 @@ pub mod infer;
 mod train;
 
 pub use train::{ClassLoss, Clip, CpuEngine, Floats, HostBatch, Loss, Plans, Rule, Targets, Tensor, obstacle, slow};
+
+pub use common::openmp;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import time
 import warnings
@@ -14,6 +15,20 @@ import pytest
 import torch
 
 from cnnrs._util import kept_memory
+
+
+def large_pages() -> str:
+    """When the system gives them."""
+    try:
+        return Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return "[never]"
+
+
+def held_in_large_pages() -> float:
+    """MiB of this process."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages")) / 1024
 
 
 def test_freed_memory_is_kept_within_only() -> None:
@@ -55,6 +70,28 @@ class TestFreedMemory:
         kept_memory.give_back()
         assert resident() - before < 50 and kept_memory._lingering is None
         kept_memory.give_back()
+
+    @pytest.mark.skipif("[never]" in large_pages(), reason="the system has no large pages")
+    def test_comes_in_large_pages(self) -> None:
+        before = held_in_large_pages()
+        with kept_memory.kept_memory():
+            blocks = [torch.ones(1 << 20) for _ in range(50)]
+            found = held_in_large_pages() - before
+            del blocks
+        # 200 MiB; fewer where the system's memory is in pieces.
+        assert found >= 32
+        kept_memory.give_back()
+        assert held_in_large_pages() - before < 32
+
+    def test_is_had_where_address_space_is_scarce(self) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), limits[1]))
+        try:
+            with kept_memory.kept_memory():
+                assert torch.ones(1 << 20).sum() == 1 << 20
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
 
     @pytest.mark.parametrize("within", [False, True])
     def test_is_no_matter_of_a_forked_process(self, within: bool) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cnnrs import _cnnrs
+from cnnrs._util import intraop
 from cnnrs.engine.frozen_front import front_of
 from cnnrs.engine.kernel_functions import Conv3x3
 from cnnrs.engine.kernels import Kernels
@@ -206,7 +207,7 @@ def test_they_run_on_pytorchs_threads_and_elsewhere_on_others_with_the_same_bits
     torch.manual_seed(0)
     x, w = torch.randn(2, 9, 9, 32), torch.randn(48, 32, 3, 3)
     outputs = []
-    for library in (str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"), None, "/nowhere/libtorch_cpu.so"):
+    for library in (intraop.library(), None, "/nowhere/libtorch_cpu.so"):
         native = _cnnrs.Kernels(2, library)
         assert native.openmp == (library is not None and "nowhere" not in library)
         outputs.append(torch.empty(2, 9, 9, 48))

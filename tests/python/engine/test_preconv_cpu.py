@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from torchvision.models.convnext import CNBlock
 
 import cnnrs
 from cnnrs import _cnnrs
+from cnnrs._util import intraop
 from cnnrs.engine import cpu_inference
 from cnnrs.model.lowering import lower
 
@@ -48,6 +53,66 @@ def randomised(model: nn.Module) -> nn.Module:
             # As trained; a fresh one hides everything else in the block behind a factor of 1e-6.
             nn.init.uniform_(module.layer_scale, 0.1, 0.5)
     return model.eval()
+
+
+def beside(model: nn.Module, workers: int = 2) -> _cnnrs.CpuNetwork:
+    """On PyTorch's threads."""
+    lowered = lower(model.eval())
+    return _cnnrs.CpuNetwork(lowered.graph, lowered.tensors, workers, False, intraop.library())
+
+
+def test_pytorchs_threads_give_the_same_bits() -> None:
+    model, images = randomised(torchvision.models.resnet18()), torch.rand(5, 3, 64, 64)
+    ours, own = beside(model), compiled(model)
+    for batch in (images, images[:3]):
+        assert torch.equal(ours(batch), own(batch))
+    # More than PyTorch has, and fewer.
+    for workers in (1, 3):
+        assert torch.equal(beside(model, workers)(images), own(images))
+
+
+LIMITED = """
+import torch
+from torch import nn
+from cnnrs import _cnnrs
+from cnnrs._util import intraop
+from cnnrs.model.lowering import lower
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+lowered = lower(model)
+both = [_cnnrs.CpuNetwork(lowered.graph, lowered.tensors, 3, False, path) for path in (intraop.library(), None)]
+images = torch.rand(4, 3, 16, 16)
+assert torch.equal(*(network(images) for network in both))
+"""
+
+
+def test_where_pytorch_has_fewer_threads_to_give_others_take_their_place(tmp_path: Path) -> None:
+    program = tmp_path / "limited.py"
+    program.write_text(LIMITED)
+    subprocess.run([sys.executable, program], check=True, timeout=120, env={**os.environ, "OMP_THREAD_LIMIT": "2"})
+
+
+def test_forked_processes_have_threads_of_their_own() -> None:
+    model, images = randomised(torchvision.models.resnet18()), torch.rand(4, 3, 64, 64)
+    known = beside(model)
+    expected = known(images)
+    child = os.fork()
+    if child == 0:
+        # PyTorch's threads, which both would wait for, are in the parent. Nothing of PyTorch that uses them either.
+        alike = [known(images).numpy().tobytes(), beside(model)(images).numpy().tobytes()]
+        os._exit(any(bits != expected.numpy().tobytes() for bits in alike))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise AssertionError("it hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 NETWORKS: dict[str, Any] = {

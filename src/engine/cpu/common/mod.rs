@@ -5,5 +5,6 @@ pub mod arena;
 pub mod geometry;
 pub mod isa;
 pub mod kernels;
+pub mod openmp;
 pub mod team;
 pub mod winograd;

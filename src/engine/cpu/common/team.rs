@@ -1,35 +1,21 @@
-//! A team of threads that runs one job after another with barriers inside: cheaper to wake than a pool, because between
-//! two jobs the team spins for some microseconds before it sleeps.
+//! A team of threads that runs one job after another with barriers inside.
+//!
+//! Its own threads are cheaper to wake than a pool's, because between two jobs the team spins for some microseconds before it
+//! sleeps. Between PyTorch's operations it computes on PyTorch's threads.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use super::openmp::OpenMp;
 use crate::error::{Error, Result, panic_text};
 
 /// Turns of a spinning loop before a worker yields or sleeps: some ten microseconds.
 const SPINS: u32 = 4000;
 
 type Work<'a> = dyn Fn(usize, &Barrier) + Sync + 'a;
-type Job = *const Work<'static>;
-
-struct Shared {
-    job: Mutex<Option<SendJob>>,
-    /// Counts the jobs; a helper that has done the last one waits for it to change.
-    generation: AtomicUsize,
-    sleepers: AtomicUsize,
-    wake: Condvar,
-    running: AtomicUsize,
-    stop: AtomicBool,
-    barrier: Barrier,
-}
-
-#[derive(Clone, Copy)]
-struct SendJob(Job);
-
-// SAFETY: the job is `Sync`, and `Team::run` returns only when no helper uses it any more.
-unsafe impl Send for SendJob {}
 
 /// All workers of a team meet here.
 pub struct Barrier {
@@ -40,6 +26,10 @@ pub struct Barrier {
 }
 
 impl Barrier {
+    fn new(workers: usize) -> Self {
+        Self { workers, arrived: AtomicUsize::new(0), generation: AtomicUsize::new(0), broken: AtomicBool::new(false) }
+    }
+
     pub fn wait(&self) {
         if self.workers == 1 {
             return;
@@ -69,9 +59,15 @@ fn relax(spins: &mut u32) {
 
 /// Threads that work together on one job.
 pub struct Team {
-    shared: Arc<Shared>,
-    helpers: Vec<JoinHandle<()>>,
+    name: &'static str,
+    barrier: Barrier,
+    pool: Pool,
     pid: u32,
+}
+
+enum Pool {
+    Own(Own),
+    OpenMp(OpenMp),
 }
 
 impl Team {
@@ -79,8 +75,93 @@ impl Team {
     ///
     /// # Errors
     /// When the operating system refuses to start the threads.
-    pub fn new(workers: usize, name: &str) -> Result<Self> {
+    pub fn new(workers: usize, name: &'static str) -> Result<Self> {
+        Self::beside(workers, name, None)
+    }
+
+    /// A team for work between the operations of `torch`, the library whose threads do it, where it has OpenMP's.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn beside(workers: usize, name: &'static str, torch: Option<&Path>) -> Result<Self> {
         let workers = workers.max(1);
+        let pool = match torch.and_then(OpenMp::of) {
+            Some(openmp) if workers > 1 => Pool::OpenMp(openmp),
+            _ => Pool::Own(Own::new(workers, name)?),
+        };
+        Ok(Self { name, barrier: Barrier::new(workers), pool, pid: std::process::id() })
+    }
+
+    pub fn workers(&self) -> usize {
+        self.barrier.workers
+    }
+
+    pub fn is_openmp(&self) -> bool {
+        matches!(self.pool, Pool::OpenMp(_))
+    }
+
+    /// Runs `job(worker, barrier)` on every worker, the calling thread being worker 0; returns when all are done.
+    ///
+    /// # Errors
+    /// `Panic` when a worker panicked; `Threads` when there are none left.
+    pub fn run(&mut self, job: &Work<'_>) -> Result<()> {
+        if self.pid != std::process::id() {
+            // After `fork` only the forking thread exists in the child, of whatever pool.
+            *self = Self::new(self.workers(), self.name)?;
+        }
+        let (barrier, failed) = (&self.barrier, Mutex::new(None));
+        barrier.arrived.store(0, Ordering::Relaxed);
+        barrier.broken.store(false, Ordering::Relaxed);
+        let guarded = |worker: usize| {
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(worker, barrier))) {
+                let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                // Those that waited for the first one panic as well.
+                failed.get_or_insert_with(|| panic_text(payload.as_ref()));
+                barrier.broken.store(true, Ordering::Relaxed);
+            }
+        };
+        if let Pool::OpenMp(openmp) = &self.pool
+            && !openmp.run(barrier.workers, &guarded)
+        {
+            self.pool = Pool::Own(Own::new(barrier.workers, self.name)?);
+        }
+        if let Pool::Own(own) = &mut self.pool {
+            own.run(&guarded);
+        }
+        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(text) => Err(Error::Panic(text)),
+            None => Ok(()),
+        }
+    }
+}
+
+type Job = *const (dyn Fn(usize) + Sync + 'static);
+
+struct Shared {
+    job: Mutex<Option<SendJob>>,
+    /// Counts the jobs; a helper that has done the last one waits for it to change.
+    generation: AtomicUsize,
+    sleepers: AtomicUsize,
+    wake: Condvar,
+    running: AtomicUsize,
+    stop: AtomicBool,
+}
+
+#[derive(Clone, Copy)]
+struct SendJob(Job);
+
+// SAFETY: the job is `Sync`, and `Own::run` returns only when no helper uses it any more.
+unsafe impl Send for SendJob {}
+
+/// Threads of a team's own, and the one that calls it.
+struct Own {
+    shared: Arc<Shared>,
+    helpers: Vec<JoinHandle<()>>,
+    pid: u32,
+}
+
+impl Own {
+    fn new(workers: usize, name: &str) -> Result<Self> {
         let shared = Arc::new(Shared {
             job: Mutex::new(None),
             generation: AtomicUsize::new(0),
@@ -88,46 +169,26 @@ impl Team {
             wake: Condvar::new(),
             running: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
-            barrier: Barrier {
-                workers,
-                arrived: AtomicUsize::new(0),
-                generation: AtomicUsize::new(0),
-                broken: AtomicBool::new(false),
-            },
         });
-        let mut team = Self { shared, helpers: Vec::new(), pid: std::process::id() };
+        let mut own = Self { shared, helpers: Vec::new(), pid: std::process::id() };
         for index in 1..workers {
-            let shared = Arc::clone(&team.shared);
+            let shared = Arc::clone(&own.shared);
             let helper = std::thread::Builder::new()
                 .name(format!("cnnrs-{name}-{index}"))
                 .spawn(move || help(&shared, index))
                 .map_err(|e| Error::Threads(format!("cannot start {workers} threads: {e}")))?;
-            team.helpers.push(helper);
+            own.helpers.push(helper);
         }
-        Ok(team)
+        Ok(own)
     }
 
-    pub fn workers(&self) -> usize {
-        self.helpers.len() + 1
-    }
-
-    /// After `fork` only the forking thread exists in the child.
-    pub fn survived_fork(&self) -> bool {
-        self.pid == std::process::id()
-    }
-
-    /// Runs `job(worker, barrier)` on every worker, the calling thread being worker 0; returns when all are done.
-    ///
-    /// # Errors
-    /// `Panic` when a worker panicked.
-    pub fn run(&mut self, job: &Work<'_>) -> Result<()> {
+    /// `job` must not unwind.
+    fn run(&mut self, job: &(dyn Fn(usize) + Sync)) {
         let shared = &*self.shared;
-        shared.barrier.arrived.store(0, Ordering::Relaxed);
-        shared.barrier.broken.store(false, Ordering::Relaxed);
         if !self.helpers.is_empty() {
             // SAFETY: only the lifetime changes; this function does not return before `running` is 0, and a helper
             // leaves the job before it counts itself out.
-            let job: Job = unsafe { std::mem::transmute::<&Work<'_>, Job>(job) };
+            let job: Job = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(job) };
             *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(SendJob(job));
             shared.running.store(self.helpers.len(), Ordering::Release);
             shared.generation.fetch_add(1, Ordering::SeqCst);
@@ -136,21 +197,11 @@ impl Team {
                 shared.wake.notify_all();
             }
         }
-        let mine = catch_unwind(AssertUnwindSafe(|| job(0, &shared.barrier)));
-        if mine.is_err() {
-            shared.barrier.broken.store(true, Ordering::Relaxed);
-        }
+        job(0);
         let mut spins = 0;
         while shared.running.load(Ordering::Acquire) > 0 {
             relax(&mut spins);
         }
-        if let Err(payload) = mine {
-            return Err(Error::Panic(panic_text(payload.as_ref())));
-        }
-        if shared.barrier.broken.load(Ordering::Relaxed) {
-            return Err(Error::Panic("a worker panicked".to_owned()));
-        }
-        Ok(())
     }
 }
 
@@ -176,18 +227,15 @@ fn help(shared: &Shared, index: usize) {
         seen = seen.wrapping_add(1);
         if let Some(SendJob(job)) = job {
             // SAFETY: `run` put the job here and waits for `running` to fall before it lets the job go.
-            let result = catch_unwind(AssertUnwindSafe(|| unsafe { (*job)(index, &shared.barrier) }));
-            if result.is_err() {
-                shared.barrier.broken.store(true, Ordering::Relaxed);
-            }
+            unsafe { (*job)(index) };
             shared.running.fetch_sub(1, Ordering::AcqRel);
         }
     }
 }
 
-impl Drop for Team {
+impl Drop for Own {
     fn drop(&mut self) {
-        if !self.survived_fork() {
+        if self.pid != std::process::id() {
             // The threads to join do not exist here.
             std::mem::forget(std::mem::take(&mut self.helpers));
             return;
@@ -250,7 +298,7 @@ mod tests {
                 assert!(worker != culprit, "boom");
                 barrier.wait();
             });
-            assert!(matches!(result, Err(Error::Panic(_))));
+            assert!(matches!(result, Err(Error::Panic(text)) if text.contains("boom")));
         }
         team.run(&|_, barrier| barrier.wait()).unwrap();
     }

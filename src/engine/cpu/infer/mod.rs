@@ -28,6 +28,8 @@ use method::Method;
 use plan::Plan;
 
 pub use crate::engine::cpu::common::isa::Isa;
+use std::path::Path;
+
 use crate::engine::cpu::common::team::Team;
 use crate::error::{Error, Result};
 use crate::model::{self, Graph, Shape};
@@ -87,13 +89,15 @@ pub struct Timing {
 }
 
 impl<P: Parameters> Frozen<P> {
+    /// `torch`: the library between whose operations it computes, with the same threads; None for threads of its own.
+    ///
     /// # Errors
     /// `Threads` when the threads cannot be started.
-    pub fn new(graph: Graph, parameters: P, options: Options) -> Result<Self> {
+    pub fn new(graph: Graph, parameters: P, options: Options, torch: Option<&Path>) -> Result<Self> {
         if !Isa::available().contains(&options.isa) {
             return Err(Error::Unsupported(format!("this processor does not have {:?}", options.isa)));
         }
-        let team = Team::new(options.workers, "infer")?;
+        let team = Team::beside(options.workers, "infer", torch)?;
         Ok(Self { graph, parameters, options, team, plan: None })
     }
 
@@ -114,9 +118,6 @@ impl<P: Parameters> Frozen<P> {
             return Err(Error::Argument(format!(
                 "expected images (N, C, H, W) or vectors (N, F), got shape {shape:?}"
             )));
-        }
-        if !self.team.survived_fork() {
-            self.team = Team::new(self.options.workers, "infer")?;
         }
         self.compile(shape)?;
         let Some(compiled) = &mut self.plan else { return Err(Error::internal("no plan")) };

@@ -59,7 +59,7 @@ const KEPT: usize = 4;
 impl Plans {
     fn team(&mut self, workers: usize) -> Result<Team> {
         match self.team.take() {
-            Some(team) if team.workers() == workers && team.survived_fork() => Ok(team),
+            Some(team) if team.workers() == workers => Ok(team),
             _ => Team::new(workers, "fit"),
         }
     }

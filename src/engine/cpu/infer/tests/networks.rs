@@ -101,7 +101,7 @@ impl Model {
         for isa in Isa::available() {
             for (exact, workers) in [(false, 1), (false, 3), (true, 2)] {
                 let options = Options { workers, exact, isa };
-                let mut network = Frozen::new(self.graph.clone(), self.tensors.clone(), options).unwrap();
+                let mut network = Frozen::new(self.graph.clone(), self.tensors.clone(), options, None).unwrap();
                 // A smaller last batch runs on the same plan, and the second run meets used memory.
                 for images in [shape[0], shape[0].div_ceil(2), shape[0]] {
                     let part = [&[images], &shape[1..]].concat();

@@ -44,7 +44,7 @@ fn down(m: &mut Model, from: usize, [inp, half]: Pair) -> usize {
 /// The kinds of the steps, but the first and the last, which bring the images and take the result away.
 fn kinds(m: &Model, shape: &[usize]) -> Vec<&'static str> {
     let options = Options { workers: 1, exact: false, isa: Isa::best() };
-    let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options).unwrap();
+    let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options, None).unwrap();
     let mut output = vec![0.0; network.output(shape).unwrap().iter().product()];
     network.run(shape, &vec![0.5; shape.iter().product()], &mut output).unwrap();
     let timings = network.timings().unwrap();
@@ -153,7 +153,7 @@ fn numbers_that_only_move_stay_the_same() {
     let input = m.numbers.many(shape.iter().product(), 1.0);
     let expected = reference::run(&m.graph, &m.tensors, &input, &shape);
     let options = Options { workers: 2, exact: false, isa: Isa::best() };
-    let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options).unwrap();
+    let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options, None).unwrap();
     let mut got = vec![0.0; input.len()];
     network.run(&shape, &input, &mut got).unwrap();
     assert!(expected.iter().zip(&got).all(|(e, &g)| *e == f64::from(g)));
