@@ -21,8 +21,9 @@ def library() -> str:
 def one_thread(wanted: bool = True) -> Iterator[None]:
     """Inside, operations that this thread starts run on it alone, as in torch's worker processes.
 
-    Other threads are not concerned. Steps on single images are too small to be shared, and torch's threads would wait for each other while cnnrs's have
-    the cores. `torch.set_num_threads` is not used: new threads of the process would take its number over for good.
+    Other threads are not concerned. Steps on single images are too small to be shared, and torch's threads would wait
+    for each other while cnnrs's have the cores. `torch.set_num_threads` is not used: new threads of the process would
+    take its number over for good.
     """
     setter = _setter() if wanted else None
     threads = torch.get_num_threads() if setter is not None else 1
