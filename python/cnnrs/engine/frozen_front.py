@@ -33,6 +33,10 @@ LEAST_FLOPS = 1 << 28
 #: An epoch should take so many operations per weight. Once in it the weights are brought into the engine's order, some
 #: 10 ns for each; PyTorch needs some 2.5 ps more for an operation.
 _LEAST_FLOPS_PER_WEIGHT = 4000
+#: From this share of the arithmetic on, native kernels have been faster than PyTorch in either order with every network of
+#: torchvision that was measured (AMD Zen 3 and Zen 5, Intel; 2 threads).
+_LEAST_SHARE = 0.7
+_MEASURED_ON, _MEASURED_THREADS = ("AVX2", "AVX512"), 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Front:
         last: number of the last of them; 0: that is the batch itself.
         shape: of the samples that the front takes.
         kernels: what is behind it.
+        share: of the arithmetic behind it in kernels, where that is so much that the clock need not tell.
     """
 
     whole: Lowered
@@ -52,6 +57,7 @@ class Front:
     last: int
     shape: tuple[int, ...]
     kernels: Kernels
+    share: float | None = None
 
     @property
     def is_all(self) -> bool:
@@ -85,7 +91,28 @@ def front_of(lowered: Lowered, inputs: torch.Tensor, training: bool, batches: in
     kernels = Kernels(lowered, last)
     if not worth and not (training and kernels.operations and _is_large(lowered, inputs)):
         return None
-    return Front(lowered, front, last, tuple(inputs.shape[1:]), kernels)
+    share = _share(lowered, kernels, last, inputs) if training else None
+    return Front(lowered, front, last, tuple(inputs.shape[1:]), kernels, share)
+
+
+def _share(lowered: Lowered, kernels: Kernels, last: int, inputs: torch.Tensor) -> float | None:
+    """Of the arithmetic behind a front in native kernels, where these are the faster ones without being timed.
+
+    None where the clock is to tell: PyTorch computes much of it, or convolutions in groups, which it is slow at in the
+    order of memory that the kernels need; on many threads, and with other instructions, nobody has measured them.
+    """
+    if torch.get_num_threads() > _MEASURED_THREADS or torch.backends.cpu.get_cpu_capability() not in _MEASURED_ON:
+        return None
+    native = {node for group in kernels.groups.values() for node in group.nodes}
+    costs = lowered.graph.costs(lowered.graph.shapes(list(inputs.shape)))
+    behind = range(last + 1, len(costs))
+    for number in set(behind) - native:
+        _, kind, _, attributes = lowered.operations[number]
+        if kind == "Conv2d" and attributes["groups"] > 1:
+            return None
+    flops = sum(costs[number][0] for number in behind)
+    share = sum(costs[number][0] for number in behind if number in native) / max(flops, 1)
+    return share if share >= _LEAST_SHARE else None
 
 
 def _is_large(lowered: Lowered, inputs: torch.Tensor) -> bool:
@@ -185,7 +212,8 @@ class Network:
     ) -> None:  # fmt: skip
         self._rest = _Rest(front, check, sample)
         part = front.last, repr(front.whole.operations)
-        self.order = MemoryOrder(model, orders and not front.is_all, training, self._rest.on_copies, part)
+        allowed = orders and not front.is_all
+        self.order = MemoryOrder(model, allowed, training, self._rest.on_copies, part, front.share)
         self.rounds = False
         self._model = model
         self._front = front

@@ -119,6 +119,8 @@ def _found(shape: tuple[int, ...], trial: _Trial, other: str, how: str) -> str |
     """What a trial says; None while it is not over."""
     if trial.fails:
         return f"order of memory: that of the batches, because the model does not {how} in {other}"
+    if trial.share is not None:
+        return f"order of memory: {other}, which are {100 * trial.share:.0f} % of the arithmetic; not timed"
     if not trial.is_over:
         return None
     plain, last = (1e3 * min(trial.seconds[order][1:]) for order in (False, True))
@@ -134,22 +136,24 @@ class _Trial:
     Attributes:
         size: samples of the batches that are timed; others follow what is found.
         fails: the model cannot have the other order.
+        share: of the arithmetic in kernels that make the other one the faster without being timed.
         seconds: of the batches so far, by whether they were in channels_last.
     """
 
     size: int
     fails: bool
+    share: float | None = None
     seconds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
 
     @property
     def is_over(self) -> bool:
-        return self.fails or min(map(len, self.seconds.values())) > TIMED
+        return self.fails or self.share is not None or min(map(len, self.seconds.values())) > TIMED
 
     @property
     def last(self) -> bool:
         """Whether the next batch is to be in channels_last."""
-        if self.fails:
-            return False
+        if self.fails or self.share is not None:
+            return not self.fails
         plain, last = self.seconds[False], self.seconds[True]
         if not self.is_over:
             # In turn, so that a busy moment hits both alike.
@@ -167,16 +171,19 @@ class MemoryOrder:
         training: whether batches are timed; validation follows what is known.
         rest: the part of the model that gets them, on copies of what it changes; None: the model gets them. Of what it
             consists of nothing sees strides.
+        share: of the arithmetic in kernels that are the faster ones by all experience, so that no batch is timed: all
+            have the same bits in every run, and none needs what PyTorch's contiguous steps need of memory.
         part: what ``rest`` computes, equal where that is the same; what else is known is about another network.
     """
 
     def __init__(
         self, model: nn.Module, allowed: bool, training: bool, rest: Callable[[torch.Tensor], Any] | None = None,
-        part: Hashable = None,
+        part: Hashable = None, share: float | None = None,
     ) -> None:  # fmt: skip
         self._model = model
         self._rest = rest
         self._part = part
+        self._share = share
         self._training = training
         may = allowed and (obstacle(model) if rest is None else _asked_for()) is None
         self._known: dict[Any, _Trial] | None = _MEASURED.setdefault(model, {}) if may else None
@@ -195,7 +202,9 @@ class MemoryOrder:
             enough = inputs[:, 0] if self._rest is None else inputs
             if not self._training or enough.numel() < LEAST_PIXELS:
                 return inputs
-            trial = self._known[form] = _Trial(len(inputs), not _runs(self._rest or self._model, inputs))
+            trial = self._known[form] = _Trial(
+                len(inputs), not _runs(self._rest or self._model, inputs), self._share
+            )
         if not trial.is_over:
             if not self._training or len(inputs) != trial.size:
                 return inputs

@@ -46,8 +46,9 @@ def fit(
     close the numbers are to the plain PyTorch loop under the same seed depends on the engine (``explain(model)`` says
     which one "auto" takes): on the CPU "python" and "torch" have its bits, dropout included; "cpu" equals it up to
     float rounding, draws dropout from a generator of its own (seeded by torch's) and leaves no ``.grad``. Where "auto"
-    calls a large convolutional network on the CPU, batches go to it in the faster order of memory, timed on the first
-    eight: equal up to float rounding, which may differ from run to run; not under deterministic algorithms. What is
+    calls a large convolutional network on the CPU, native kernels compute most of it, or batches go to it in the
+    faster order of memory, timed on the first eight: equal up to float rounding, which may then differ from run to
+    run; not under deterministic algorithms. What is
     frozen in front of the first trained layer, in validation everything, is computed as by :func:`cnnrs.preconv`: equal
     up to float rounding, the same in every run.
 
