@@ -367,6 +367,25 @@ class CpuNetwork:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features of one batch, contiguous float32 (N, ...), of float32 images on the CPU."""
 
+    def look(self, images: torch.Tensor) -> None:
+        """Compute one batch in float32 and count the values that int8 layers will read."""
+
+    def ranges(self) -> list[tuple[int, float, float]]:
+        """(operation, lowest, highest) of the values counted, but for 0.01 % of them; NaN where some were not finite."""
+
+    def quantize(self, shape: Sequence[int], ranges: Sequence[tuple[int, float, float]]) -> None:
+        """From now on layers that gain by it compute in int8, what they read being in these ranges."""
+
+    @staticmethod
+    def byte_layers(
+        graph: Graph, tensors: Sequence[torch.Tensor], input: Sequence[int]
+    ) -> tuple[list[str], int]:
+        """The layers that would compute in int8, and how many convolutions and linear layers there are."""
+
+    @staticmethod
+    def bytes_are_fast() -> bool:
+        """Whether this processor has instructions for int8, without which it is not faster than float32."""
+
     def is_current(self) -> bool:
         """Whether the plan was made of the weights as they are, bit for bit; False before the first batch."""
 

@@ -91,6 +91,18 @@ impl CpuNetwork {
         Ok(infer::obstacle(&graph.inner, &weights(graph, tensors)?, &input))
     }
 
+    /// The layers that would compute in int8, and how many convolutions and linear layers there are.
+    #[staticmethod]
+    fn byte_layers(
+        py: Python<'_>,
+        graph: &Graph,
+        tensors: Vec<Tensor>,
+        input: Vec<usize>,
+    ) -> PyResult<(Vec<String>, usize)> {
+        let weights = weights(graph, tensors)?;
+        infer::byte_layers(&graph.inner, &weights, &input).map_err(|error| convert(py, error))
+    }
+
     /// Features of one batch, contiguous float32 (N, ...).
     fn __call__<'py>(&self, py: Python<'py>, images: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         let images = tensor::contiguous(images)?;
@@ -108,6 +120,37 @@ impl CpuNetwork {
             Ok(features)
         })?;
         tensor::new(py, features)
+    }
+
+    /// Looks at the values that will be bytes, of one batch.
+    fn look(&self, py: Python<'_>, images: &Bound<'_, PyAny>) -> PyResult<()> {
+        let images = tensor::contiguous(images)?;
+        self.follow(py)?;
+        let inner = &self.inner;
+        enter(py, move || {
+            let floats = images.elements::<f32>().ok_or_else(|| {
+                Error::Argument(format!("int8 looks at contiguous float32 images on cpu, got {}", images.describe()))
+            })?;
+            inner.lock().unwrap_or_else(PoisonError::into_inner).look(images.shape(), floats)
+        })
+    }
+
+    /// (operation, lowest, highest) of what was seen.
+    fn ranges(&self) -> Vec<(usize, f32, f32)> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).ranges()
+    }
+
+    /// From now on layers that gain by it compute in int8, in these ranges.
+    #[allow(clippy::needless_pass_by_value)]
+    fn quantize(&self, py: Python<'_>, shape: Vec<usize>, ranges: Vec<(usize, f32, f32)>) -> PyResult<()> {
+        let inner = &self.inner;
+        enter(py, move || inner.lock().unwrap_or_else(PoisonError::into_inner).quantize(&shape, &ranges))
+    }
+
+    /// Whether this processor has instructions for int8.
+    #[staticmethod]
+    fn bytes_are_fast() -> bool {
+        infer::bytes_are_fast()
     }
 
     /// Whether the next batch of the same shape is computed with the weights as they are: they lie where they lay, and
@@ -155,7 +198,10 @@ impl CpuNetwork {
         let compiled = compiled.map_err(|error| convert(py, error))?;
         *weights = moved;
         let old = py.allow_threads(|| {
-            std::mem::replace(&mut *self.inner.lock().unwrap_or_else(PoisonError::into_inner), compiled)
+            let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut compiled = compiled;
+            compiled.inherit(&mut inner);
+            std::mem::replace(&mut *inner, compiled)
         });
         drop(old);
         Ok(())

@@ -30,6 +30,16 @@ def obstacle(lowered: Lowered, images: torch.Tensor) -> str | None:
     return _cnnrs.CpuNetwork.obstacle(lowered.graph, _in_order(lowered), list(images.shape))
 
 
+def int8_layers(lowered: Lowered, shape: list[int]) -> tuple[list[str], int]:
+    """The layers that ``precision="int8"`` would compute in int8, and how many convolutions and linear layers there are.
+
+    Args:
+        lowered: the frozen model, which the engine can compute.
+        shape: (N, C, H, W) or (N, F) of a batch.
+    """
+    return _cnnrs.CpuNetwork.byte_layers(lowered.graph, _in_order(lowered), shape)
+
+
 def _in_order(lowered: Lowered) -> list[torch.Tensor]:
     """The model's tensors; those of a model in channels_last are copied, all others are read where they are."""
     return [tensor.contiguous() for tensor in lowered.tensors]

@@ -76,7 +76,7 @@ class _Ranks:
                 raise RuntimeError(value)
             if kind == "done":
                 break
-            faults, missing, digest, plan.order = value
+            faults, missing, digest, plan.order, plan.calibration = value
             plan.skip(faults)
             self._collect(self._try(plan, missing, digest))
         found = self.session.opened(self.store, plan)
@@ -89,7 +89,10 @@ class _Ranks:
         plan = update.plan
         # Each clock might choose another one.
         plan.order = plan.order or "contiguous"
-        self._tell(("compute", (plan.faults(), update.missing, plan.digest(anywhere=True), plan.order)))
+        # Nor would each need a look of its own.
+        self.session.calibrate(update)
+        work = plan.faults(), update.missing, plan.digest(anywhere=True), plan.order, plan.calibration
+        self._tell(("compute", work))
         failures = self._collect(self._try(plan, update.missing, plan.digest(anywhere=True)))
         self.store.absorb()
         if failures:

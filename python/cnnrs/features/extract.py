@@ -11,10 +11,11 @@ from torch import nn
 
 from cnnrs import _cnnrs
 from cnnrs._util.notes import note
-from cnnrs.engine import companion, kept_plans, verify
+from cnnrs.engine import companion, cpu_inference, kept_plans, verify
 from cnnrs.engine.choice import Engine, Question, decide, lowered_for
 from cnnrs.engine.memory_order import FrozenOrder, Order
 from cnnrs.errors import UnsupportedModelError
+from cnnrs.features.calibration import IMAGES, Calibration, quantize, refused
 from cnnrs.features.pipeline import Pipeline
 from cnnrs.features.precision import AUTOCAST, Precision, narrowed
 from cnnrs.features.update import File, Item
@@ -45,6 +46,7 @@ class Extractor:
         beside: whether PyTorch makes the batches, in this thread.
         order: in which order of memory the module gets its batches where "auto" calls it on the CPU: what earlier rows
             of the same job had; None: open, so that the clock may choose.
+        calibration: what int8 layers read, and how that is found.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Extractor:
     ) -> None:
         if precision is not None and precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(map(repr, get_args(Precision)))}, got {precision!r}")
+        if precision == "int8" and engine in ("torch", "python"):
+            raise ValueError(f'precision="int8" is computed by engine "cpu" only, got engine={engine!r}')
         self.model = model
         self.engine = engine
         self.precision = precision
@@ -65,11 +69,12 @@ class Extractor:
         self.device = device_of(model)
         self.verbose = verbose
         self.check = check
-        self.lowered: Lowered | None = lowered_for(model, engine, gradients=False)
+        self.lowered: Lowered | None = self._lowered()
         self.draws = "" if self.lowered is None else draws.of_graph(self.lowered)
         self.quiet = True
         self.beside = True
         self.order: Order | None = None
+        self.calibration = Calibration()
         # Why the module is called, once that is known.
         self._against: tuple[str, ...] = ()
         # What engine "cpu" computes with, during a call.
@@ -95,7 +100,12 @@ class Extractor:
         items = iter(batches)
         first = next(items, None)
         items = items if first is None else chain([first], items)
-        network = None if first is None else self._network(first[0])
+        ahead: list[Item] = []
+        if first is not None and self.precision == "int8" and self.calibration.is_in_batches:
+            while sum(len(inputs) for inputs, _, _ in ahead) < IMAGES and (item := next(items, None)) is not None:
+                ahead.append(item)
+            items = chain(ahead, items)
+        network = None if first is None else self._network(first[0], [inputs for inputs, _, _ in ahead])
         pipeline = None
         computed: Generator[Item, None, None]
         if network is None:
@@ -133,8 +143,46 @@ class Extractor:
 
         return ordered
 
-    def _network(self, images: torch.Tensor) -> Network | None:
+    def _lowered(self) -> Lowered | None:
+        if self.precision != "int8":
+            return lowered_for(self.model, self.engine, gradients=False)
+        try:
+            return lowered_for(self.model, "cpu", gradients=False)
+        except UnsupportedModelError as error:
+            raise refused(str(error).splitlines()[1:]) from None
+
+    def calibrate(self) -> None:
+        """Find what int8 layers read without computing rows.
+
+        Raises:
+            UnsupportedModelError: no layer would compute in int8, or the engine cannot run the model.
+        """
+        assert self.lowered is not None
+        first = next(iter(self.calibration.first_images()), None) if self.calibration.first_images else None
+        if first is not None:
+            self._fitting(first)
+            self.calibration.find(cpu_inference.network(self.lowered), [])
+
+    def _fitting(self, images: torch.Tensor) -> Lowered:
+        choice = decide(Question("preconv", "cpu", self.lowered, self._against, images))
+        if choice.engine != "cpu" or self.lowered is None:
+            raise refused(choice.reasons)
+        return self.lowered
+
+    def _in_int8(self, images: torch.Tensor, ahead: list[torch.Tensor]) -> Network:
+        """Engine "cpu" in int8, after a look at the first images in float32."""
+        lowered = self._fitting(images)
+        network = cpu_inference.network(lowered)
+        # Raises where its module computes something else.
+        self._differs(lowered, _natively(network), images)
+        ranges = self.calibration.find(network, ahead)
+        quantize(network, ranges, images, type(self.model).__name__, self.check)
+        return _natively(network)
+
+    def _network(self, images: torch.Tensor, ahead: list[torch.Tensor]) -> Network | None:
         """What computes features instead of the module, where that is wanted and can run; it needs a batch to tell."""
+        if self.precision == "int8":
+            return self._in_int8(images, ahead)
         amp = AUTOCAST.get(self.precision or "")
         choice = decide(Question("preconv", self.engine, self.lowered, self._against, images, amp=amp))
         if self.engine == "cpu" and choice.reasons:
@@ -163,7 +211,7 @@ class Extractor:
         reason = verify.differs(self.model, lowered, to_device(images, self.device), engine=name, run=run, most=2)
         if reason is None:
             return False
-        if self.engine != "auto":
+        if self.engine != "auto" or self.precision == "int8":
             raise UnsupportedModelError(f"engine {self.engine!r} cannot run this model:\n{reason}")
         note(f"preconv calls {type(self.model).__name__} itself, as engine='python' does: {reason}")
         return True

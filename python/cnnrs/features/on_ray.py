@@ -86,6 +86,8 @@ class Extract:
         device: str | torch.device | None = None,
         order: Order = "contiguous",
     ) -> None:
+        if precision == "int8":
+            raise ValueError('precision="int8" is not computed on Ray: its ranges are those of the first images of all data')
         body = resolve(model, layer, pool, weights)
         if device is not None:
             body = body.to(device)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cnnrs.engine.memory_order import Order
+from cnnrs.features.calibration import Ranges
 from cnnrs.features.samples import Data, Stat, elsewhere, unchanged
 
 #: Of an image that cannot be read, or changed while its features were computed: equal to nothing.
@@ -32,6 +33,7 @@ class Plan:
         random: why the rows are draws of a random generator, "" while nothing says that they are.
         network: what the model is called.
         order: in which order of memory the model got the batches of the rows that are there; None where there are none.
+        calibration: what int8 layers read in the rows that are there; None where nothing says so.
     """
 
     data: Data
@@ -45,6 +47,7 @@ class Plan:
     random: str = ""
     network: str = ""
     order: Order | None = None
+    calibration: Ranges | None = None
 
     def __post_init__(self) -> None:
         self.samples = list(range(len(self.data)))
@@ -113,6 +116,7 @@ class Plan:
         """
         self.random = meta.get("random", "") or self.random
         self.order = meta.get("order", "contiguous")
+        self.calibration = meta.get("calibration")
         if self.stats is None or self.data.files is None or not meta.get("stats"):
             return
         known = {
@@ -185,6 +189,7 @@ class Plan:
             **({"limits": self.data.limits} if self.skipped else {}),
             **({"random": self.random} if self.random else {}),
             **({"order": self.order} if self.order == "channels_last" else {}),
+            **({"calibration": self.calibration} if self.calibration else {}),
         }
 
     def labels(self) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-Precision = Literal["exact", "tf32", "bf16", "fp16"]
+Precision = Literal["exact", "tf32", "bf16", "fp16", "int8"]
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _COMPUTED = (

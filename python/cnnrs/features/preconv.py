@@ -74,7 +74,8 @@ def preconv(
             the CPU, all batches go to it in the order of memory that is faster on the first one. "torch" runs the
             layers through libtorch, and needs the package ``cnnrs-libtorch``.
         precision: "exact" (no TF32 on a GPU; no Winograd convolution on a CPU, whose rounding is a little coarser),
-            "tf32", or "bf16" and "fp16" by autocast; None: as torch is set.
+            "tf32", or "bf16" and "fp16" by autocast; "int8" on a CPU, see ``docs/preconv.md``: ranges are found on the
+            first 256 images, and the features are near those in float32, not equal to them; None: as torch is set.
         dtype: type to keep features in, "float32", "float16" or "bfloat16"; None: what the model returns. A value that
             float16 cannot hold is an error, and so is one that is infinite or NaN with ``precision="fp16"``.
         passes: how many times all images are augmented and computed: K * N rows, pass by pass.
@@ -97,7 +98,8 @@ def preconv(
         FileExistsError: ``out`` holds something else than features, or those of another model.
         OSError: the disk is full: what is computed is safe, and the next call goes on from there.
         RuntimeError: shapes or devices that do not fit, in PyTorch's words.
-        UnsupportedModelError: engine="torch" or "cpu" for a model that it cannot run, or computes something else of.
+        UnsupportedModelError: engine="torch" or "cpu" for a model that it cannot run, or computes something else of;
+            precision="int8" for one that engine "cpu" cannot run, or of which no layer would compute in int8.
 
     >>> import torch, cnnrs
     >>> batches = [(torch.rand(4, 3, 8, 8), torch.arange(4))] * 2

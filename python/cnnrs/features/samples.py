@@ -200,6 +200,12 @@ class Data:
         lowered = lower(self.transform, 3) if self.transform is not None else None
         return lowered is not None and bool(lowered.python or lowered.rest)
 
+    @property
+    def has_order(self) -> bool:
+        """Whether there are samples with numbers, of which `batches` gives the first."""
+        listed = type(self.data) in (torch.utils.data.DataLoader, DataLoader)
+        return listed and not isinstance(self._dataset, IterableDataset) and isinstance(self._dataset, Sized)
+
     def __len__(self) -> int:
         return len(self.data.dataset)  # type: ignore[attr-defined]
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from hashlib import blake2b
 from itertools import chain
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from torch import nn
 
 from cnnrs._cnnrs import __version__
+from cnnrs._util.generators import Generators
 from cnnrs._util.notes import note
 from cnnrs._util.progress import progress
 from cnnrs._util.text import shown
 from cnnrs.data.loader import DataLoader
+from cnnrs.features.calibration import BEYOND, IMAGES, Calibration
 from cnnrs.features.extract import Extractor
 from cnnrs.features.features import Features
 from cnnrs.features.features import stored as stored_features
@@ -51,6 +54,7 @@ class Session:
         if passes == 1:
             return self._stream(None)
         plan = self.plan(passes, seed)
+        self._calibrated(seed)
         labels: list[torch.Tensor] = []
         samples: list[int] = []
 
@@ -63,6 +67,7 @@ class Session:
         return self._made(features, labels, samples)
 
     def _stream(self, path: os.PathLike[str] | None) -> Features:
+        self._calibrated(0)
         labels: list[torch.Tensor] = []
         samples: list[int] = []
 
@@ -148,9 +153,37 @@ class Session:
             # All of the files that are missing failed and are skipped.
             return
         self.extractor.order = update.plan.order
+        self._calibrated(update.plan.seed, update)
         self.extractor(chain([first], items), file, update.count, update.keep_order)
         self._note_draws()
         update.plan.random = update.plan.random or self.extractor.draws
+
+    def _calibrated(self, seed: int, update: Update | None = None) -> None:
+        """Tell the extractor what int8 layers read, or where it finds that."""
+        if self.extractor.precision != "int8":
+            return
+        made = Calibration(first_images=lambda: self._first_images(seed)) if self.data.has_order else Calibration()
+        if update is not None:
+            made.ranges, made.found = update.plan.calibration, update.keep_calibration
+        self.extractor.calibration = made
+
+    def _first_images(self, seed: int) -> Iterator[torch.Tensor]:
+        """Those of the data set, in its own order, as the first pass has them."""
+        samples = list(range(min(IMAGES, len(self.data))))
+        generators = Generators()
+        try:
+            for batch in self.data.batches(_cut(samples, 32), seed):
+                yield batch.inputs
+        finally:
+            # The pass to come draws what it would have drawn.
+            if not self.data.runs_python:
+                generators.put_back()
+
+    def calibrate(self, update: Update) -> None:
+        """Find what int8 layers read, where nothing says it yet."""
+        if self.extractor.precision == "int8" and update.plan.calibration is None:
+            self._calibrated(update.plan.seed, update)
+            self.extractor.calibrate()
 
     def _note_draws(self) -> None:
         if self.extractor.draws:
@@ -189,8 +222,21 @@ class Session:
             "seed": str(seed) if self.data.is_random else "",
             "versions": _versions(self.model),
         }
+        if self.extractor.precision == "int8":
+            key["calibration"] = self._calibration_key()
         batch_size = loader.batch_size or 1
         return Plan(self.data, key, passes, seed, batch_size, random=self.extractor.draws, network=name_of(self.model))
+
+    def _calibration_key(self) -> str:
+        """A hash of the images that the ranges of int8 layers are found on."""
+        digest = blake2b(f"{IMAGES} {BEYOND}".encode(), digest_size=12)
+        for sample in range(min(IMAGES, len(self.data))):
+            try:
+                digest.update(self.data.identity(sample).encode())
+            except OSError:
+                # The loader meets it and says so, or skips it.
+                digest.update(b"unreadable")
+        return digest.hexdigest()
 
     def _check_model(self, store: Store, meta: dict[str, Any] | None) -> None:
         if not self.overwrite:
@@ -221,7 +267,7 @@ class Session:
             return [f"they are stored in format {meta.get('format')}, not {FORMAT}"]
         if meta["key"] is None:
             return ["cnnrs cannot tell which images they are of"]
-        return [words for name, words in _WORDS.items() if meta["key"].get(name) != plan.key[name]]
+        return [words for name, words in _WORDS.items() if meta["key"].get(name) != plan.key.get(name)]
 
     def _right(self, store: Store, plan: Plan) -> Features | None:
         """The stored features, when every row is the plan's and undamaged, and names and labels are right."""
@@ -299,6 +345,7 @@ class Session:
                 "network": name_of(self.model), "skipped": [],
                 **({"random": self.extractor.draws} if self.extractor.draws else {}),
                 **({"order": self.extractor.order} if self.extractor.order == "channels_last" else {}),
+                **({"calibration": ranges} if (ranges := self.extractor.calibration.ranges) else {}),
             }  # fmt: skip
             store.commit(layout, made.labels, meta)
             opened = self._opened(store, store.meta() or {}, made.labels)
@@ -342,6 +389,7 @@ _WORDS = {
     "model": "the model or its weights changed",
     "engine": "another engine is asked for, which rounds differently",
     "precision": "another precision is asked for",
+    "calibration": "the first images, on which the ranges for int8 were found, are others",
     "dtype": "another dtype is asked for",
     "seed": "another seed is asked for",
     "versions": "another version of torch, torchvision, timm, Pillow or cnnrs computes them",

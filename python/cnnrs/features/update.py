@@ -15,6 +15,7 @@ import torch
 from cnnrs import _cnnrs
 from cnnrs._records import RowFile
 from cnnrs.engine.memory_order import Order
+from cnnrs.features.calibration import Ranges
 from cnnrs.features.npy import Layout
 from cnnrs.features.plan import UNKNOWN, Plan
 from cnnrs.features.samples import Batch
@@ -109,6 +110,7 @@ class Update:
         if journal is not None and journal.header.get("key") == self.plan.key:
             # Rows that are taken over decide for those to come.
             self.plan.order = journal.header.get("order", "contiguous" if journal.runs else self.plan.order)
+            self.plan.calibration = journal.header.get("calibration", self.plan.calibration)
         if journal is not None and journal.header.get("plan") == digest:
             if layout is not None and layout.shape[0] == self.plan.rows:
                 return good_rows(self.store.path("features.npy.partial"), layout, journal.runs)
@@ -117,14 +119,21 @@ class Update:
                 self.store.drop_rows()
                 return {}
         plan = self.plan
-        order = {} if plan.order is None else {"order": plan.order}
-        self.store.start({"key": plan.key, "plan": digest, "passes": plan.passes, "network": plan.network, **order})
+        more: dict[str, Any] = {} if plan.order is None else {"order": plan.order}
+        if plan.calibration is not None:
+            more["calibration"] = plan.calibration
+        self.store.start({"key": plan.key, "plan": digest, "passes": plan.passes, "network": plan.network, **more})
         return {}
 
     def keep_order(self, order: Order) -> None:
         """Write down what the clock has chosen, before there are rows of it: whoever goes on computes in the same."""
         self.plan.order = order
         self.store.note({"order": order})
+
+    def keep_calibration(self, ranges: Ranges) -> None:
+        """Write down what int8 layers read, before there are rows of it."""
+        self.plan.calibration = ranges
+        self.store.note({"calibration": ranges})
 
     def _sources(self, meta: dict[str, Any] | None) -> list[_Source]:
         """Where rows with the same key may be."""

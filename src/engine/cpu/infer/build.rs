@@ -2,10 +2,11 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::fuse::{Fused, Tensors};
+use super::fuse::{Fused, Role, Tensors};
 use super::memory::{Geometry, Value, arena};
-use super::method::{Method, window};
+use super::method::{Exact, Method, window};
 use super::places::Picked;
+use super::quantization::{self, Quantization};
 use super::steps::{
     self, Binary, Block, Cat, Conv, Depthwise, Direct, Grouped, LayerNorm, Load, Packing, Pad, Pick, Pointwise, Pool,
     Relayout, Small, Softmax, Step,
@@ -30,9 +31,13 @@ pub struct Network<'a> {
     /// The node whose value is the result.
     pub output: usize,
     pub isa: Isa,
-    pub exact: bool,
+    pub exact: Exact<'a>,
+    pub quantization: Option<&'a Quantization>,
     pub workers: usize,
 }
+
+/// What [`Network::named`] calls a step that makes bytes of floats.
+pub const QUANTIZE: &str = "quantize";
 
 type Write<'a> = Box<dyn Fn(usize, &mut [f32]) + Sync + 'a>;
 
@@ -51,11 +56,11 @@ pub struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    fn reserve(&mut self, len: usize, write: impl Fn(&mut [f32]) + Sync + 'a) -> usize {
+    pub fn reserve(&mut self, len: usize, write: impl Fn(&mut [f32]) + Sync + 'a) -> usize {
         self.reserve_in(len, len, move |_, to| write(to))
     }
 
-    fn reserve_in(&mut self, len: usize, piece: usize, write: impl Fn(usize, &mut [f32]) + Sync + 'a) -> usize {
+    pub fn reserve_in(&mut self, len: usize, piece: usize, write: impl Fn(usize, &mut [f32]) + Sync + 'a) -> usize {
         let offset = self.len;
         // Whole cache lines, so that no vector straddles two.
         self.len += len.next_multiple_of(LANES);
@@ -64,7 +69,7 @@ impl<'a> Weights<'a> {
     }
 
     /// One number per channel, zeros in the lanes beyond.
-    fn vector(&mut self, values: Vec<f64>) -> usize {
+    pub fn vector(&mut self, values: Vec<f64>) -> usize {
         self.reserve(values.len().next_multiple_of(LANES), move |to| {
             to.iter_mut().zip(&values).for_each(|(to, &v)| *to = v as f32);
         })
@@ -101,13 +106,15 @@ impl<'a> Network<'a> {
 
     /// Where every layer's value would lie, wide enough for all that read it. Indexed by node.
     pub fn geometries(&self) -> Result<Vec<Option<Geometry>>> {
-        let mut geometries = vec![None; self.graph.nodes.len()];
+        let nodes = self.graph.nodes.len();
+        // Behind those of floats the same of bytes.
+        let mut geometries = vec![None; 2 * nodes];
         for layer in self.all() {
-            let shape = &self.shapes[layer.last][1..];
-            let node = &self.graph.nodes[layer.last];
-            geometries[layer.last] = Some(
-                Geometry::of(shape).ok_or_else(|| unsupported(node, &format!("has a result of shape {shape:?}")))?,
-            );
+            let shape = &self.shapes[layer.last % nodes][1..];
+            let node = &self.graph.nodes[layer.last % nodes];
+            let made =
+                Geometry::of(shape).ok_or_else(|| unsupported(node, &format!("has a result of shape {shape:?}")))?;
+            geometries[layer.last] = Some(if layer.last < nodes { made } else { quantization::geometry(&made) });
         }
         for layer in self.all() {
             if let (Some(window), method) = self.method(layer)
@@ -170,16 +177,37 @@ impl<'a> Network<'a> {
         Ok(())
     }
 
-    fn method(&self, layer: &Fused) -> (Option<Window>, Method) {
+    pub fn method(&self, layer: &Fused) -> (Option<Window>, Method) {
+        if matches!(layer.role, Role::Quantize | Role::Observe) {
+            return (None, Method::None);
+        }
         let window = window(self.graph, self.shapes, layer.node);
         (window, Method::of(self.graph, self.shapes, layer.node, self.exact))
     }
 
-    fn node(&self, layer: &Fused) -> &'a Node {
+    /// What the kernel of a layer is called.
+    pub fn named(&self, layer: &Fused) -> &'static str {
+        let first = layer.expand.as_deref().unwrap_or(layer);
+        match (self.method(layer).1, layer.role, first.role) {
+            (_, Role::Quantize, _) => QUANTIZE,
+            (_, Role::Observe, _) => "observe",
+            (_, Role::Bytes, _) => "int8",
+            (_, _, Role::Bytes) => "int8 + depthwise",
+            (_, ..) if layer.expand.is_some() => "direct + depthwise",
+            (Method::Winograd(size), ..) if size.outputs() == 6 => "winograd 6",
+            (Method::Winograd(_), ..) => "winograd 4",
+            (Method::Depthwise, ..) => "depthwise",
+            (Method::Direct, ..) => "direct",
+            (Method::Grouped, ..) => "grouped",
+            (Method::None, ..) => "",
+        }
+    }
+
+    pub fn node(&self, layer: &Fused) -> &'a Node {
         &self.graph.nodes[layer.node]
     }
 
-    fn floats(&self, layer: &Fused, tensor: Tensor) -> Result<&'a [f32]> {
+    pub fn floats(&self, layer: &Fused, tensor: Tensor) -> Result<&'a [f32]> {
         let node = self.node(layer);
         let expected: usize = self.graph.tensors[tensor].iter().product();
         match self.tensors.get(tensor).copied().flatten() {
@@ -202,6 +230,9 @@ impl<'a> Network<'a> {
         }
         let input = value(layer.inputs[0])?;
         let sources = layer.inputs.iter().map(|&node| value(node)).collect::<Result<Vec<_>>>()?;
+        if matches!(layer.role, Role::Quantize | Role::Observe) {
+            return self.between(layer, input, output);
+        }
         if let (Some(picked), (None, _)) = (&layer.picked, self.method(layer)) {
             let number = |node: usize| layer.inputs.iter().position(|&input| input == node).unwrap_or(0);
             let places = picked.places.iter().map(|place| (number(place.node), place.channel)).collect();
@@ -359,6 +390,9 @@ impl<'a> Network<'a> {
             return Err(unsupported(self.node(layer), "is not summed directly"));
         }
         let (groups, inp) = (w.groups, w.channels / w.groups);
+        if layer.role == Role::Bytes {
+            return self.byte_conv(layer, values, weights);
+        }
         let mut taps = Taps::new(&input.geometry, inp, w.kernel, w.dilation);
         let mut rows = None;
         if let Some(picked) = &layer.picked {
@@ -391,7 +425,8 @@ impl<'a> Network<'a> {
         });
         let (stride, padding) = (w.stride, w.padding);
         let direct = Direct { isa, input, output, residual, bias, stride, padding, activation };
-        Ok(Conv { direct, weights, groups, taps })
+        let blocks = output.geometry.blocks() / groups;
+        Ok(Conv { direct, weights, groups, blocks, taps, bytes: None })
     }
 
     /// How far each picked channel is from the beginning of `first`, the first of the values in memory.
@@ -407,6 +442,20 @@ impl<'a> Network<'a> {
         offsets.ok_or_else(|| Error::internal(format_args!("{}: picks of unlike values", self.node(layer).name)))
     }
 
+    /// Factor and summand of each output channel of a convolution.
+    pub fn affine(&self, layer: &Fused, bias: Option<Tensor>) -> Result<[Vec<f64>; 2]> {
+        let channels = self.shapes[layer.node][1];
+        let mut summand = vec![0.0; channels];
+        if let Some(bias) = bias {
+            summand = self.floats(layer, bias)?.iter().map(|&b| f64::from(b)).collect();
+        }
+        let Some([factor, shift]) = &layer.affine else { return Ok([vec![1.0; channels], summand]) };
+        for ((s, f), t) in summand.iter_mut().zip(factor).zip(shift) {
+            *s = *s * f + t;
+        }
+        Ok([factor.clone(), summand])
+    }
+
     fn prepare(&self, layer: &Fused, weights: &mut Weights<'a>) -> Result<Sums<'a>> {
         let node = self.node(layer);
         let (Some(window), method) = self.method(layer) else { return Err(unsupported(node, "is no convolution")) };
@@ -414,16 +463,8 @@ impl<'a> Network<'a> {
             return Err(unsupported(node, "is no convolution"));
         };
         let filters = self.floats(layer, weight)?;
-        let mut summand = vec![0.0; window.out_channels];
-        if let Some(bias) = bias {
-            summand = self.floats(layer, bias)?.iter().map(|&b| f64::from(b)).collect();
-        }
-        let scale = layer.affine.as_ref().map(|[factor, shift]| {
-            for ((s, f), t) in summand.iter_mut().zip(factor).zip(shift) {
-                *s = *s * f + t;
-            }
-            factor.clone()
-        });
+        let [factors, mut summand] = self.affine(layer, bias)?;
+        let scale = layer.affine.is_some().then_some(factors);
         if let Some(order) = &layer.order {
             summand = order.iter().map(|&channel| summand[channel]).collect();
         }
@@ -432,14 +473,14 @@ impl<'a> Network<'a> {
 }
 
 /// What a convolution reads and writes.
-struct Values {
-    input: Value,
+pub struct Values {
+    pub input: Value,
     /// All that it picks channels of.
-    sources: Vec<Value>,
+    pub sources: Vec<Value>,
     /// The result of the convolution that a depthwise one has taken in: rows in the workers' memory, in this geometry.
-    rows: Option<Value>,
-    output: Value,
-    residual: Option<Value>,
+    pub rows: Option<Value>,
+    pub output: Value,
+    pub residual: Option<Value>,
 }
 
 /// What all methods of convolution need.

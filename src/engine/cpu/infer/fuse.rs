@@ -7,7 +7,7 @@
 //! x * sigmoid(x) is the activation SiLU; permutations are names (`canonical`), and so are moved channels (`places`)
 //! ```
 
-use super::method::{Method, joined, window};
+use super::method::{Exact, Method, joined, window};
 use super::places::{self, Names, Picked};
 use crate::engine::cpu::common::analysis::{axis, readers, unsupported};
 use crate::engine::cpu::common::kernels::activate::Activate;
@@ -34,6 +34,20 @@ pub struct Fused {
     pub picked: Option<Picked>,
     /// Of a convolution: for each channel in memory which of PyTorch's it is, if not the same.
     pub order: Option<Vec<usize>>,
+    pub role: Role,
+}
+
+/// What a layer does with bytes (`quantization`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Nothing: it computes in float32.
+    Floats,
+    /// A convolution or linear layer that sums products of bytes.
+    Bytes,
+    /// Makes bytes of a value.
+    Quantize,
+    /// Looks at a value that will be bytes.
+    Observe,
 }
 
 impl Fused {
@@ -50,6 +64,7 @@ impl Fused {
             pool: false,
             picked: None,
             order: None,
+            role: Role::Floats,
         }
     }
 }
@@ -61,7 +76,7 @@ struct Fusion<'a> {
     graph: &'a Graph,
     shapes: &'a [Shape],
     tensors: &'a Tensors<'a>,
-    exact: bool,
+    exact: Exact<'a>,
     /// Nodes that read each node.
     readers: Vec<Vec<usize>>,
     /// The node that holds each node's value.
@@ -74,7 +89,7 @@ struct Fusion<'a> {
 ///
 /// # Errors
 /// `Unsupported`, naming the first operation that this engine does not compute.
-pub fn fuse(graph: &Graph, shapes: &[Shape], tensors: &Tensors<'_>, exact: bool) -> Result<(Vec<Fused>, usize)> {
+pub fn fuse(graph: &Graph, shapes: &[Shape], tensors: &Tensors<'_>, exact: Exact<'_>) -> Result<(Vec<Fused>, usize)> {
     let source = (0..graph.nodes.len()).collect();
     let taken = vec![false; graph.nodes.len()];
     let names = Names::new(graph.nodes.len());
@@ -99,7 +114,7 @@ pub fn fuse(graph: &Graph, shapes: &[Shape], tensors: &Tensors<'_>, exact: bool)
 }
 
 /// Joins convolutions with the depthwise convolutions that alone read them.
-fn expansions(graph: &Graph, shapes: &[Shape], exact: bool, output: usize, layers: Vec<Fused>) -> Vec<Fused> {
+fn expansions(graph: &Graph, shapes: &[Shape], exact: Exact<'_>, output: usize, layers: Vec<Fused>) -> Vec<Fused> {
     let method = |layer: &Fused| Method::of(graph, shapes, layer.node, exact);
     let is_dense = |layer: &Fused| {
         method(layer) == Method::Direct && window(graph, shapes, layer.node).is_some_and(|w| w.groups == 1)

@@ -55,15 +55,34 @@ pub enum Method {
     None,
 }
 
+/// Where sums must be those of the definition, without Winograd's transforms.
+#[derive(Debug, Clone, Copy)]
+pub enum Exact<'a> {
+    Nowhere,
+    Everywhere,
+    /// At these nodes.
+    At(&'a [bool]),
+}
+
+impl Exact<'_> {
+    fn is_at(self, node: usize) -> bool {
+        match self {
+            Self::Nowhere => false,
+            Self::Everywhere => true,
+            Self::At(nodes) => nodes[node],
+        }
+    }
+}
+
 /// Below this many channels the transforms cost more than the products they save.
 const LEAST_CHANNELS: usize = 32;
 
 impl Method {
-    pub fn of(graph: &Graph, shapes: &[Shape], node: usize, exact: bool) -> Self {
+    pub fn of(graph: &Graph, shapes: &[Shape], node: usize, exact: Exact<'_>) -> Self {
         let Some(w) = window(graph, shapes, node) else { return Self::None };
         let plain = w.kernel == [3, 3] && w.stride == [1, 1] && w.dilation == [1, 1] && w.groups == 1;
         let wide = w.channels.min(w.out_channels) >= LEAST_CHANNELS && w.output[0].min(w.output[1]) >= 4;
-        if plain && wide && !exact && w.padding[0].max(w.padding[1]) <= 2 {
+        if plain && wide && !exact.is_at(node) && w.padding[0].max(w.padding[1]) <= 2 {
             return Self::Winograd(steps::best_size(w.output));
         }
         if w.groups > 1 && w.groups == w.channels && w.channels == w.out_channels {

@@ -8,6 +8,7 @@
 //! ask where the image ends. 3 x 3 convolutions of stride 1 run as Winograd's algorithm unless `exact`.
 
 mod build;
+mod build_bytes;
 mod canonical;
 mod digest;
 mod fuse;
@@ -15,24 +16,27 @@ mod memory;
 mod method;
 mod places;
 mod plan;
+mod quantization;
 #[cfg(test)]
 mod reference;
 mod steps;
 #[cfg(test)]
 mod tests;
 
-use build::Network;
+use build::{Network, QUANTIZE};
 use canonical::{Canonical, canonical};
 use digest::Digest;
-use method::Method;
+use method::Exact;
 use plan::Plan;
+use quantization::Quantization;
 
 pub use crate::engine::cpu::common::isa::Isa;
 use std::path::Path;
 
+use crate::engine::cpu::common::kernels::dot::Dots;
 use crate::engine::cpu::common::team::Team;
 use crate::error::{Error, Result};
-use crate::model::{self, Graph, Shape};
+use crate::model::{self, Graph, Op, Shape};
 
 /// The network's parameters and buffers in the caller's memory.
 pub trait Parameters {
@@ -66,6 +70,15 @@ pub struct Frozen<P> {
     options: Options,
     team: Team,
     plan: Option<Compiled>,
+    bytes: Bytes,
+}
+
+/// Whether convolutions read bytes.
+enum Bytes {
+    No,
+    /// Not yet: it looks at what they would read.
+    Looking(Quantization),
+    Yes(Quantization),
 }
 
 /// A plan, the shape of its images, and the weights that it was made of.
@@ -81,7 +94,7 @@ pub struct Timing {
     /// Qualified name of the first operation, of both convolutions where two are one step.
     pub name: String,
     pub kind: &'static str,
-    /// "winograd 6", "winograd 4", "direct", "depthwise", "direct + depthwise" or "".
+    /// "winograd 6", "winograd 4", "direct", "depthwise", "direct + depthwise", the same with "int8", or "".
     pub method: &'static str,
     /// Floating-point operations per image by the definition of the operation, whatever the method saves.
     pub flops: u64,
@@ -98,7 +111,7 @@ impl<P: Parameters> Frozen<P> {
             return Err(Error::Unsupported(format!("this processor does not have {:?}", options.isa)));
         }
         let team = Team::beside(options.workers, "infer", torch)?;
-        Ok(Self { graph, parameters, options, team, plan: None })
+        Ok(Self { graph, parameters, options, team, plan: None, bytes: Bytes::No })
     }
 
     /// The shape of the features of a batch of this shape.
@@ -120,6 +133,11 @@ impl<P: Parameters> Frozen<P> {
             )));
         }
         self.compile(shape)?;
+        if let Bytes::Yes(_) = self.bytes
+            && input.iter().any(|x| !x.is_finite())
+        {
+            return Err(Error::Argument("an image holds infinite or NaN values, which bytes cannot".into()));
+        }
         let Some(compiled) = &mut self.plan else { return Err(Error::internal("no plan")) };
         compiled.plan.run(&mut self.team, input, output)
     }
@@ -142,10 +160,60 @@ impl<P: Parameters> Frozen<P> {
         self.plan = None;
         let canonical = canonical(&self.graph, model::shapes(&self.graph, shape)?)?;
         let tensors: Vec<_> = (0..self.graph.tensors.len()).map(|t| self.parameters.floats(t)).collect();
-        let network = network(&canonical, &tensors, self.options)?;
+        let network = network(&canonical, &tensors, self.options, self.bytes.quantization())?;
         let plan = Plan::compile(&network, images, &mut self.team)?;
         self.plan = Some(Compiled { image: image.to_vec(), weights: self.digest(), plan });
         Ok(())
+    }
+
+    /// Looks at the values that will be bytes: what one batch has of them. It computes in float32.
+    ///
+    /// # Errors
+    /// As for [`Frozen::run`]; `Unsupported` where no layer would read bytes.
+    pub fn look(&mut self, shape: &[usize], input: &[f32]) -> Result<()> {
+        if !matches!(self.bytes, Bytes::Looking(_)) {
+            self.bytes = Bytes::Looking(self.quantization(shape)?);
+            self.plan = None;
+        }
+        let mut output = vec![0.0; self.output(shape)?.iter().product()];
+        self.run(shape, input, &mut output)
+    }
+
+    /// (node, lowest, highest) of what was seen but for 0.01 % of the numbers; NaN where some were not finite.
+    pub fn ranges(&self) -> Vec<(usize, f32, f32)> {
+        self.bytes.quantization().map(Quantization::found).unwrap_or_default()
+    }
+
+    /// From now on layers that gain by it read bytes, in these ranges of [`Frozen::ranges`].
+    ///
+    /// # Errors
+    /// `Shape`; `Unsupported` where no layer does; `Argument` for ranges that are none.
+    pub fn quantize(&mut self, shape: &[usize], ranges: &[(usize, f32, f32)]) -> Result<()> {
+        let is_range = |low: f32, high: f32| low.is_finite() && high.is_finite() && low <= 0.0 && high >= 0.0;
+        if let Some((node, ..)) = ranges.iter().find(|(_, low, high)| !is_range(*low, *high)) {
+            let name = self.graph.nodes.get(*node).map_or("a layer", |node| &node.name);
+            return Err(Error::Argument(format!("{name} makes infinite or NaN values, which int8 cannot hold")));
+        }
+        let mut quantization = self.quantization(shape)?;
+        quantization.settle(ranges);
+        (self.bytes, self.plan) = (Bytes::Yes(quantization), None);
+        Ok(())
+    }
+
+    /// What another network has learned of the same graph, which that loses.
+    pub fn inherit(&mut self, other: &mut Self) {
+        (self.bytes, self.plan) = (std::mem::replace(&mut other.bytes, Bytes::No), None);
+    }
+
+    fn quantization(&self, shape: &[usize]) -> Result<Quantization> {
+        let Canonical { graph, shapes } = canonical(&self.graph, model::shapes(&self.graph, shape)?)?;
+        Quantization::of(&graph, &shapes).ok_or_else(|| {
+            Error::Unsupported(
+                "no layer would compute in int8: that takes convolutions or linear layers of 16 and more input channels \
+                 in one group, behind the first layer"
+                    .into(),
+            )
+        })
     }
 
     /// What each step took since the plan was compiled. Empty before the first batch.
@@ -153,21 +221,11 @@ impl<P: Parameters> Frozen<P> {
         let Some(Compiled { image, plan, .. }) = &self.plan else { return Ok(Vec::new()) };
         let shapes = model::shapes(&self.graph, &[&[1], image.as_slice()].concat())?;
         let costs = model::costs(&self.graph, &shapes);
-        let Canonical { graph, shapes } = canonical(&self.graph, shapes)?;
-        let method = |node: usize| Method::of(&graph, &shapes, node, self.options.exact);
-        let timing = |(nodes, seconds): (&[usize], f64)| Timing {
+        let timing = |(nodes, method, seconds): (&[usize], &'static str, f64)| Timing {
             name: nodes.iter().map(|&node| self.graph.nodes[node].name.as_str()).collect::<Vec<_>>().join(" + "),
-            kind: self.graph.nodes[nodes[0]].op.kind(),
-            method: match (nodes, method(nodes[0])) {
-                ([_, _], _) => "direct + depthwise",
-                (_, Method::Winograd(size)) if size.outputs() == 6 => "winograd 6",
-                (_, Method::Winograd(_)) => "winograd 4",
-                (_, Method::Depthwise) => "depthwise",
-                (_, Method::Direct) => "direct",
-                (_, Method::Grouped) => "grouped",
-                (_, Method::None) => "",
-            },
-            flops: nodes.iter().map(|&node| costs[node].flops).sum(),
+            kind: if method == QUANTIZE { "Quantize" } else { self.graph.nodes[nodes[0]].op.kind() },
+            method,
+            flops: if method == QUANTIZE { 0 } else { nodes.iter().map(|&node| costs[node].flops).sum() },
             seconds,
         };
         let mut timings: Vec<Timing> = plan.seconds().map(timing).collect();
@@ -183,14 +241,51 @@ impl<P: Parameters> Frozen<P> {
     }
 }
 
+impl Bytes {
+    fn quantization(&self) -> Option<&Quantization> {
+        match self {
+            Self::No => None,
+            Self::Looking(quantization) | Self::Yes(quantization) => Some(quantization),
+        }
+    }
+}
+
 fn network<'a>(
     Canonical { graph, shapes }: &'a Canonical,
     tensors: &'a fuse::Tensors<'a>,
     options: Options,
+    quantization: Option<&'a Quantization>,
 ) -> Result<Network<'a>> {
-    let (layers, output) = fuse::fuse(graph, shapes, tensors, options.exact)?;
     let Options { workers, exact, isa } = options;
-    Ok(Network { graph, shapes, tensors, layers, output, isa, exact, workers })
+    let exact = match quantization {
+        Some(quantization) => Exact::At(quantization.chosen()),
+        None if exact => Exact::Everywhere,
+        None => Exact::Nowhere,
+    };
+    let (mut layers, output) = fuse::fuse(graph, shapes, tensors, exact)?;
+    if let Some(quantization) = quantization {
+        layers = quantization.apply(layers, output);
+    }
+    Ok(Network { graph, shapes, tensors, layers, output, isa, exact, quantization, workers })
+}
+
+/// Whether products of bytes have instructions of their own here; without them int8 is not faster than float32.
+pub fn bytes_are_fast() -> bool {
+    Dots::of(Isa::best()).is_fast()
+}
+
+/// The names of the layers that would read bytes, and how many convolutions and linear layers there are.
+///
+/// # Errors
+/// Those of [`Frozen::quantize`].
+pub fn byte_layers(graph: &Graph, parameters: &impl Parameters, input: &[usize]) -> Result<(Vec<String>, usize)> {
+    let tensors: Vec<_> = (0..graph.tensors.len()).map(|t| parameters.floats(t)).collect();
+    let Canonical { graph, shapes } = canonical(graph, model::shapes(graph, input)?)?;
+    let sums = graph.nodes.iter().filter(|n| matches!(n.op, Op::Conv2d { .. } | Op::Linear { .. })).count();
+    let Some(quantization) = Quantization::of(&graph, &shapes) else { return Ok((Vec::new(), sums)) };
+    let (layers, _) = fuse::fuse(&graph, &shapes, &tensors, Exact::At(quantization.chosen()))?;
+    let nodes = layers.iter().filter_map(|layer| quantization.reads_bytes(layer));
+    Ok((nodes.map(|node| graph.nodes[node].name.clone()).collect(), sums))
 }
 
 /// Why this engine cannot run a graph on inputs of this shape.
@@ -199,6 +294,6 @@ pub fn obstacle(graph: &Graph, parameters: &impl Parameters, input: &[usize]) ->
     let options = Options { workers: 1, exact: false, isa: Isa::Portable };
     let checked = model::shapes(graph, input)
         .and_then(|shapes| canonical(graph, shapes))
-        .and_then(|canonical| network(&canonical, &tensors, options).and_then(|n| n.check()));
+        .and_then(|canonical| network(&canonical, &tensors, options, None).and_then(|n| n.check()));
     checked.err().map(|error| error.to_string())
 }

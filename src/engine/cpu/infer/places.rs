@@ -7,7 +7,7 @@
 //! ```
 
 use super::fuse::Fused;
-use super::method::{Method, window};
+use super::method::{Exact, Method, window};
 use crate::engine::cpu::common::kernels::lanes::LANES;
 use crate::model::{Graph, Op, Shape};
 
@@ -122,7 +122,7 @@ impl Names {
 }
 
 /// Lets convolutions pick their channels where they lie, and others write them where they will be picked.
-pub fn pick(graph: &Graph, shapes: &[Shape], exact: bool, output: usize, layers: &mut Vec<Fused>) {
+pub fn pick(graph: &Graph, shapes: &[Shape], exact: Exact<'_>, output: usize, layers: &mut Vec<Fused>) {
     let single = |layer: &Fused| {
         let window = window(graph, shapes, layer.node);
         Method::of(graph, shapes, layer.node, exact) == Method::Direct

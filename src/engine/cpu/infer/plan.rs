@@ -43,6 +43,8 @@ pub struct Plan {
     output: usize,
     /// Nodes of each step in the order in which they are computed, and the seconds spent in it so far.
     nodes: Vec<Vec<usize>>,
+    /// How each step is computed.
+    methods: Vec<&'static str>,
     seconds: Vec<f64>,
 }
 
@@ -83,7 +85,7 @@ impl Plan {
         let mut outlives: Vec<bool> =
             last_use.iter().enumerate().map(|(step, &used)| segment_of(used) != segment_of(step)).collect();
         spread(&mut outlives, network.together().map(|nodes| nodes.iter().map(|&n| producer(n)).collect()).collect());
-        let mut values: Vec<Option<Value>> = vec![None; network.graph.nodes.len()];
+        let mut values: Vec<Option<Value>> = vec![None; 2 * network.graph.nodes.len()];
         let (mut room, mut held) = (Room::default(), Vec::new());
         for (step, layer) in network.layers.iter().enumerate() {
             if let Some(before) = &layer.expand {
@@ -128,6 +130,7 @@ impl Plan {
         let both = |l: &Fused| l.expand.iter().map(|before| before.node).chain([l.node]).collect();
         let mut nodes: Vec<Vec<usize>> = network.layers.iter().map(both).collect();
         nodes.push(vec![network.output]);
+        let methods = network.layers.iter().map(|layer| network.named(layer)).chain([""]).collect();
         Ok(Self {
             seconds: vec![0.0; steps.len()],
             steps,
@@ -139,6 +142,7 @@ impl Plan {
             input: elements(0),
             output: elements(network.graph.output),
             nodes,
+            methods,
             segments,
         })
     }
@@ -147,9 +151,10 @@ impl Plan {
         self.images
     }
 
-    /// (nodes, seconds so far) of every step.
-    pub fn seconds(&self) -> impl Iterator<Item = (&[usize], f64)> {
-        self.nodes.iter().map(Vec::as_slice).zip(self.seconds.iter().copied())
+    /// (nodes, method, seconds so far) of every step.
+    pub fn seconds(&self) -> impl Iterator<Item = (&[usize], &'static str, f64)> {
+        let steps = self.nodes.iter().zip(&self.methods).zip(&self.seconds);
+        steps.map(|((nodes, method), seconds)| (nodes.as_slice(), *method, *seconds))
     }
 
     /// Bytes of activations, weights and the workers' memory.

@@ -1,5 +1,6 @@
 //! Whole networks against the definitions, on every instruction set this processor has.
 
+mod bytes;
 mod networks;
 mod places;
 
@@ -349,7 +350,7 @@ fn swish_by_its_definition() {
         let steps = {
             let canonical = canonical(&m.graph, model::shapes(&m.graph, &[1, 3, 9, 9]).unwrap()).unwrap();
             let tensors: Vec<_> = m.tensors.iter().map(|t| Some(t.as_slice())).collect();
-            fuse::fuse(&canonical.graph, &canonical.shapes, &tensors, false).unwrap().0.len()
+            fuse::fuse(&canonical.graph, &canonical.shapes, &tensors, Exact::Nowhere).unwrap().0.len()
         };
         assert_eq!(steps, 3, "the input and two convolutions");
         m.check(&[2, 3, 9, 9], &["direct"]);

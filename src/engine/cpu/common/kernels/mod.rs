@@ -1,7 +1,9 @@
 //! Loops on memory; each knows nothing of plans.
 
 pub mod activate;
+pub mod bytes;
 pub mod depthwise;
+pub mod dot;
 pub mod groups;
 pub mod lanes;
 pub mod tile;

@@ -1,8 +1,12 @@
 //! Convolutions by direct summation, and linear layers: a line of pixels times a panel of output channels.
 
+use std::marker::PhantomData;
+
 use super::Step;
+use super::bytes::Bytes;
 use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::activate::Activate;
+use crate::engine::cpu::common::kernels::dot::{self, Dot, DotKernel};
 use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::common::kernels::tile::{Tile, tile};
 use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
@@ -68,7 +72,11 @@ pub struct Conv {
     pub direct: Direct,
     pub weights: usize,
     pub groups: usize,
+    /// Blocks of output channels of a group.
+    pub blocks: usize,
     pub taps: Taps,
+    /// What it has where it reads bytes.
+    pub bytes: Option<Bytes>,
 }
 
 /// Output channels that see the same input channels.
@@ -91,7 +99,7 @@ pub struct Lines {
     /// Pixels per microkernel.
     pub rows: usize,
     /// A line runs through the images because each has one pixel.
-    across: bool,
+    pub across: bool,
 }
 
 /// Weights that fit the second-level cache are walked for every few pixels; larger ones once for many pixels.
@@ -110,13 +118,9 @@ impl Direct {
 }
 
 impl Conv {
-    fn group_blocks(&self) -> usize {
-        self.direct.output.geometry.blocks() / self.groups
-    }
-
     /// Panels never reach over the edge of a group.
     fn panels_per_group(&self) -> usize {
-        self.group_blocks().div_ceil(self.direct.isa.columns())
+        self.blocks.div_ceil(self.direct.isa.columns())
     }
 
     fn panels(&self) -> usize {
@@ -126,7 +130,7 @@ impl Conv {
     /// How many (lines, panels) make a task.
     fn grain(&self, images: usize) -> Pair {
         let (lines, stride) = (self.direct.lines(images), self.direct.stride);
-        let weights = self.taps.depth() * self.group_blocks() * LANES;
+        let weights = self.taps.depth() * self.blocks * LANES;
         let touched = lines.length * stride[1] * stride[0] * self.taps.depth() / self.taps.offsets.len().max(1)
             * self.direct.input.geometry.blocks();
         if lines.across {
@@ -151,17 +155,18 @@ impl Step for Conv {
         let (chunks, panels) = (lines.count.div_ceil(high), self.panels().div_ceil(wide));
         let (image, rest) = (task / (chunks * panels), task % (chunks * panels));
         let (panel, chunk) = (rest / chunks * wide, rest % chunks * high);
-        dispatch(
-            self.direct.isa,
-            Chunk {
-                step: self,
-                cx,
-                image,
-                lines,
-                y: chunk..lines.count.min(chunk + high),
-                panels: panel..self.panels().min(panel + wide),
-            },
-        );
+        let chunk = Chunk {
+            step: self,
+            cx,
+            image,
+            lines,
+            y: chunk..lines.count.min(chunk + high),
+            panels: panel..self.panels().min(panel + wide),
+        };
+        match &self.bytes {
+            Some(bytes) => dot::dispatch(bytes.dots, chunk),
+            None => dispatch(self.direct.isa, chunk),
+        }
     }
 }
 
@@ -177,6 +182,48 @@ struct Chunk<'a> {
 impl Kernel for Chunk<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
+        self.each::<Floats<V>>();
+    }
+}
+
+impl DotKernel for Chunk<'_> {
+    #[inline(always)]
+    fn run<D: Dot>(self) {
+        self.each::<Dotted<D>>();
+    }
+}
+
+/// What sums the products.
+pub trait Sum {
+    /// # Safety
+    /// As for [`Direct::pixels`].
+    unsafe fn pixels(conv: &Conv, cx: &Context<'_>, lines: Lines, panel: &Panel<'_>, p: &Pixels);
+}
+
+pub struct Floats<V>(PhantomData<V>);
+pub struct Dotted<D>(PhantomData<D>);
+
+impl<V: Lanes> Sum for Floats<V> {
+    #[inline(always)]
+    unsafe fn pixels(conv: &Conv, cx: &Context<'_>, lines: Lines, panel: &Panel<'_>, p: &Pixels) {
+        // SAFETY: the caller's promise.
+        unsafe { conv.direct.pixels::<V>(cx, lines, panel, p) };
+    }
+}
+
+impl<D: Dot> Sum for Dotted<D> {
+    #[inline(always)]
+    unsafe fn pixels(conv: &Conv, cx: &Context<'_>, lines: Lines, panel: &Panel<'_>, p: &Pixels) {
+        if let Some(bytes) = &conv.bytes {
+            // SAFETY: the caller's promise.
+            unsafe { conv.byte_pixels::<D>(bytes, cx, lines, panel, p) };
+        }
+    }
+}
+
+impl Chunk<'_> {
+    #[inline(always)]
+    fn each<S: Sum>(self) {
         let s = &self.step.direct;
         for y in self.y.clone() {
             for start in (0..self.lines.length).step_by(self.lines.rows) {
@@ -184,7 +231,7 @@ impl Kernel for Chunk<'_> {
                     let panel = self.step.panel(panel);
                     let pixels = s.line(self.cx, &panel, self.image, y, start);
                     // SAFETY: a line of the output.
-                    unsafe { s.pixels::<V>(self.cx, self.lines, &panel, &pixels) };
+                    unsafe { S::pixels(self.step, self.cx, self.lines, &panel, &pixels) };
                 }
             }
         }
@@ -206,7 +253,7 @@ impl Conv {
     #[inline(always)]
     pub fn panel(&self, number: usize) -> Panel<'_> {
         let (group, part) = (number / self.panels_per_group(), number % self.panels_per_group());
-        let (blocks, wide) = (self.group_blocks(), self.direct.isa.columns());
+        let (blocks, wide) = (self.blocks, self.direct.isa.columns());
         let block = group * blocks + part * wide;
         Panel {
             block,

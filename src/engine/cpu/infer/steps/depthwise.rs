@@ -1,10 +1,11 @@
 //! Convolutions with one filter per channel, together with the convolution before them where there is one.
 
 use super::Step;
-use super::conv::{Conv, Pixels};
+use super::conv::{Conv, Dotted, Floats, Pixels, Sum};
 use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::activate::Activate;
 use crate::engine::cpu::common::kernels::depthwise::{Row, row};
+use crate::engine::cpu::common::kernels::dot::{self, Dot, DotKernel};
 use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
 use crate::model::Pair;
@@ -87,7 +88,11 @@ impl Step for Depthwise {
         let (panel, strip) = (rest / strips, rest % strips);
         let height = self.output.geometry.height;
         let rows = strip * height / strips..(strip + 1) * height / strips;
-        dispatch(self.isa, Strip { step: self, cx, image, panel, rows });
+        let strip = Strip { step: self, cx, image, panel, rows };
+        match &self.source {
+            Source::Conv(conv) if let Some(bytes) = &conv.bytes => dot::dispatch(bytes.dots, strip),
+            _ => dispatch(self.isa, strip),
+        }
     }
 
     fn own(&self) -> usize {
@@ -109,6 +114,20 @@ struct Strip<'a> {
 impl Kernel for Strip<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
+        self.each::<V, Floats<V>>();
+    }
+}
+
+impl DotKernel for Strip<'_> {
+    #[inline(always)]
+    fn run<D: Dot>(self) {
+        self.each::<D::Floats, Dotted<D>>();
+    }
+}
+
+impl Strip<'_> {
+    #[inline(always)]
+    fn each<V: Lanes, S: Sum>(self) {
         let s = self.step;
         let (i, o) = (s.input(), &s.output.geometry);
         let first = self.panel * s.together();
@@ -124,7 +143,7 @@ impl Kernel for Strip<'_> {
             let above = s.padding[0].saturating_sub(top).div_ceil(s.dilation[0]);
             let end = (top + s.reach()).saturating_sub(s.padding[0]).min(i.height);
             for line in computed.max(top.saturating_sub(s.padding[0]))..end {
-                self.expand::<V>(line);
+                self.expand::<S>(line);
             }
             computed = end;
             for block in blocks.clone() {
@@ -197,7 +216,7 @@ impl Strip<'_> {
 
     /// One row of the convolution.
     #[inline(always)]
-    fn expand<V: Lanes>(&self, line: usize) {
+    fn expand<S: Sum>(&self, line: usize) {
         let (s, i) = (self.step, self.step.input());
         if let Source::Conv(conv) = &s.source {
             let (lines, panel) = (conv.direct.lines(self.cx.images), conv.panel(self.panel));
@@ -210,7 +229,7 @@ impl Strip<'_> {
                     to_block: i.row(),
                 };
                 // SAFETY: a row of this worker's memory holds a line of each block of the panel.
-                unsafe { conv.direct.pixels::<V>(self.cx, lines, &panel, &pixels) };
+                unsafe { S::pixels(conv, self.cx, lines, &panel, &pixels) };
             }
         }
     }

@@ -1,5 +1,6 @@
 //! What a plan is made of. A step divides its work among tasks that any worker may take, in any order.
 
+mod bytes;
 mod conv;
 mod depthwise;
 mod grouped;
@@ -10,6 +11,7 @@ mod pool;
 mod softmax;
 mod winograd;
 
+pub use bytes::{Bytes, Observe, Quantize};
 pub use conv::{Conv, Direct, Packing, Taps, pack};
 pub use depthwise::{Depthwise, Source};
 pub use grouped::{Block, Grouped, Small, pack as pack_grouped, pack_small};

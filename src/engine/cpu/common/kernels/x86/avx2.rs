@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use crate::engine::cpu::common::kernels::lanes::{LANES, Lanes};
 
 #[derive(Clone, Copy)]
-pub struct Avx2(__m256, __m256);
+pub struct Avx2(pub(super) __m256, pub(super) __m256);
 
 /// For every mask of eight lanes the lanes in it, in order.
 static LANES_OF: [[u8; 8]; 256] = {

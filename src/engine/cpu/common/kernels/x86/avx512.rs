@@ -6,7 +6,7 @@ use super::avx2::sum;
 use crate::engine::cpu::common::kernels::lanes::{LANES, Lanes};
 
 #[derive(Clone, Copy)]
-pub struct Avx512(__m512);
+pub struct Avx512(pub(super) __m512);
 
 impl Lanes for Avx512 {
     const WIDE: bool = true;

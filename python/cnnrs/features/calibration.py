@@ -1,0 +1,105 @@
+"""The ranges of what int8 layers read, found on the first images of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cnnrs import _cnnrs
+from cnnrs._util.notes import note
+from cnnrs.errors import UnsupportedModelError
+
+#: Images that the ranges are found on: the first of the data set.
+IMAGES = 256
+#: The part of a layer's values that may be beyond its range, in percent; half of them on each side.
+BEYOND = 0.01
+#: Below this cosine to the float32 features it is said.
+CLOSE = 0.98
+#: Images of the first batch that are compared.
+COMPARED = 16
+
+#: What ``meta.json`` keeps of it.
+Ranges = dict[str, Any]
+
+
+@dataclass
+class Calibration:
+    """What int8 layers read.
+
+    Attributes:
+        ranges: "images": how many it was found on; "percent_beyond"; "ranges": (operation, lowest, highest) of every
+            value that becomes int8. None: it is yet to be found.
+        first_images: gives the first images of the data set, in batches. None: the batches themselves show it.
+        found: told the ranges before there are rows of them.
+    """
+
+    ranges: Ranges | None = None
+    first_images: Callable[[], Iterable[torch.Tensor]] | None = None
+    found: Callable[[Ranges], object] = field(default=lambda _: None)
+
+    @property
+    def is_in_batches(self) -> bool:
+        """Whether the batches to be computed must show it."""
+        return self.ranges is None and self.first_images is None
+
+    def find(self, network: _cnnrs.CpuNetwork, batches: Iterable[torch.Tensor]) -> Ranges:
+        """The ranges, as they are known or as the network shows them on these batches.
+
+        Raises:
+            UnsupportedModelError: no layer would compute in int8.
+            ValueError: some values are infinite or NaN.
+        """
+        if self.ranges is None:
+            count = 0
+            for images in self.first_images() if self.first_images is not None else batches:
+                images = _plain(images[: IMAGES - count])
+                network.look(images)
+                count += len(images)
+                if count == IMAGES:
+                    break
+            found = [list(one) for one in network.ranges()]
+            self.ranges = {"images": count, "percent_beyond": BEYOND, "ranges": found}
+            self.found(self.ranges)
+        return self.ranges
+
+
+def quantize(network: _cnnrs.CpuNetwork, ranges: Ranges, images: torch.Tensor, name: str, compare: bool) -> None:
+    """Makes a network compute in int8, and says what that costs where it costs more than it should.
+
+    Args:
+        network: in float32.
+        ranges: of its values.
+        images: a batch, of which a few are computed both ways.
+        name: of the model.
+        compare: whether they are.
+    """
+    part = _plain(images[:COMPARED])
+    before = network(part).clone() if compare else None
+    network.quantize(list(images.shape), [(node, low, high) for node, low, high in ranges["ranges"]])
+    if not _cnnrs.CpuNetwork.bytes_are_fast():
+        note(
+            "precision='int8': this processor has no instructions for it (VNNI), so that it is about as fast as float32; "
+            "the features are those of processors that have them, up to rounding"
+        )
+    if before is None:
+        return
+    after = network(part)
+    cosines = torch.nn.functional.cosine_similarity(before.flatten(1), after.flatten(1))
+    if (cosine := float(cosines.mean())) < CLOSE:
+        note(
+            f"precision='int8': the features of {name} have a cosine of {cosine:.3f} to those in float32 (mean of "
+            f"{len(part)} images): expect a less accurate head, or leave precision away"
+        )
+
+
+def refused(reasons: Iterable[str]) -> UnsupportedModelError:
+    """Why a model cannot be computed in int8, and what to do."""
+    lines = ["precision='int8' is computed by engine 'cpu' only, which cannot run this model:", *reasons]
+    return UnsupportedModelError("\n".join([*lines, "leave precision away to have it computed all the same"]))
+
+
+def _plain(images: torch.Tensor) -> torch.Tensor:
+    return images.resolve_conj().resolve_neg().contiguous()
