@@ -371,15 +371,13 @@ class CpuNetwork:
         """Compute one batch in float32 and count the values that int8 layers will read."""
 
     def ranges(self) -> list[tuple[int, float, float]]:
-        """(operation, lowest, highest) of the values counted, but for 0.01 % of them; NaN where some were not finite."""
+        """(operation, lowest, highest) of the values counted, but for 0.01 %; NaN where some were not finite."""
 
     def quantize(self, shape: Sequence[int], ranges: Sequence[tuple[int, float, float]]) -> None:
         """From now on layers that gain by it compute in int8, what they read being in these ranges."""
 
     @staticmethod
-    def byte_layers(
-        graph: Graph, tensors: Sequence[torch.Tensor], input: Sequence[int]
-    ) -> tuple[list[str], int]:
+    def byte_layers(graph: Graph, tensors: Sequence[torch.Tensor], input: Sequence[int]) -> tuple[list[str], int]:
         """The layers that would compute in int8, and how many convolutions and linear layers there are."""
 
     @staticmethod

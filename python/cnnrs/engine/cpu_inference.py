@@ -31,7 +31,7 @@ def obstacle(lowered: Lowered, images: torch.Tensor) -> str | None:
 
 
 def int8_layers(lowered: Lowered, shape: list[int]) -> tuple[list[str], int]:
-    """The layers that ``precision="int8"`` would compute in int8, and how many convolutions and linear layers there are.
+    """The layers that ``precision="int8"`` computes in int8, and how many convolutions and linear layers there are.
 
     Args:
         lowered: the frozen model, which the engine can compute.

@@ -12,6 +12,7 @@ from torch import nn
 
 from cnnrs.engine import cuda_graph, memory_order
 from cnnrs.engine.choice import Question, decide
+from cnnrs.engine.cpu_inference import int8_layers
 from cnnrs.engine.frozen_front import Front, moving_statistics
 from cnnrs.engine.verify import known_difference
 from cnnrs.model.lowering import Lowered, lower
@@ -34,6 +35,7 @@ class Explanation:
         front: on engine "python", what native code computes of the network: its frozen front, or operations that have
             kernels; None: nothing.
         preconv_order: the same as ``order`` for :func:`cnnrs.preconv`.
+        int8: which layers ``precision="int8"`` computes in int8, or why none; None where it was not asked for.
     """
 
     engine: str
@@ -44,9 +46,10 @@ class Explanation:
     order: str | None = None
     front: str | None = None
     preconv_order: str | None = None
+    int8: str | None = None
 
     def __str__(self) -> str:
-        return f"{self._fit()}\n{self._preconv()}"
+        return "\n".join(filter(None, [self._fit(), self._preconv(), self.int8]))
 
     def _preconv(self) -> str:
         if self.preconv == "open":
@@ -77,7 +80,9 @@ def listed(reasons: Sequence[str], most: int = 8) -> list[str]:
     return lines if len(reasons) <= most else [*lines, f"  ... and {len(reasons) - most} more"]
 
 
-def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Explanation:
+def explain(
+    model: nn.Module, input_shape: Sequence[int] | None = None, *, precision: Literal["int8"] | None = None
+) -> Explanation:
     """Say in words which engines :func:`cnnrs.fit` and :func:`cnnrs.preconv` pick for ``model``, and why.
 
     Args:
@@ -85,6 +90,7 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
             not changed.
         input_shape: (N, C, H, W) or (N, F) of a batch: some obstacles depend on it. None: (32, 3, 224, 224) for models
             that begin with a convolution of three channels and can run on that.
+        precision: "int8": also which layers :func:`cnnrs.preconv` computes in int8 when asked to.
 
     What the check on the first batch of an earlier ``fit`` or ``preconv`` has found is among the reasons.
 
@@ -93,6 +99,7 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
 
     Raises:
         TypeError: model is no ``nn.Module``.
+        ValueError: a precision of which there is nothing to explain.
         RuntimeError: a layer cannot take what ``input_shape`` makes of it; the message names the layer.
 
     >>> import cnnrs
@@ -102,6 +109,8 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if precision not in (None, "int8"):
+        raise ValueError(f"precision must be 'int8' or None, got {precision!r}")
     with frozen(model):
         features = _question("preconv", model, input_shape)
         preconv = decide(features)
@@ -119,8 +128,23 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
     front = _said(trained.front, fit) if trained.engine == "python" else None
     return Explanation(
         trained.engine, operations, reasons, "open" if is_open else preconv.engine, preconv.reasons, order, front,
-        preconv_order,
+        preconv_order, None if precision is None else _said_of_int8(features, preconv.reasons),
     )  # fmt: skip
+
+
+def _said_of_int8(question: Question, reasons: tuple[str, ...]) -> str:
+    if reasons or question.lowered is None:
+        return "precision='int8': refused, because engine 'cpu' cannot run the model"
+    if question.inputs is None:
+        return "precision='int8': which layers depends on the inputs' size: give explain() an input_shape"
+    layers, count = int8_layers(question.lowered, list(question.inputs.shape))
+    if not layers:
+        return (
+            "precision='int8': refused, because no layer would compute in int8: that takes convolutions or linear "
+            "layers of 16 and more input channels in one group, behind the first layer"
+        )
+    head = f"precision='int8': {len(layers)} of {count} convolutions and linear layers, all others in float32:"
+    return "\n".join([head, *listed(layers)])
 
 
 def _recorded(lowered: Lowered) -> tuple[str, ...]:

@@ -81,8 +81,8 @@ def quantize(network: _cnnrs.CpuNetwork, ranges: Ranges, images: torch.Tensor, n
     network.quantize(list(images.shape), [(node, low, high) for node, low, high in ranges["ranges"]])
     if not _cnnrs.CpuNetwork.bytes_are_fast():
         note(
-            "precision='int8': this processor has no instructions for it (VNNI), so that it is about as fast as float32; "
-            "the features are those of processors that have them, up to rounding"
+            "precision='int8': this processor has no instructions for it (VNNI), so it is no faster than float32. "
+            "The features are those of processors that have them, up to rounding"
         )
     if before is None:
         return

@@ -86,8 +86,7 @@ class Extract:
         device: str | torch.device | None = None,
         order: Order = "contiguous",
     ) -> None:
-        if precision == "int8":
-            raise ValueError('precision="int8" is not computed on Ray: its ranges are those of the first images of all data')
+        _refuse_int8(precision)
         body = resolve(model, layer, pool, weights)
         if device is not None:
             body = body.to(device)
@@ -197,6 +196,7 @@ def extract(
         ImportError: Ray is not installed.
         ValueError: data whose samples are no files, or whatever ``preconv`` refuses.
     """
+    _refuse_int8(precision)
     ray = _ray()
     if format not in ("store", "parquet"):
         raise ValueError(f"format must be 'store' or 'parquet', got {format!r}")
@@ -315,3 +315,11 @@ def _ray() -> Any:
     except ImportError as error:
         raise ImportError("cnnrs.ray needs Ray: pip install 'cnnrs[ray]'") from error
     return ray
+
+
+def _refuse_int8(precision: Precision | None) -> None:
+    if precision == "int8":
+        raise ValueError(
+            'precision="int8" is not computed on Ray: its ranges are found on the first images of all, which no worker '
+            "has; use cnnrs.preconv"
+        )

@@ -1,0 +1,177 @@
+"""`preconv(precision="int8")`: near float32, of one calibration, refused where it cannot be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import cnnrs
+from cnnrs.errors import UnsupportedModelError
+from cnnrs.features import calibration
+from cnnrs.features.update import Update
+
+
+class Residual(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, 32, 1, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        self.second = nn.Conv2d(32, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.second(torch.relu(self.norm(self.first(x)))))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    stem = nn.Conv2d(3, 24, 3, stride=2, padding=1)
+    return nn.Sequential(stem, nn.ReLU(), Residual(24), Residual(24), nn.AdaptiveAvgPool2d(4), nn.Flatten()).eval()
+
+
+@pytest.fixture
+def photos() -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(300, 3, 20, 20, generator=generator), torch.arange(300) % 3)
+
+
+def run(data: Any, model: nn.Module, out: Path | None = None, **options: Any) -> cnnrs.Features:
+    return cnnrs.preconv(data, model, out, **{"verbose": False, "precision": "int8", **options})
+
+
+def test_features_are_near_those_in_float32(photos: TensorDataset, model: nn.Module) -> None:
+    exact = run(photos, model, precision=None).features
+    found = run(photos, model).features
+    assert found.dtype == torch.float32 and found.shape == exact.shape
+    assert not torch.equal(found, exact)
+    assert torch.cosine_similarity(found, exact).min() > 0.999
+
+
+def test_the_order_of_the_loader_does_not_matter(photos: TensorDataset, model: nn.Module) -> None:
+    expected = run(photos, model, batch_size=64)
+    shuffled = run(DataLoader(photos, 64, shuffle=True), model)
+    assert sorted(map(tuple, shuffled.features.tolist())) == sorted(map(tuple, expected.features.tolist()))
+
+
+def test_batches_of_anything_are_calibrated_on_the_first_of_them(photos: TensorDataset, model: nn.Module) -> None:
+    images, labels = photos.tensors
+    batches = ((images[i : i + 50], labels[i : i + 50]) for i in range(0, 300, 50))
+    found = run(batches, model)
+    assert torch.equal(found.features, run(photos, model, batch_size=50).features)
+    assert torch.equal(found.labels, labels)
+
+
+def test_a_store_says_what_it_was_calibrated_on(photos: TensorDataset, model: nn.Module, tmp_path: Path) -> None:
+    first = run(photos, model, tmp_path / "f")
+    meta = json.loads((tmp_path / "f" / "meta.json").read_text())
+    assert meta["key"]["precision"] == "int8"
+    assert (meta["calibration"]["images"], meta["calibration"]["percent_beyond"]) == (256, 0.01)
+    # What four convolutions read.
+    assert len(meta["calibration"]["ranges"]) == 4
+    assert torch.equal(first.features, run(photos, model).features)
+
+
+def test_float32_is_another_store(
+    photos: TensorDataset, model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(photos, model, tmp_path / "f")
+    run(photos, model, tmp_path / "f", verbose=True)
+    assert "up to date" in capsys.readouterr().out
+    exact = run(photos, model, tmp_path / "f", precision=None, verbose=True)
+    assert "another precision is asked for" in capsys.readouterr().out
+    assert "calibration" not in json.loads((tmp_path / "f" / "meta.json").read_text())
+    assert torch.equal(exact.features, run(photos, model, precision=None).features)
+
+
+def test_new_images_are_computed_in_the_same_ranges(
+    photos: TensorDataset, model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = photos.tensors
+    before = run(TensorDataset(images[:280], labels[:280]), model, tmp_path / "f").features.clone()
+    more = run(photos, model, tmp_path / "f", verbose=True)
+    assert "computing 20 rows" in capsys.readouterr().out
+    assert torch.equal(more.features[:280], before)
+    # Others in front: the ranges might be others, and all is computed.
+    run(TensorDataset(images[10:], labels[10:]), model, tmp_path / "f", verbose=True)
+    assert "the first images, on which the ranges for int8 were found, are others" in capsys.readouterr().out
+
+
+def test_who_goes_on_computes_in_the_ranges_of_the_rows_that_are_there(
+    photos: TensorDataset, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(photos, model, tmp_path / "whole")
+    items = Update.items
+
+    def interrupted(self: Update) -> Iterator[Any]:
+        for number, item in enumerate(items(self)):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Update, "items", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(photos, model, tmp_path / "f")
+
+    def looked(*_: Any) -> None:
+        raise AssertionError("looked for the ranges again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cnnrs.features.session.Session._first_images", looked)
+        run(photos, model, tmp_path / "f")
+    for name in ("features.npy", "labels.npy", "meta.json"):
+        assert (tmp_path / "f" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert torch.equal(expected.features, cnnrs.load_features(tmp_path / "f").features)
+
+
+def test_what_cannot_be_is_refused(photos: TensorDataset, model: nn.Module) -> None:
+    for engine in ("torch", "python"):
+        with pytest.raises(ValueError, match=f"computed by engine \"cpu\" only, got engine='{engine}'"):
+            run(photos, model, engine=engine)
+    with pytest.raises(ValueError, match="no layer would compute in int8"):
+        run(photos, nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)))
+
+    class Reads(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * float(x.mean())
+
+    with pytest.raises(UnsupportedModelError, match=r"(?s)engine 'cpu' only, which cannot run.*leave precision away"):
+        run(photos, Reads())
+    with pytest.raises(UnsupportedModelError, match=r"(?s)float64.*leave precision away"):
+        run(photos, nn.Sequential(model.double()))
+
+
+def test_values_without_a_range_are_refused(photos: TensorDataset, model: nn.Module) -> None:
+    images, labels = photos.tensors
+    bad = images.clone()
+    bad[290, 0, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match="an image holds infinite or NaN values"):
+        run(TensorDataset(bad, labels), model)
+    bad[3] = torch.inf
+    with pytest.raises(ValueError, match="makes infinite or NaN values, which int8 cannot hold"):
+        run(TensorDataset(bad, labels), model)
+
+
+def test_a_network_that_loses_more_says_so(
+    photos: TensorDataset, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "CLOSE", 1.1)
+    with pytest.warns(UserWarning, match=r"features of Sequential have a cosine of 0\.99\d|1\.000 to those in float32"):
+        run(photos, model)
+
+
+def test_explained(model: nn.Module) -> None:
+    assert cnnrs.explain(model, (2, 3, 20, 20)).int8 is None
+    said = str(cnnrs.explain(model, (2, 3, 20, 20), precision="int8"))
+    assert "precision='int8': 4 of 5 convolutions and linear layers, all others in float32:\n  - 2.first" in said
+    none = cnnrs.explain(nn.Sequential(nn.Conv2d(3, 8, 3)), (2, 3, 20, 20), precision="int8")
+    assert "no layer would compute in int8" in str(none)
