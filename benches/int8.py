@@ -1,9 +1,9 @@
 """What ``preconv(precision="int8")`` gains and costs, against ONNX Runtime's int8.
 
-`python benches/int8.py PHOTOS [NETWORK ...]` takes photos from a folder with one folder per class (below train and valid,
-if there are). Images/s are of batches of 8 in memory; the cosine is that of features of photos behind the first 256, to
-float32; a logistic head is trained on float32 and on int8 features, on five random splits, where the weights are trained
-ones. Prints Markdown.
+`python benches/int8.py PHOTOS [NETWORK ...]` takes photos from a folder with one folder per class (below train and
+valid, if there are). Images/s are of batches of 8 in memory; the cosine is that of features of photos behind the first
+256, to float32; a logistic head is trained on float32 and on int8 features, on five random splits, where the weights
+are trained ones. Prints Markdown.
 """
 
 import statistics
