@@ -78,7 +78,7 @@ pub unsafe fn byte_tile<D: Dot>(rows: usize, columns: usize, t: &ByteTile<'_>) {
     macro_rules! fixed {
         ($c:literal, $($r:literal)*) => {
             match rows {
-                $($r => { run::<D, $r, $c, LANES>(t, t.input, &mut sums); })*
+                $($r => { run::<D, $r, $c, LANES>(t, t.input, sums.as_mut_ptr()); })*
                 _ => unreachable!("no microkernel for {rows} rows"),
             }
         };
@@ -120,7 +120,7 @@ unsafe fn parts<D: Dot, const STRIDE: usize>(rows: usize, columns: usize, t: &By
     while done < rows {
         // SAFETY: the caller's promise; the parts cover the rows one after the other.
         unsafe {
-            let (from, to) = (t.input.add(done * t.stride), &mut sums[done * columns..]);
+            let (from, to) = (t.input.add(done * t.stride), sums.as_mut_ptr().add(done * columns));
             done += match (rows - done, columns) {
                 (14.., 2) if D::Floats::WIDE => run::<D, 14, 2, STRIDE>(t, from, to),
                 (7.., 2) if D::Floats::WIDE => run::<D, 7, 2, STRIDE>(t, from, to),
@@ -141,12 +141,12 @@ unsafe fn parts<D: Dot, const STRIDE: usize>(rows: usize, columns: usize, t: &By
 /// All sums of `R` pixels and `C` blocks of output channels, as `[pixel][block]`; returns `R`.
 ///
 /// # Safety
-/// As for [`byte_tile`], with `R` rows from `input` on and `C` columns.
+/// As for [`byte_tile`], with `R` rows from `input` on and `C` columns; `to` has room for all.
 #[inline(always)]
 unsafe fn run<D: Dot, const R: usize, const C: usize, const STRIDE: usize>(
     t: &ByteTile<'_>,
     input: *const f32,
-    to: &mut [[f32; LANES]],
+    to: *mut [f32; LANES],
 ) -> usize {
     let stride = if STRIDE > 0 { STRIDE } else { t.stride };
     let mut weights = t.weights;
@@ -173,9 +173,10 @@ unsafe fn run<D: Dot, const R: usize, const C: usize, const STRIDE: usize>(
                 weights = weights.add(C * LANES);
             }
         }
-        for (sums, to) in sums.iter().zip(to.chunks_exact_mut(C)) {
-            for (&sum, to) in sums.iter().zip(to) {
-                D::floats(sum).store(to.as_mut_ptr());
+        // Known numbers of steps: were it a slice of any length, the sums would not stay in registers.
+        for r in 0..R {
+            for c in 0..C {
+                D::floats(sums[r][c]).store(to.add(r * C + c).cast());
             }
         }
     }
