@@ -6,6 +6,7 @@ valid, if there are). Images/s are of batches of 8 in memory; the cosine is that
 are trained ones. Prints Markdown.
 """
 
+import os
 import statistics
 import sys
 import tempfile
@@ -128,6 +129,7 @@ def heads(both: list[torch.Tensor], labels: torch.Tensor) -> Iterator[str]:
 
 def main() -> None:
     """Measure."""
+    load = os.getloadavg()[0]
     root = Path(sys.argv[1])
     paths = sorted(str(path) for path in root.rglob("*.jpg"))
     # Every photo of the first 256 may not be of one class.
@@ -143,7 +145,7 @@ def main() -> None:
         peers = True
     except ImportError:
         peers = False
-    print(machine(0.0))
+    print(machine(load))
     print(f"- {len(paths)} photos of {', '.join(classes)}, batches of {BATCH}, n = {ROUNDS} rounds in turn\n")
     print(
         "| network | layers in int8 | float32, img/s | int8, img/s | times as fast | cosine | ONNX Runtime float32 |",

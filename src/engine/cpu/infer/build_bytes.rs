@@ -68,7 +68,7 @@ impl<'a> Network<'a> {
                     let filter = &filters[o * products..][..products];
                     let mut row = 0;
                     // Offset by offset as the taps have them: [block][window][four channels].
-                    for (at, _) in packing.offsets.iter().enumerate() {
+                    for at in 0..packing.offsets.len() {
                         let (block, k) = (at / window, at % window);
                         let short = packing.offsets.len() - at <= packing.short;
                         for four in 0..if short { packing.short_len } else { packing.len } {

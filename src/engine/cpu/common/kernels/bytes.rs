@@ -143,6 +143,7 @@ unsafe fn parts<D: Dot, const STRIDE: usize>(rows: usize, columns: usize, t: &By
 /// # Safety
 /// As for [`byte_tile`], with `R` rows from `input` on and `C` columns; `to` has room for all.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)]
 unsafe fn run<D: Dot, const R: usize, const C: usize, const STRIDE: usize>(
     t: &ByteTile<'_>,
     input: *const f32,
