@@ -87,7 +87,7 @@ pub unsafe fn byte_tile<D: Dot>(rows: usize, columns: usize, t: &ByteTile<'_>) {
     unsafe {
         match (t.stride, columns) {
             (LANES, 2) if D::Floats::WIDE => fixed!(2, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
-            (LANES, 1) if !D::Floats::WIDE => fixed!(1, 1 2 3 4 5 6),
+            (LANES, 1) if !D::Floats::WIDE && rows <= 6 => fixed!(1, 1 2 3 4 5 6),
             (LANES, _) => parts::<D, LANES>(rows, columns, t, &mut sums),
             (TWICE, _) if D::Floats::FAST => parts::<D, TWICE>(rows, columns, t, &mut sums),
             _ => parts::<D, 0>(rows, columns, t, &mut sums),
