@@ -20,7 +20,8 @@ torch.manual_seed(0)
 
 
 def network(name: str, settled: bool = False) -> nn.Module:
-    """A torchvision network with random weights, or "efficientnet_lite0"; "vgg16.features" is a part of one.
+    """A network with random weights: one of torchvision, "vgg16.features", a part of one, "efficientnet_lite0", or the
+    features of "timm:vit_small_patch16_224", one of timm for images of 224 x 224.
 
     Args:
         name: with a layer's path behind a dot, that part.
@@ -31,6 +32,8 @@ def network(name: str, settled: bool = False) -> nn.Module:
     if whole == "efficientnet_lite0":
         package = importlib.import_module("efficientnet_lite_pytorch")
         model: nn.Module = package.EfficientNet.from_name("efficientnet-lite0")
+    elif whole.startswith("timm:"):
+        model = importlib.import_module("timm").create_model(whole[5:], img_size=224, num_classes=0)
     else:
         model = getattr(torchvision.models, whole)()
     if settled:

@@ -57,7 +57,8 @@ def main() -> None:
     if options.only:
         if options.names != ["zoo"]:
             parser.error("--only is for part zoo: python benches/run.py zoo --only resnet18")
-        if unknown := sorted({*options.only} - {*torchvision.models.list_models(torchvision.models)}):
+        known = {*torchvision.models.list_models(torchvision.models)}
+        if unknown := sorted(name for name in options.only if name not in known and not name.startswith("timm:")):
             parser.error(f"torchvision.models has no {', '.join(unknown)}")
         for comparison in zoo.comparisons(options.only):
             print(comparison.measure().table(), flush=True)

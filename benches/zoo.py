@@ -1,9 +1,12 @@
-"""torchvision's networks, one of each family at least: torch in both orders, ONNX Runtime, OpenVINO, and `preconv`.
+"""torchvision's networks, one of each family at least, and transformers of timm.
+
+By torch in both orders, ONNX Runtime, OpenVINO, and `preconv`.
 
 `python benches/run.py zoo --only regnet_y_400mf shufflenet_v2_x1_0` measures some of them, and keeps nothing.
 """
 
 import copy
+import importlib.util
 import statistics
 import sys
 import time
@@ -26,7 +29,8 @@ NETWORKS = (
     "maxvit_t", "mnasnet0_5", "mnasnet1_0", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small",
     "regnet_x_400mf", "regnet_x_1_6gf", "regnet_y_400mf", "regnet_y_1_6gf", "resnet18", "resnet34", "resnet50",
     "resnext50_32x4d", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "squeezenet1_0", "squeezenet1_1", "swin_t",
-    "swin_v2_t", "vgg11", "vgg16", "vgg16_bn", "vit_b_16", "vit_b_32", "wide_resnet50_2",
+    "swin_v2_t", "timm:vit_small_patch14_dinov2", "timm:vit_small_patch16_224", "vgg11", "vgg16", "vgg16_bn",
+    "vit_b_16", "vit_b_32", "wide_resnet50_2",
 )  # fmt: skip
 BATCH, SIZE = 8, 224
 #: Images of a job for `preconv`, whose preparations are part of it; others run so many in a row.
@@ -39,9 +43,10 @@ def comparisons(only: Sequence[str] = ()) -> Iterator["Zoo"]:
     """One table.
 
     Args:
-        only: names of networks; none: all.
+        only: names of networks; none: all, those of timm where it is installed.
     """
-    yield Zoo(only or NETWORKS)
+    there = [name for name in NETWORKS if importlib.util.find_spec("timm") or not name.startswith("timm:")]
+    yield Zoo(only or there)
 
 
 @dataclass
@@ -49,7 +54,7 @@ class Row:
     """One network.
 
     Attributes:
-        name: torchvision's.
+        name: as for `frozen_peers.network`.
         rates: images per second of each contender, round by round.
         engine: who computes it for `preconv`.
         notes: who did not run, and why.
@@ -87,7 +92,8 @@ class Zoo:
         everyone = [PLAIN, LAST, *RUNTIMES]
         slower = [f"{row.name} ({row.ratio(everyone):.2f})" for row in self.rows if row.ratio(everyone) < 1]
         lines = [
-            f"### torchvision's networks: features of {JOB} images, {SIZE} x {SIZE}, float32, batches of {BATCH}",
+            f"### torchvision's networks, and transformers of timm: features of {JOB} images, {SIZE} x {SIZE}, "
+            f"float32, batches of {BATCH}",
             "",
             f"Medians of {ROUNDS} rounds in img/s, {THREADS} threads. For cnnrs a round is one `preconv` of a network "
             "that it has not seen before: looking at it, preparing and checking it are part of the time. For the "

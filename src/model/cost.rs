@@ -49,13 +49,14 @@ fn field(graph: &Graph, node: &Node, known: &[Option<Field>], shapes: &[Shape]) 
         }
         Op::MaxPool2d { kernel, stride, dilation, .. } => (*kernel, *stride, *dilation),
         Op::AvgPool2d { kernel, stride, .. } => (*kernel, *stride, [1, 1]),
-        // Over the channels of each pixel, which a permutation has made the last dimension.
-        Op::Linear { .. } | Op::LayerNorm { .. } if shapes[node.inputs[0]].len() == 4 => return Some(from),
+        // Over the channels of each pixel or token, which a permutation has made the last dimension.
+        Op::Linear { .. } | Op::LayerNorm { .. } if shapes[node.inputs[0]].len() > 2 => return Some(from),
         Op::AdaptiveAvgPool2d { .. }
         | Op::Linear { .. }
         | Op::LayerNorm { .. }
         | Op::Mean { .. }
-        | Op::Softmax { .. } => {
+        | Op::Softmax { .. }
+        | Op::Attention { .. } => {
             return None;
         }
         Op::Input
@@ -72,7 +73,9 @@ fn field(graph: &Graph, node: &Node, known: &[Option<Field>], shapes: &[Shape]) 
         | Op::Mul
         | Op::Cat { .. }
         | Op::Split { .. }
-        | Op::ChannelShuffle { .. } => return Some(from),
+        | Op::ChannelShuffle { .. }
+        | Op::Expand { .. }
+        | Op::Shift { .. } => return Some(from),
     };
     for i in 0..2 {
         from.size[i] += (kernel[i] - 1) * dilation[i] * from.jump[i];
@@ -93,7 +96,12 @@ fn flops(graph: &Graph, node: &Node, shape: &Shape, shapes: &[Shape]) -> u64 {
         Op::Softmax { .. } => 3 * out,
         // One addition for the mean, three operations for the variance, two for factor and summand.
         Op::LayerNorm { .. } => 6 * out,
-        Op::Activation { .. } | Op::Add { .. } | Op::Mul | Op::Scale { .. } => out,
+        Op::Activation { .. } | Op::Add { .. } | Op::Mul | Op::Scale { .. } | Op::Shift { .. } => out,
+        // Two products of all tokens by all tokens, and a softmax for each head.
+        Op::Attention { heads, .. } => {
+            let tokens = shape[1] as u64;
+            4 * out * tokens + 3 * shape[0] as u64 * *heads as u64 * tokens * tokens
+        }
         Op::Input
         | Op::Dropout { .. }
         | Op::StochasticDepth { .. }
@@ -103,6 +111,7 @@ fn flops(graph: &Graph, node: &Node, shape: &Shape, shapes: &[Shape]) -> u64 {
         | Op::Split { .. }
         | Op::ChannelShuffle { .. }
         | Op::Pad { .. }
-        | Op::Permute { .. } => 0,
+        | Op::Permute { .. }
+        | Op::Expand { .. } => 0,
     }
 }

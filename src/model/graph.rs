@@ -144,6 +144,20 @@ pub enum Op {
     ChannelShuffle {
         groups: usize,
     },
+    /// `scaled_dot_product_attention` of each head, side by side again: of queries, keys and values (N, T, C), or of one
+    /// input (N, T, 3 C) that holds all three.
+    Attention {
+        heads: usize,
+        scale: f64,
+    },
+    /// A parameter or buffer (1, T, C), once per sample of the input.
+    Expand {
+        tensor: Tensor,
+    },
+    /// Plus a parameter or buffer that broadcasts to the value's shape.
+    Shift {
+        summand: Tensor,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -229,6 +243,9 @@ impl Op {
             Self::Cat { .. } => "Cat",
             Self::Split { .. } => "Split",
             Self::ChannelShuffle { .. } => "ChannelShuffle",
+            Self::Attention { .. } => "Attention",
+            Self::Expand { .. } => "Expand",
+            Self::Shift { .. } => "Shift",
         }
     }
 
@@ -241,7 +258,9 @@ impl Op {
             Self::BatchNorm2d { weight, bias, .. } | Self::LayerNorm { weight, bias, .. } => {
                 weight.iter().chain(bias).copied().collect()
             }
-            Self::Scale { factor, .. } => vec![*factor],
+            Self::Scale { factor: tensor, .. } | Self::Expand { tensor } | Self::Shift { summand: tensor } => {
+                vec![*tensor]
+            }
             Self::Input
             | Self::Activation { .. }
             | Self::MaxPool2d { .. }
@@ -259,7 +278,8 @@ impl Op {
             | Self::Mul
             | Self::Cat { .. }
             | Self::Split { .. }
-            | Self::ChannelShuffle { .. } => Vec::new(),
+            | Self::ChannelShuffle { .. }
+            | Self::Attention { .. } => Vec::new(),
         }
     }
 }

@@ -171,6 +171,33 @@ fn output(graph: &Graph, node: &Node, known: &[Shape], input: &[usize]) -> Resul
                 _ => Err(fail(node, format!("cannot divide {out:?} into {sizes:?} along dimension {dim}"))),
             }
         }
+        Op::Attention { heads, .. } => {
+            let shape = from(0)?;
+            let parts = if node.inputs.len() == 1 { 3 } else { 1 };
+            let [n, tokens, channels] = shape[..] else {
+                return Err(fail(node, format!("expects tokens (N, T, C), got shape {shape:?}")));
+            };
+            if !matches!(node.inputs.len(), 1 | 3) || channels.checked_rem(parts * heads) != Some(0) {
+                return Err(fail(node, format!("cannot divide {shape:?} into {heads} heads")));
+            }
+            for i in 1..node.inputs.len() {
+                if from(i)? != shape {
+                    return Err(fail(node, format!("expects keys and values of shape {shape:?}, got {:?}", from(i)?)));
+                }
+            }
+            Ok(vec![n, tokens, channels / parts])
+        }
+        Op::Expand { tensor } => match (from(0)?.first(), &graph.tensors[*tensor][..]) {
+            (Some(&n), &[1, tokens, channels]) => Ok(vec![n, tokens, channels]),
+            (_, shape) => Err(fail(node, format!("expects one sequence of tokens (1, T, C), got shape {shape:?}"))),
+        },
+        Op::Shift { summand } => {
+            let (shape, summand) = (from(0)?, &graph.tensors[*summand]);
+            match broadcast(node, shape, summand)? {
+                out if out == *shape => Ok(out),
+                _ => Err(fail(node, format!("a summand of shape {summand:?} would repeat values of shape {shape:?}"))),
+            }
+        }
         Op::ChannelShuffle { groups } => {
             let shape = from(0)?;
             let [_, c, ..] = image(node, shape)?;

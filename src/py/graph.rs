@@ -192,6 +192,12 @@ const OPERATIONS: &Names<fn(&Attributes<'_, '_>) -> PyResult<Op>> = &[
     ("Cat", |a| Ok(Op::Cat { dim: a.get("dim")? })),
     ("Split", |a| Ok(Op::Split { dim: a.get("dim")?, sizes: a.get("sizes")?, part: a.get("part")? })),
     ("ChannelShuffle", |a| Ok(Op::ChannelShuffle { groups: a.get("groups")? })),
+    ("Attention", |a| match a.get("heads")? {
+        0 => Err(a.record.wrong("heads", "must be positive")),
+        heads => Ok(Op::Attention { heads, scale: a.get("scale")? }),
+    }),
+    ("Expand", |a| Ok(Op::Expand { tensor: a.tensor("tensor")? })),
+    ("Shift", |a| Ok(Op::Shift { summand: a.tensor("summand")? })),
     ("ReLU", |a| activation(a, Activation::Relu)),
     ("ReLU6", |a| activation(a, Activation::Relu6)),
     ("LeakyReLU", |a| activation(a, Activation::LeakyRelu { negative_slope: a.get("negative_slope")? })),

@@ -161,6 +161,10 @@ fn apply(node: &Node, tensors: &[Tensor], values: &[Option<Tensor>]) -> Result<T
             let before: usize = sizes[..*part].iter().sum();
             x.f_narrow(*dim, before as i64, sizes[*part] as i64)?
         }
+        // Only graphs for features on engine `cpu` have them.
+        Op::Attention { .. } | Op::Expand { .. } | Op::Shift { .. } => {
+            return Err(Error::internal("engine torch gets no tokens").into());
+        }
         Op::ChannelShuffle { groups } => {
             let (size, groups) = (x.size(), *groups as i64);
             // As torchvision's networks; the result lies in memory as theirs does.

@@ -57,5 +57,16 @@ class Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.drew: bool = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.drew = self.drew or bool(torch.Tag.nondeterministic_seeded in func.tags)
+        draws = torch.Tag.nondeterministic_seeded in func.tags and not _drops_nothing(func, args, kwargs or {})
+        self.drew = self.drew or bool(draws)
         return func(*args, **(kwargs or {}))
+
+
+def _drops_nothing(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator (attention in one piece) draws for dropout alone, and is asked for none."""
+    names = [argument.name for argument in func._schema.arguments]
+    if "dropout_p" not in names:
+        return False
+    place = names.index("dropout_p")
+    p = args[place] if place < len(args) else kwargs.get("dropout_p", func._schema.arguments[place].default_value)
+    return type(p) in (int, float) and p == 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -149,13 +149,16 @@ def slow_on_cpu(lowered: Lowered) -> list[str]:
     ]
 
 
-def lowered_for(model: nn.Module, engine: Engine, gradients: bool = True) -> Lowered | None:
+def lowered_for(
+    model: nn.Module, engine: Engine, gradients: bool = True, image: Sequence[int] | None = None
+) -> Lowered | None:
     """The lowered model for engines ``torch`` and ``cpu``, or None where only the module will do.
 
     Args:
         model: the module, in the mode it will run in.
         engine: as for :func:`cnnrs.fit`; "auto" never takes "torch".
         gradients: whether its results will be differentiated.
+        image: the shape of the samples, without the batch, for networks that look at it; only without gradients.
 
     Raises:
         UnsupportedModelError: engine is "torch" or "cpu" and the model cannot be lowered; the message says why.
@@ -172,7 +175,7 @@ def lowered_for(model: nn.Module, engine: Engine, gradients: bool = True) -> Low
     if engine == "torch":
         libtorch()
     try:
-        return lower(model, gradients)
+        return lower(model, gradients, image)
     except Unsupported as reasons:
         if engine != "auto":
             raise UnsupportedModelError(f"engine {engine!r} cannot run this model:\n{reasons}") from None

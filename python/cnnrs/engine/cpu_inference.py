@@ -27,6 +27,8 @@ def obstacle(lowered: Lowered, images: torch.Tensor) -> str | None:
             return f"it computes in float32 on the CPU, but {name} is {tensor.dtype} on {tensor.device}"
     if images.dtype != torch.float32 or images.ndim not in (2, 4) or images.numel() == 0:
         return f"it reads float32 images (N, C, H, W) or vectors (N, F), not {images.dtype} {list(images.shape)}"
+    if lowered.image not in (None, tuple(images.shape[1:])):
+        return f"its operations are those for images {list(lowered.image or ())}, not {list(images.shape[1:])}"
     return _cnnrs.CpuNetwork.obstacle(lowered.graph, _in_order(lowered), list(images.shape))
 
 

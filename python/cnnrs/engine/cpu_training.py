@@ -20,7 +20,9 @@ from cnnrs.model.lowering import Lowered
 Rows = tuple[torch.Tensor, torch.Tensor, list[int], list[int]]
 
 #: Operations that engine ``cpu`` computes for features only.
-_FEATURES_ONLY = frozenset({"ChannelShuffle", "LayerNorm", "Permute", "Scale", "Split", "ZeroPad2d"})
+_FEATURES_ONLY = frozenset({
+    "Attention", "ChannelShuffle", "Expand", "LayerNorm", "Permute", "Scale", "Shift", "Split", "ZeroPad2d",
+})  # fmt: skip
 #: Compiled plans and their threads live as long as the model.
 _PLANS: WeakKeyDictionary[nn.Module, _cnnrs.CpuPlans] = WeakKeyDictionary()
 

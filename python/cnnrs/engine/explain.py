@@ -188,12 +188,23 @@ def _question(purpose: Literal["fit", "preconv"], model: nn.Module, input_shape:
     try:
         lowered = lower(model, gradients=purpose == "fit")
     except Unsupported as reasons:
-        return Question(purpose, "auto", None, tuple(str(reasons).split("\n")))
+        sized = _sized(model, input_shape) if purpose == "preconv" else None
+        if sized is None:
+            return Question(purpose, "auto", None, tuple(str(reasons).split("\n")))
+        lowered = sized
     if reason := known_difference(model, lowered):
         return Question(purpose, "auto", lowered, (reason,))
     shape = _shape(lowered, input_shape)
     inputs = None if shape is None else torch.empty(1, dtype=torch.float32, device="cpu").expand(tuple(shape))
     return Question(purpose, "auto", lowered, inputs=inputs, training=model.training)
+
+
+def _sized(model: nn.Module, input_shape: Sequence[int] | None) -> Lowered | None:
+    """The frozen model as operations for images of one size; None where it has none for that either."""
+    try:
+        return lower(model, False, (3, 224, 224) if input_shape is None else tuple(input_shape)[1:])
+    except Unsupported:
+        return None
 
 
 def _shape(lowered: Lowered, given: Sequence[int] | None) -> Sequence[int] | None:

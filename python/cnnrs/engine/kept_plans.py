@@ -92,7 +92,7 @@ def drop(model: nn.Module, front: Lowered | None = None) -> None:
 
 def _key(lowered: Lowered, exact: bool) -> Any:
     tensors = [(id(t), t.data_ptr(), tuple(t.shape), t.stride(), t.dtype) for t in lowered.tensors]
-    return repr(lowered.operations), tensors, exact, torch.get_num_threads()
+    return repr(lowered.operations), lowered.image, tensors, exact, torch.get_num_threads()
 
 
 def _owner(model: nn.Module, lowered: Lowered) -> nn.Module | None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cnnrs.engine.explain import explain, listed
-from cnnrs.model.lowering import lower
+from cnnrs.model.lowering import Lowered, lower
 from cnnrs.model.modes import frozen
 from cnnrs.model.operations import Unsupported
 
@@ -102,9 +102,8 @@ def summary(model: nn.Module, input_shape: Sequence[int]) -> Summary:
     (1, 32, 32, 32)
     """
     why = explain(model, input_shape)
-    try:
-        lowered = lower(model)
-    except Unsupported:
+    lowered = _lowered(model, input_shape)
+    if lowered is None:
         return Summary(_by_hooks(model, input_shape), why.engine, why.reasons)
     shapes = lowered.graph.shapes(list(input_shape))
     costs = lowered.graph.costs(shapes)
@@ -117,6 +116,19 @@ def summary(model: nn.Module, input_shape: Sequence[int]) -> Summary:
             flops, field = costs[i]
             layers.append(_layer(lowered.names[i], lowered.kinds[i], shapes[i], own, field, flops))
     return Summary(tuple(layers), why.engine, why.reasons)
+
+
+def _lowered(model: nn.Module, input_shape: Sequence[int]) -> Lowered | None:
+    """The operations, where need be those of the frozen model for images of that size."""
+    try:
+        return lower(model)
+    except Unsupported:
+        pass
+    try:
+        with frozen(model):
+            return lower(model, False, tuple(input_shape)[1:])
+    except Unsupported:
+        return None
 
 
 def _layer(

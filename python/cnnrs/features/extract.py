@@ -143,14 +143,6 @@ class Extractor:
 
         return ordered
 
-    def _lowered(self) -> Lowered | None:
-        if self.precision != "int8":
-            return lowered_for(self.model, self.engine, gradients=False)
-        try:
-            return lowered_for(self.model, "cpu", gradients=False)
-        except UnsupportedModelError as error:
-            raise refused(str(error).splitlines()[1:]) from None
-
     def calibrate(self) -> None:
         """Find what int8 layers read without computing rows.
 
@@ -184,22 +176,70 @@ class Extractor:
         if self.precision == "int8":
             return self._in_int8(images, ahead)
         amp = AUTOCAST.get(self.precision or "")
-        choice = decide(Question("preconv", self.engine, self.lowered, self._against, images, amp=amp))
+        lowered = self.lowered or self._lowered(tuple(images.shape[1:]))
+        choice = decide(Question("preconv", self.engine, lowered, self._against, images, amp=amp))
         if self.engine == "cpu" and choice.reasons:
             raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this model:", *choice.reasons]))
         # On an accelerator the module is called, too: its launches run ahead of the device, whoever makes them.
-        if self.lowered is None or choice.engine == "python" or self.device.type != "cpu":
+        if lowered is None or choice.engine == "python" or self.device.type != "cpu":
             return None
         if choice.engine == "torch":
-            network = _without_gradients(self.lowered)
+            network = _without_gradients(lowered)
         else:
             exact = self.precision == "exact"
-            self._plan = kept_plans.take(self.model, self.lowered, exact=exact, beside=self.beside)
+            self._plan = kept_plans.take(self.model, lowered, exact=exact, beside=self.beside)
             network = _natively(self._plan)
-        if self._differs(self.lowered, network, images):
+        if self._differs(lowered, network, images):
             self._against, self._plan = ("its module computes something else",), None
             return None
-        return network
+        return network if lowered.image is None else self._of_any_size(lowered.image, network)
+
+    def _of_any_size(self, image: tuple[int, ...], network: Network) -> Network:
+        """Engine ``cpu`` for a model that looks at the size of its images: another size has operations of its own.
+
+        Which engine a size gets depends on nothing else, so that a store that goes on has the same rows.
+        """
+
+        def called(images: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                result: torch.Tensor = self.model(images)
+                return result
+
+        def computed(images: torch.Tensor) -> torch.Tensor:
+            nonlocal image, network
+            if tuple(images.shape[1:]) != image:
+                image = tuple(images.shape[1:])
+                network = self._of_size(images) or called
+            return network(images)
+
+        return computed
+
+    def _of_size(self, images: torch.Tensor) -> Network | None:
+        """Engine ``cpu`` for the size of these; None where the module must be called."""
+        lowered = self._lowered(tuple(images.shape[1:]))
+        obstacle = None if lowered is None else cpu_inference.obstacle(lowered, images)
+        if obstacle is not None and self.engine == "cpu":
+            raise UnsupportedModelError(f"engine 'cpu' cannot run this model:\n{obstacle}")
+        if lowered is None or obstacle is not None:
+            return None
+        exact = self.precision == "exact"
+        network = _natively(cpu_inference.network(lowered, exact=exact, beside=self.beside))
+        return None if self._differs(lowered, network, images) else network
+
+    def _lowered(self, image: tuple[int, ...] | None = None) -> Lowered | None:
+        """The model as operations, for images of any size or of this one."""
+        if self.precision == "int8":
+            try:
+                return lowered_for(self.model, "cpu", gradients=False)
+            except UnsupportedModelError as error:
+                raise refused(str(error).splitlines()[1:]) from None
+        try:
+            return lowered_for(self.model, self.engine, gradients=False, image=image)
+        except UnsupportedModelError:
+            # The size of the images may be all that was missing.
+            if image is None and self.engine == "cpu":
+                return None
+            raise
 
     def _differs(self, lowered: Lowered, network: Network, images: torch.Tensor) -> bool:
         """Whether the module must be called after all; a few images show it."""

@@ -5,8 +5,9 @@ Nothing is copied: the graph names parameters by index into a list of the module
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +19,12 @@ from torch.utils._device import DeviceContext
 from cnnrs import _cnnrs
 from cnnrs._records import Attributes, Node, OpKind
 from cnnrs._util import plain
-from cnnrs.model import shuffle
+from cnnrs.model import attention, shuffle, tokens
 from cnnrs.model.around import global_hooks
-from cnnrs.model.operations import BINARY, FUNCTIONS, INPLACE, LAYERS, METHODS, WEIGHTED, Unsupported
+from cnnrs.model.operations import BINARY, FUNCTIONS, INPLACE, LAYERS, METHODS, WEIGHTED, Unsupported, _linear
 from cnnrs.model.sizes import Sizes
 from cnnrs.model.stochastic_depth import Draws, is_stochastic_depth
-from cnnrs.model.tracing import Memory, Recorder, Size, Standin, values
+from cnnrs.model.tracing import MULTIHEAD, Memory, Recorder, Size, Standin, values
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Lowered:
         kinds: the PyTorch class that does the same as each node.
         operations: (name, kind, inputs, attributes) of each node, as given to the graph.
         output: the node whose value is the model's.
+        image: the shape of the samples, without the batch, for which alone the operations are the model's; None: any.
     """
 
     graph: _cnnrs.Graph
@@ -45,15 +47,18 @@ class Lowered:
     kinds: list[str]
     operations: list[Node]
     output: int
+    image: tuple[int, ...] | None = None
 
 
-def lower(model: nn.Module, gradients: bool = True) -> Lowered:
+def lower(model: nn.Module, gradients: bool = True, image: Sequence[int] | None = None) -> Lowered:
     """Lower ``model`` in its present mode (dropout and batch norm read each layer's ``training`` flag).
 
     Args:
         model: any module whose ``forward`` takes one tensor. It is as before afterwards, and so are the generators of
             random numbers and everything else that ``forward`` can reach.
         gradients: whether the result will be differentiated. Where not, it does not matter what ``forward`` does to
+            gradients.
+        image: the shape of the samples that it will get, without the batch, for networks that look at it; only without
             gradients.
 
     Returns:
@@ -65,7 +70,7 @@ def lower(model: nn.Module, gradients: bool = True) -> Lowered:
     reasons = obstacles(model)
     if reasons:
         raise Unsupported("\n".join(reasons))
-    return _Lowering(model, gradients).run()
+    return _Lowering(model, gradients, None if gradients or image is None else tuple(image)).run()
 
 
 # -- what makes a model more than its layers -----------------------------------------------------------------
@@ -112,6 +117,7 @@ class _Lowering:
 
     model: nn.Module
     gradients: bool
+    image: tuple[int, ...] | None = None
     nodes: list[Node] = field(default_factory=lambda: [("input", "Input", [], {})])
     tensors: list[torch.Tensor] = field(default_factory=list)
 
@@ -124,7 +130,7 @@ class _Lowering:
         self._names: Counter[str] = Counter()
         #: Where a tensor is among those, by its id.
         self._places: dict[int, int] = {}
-        self._sizes = Sizes()
+        self._sizes = Sizes(self.image)
         #: Steps of channel shuffles, which are one operation each.
         self._joined: set[int] = set()
 
@@ -152,7 +158,8 @@ class _Lowering:
         except (TypeError, ValueError, OverflowError) as error:
             raise Unsupported(f"an argument makes no sense: {error}") from error
         kinds = [_kind(kind, attributes) for _, kind, _, attributes in self.nodes]
-        return Lowered(graph, self.tensors, [node[0] for node in self.nodes], kinds, self.nodes, node)
+        names = [node[0] for node in self.nodes]
+        return Lowered(graph, self.tensors, names, kinds, self.nodes, node, self.image)
 
     def _attempt(self, where: str, make: Callable[[], Any]) -> Any:
         """What ``make`` returns; None, with the reason kept, where there is no counterpart."""
@@ -178,8 +185,14 @@ class _Lowering:
     def unpacked(self, node: int, count: int) -> None:
         self._sizes.has_rank(node, count)
 
-    def channels(self, node: int) -> int | None:
-        return self._sizes.channels(node)
+    def size(self, node: int, dim: int) -> int | None:
+        shape = self.shape(node)
+        if shape is not None:
+            return shape[dim] if -len(shape) <= dim < len(shape) else None
+        return self._sizes.channels(node) if dim in (1, -3) else None
+
+    def shape(self, node: int) -> list[int | None] | None:
+        return self._sizes.shape(node, self.nodes, self.tensors)
 
     def layer(self, module: nn.Module, args: tuple[Any, ...]) -> Standin:
         kind = type(module).__name__
@@ -189,7 +202,9 @@ class _Lowering:
         result = self._attempt(f"{name or 'the model'} ({kind})", lambda: self._layer(name or kind, module, args))
         return result if result is not None else self._nothing()
 
-    def _layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Standin:
+    def _layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if type(module) is nn.MultiheadAttention and self.image is not None:
+            return self._multihead(name, module, args), None
         if is_stochastic_depth(module):
             if module.training and getattr(module, "p", 1.0) > 0.0:
                 drops: Attributes = {"p": module.p, "rows": module.mode == "row", "keep": None}
@@ -203,11 +218,25 @@ class _Lowering:
         if type(module) is nn.Identity:
             return x
         kind, attributes = LAYERS[type(module)]
+        if x.heads is not None and isinstance(module, nn.Dropout) and not (module.training and module.p > 0.0):
+            return x
         made = self._apply(name, kind, [x], self._described(attributes, module, self._tensor_index))
         if kind == "BatchNorm2d" and made.node is not None:
             # The layer, not the function, refuses everything else.
             self._sizes.has_rank(made.node, 4)
         return made
+
+    def _multihead(self, name: str, module: nn.MultiheadAttention, args: tuple[Any, ...]) -> Standin:
+        attention.check_layer(module, dict(zip(MULTIHEAD, args, strict=True)))
+        x = self._tensor(args[0])
+        if len(self.shape(self._read(x)) or ()) != 3:
+            raise Unsupported("is called with something else than tokens (N, T, C)")
+        weights = _linear(self._tensor_index, module.in_proj_weight, module.in_proj_bias)
+        x = self._apply(f"{name}.in_proj", "Linear", [x], weights)
+        scale = 1.0 / math.sqrt(module.head_dim)
+        x = self._apply(name, "Attention", [x], {"heads": module.num_heads, "scale": scale})
+        out = module.out_proj
+        return self._apply(f"{name}.out_proj", "Linear", [x], _linear(self._tensor_index, out.weight, out.bias))
 
     # -- functions
 
@@ -216,12 +245,17 @@ class _Lowering:
         return result if result is not None else self._nothing()
 
     def sized(self, target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Standin:
+        if name == "expand" and self.image is not None and not kwargs:
+            expanded = self._attempt("expand()", lambda: self._expanded(args))
+            return expanded if expanded is not None else self._nothing()
         drawn = self._draws.drawn(target, args, kwargs)
         if drawn is None:
             raise self._recorder.stop(f"{name}() makes a tensor of the batch's size")
         return drawn
 
     def _call(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if any(isinstance(value, Standin) and value.heads is not None for value in values((args, kwargs))):
+            return self._of_heads(target, name, args, kwargs)
         dropped = self._draws.call(name, args, kwargs)
         if isinstance(dropped, Standin):
             return dropped
@@ -239,6 +273,8 @@ class _Lowering:
             own = [self._own_name(a) is not None for a in args]
             if kind == "Mul" and any(own) and not attributes["inplace"]:
                 return self._scale(name, args, first=own[0])
+            if kind == "Add" and any(own) and not attributes["inplace"] and self.image is not None:
+                return self._shift(name, args, first=own[0])
             return self._apply(self._unique(name), kind, [self._tensor(a) for a in args], dict(attributes))
         if target in (torch.cat, torch.concat):
             parts = args[0] if args else kwargs.pop("tensors")
@@ -253,8 +289,10 @@ class _Lowering:
             sizes = self._described(_chunks if name == "chunk" else _parts, self._channels_of(x), *args, **kwargs)
             one: list[Attributes] = [{"dim": 1, "sizes": sizes, "part": part} for part in range(len(sizes))]
             return tuple(self._apply(self._unique(name), "Split", [x], part) for part in one)
+        if target == "__getitem__" and self.image is not None and len(args) == 1:
+            return self._item(x, args[0])
         if target in ("transpose", torch.transpose):
-            order = self._described(_swapped, self._sizes.rank(self._read(x)), *args, **kwargs)
+            order = self._described(_swapped, self._rank(x), *args, **kwargs)
             return self._apply(self._unique(name), "Permute", [x], {"dims": order})
         inplace = INPLACE.get(name)
         function = inplace or (METHODS.get(target) if isinstance(target, str) else target)
@@ -275,7 +313,88 @@ class _Lowering:
             self._joined |= {node, *self.nodes[node][2]}
             source = self._recorder.value(shuffle.source(self.nodes, node), x.memory)
             return self._apply(self._unique("channel_shuffle"), "ChannelShuffle", [source], {"groups": groups})
+        # Sizes first: they tell what the batch's are.
+        heads = None if self.image is None or x.node is None else self._divided(x, dims)
+        if heads is not None:
+            return self._heads(x, (self._read(x), heads))
         return self._apply(self._unique(name), "View", [x], {"dims": dims})
+
+    def _rank(self, x: Standin) -> int | None:
+        shape = self.shape(self._read(x))
+        return self._sizes.rank(self._read(x)) if shape is None else len(shape)
+
+    # -- tokens
+
+    def _is_batch(self, size: Any) -> bool:
+        """Whether a size given to a view is the number of samples; what else has sizes of its own decides on -1."""
+        return size == -1 or (type(size) is tuple and size[1] == 0 and self._sizes.has_batch(size[0]))
+
+    def _expanded(self, args: tuple[Any, ...]) -> Standin:
+        """A parameter (1, T, C), once per sample."""
+        tensor, *given = args
+        sizes = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+        own = self._own_name(tensor)
+        if own is None or not tokens.is_sequence(tensor, sizes):
+            raise Unsupported("repeats something else than a parameter or buffer (1, T, C) per sample")
+        batch = sizes[0]
+        self.shape(len(self.nodes) - 1)  # It tells what the batch's sizes are.
+        if not isinstance(batch, Size) or batch.of is None or not self._is_batch((batch.of, batch.dim)):
+            raise Unsupported("repeats a parameter otherwise than per sample")
+        x = self._recorder.value(batch.of, Memory("Expand"))
+        return self._apply(own, "Expand", [x], {"tensor": self._tensor_index(tensor)})
+
+    def _shift(self, name: str, operands: list[Any], first: bool) -> Standin:
+        x, summand = reversed(operands) if first else operands
+        if not isinstance(x, Standin):
+            raise Unsupported("only a tensor of the graph can be added to a parameter")
+        return self._apply(str(self._own_name(summand)), "Shift", [x], {"summand": self._tensor_index(summand)})
+
+    def _item(self, x: Standin, index: Any) -> Standin:
+        """``x[:, i]`` and ``x[:, i:j]`` of tokens."""
+        sizes, part, one = tokens.taken(self.shape(self._read(x)), index)
+        some = self._apply(self._unique("tokens"), "Split", [x], {"dim": 1, "sizes": sizes, "part": part})
+        return self._apply(self._unique("token"), "Flatten", [some], {"start": 1, "end": -1}) if one else some
+
+    # -- heads of an attention
+
+    def _divided(self, x: Standin, dims: list[Any]) -> attention.Heads | None:
+        shape = self.shape(self._read(x))
+        return None if shape is None or not dims or not self._is_batch(dims[0]) else attention.divided(shape, dims)
+
+    def _heads(self, x: Standin, value: attention.Value) -> Standin:
+        """A value that is on its way to an attention, or from one."""
+        made = self._recorder.value(value[0], x.memory)
+        made.version, made.heads = x.version, value[1]
+        return made
+
+    def _of_heads(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        given = [value for value in values((args, kwargs)) if isinstance(value, Standin) and value.heads is not None]
+        for x in given:
+            self._check_version(x)
+        if name in ("reshape", "view"):
+            dims = self._view_dims(args[1:], kwargs)
+            if not dims or not self._is_batch(dims[0]):
+                raise Unsupported("puts heads together to another shape")
+            args, kwargs = [args[0], [-1 if dims.count(-1) == 0 else dims[0], *dims[1:]]], {}
+
+        def of(argument: Any) -> attention.Value | None:
+            if not isinstance(argument, Standin) or argument.heads is None or argument.node is None:
+                return None
+            return argument.node, argument.heads
+
+        made = attention.step(target, name, args, kwargs, of)
+        if isinstance(made, attention.Attention):
+            read = [self._recorder.value(node, Memory("")) for node in made.nodes]
+            arguments = {"heads": made.heads, "scale": made.scale}
+            x = self._apply(self._unique("attention"), "Attention", read, arguments)
+            return self._heads(x, (self._read(x), made.result))
+        if type(made) is int:
+            x = self._recorder.value(made, given[0].memory)
+            x.version = given[0].version
+            return x
+        if len(made) == 2 and type(made[0]) is int:
+            return self._heads(given[0], made)
+        return tuple(self._heads(given[0], one) for one in made)
 
     def _shuffled(self, node: int) -> int | None:
         """The groups of a channel shuffle that has come so far, None for any other value."""
@@ -347,6 +466,8 @@ class _Lowering:
         """One more operation. What it returns is a new tensor, its input overwritten, its input, or a view of it."""
         nodes = [self._read(x) for x in inputs]
         x, overwrites = inputs[0], attributes.get("inplace", False)
+        if overwrites and self.nodes[nodes[0]][1] == "Expand":
+            raise Unsupported("overwrites a parameter")
         if overwrites and self._is_part(nodes[0]):
             raise Unsupported("overwrites a part of a value, which has no counterpart yet")
         drops = kind != "Dropout" or (attributes["training"] and attributes["p"] > 0.0)
@@ -396,6 +517,8 @@ class _Lowering:
             raise Unsupported  # The reason has been given where the value is made.
         if x.copied:
             raise Unsupported(_COPIES)
+        if x.heads is not None:
+            raise Unsupported("reads the heads of an attention, which has no counterpart yet")
         self._check_version(x)
         return x.node
 

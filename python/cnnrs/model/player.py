@@ -216,6 +216,13 @@ def _channel_shuffle(o: _Operation) -> torch.Tensor:
     return groups.transpose(1, 2).contiguous().reshape(n, c, *plane)
 
 
+def _attention(o: _Operation) -> torch.Tensor:
+    parts = o.values if len(o.values) == 3 else o.x.chunk(3, -1)
+    n, t, c = parts[0].shape
+    q, k, v = (part.view(n, t, o["heads"], -1).transpose(1, 2) for part in parts)
+    return F.scaled_dot_product_attention(q, k, v, scale=o["scale"]).transpose(1, 2).reshape(n, t, c)
+
+
 def _add(o: _Operation) -> torch.Tensor:
     return o.x.add_(o.values[1]) if o["inplace"] else o.x + o.values[1]
 
@@ -255,4 +262,7 @@ OPERATIONS: dict[OpKind, Callable[[_Operation], torch.Tensor]] = {
     "Mul": lambda o: o.x * o.values[1],
     "Cat": lambda o: torch.cat(o.values, o["dim"]),
     "ChannelShuffle": _channel_shuffle,
+    "Attention": _attention,
+    "Expand": lambda o: o.weight("tensor").expand(len(o.x), -1, -1),
+    "Shift": lambda o: o.x + o.weight("summand"),
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cnnrs import _cnnrs
 from cnnrs._records import Node, OpKind
 
 #: Operations whose result has the dimensions and the channels of their (first) input.
@@ -21,9 +22,15 @@ class Sizes:
 
     A convolution takes a single image without a batch, too, whose second dimension is its height. So a number of
     channels counts only where four dimensions are known: behind a layer, or at an assignment, that takes no other.
+
+    Args:
+        image: the shape of the samples, without the batch, where the graph is for such only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, image: tuple[int, ...] | None = None) -> None:
+        self._image = image
+        #: Of every operation so far, for two samples and for three.
+        self._known: list[list[list[int]]] = [[], []]
         self._ranks: list[int | None] = [None]
         self._channels: list[int | None] = [None]
 
@@ -34,6 +41,23 @@ class Sizes:
     def channels(self, node: int) -> int | None:
         """How many channels images have."""
         return self._channels[node] if self._ranks[node] == 4 else None
+
+    def shape(self, node: int, nodes: list[Node], tensors: list[torch.Tensor]) -> list[int | None] | None:
+        """The sizes of a value, None for those that the number of samples decides; None where nothing is known."""
+        if self._image is None:
+            return None
+        if node >= len(self._known[0]):
+            try:
+                graph = _cnnrs.Graph(nodes, node, [list(t.shape) for t in tensors])
+                self._known = [graph.shapes([samples, *self._image]) for samples in (2, 3)]
+            except (TypeError, ValueError, OverflowError, RuntimeError):
+                return None
+        two, three = (known[node] for known in self._known)
+        return [a if a == b else None for a, b in zip(two, three, strict=True)] if len(two) == len(three) else None
+
+    def has_batch(self, node: int) -> bool:
+        """Whether the first dimension of a value is the batch's, of which :meth:`shape` has been asked."""
+        return [known[node][:1] for known in self._known if node < len(known)] == [[2], [3]]
 
     def has_rank(self, node: int, rank: int) -> None:
         """``forward`` goes on with values of so many dimensions only."""

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from cnnrs.model.attention import Heads
 from cnnrs.model.operations import Unsupported
 from cnnrs.model.surroundings import Contexts, Surroundings, unwatched
 
@@ -57,6 +58,7 @@ class Standin(torch.Tensor):
         memory: what it shares with its views.
         version: that of the memory which this node stands for.
         copied: it is the node's value in another order of memory, which only some operations behind it may see.
+        heads: what has become of the node's value on its way to an attention, or from one; None: it is that value.
     """
 
     recorder: Recorder
@@ -64,6 +66,7 @@ class Standin(torch.Tensor):
     memory: Memory
     version: int
     copied = False
+    heads: Heads | None = None
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -175,8 +178,11 @@ class Lowering(Protocol):
     def unpacked(self, node: int, count: int) -> None:
         """``forward`` goes on only where the value of a node has so many dimensions."""
 
-    def channels(self, node: int) -> int | None:
-        """How many channels the images of a node have, whatever the batch; None where that is not known."""
+    def size(self, node: int, dim: int) -> int | None:
+        """A size of the value of a node, whatever the batch; None where that is not known."""
+
+    def shape(self, node: int) -> list[int | None] | None:
+        """All sizes, None for those that the batch decides; None where samples may have any size."""
 
 
 class _Unknowing:
@@ -185,7 +191,11 @@ class _Unknowing:
     def unpacked(self, node: int, count: int) -> None:
         """Nobody wants to know."""
 
-    def channels(self, node: int) -> int | None:
+    def size(self, node: int, dim: int) -> int | None:
+        """Not known."""
+        return None
+
+    def shape(self, node: int) -> list[int | None] | None:
         """Not known."""
         return None
 
@@ -207,6 +217,13 @@ _QUESTIONS = frozenset({
     "is_floating_point", "is_complex", "is_signed", "is_pinned", "is_inference", "get_device", "is_same_size",
     "__len__", "result_type", "can_cast", "retain_grad", "register_hook",
 })  # fmt: skip
+
+
+_HEADS = "forward asks for sizes of the heads of an attention"
+#: The arguments of ``nn.MultiheadAttention``, in order.
+MULTIHEAD = (
+    "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal",
+)  # fmt: skip
 
 
 class Reached(BaseException):
@@ -309,6 +326,12 @@ class Recorder(TorchFunctionMode):
             return self._size(args[0], *args[1:], **kwargs)
         if name == "__bool__" or name in _LEAVES:
             raise self.stop(f"forward reads the value of a tensor ({name}), by which it may decide")
+        if any(isinstance(value, Standin) and value.heads is not None for value in found) and name == "size":
+            raise self.stop(_HEADS)
+        if name in ("dim", "ndimension") and isinstance(args[0], Standin) and args[0].heads is None:
+            shape = None if args[0].node is None else self.lowering.shape(args[0].node)
+            if shape is not None:
+                return len(shape)
         if name in _QUESTIONS:
             raise self.stop(f"forward asks for {name}() of a tensor, which the graph does not keep")
         target = name if getattr(torch.Tensor, name, None) is func else func
@@ -329,8 +352,12 @@ class Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _attribute(self, name: str, x: Standin) -> Any:
+        if x.heads is not None:
+            raise self.stop(_HEADS)
         if name == "shape":
             return Shape(self, x.node)
+        if name == "ndim" and x.node is not None and (shape := self.lowering.shape(x.node)) is not None:
+            return len(shape)
         if name in ("dtype", "device") and self._is_float32():
             return torch.float32 if name == "dtype" else torch.device("cpu")
         raise self.stop(f"forward asks for the {name} of a tensor, which the graph does not keep")
@@ -350,11 +377,8 @@ class Recorder(TorchFunctionMode):
 
     def size(self, node: int | None, dim: int) -> Size | int:
         """One size of a value: a number where every batch has the same."""
-        if node is not None and dim in (1, -3):
-            channels = self.lowering.channels(node)
-            if channels is not None:
-                return channels
-        return Size(self, node, dim)
+        known = None if node is None else self.lowering.size(node, dim)
+        return Size(self, node, dim) if known is None else known
 
     def _check_contexts(self) -> None:
         if changed := self.contexts.changed():
@@ -367,6 +391,8 @@ class Recorder(TorchFunctionMode):
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             given = (*args, *kwargs.values())
+            if type(module) is nn.MultiheadAttention:
+                given = _in_order(args, kwargs)
             if not any(isinstance(value, Standin) and value.recorder is self for value in given):
                 return before(module, *args, **kwargs)
             if not self.lowering.is_layer(module):
@@ -397,6 +423,13 @@ class Recorder(TorchFunctionMode):
             yield
         finally:
             function.apply = before
+
+
+def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments of a call of ``nn.MultiheadAttention``, the defaults of its ``forward`` included."""
+    defaults = dict(zip(MULTIHEAD[3:], (None, True, None, True, False), strict=True))
+    named = {**defaults, **dict(zip(MULTIHEAD, args, strict=False)), **kwargs}
+    return tuple(named.get(name) for name in MULTIHEAD)
 
 
 class _Anything(_Unknowing):

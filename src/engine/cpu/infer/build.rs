@@ -11,7 +11,8 @@ use super::steps::{
     self, Binary, Block, Cat, Conv, Depthwise, Direct, Grouped, LayerNorm, Load, Packing, Pad, Pick, Pointwise, Pool,
     Relayout, Small, Softmax, Step,
 };
-use super::steps::{Filters, Source, Store, Taps, Winograd};
+use super::steps::{Filters, Source, Store, Taps, Tokens, Winograd};
+use super::tokens;
 use crate::engine::cpu::common::analysis::unsupported;
 use crate::engine::cpu::common::arena::Arena;
 use crate::engine::cpu::common::geometry::{self, Window};
@@ -30,6 +31,8 @@ pub struct Network<'a> {
     pub layers: Vec<Fused>,
     /// The node whose value is the result.
     pub output: usize,
+    /// Whether the caller's result has its channels last.
+    pub channels_last: bool,
     pub isa: Isa,
     pub exact: Exact<'a>,
     pub quantization: Option<&'a Quantization>,
@@ -272,6 +275,13 @@ impl<'a> Network<'a> {
                     layer.affine.clone().map(|[factor, summand]| [weights.vector(factor), weights.vector(summand)]);
                 Box::new(Pointwise { isa, input, second: None, affine, output, activation })
             }
+            Op::Attention { heads, scale } => Box::new(tokens::attention(isa, &sources, output, *heads, *scale)),
+            Op::Shift { .. } | Op::Split { .. } | Op::Flatten { .. } | Op::Reshape { .. } | Op::Cat { .. }
+                if let Some(parts) = tokens::parts(self, layer, &sources, weights)? =>
+            {
+                let summand = layer.summand.map(|t| tokens::table(self, t, &output.geometry, weights)).transpose()?;
+                Box::new(Tokens { isa, parts, summand, output })
+            }
             Op::Cat { .. } => {
                 let mut first = 0;
                 let mut inputs = Vec::new();
@@ -288,7 +298,9 @@ impl<'a> Network<'a> {
             | Op::StochasticDepth { .. }
             | Op::Permute { .. }
             | Op::Split { .. }
-            | Op::ChannelShuffle { .. } => {
+            | Op::ChannelShuffle { .. }
+            | Op::Expand { .. }
+            | Op::Shift { .. } => {
                 return Err(Error::internal(format_args!("{}: not a layer", node.name)));
             }
         })
@@ -296,7 +308,7 @@ impl<'a> Network<'a> {
 
     /// The step that hands the result to the caller.
     pub fn store(&self, value: Value) -> Box<dyn Step> {
-        Box::new(Store { input: value })
+        Box::new(Store { input: value, channels_last: self.channels_last })
     }
 
     fn sums(&self, layer: &Fused, values: &Values, weights: &mut Weights<'a>) -> Result<Box<dyn Step>> {

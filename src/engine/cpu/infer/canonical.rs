@@ -12,7 +12,12 @@ use crate::model::{Graph, Node, Op, Shape};
 pub struct Canonical {
     pub graph: Graph,
     pub shapes: Vec<Shape>,
+    /// Whether PyTorch's result has its channels last.
+    pub channels_last: bool,
 }
+
+/// The order of dimensions of tokens (N, T, C), which are images one pixel high.
+const TOKENS: [usize; 3] = [0, 3, 1];
 
 /// # Errors
 /// `Unsupported`, naming the first operation that reads dimensions in an order this engine cannot use, or that overwrites
@@ -22,27 +27,36 @@ pub fn canonical(graph: &Graph, mut shapes: Vec<Shape>) -> Result<Canonical> {
     let mut nodes = graph.nodes.clone();
     // Where each of PyTorch's dimensions lies among (N, C, H, W).
     let mut orders: Vec<Vec<usize>> = Vec::with_capacity(nodes.len());
-    for (node, shape) in nodes.iter_mut().zip(&mut shapes) {
-        let order = order(graph, node, shape, &orders)?;
-        let mut lies = vec![0; shape.len()];
+    for (index, node) in nodes.iter_mut().enumerate() {
+        let (before, shape) = shapes.split_at_mut(index);
+        let shape = &mut shape[0];
+        let order = order(graph, node, shape, before, &orders)?;
+        let mut lies = vec![1; if shape.len() == 3 { 4 } else { shape.len() }];
         shape.iter().zip(&order).for_each(|(&size, &place)| lies[place] = size);
         *shape = lies;
         orders.push(order);
     }
-    if !plain(&orders[graph.output]) {
+    let channels_last = orders[graph.output] == TOKENS;
+    if !channels_last && !plain(&orders[graph.output]) {
         return Err(unsupported(&graph.nodes[graph.output], "returns permuted dimensions"));
     }
-    Ok(Canonical { graph: Graph { nodes, output: graph.output, tensors: graph.tensors.clone() }, shapes })
+    let graph = Graph { nodes, output: graph.output, tensors: graph.tensors.clone() };
+    Ok(Canonical { graph, shapes, channels_last })
+}
+
+/// (N, C, H, W), (N, C, W) or (N, F).
+fn own(rank: usize) -> Vec<usize> {
+    if rank == 3 { vec![0, 1, 3] } else { (0..rank).collect() }
 }
 
 fn plain(order: &[usize]) -> bool {
-    order.iter().copied().eq(0..order.len())
+    order == own(order.len())
 }
 
-/// The order of a node's dimensions; its arguments are rewritten for (N, C, H, W).
-fn order(graph: &Graph, node: &mut Node, shape: &Shape, orders: &[Vec<usize>]) -> Result<Vec<usize>> {
+/// The order of a node's dimensions; its arguments are rewritten for (N, C, H, W). `before`: the shapes of earlier nodes.
+fn order(graph: &Graph, node: &mut Node, shape: &Shape, before: &[Shape], orders: &[Vec<usize>]) -> Result<Vec<usize>> {
     let refuse = |node: &Node, reason: &str| Err(unsupported(node, reason));
-    let own: Vec<usize> = (0..shape.len()).collect();
+    let own = own(shape.len());
     let Some(from) = node.inputs.first().map(|&i| orders[i].clone()) else { return Ok(own) };
     let place = |dim: i64| from.get(axis(dim, from.len())).copied().unwrap_or(from.len());
     let channels_last = from.last() == Some(&1);
@@ -70,6 +84,11 @@ fn order(graph: &Graph, node: &mut Node, shape: &Shape, orders: &[Vec<usize>]) -
                 return refuse(node, "multiplies by more than one factor per channel");
             }
         }
+        Op::Attention { .. } | Op::Shift { .. } if from != TOKENS => {
+            return refuse(node, "is applied to something else than tokens (N, T, C)");
+        }
+        Op::Attention { .. } | Op::Shift { .. } => {}
+        Op::Expand { .. } => return Ok(TOKENS.to_vec()),
         Op::Softmax { dim, .. } => *dim = place(*dim) as i64,
         Op::Cat { dim } => *dim = place(*dim) as i64,
         Op::Split { dim, .. } => *dim = place(*dim) as i64,
@@ -82,13 +101,20 @@ fn order(graph: &Graph, node: &mut Node, shape: &Shape, orders: &[Vec<usize>]) -
         _ if plain(&from) => {}
         Op::Add { .. } | Op::Mul => {}
         // A single pixel has no other order than its channels'.
-        Op::Flatten { .. } | Op::Reshape { .. } if shape.len() == 2 && channels_last => return Ok(own),
+        Op::Flatten { .. } | Op::Reshape { .. } if shape.len() == 2 && single(&before[node.inputs[0]]) => {
+            return Ok(own);
+        }
         _ => return refuse(node, "reads permuted dimensions"),
     }
     if node.inputs.iter().any(|&i| orders[i].len() == from.len() && orders[i] != from) {
         return refuse(node, "combines values whose dimensions are in different orders");
     }
     Ok(if from.len() == shape.len() { from } else { own })
+}
+
+/// Whether an image (N, C, H, W) has one pixel.
+fn single(shape: &Shape) -> bool {
+    shape.len() == 4 && shape[2] * shape[3] == 1
 }
 
 /// PyTorch's in-place operations change what later readers of the old value see; here every node has its own value.

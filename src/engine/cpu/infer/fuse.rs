@@ -4,15 +4,17 @@
 //! ZeroPad2d -> Conv2d | Linear -> (BatchNorm2d | Scale)* -> Add -> activation -> MaxPool2d 2x2 (Winograd only)
 //! Add | Mul | BatchNorm2d | Scale | LayerNorm | pooling -> activation
 //! Conv2d (direct, one group, no Add, more than one pixel) -> depthwise Conv2d
+//! Cat of tokens -> Shift
 //! x * sigmoid(x) is the activation SiLU; permutations are names (`canonical`), and so are moved channels (`places`)
 //! ```
 
 use super::method::{Exact, Method, joined, window};
 use super::places::{self, Names, Picked};
+use super::tokens;
 use crate::engine::cpu::common::analysis::{axis, readers, unsupported};
 use crate::engine::cpu::common::kernels::activate::Activate;
 use crate::error::Result;
-use crate::model::{Activation, Dim, Graph, Node, Op, Shape};
+use crate::model::{Activation, Dim, Graph, Node, Op, Shape, Tensor};
 
 /// A layer: an operation and what has been fused with it.
 #[derive(Debug)]
@@ -28,6 +30,8 @@ pub struct Fused {
     pub affine: Option<[Vec<f64>; 2]>,
     /// Node whose value is added before the activation.
     pub residual: Option<usize>,
+    /// Of tokens: a table that is added.
+    pub summand: Option<Tensor>,
     pub activation: Activate,
     pub pool: bool,
     /// Where it finds each channel, if not in the order of one value. A layer of its own that has nothing else is a copy.
@@ -60,6 +64,7 @@ impl Fused {
             inputs: inputs.to_vec(),
             affine: None,
             residual: None,
+            summand: None,
             activation: Activate::Nothing,
             pool: false,
             picked: None,
@@ -185,6 +190,15 @@ impl Fusion<'_> {
             Op::Softmax { dim, .. } if !matches!(axis(*dim, shape.len()), 1) => {
                 return Err(unsupported(node, "runs along another dimension than the channels"));
             }
+            Op::Expand { tensor } => {
+                self.floats(node, *tensor)?;
+                let joins = |&reader: &usize| matches!(self.graph.nodes[reader].op, Op::Cat { dim: 3 });
+                return match self.readers[index].iter().all(joins) && index != self.graph.output {
+                    true => Ok(None),
+                    false => Err(unsupported(node, "is read by something else than a concatenation of tokens")),
+                };
+            }
+            _ if tokens::moves(self.graph, self.shapes, index) => return self.tokens(index).map(Some),
             Op::Cat { dim } if axis(*dim, shape.len()) != 1 => {
                 return Err(unsupported(node, "joins another dimension than the channels"));
             }
@@ -195,8 +209,9 @@ impl Fusion<'_> {
                 let rank = from.map_or(0, Vec::len);
                 let mut axes: Vec<_> = dims.iter().map(|&d| axis(d, rank)).collect();
                 axes.sort_unstable();
-                if rank != 4 || axes != [2, 3] {
-                    return Err(unsupported(node, "is not over height and width"));
+                let tokens = axes == [3] && from.is_some_and(|from| from[2] == 1);
+                if rank != 4 || (axes != [2, 3] && !tokens) {
+                    return Err(unsupported(node, "is not over height and width, nor over tokens"));
                 }
             }
             Op::Add { .. } | Op::Mul => {
@@ -221,6 +236,8 @@ impl Fusion<'_> {
             | Op::Cat { .. }
             | Op::Split { .. }
             | Op::ChannelShuffle { .. } => {}
+            Op::Attention { heads, scale } => tokens::check_attention(node, shape[1], *heads, *scale)?,
+            Op::Shift { .. } => return Err(unsupported(node, "is applied to something else than tokens (N, T, C)")),
         }
         if self.names.note(self.graph, self.shapes, index, &self.source, &self.readers) {
             return Ok(None);
@@ -240,6 +257,36 @@ impl Fusion<'_> {
         }
         self.source[layer.last] = layer.last;
         Ok(Some(layer))
+    }
+
+    /// A layer that moves tokens, and what it adds to them.
+    fn tokens(&mut self, index: usize) -> Result<Fused> {
+        let node = &self.graph.nodes[index];
+        let mut layer = Fused::plain(index, &node.inputs);
+        layer.inputs.retain(|&input| !matches!(self.graph.nodes[input].op, Op::Expand { .. }));
+        if layer.inputs.is_empty() {
+            return Err(unsupported(node, "joins nothing but constants"));
+        }
+        let mut next = index;
+        loop {
+            match &self.graph.nodes[next].op {
+                Op::Shift { summand } => {
+                    self.floats(&self.graph.nodes[next], *summand)?;
+                    layer.summand = Some(*summand);
+                }
+                Op::Dropout { p, training, .. } if !*training || *p == 0.0 => {}
+                _ if next == index => {}
+                _ => break,
+            }
+            self.taken[next] = true;
+            layer.last = next;
+            match self.readers[next][..] {
+                [reader] if layer.summand.is_none() && next != self.graph.output => next = reader,
+                _ => break,
+            }
+        }
+        self.source[layer.last] = layer.last;
+        Ok(layer)
     }
 
     /// Takes in the operations that are the only readers of what comes before them.

@@ -5,7 +5,8 @@
 //!          (N, C, H, W)  layers  kernels  steps    segments, memory, workers
 //! ```
 //! Values are `[channels / 16][height + border][width + border][16]` with zeros around each image, so that kernels need not
-//! ask where the image ends. 3 x 3 convolutions of stride 1 run as Winograd's algorithm unless `exact`.
+//! ask where the image ends. Tokens (N, T, C) are images one pixel high. 3 x 3 convolutions of stride 1 run as Winograd's
+//! algorithm unless `exact`.
 
 mod build;
 mod build_bytes;
@@ -22,6 +23,9 @@ mod reference;
 mod steps;
 #[cfg(test)]
 mod tests;
+mod tokens;
+
+use std::path::Path;
 
 use build::{Network, QUANTIZE};
 use canonical::{Canonical, canonical};
@@ -31,8 +35,6 @@ use plan::Plan;
 use quantization::Quantization;
 
 pub use crate::engine::cpu::common::isa::Isa;
-use std::path::Path;
-
 use crate::engine::cpu::common::kernels::dot::Dots;
 use crate::engine::cpu::common::team::Team;
 use crate::error::{Error, Result};
@@ -206,7 +208,7 @@ impl<P: Parameters> Frozen<P> {
     }
 
     fn quantization(&self, shape: &[usize]) -> Result<Quantization> {
-        let Canonical { graph, shapes } = canonical(&self.graph, model::shapes(&self.graph, shape)?)?;
+        let Canonical { graph, shapes, .. } = canonical(&self.graph, model::shapes(&self.graph, shape)?)?;
         Quantization::of(&graph, &shapes).ok_or_else(|| {
             Error::Unsupported(
                 "no layer would compute in int8: that takes convolutions or linear layers of 16 and more input channels \
@@ -251,12 +253,13 @@ impl Bytes {
 }
 
 fn network<'a>(
-    Canonical { graph, shapes }: &'a Canonical,
+    Canonical { graph, shapes, channels_last }: &'a Canonical,
     tensors: &'a fuse::Tensors<'a>,
     options: Options,
     quantization: Option<&'a Quantization>,
 ) -> Result<Network<'a>> {
     let Options { workers, exact, isa } = options;
+    let channels_last = *channels_last;
     let exact = match quantization {
         Some(quantization) => Exact::At(quantization.chosen()),
         None if exact => Exact::Everywhere,
@@ -266,7 +269,7 @@ fn network<'a>(
     if let Some(quantization) = quantization {
         layers = quantization.apply(layers, output);
     }
-    Ok(Network { graph, shapes, tensors, layers, output, isa, exact, quantization, workers })
+    Ok(Network { graph, shapes, tensors, layers, output, channels_last, isa, exact, quantization, workers })
 }
 
 /// Whether products of bytes have instructions of their own here; without them int8 is not faster than float32.
@@ -280,7 +283,7 @@ pub fn bytes_are_fast() -> bool {
 /// Those of [`Frozen::quantize`].
 pub fn byte_layers(graph: &Graph, parameters: &impl Parameters, input: &[usize]) -> Result<(Vec<String>, usize)> {
     let tensors: Vec<_> = (0..graph.tensors.len()).map(|t| parameters.floats(t)).collect();
-    let Canonical { graph, shapes } = canonical(graph, model::shapes(graph, input)?)?;
+    let Canonical { graph, shapes, .. } = canonical(graph, model::shapes(graph, input)?)?;
     let sums = graph.nodes.iter().filter(|n| matches!(n.op, Op::Conv2d { .. } | Op::Linear { .. })).count();
     let Some(quantization) = Quantization::of(&graph, &shapes) else { return Ok((Vec::new(), sums)) };
     let (layers, _) = fuse::fuse(&graph, &shapes, &tensors, Exact::At(quantization.chosen()))?;

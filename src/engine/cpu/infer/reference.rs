@@ -75,10 +75,11 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
             }
             Op::Mean { dims, .. } => {
                 let from = from.unwrap();
-                let gone = |d: usize| dims.iter().any(|&dim| (dim + 4) % 4 == d as i64);
-                let count: usize = (0..4).filter(|&d| gone(d)).map(|d| from[d]).product();
-                each(from, |place, at| {
-                    let kept = (0..4).filter(|&d| !gone(d));
+                let rank = from.len();
+                let gone = |d: usize| dims.iter().any(|&dim| (dim + rank as i64) % rank as i64 == d as i64);
+                let count: usize = (0..rank).filter(|&d| gone(d)).map(|d| from[d]).product();
+                each(&wide(from), |place, at| {
+                    let kept = (0..rank).filter(|&d| !gone(d));
                     y[kept.fold(0, |to, d| to * from[d] + place[d])] += x[at] / count as f64;
                 });
             }
@@ -117,11 +118,10 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
             }
             Op::Permute { dims } => {
                 let from = from.unwrap();
-                each(out, |place, at| {
+                each(&wide(out), |place, at| {
                     let mut index = [0; 4];
                     dims.iter().zip(place).for_each(|(&d, p)| index[d] = p);
-                    let [n, c, h, w] = index;
-                    y[at] = x[((n * from[1] + c) * from[2] + h) * from[3] + w];
+                    y[at] = x[from.iter().zip(index).fold(0, |at, (size, i)| at * size + i)];
                 });
             }
             Op::Scale { factor, .. } => {
@@ -154,13 +154,42 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                     first += len;
                 }
             }
-            Op::Split { sizes, part, .. } => {
+            Op::Split { dim, sizes, part } => {
                 let (from, first) = (from.unwrap(), sizes[..*part].iter().sum::<usize>());
-                let pixels: usize = out[2..].iter().product();
-                for n in 0..out[0] {
-                    let part = &x[(n * from[1] + first) * pixels..][..out[1] * pixels];
-                    y[n * out[1] * pixels..][..part.len()].copy_from_slice(part);
+                let dim = usize::try_from(*dim).unwrap();
+                let pixels: usize = out[dim + 1..].iter().product();
+                for n in 0..out[..dim].iter().product() {
+                    let part = &x[(n * from[dim] + first) * pixels..][..out[dim] * pixels];
+                    y[n * out[dim] * pixels..][..part.len()].copy_from_slice(part);
                 }
+            }
+            Op::Attention { heads, scale } => {
+                let [_, tokens, channels] = out[..] else { panic!("{out:?}") };
+                let read = |part: usize, n: usize, t: usize, c: usize| match node.inputs[..] {
+                    [all] => values[all][(n * tokens + t) * 3 * channels + part * channels + c],
+                    _ => values[node.inputs[part]][(n * tokens + t) * channels + c],
+                };
+                let depth = channels / heads;
+                each(&wide(out), |[n, query, c, _], at| {
+                    let head = c / depth * depth;
+                    let score = |key: usize| -> f64 {
+                        (head..head + depth).map(|c| read(0, n, query, c) * read(1, n, key, c)).sum::<f64>() * scale
+                    };
+                    let scores: Vec<f64> = (0..tokens).map(score).collect();
+                    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let powers: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
+                    let sum: f64 = powers.iter().sum();
+                    y[at] = powers.iter().enumerate().map(|(key, p)| p * read(2, n, key, c)).sum::<f64>() / sum;
+                });
+            }
+            Op::Expand { tensor: t } => {
+                let len = y.len() / out[0];
+                y.iter_mut().enumerate().for_each(|(at, y)| *y = tensor(Some(*t), at % len, 0.0));
+            }
+            Op::Shift { summand } => {
+                // Of the last dimensions, or of each last one.
+                let len: usize = graph.tensors[*summand].iter().product();
+                y.iter_mut().enumerate().for_each(|(at, y)| *y = x[at] + tensor(Some(*summand), at % len, 0.0));
             }
             Op::ChannelShuffle { groups } => {
                 let each_group = out[1] / groups;
@@ -176,6 +205,11 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
         values.push(y);
     }
     values.swap_remove(graph.output)
+}
+
+/// Four dimensions.
+fn wide(shape: &[usize]) -> Vec<usize> {
+    shape.iter().copied().chain(std::iter::repeat(1)).take(4).collect()
 }
 
 fn each(shape: &[usize], mut f: impl FnMut([usize; 4], usize)) {

@@ -3,6 +3,7 @@
 mod bytes;
 mod networks;
 mod places;
+mod tokens;
 
 use networks::{Model, set};
 
@@ -211,7 +212,7 @@ fn a_network_with_everything_else() {
     m.check(&[5, 3, 30, 27], &["direct"]);
 }
 
-fn permute(m: &mut Model, from: usize, dims: [usize; 4]) -> usize {
+fn permute<const RANK: usize>(m: &mut Model, from: usize, dims: [usize; RANK]) -> usize {
     m.op(Op::Permute { dims: dims.to_vec() }, &[from])
 }
 
@@ -402,6 +403,11 @@ fn what_is_not_computed_is_named() {
         let x = permute(m, 0, [0, 2, 3, 1]);
         m.op(Op::Add { inplace: false }, &[x, 0])
     };
+    let flat = |m: &mut Model| {
+        let x = permute(m, 0, [0, 2, 3, 1]);
+        m.op(Op::Flatten { start: 1, end: -1 }, &[x])
+    };
+    assert_eq!(obstacle_of(&flat), "Flatten2 (Flatten): reads permuted dimensions");
     let reason = "Add2 (Add): combines values whose dimensions are in different orders";
     assert_eq!(obstacle_of(&mixed), reason);
     let plane = |m: &mut Model| {

@@ -229,7 +229,10 @@ impl<'a> Builder<'a> {
             | Op::Permute { .. }
             | Op::Scale { .. }
             | Op::Split { .. }
-            | Op::ChannelShuffle { .. } => {
+            | Op::ChannelShuffle { .. }
+            | Op::Attention { .. }
+            | Op::Expand { .. }
+            | Op::Shift { .. } => {
                 return Err(Error::internal(format_args!("{} has no kernel", node.name)));
             }
         })

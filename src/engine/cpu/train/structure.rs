@@ -169,7 +169,10 @@ impl Walk<'_> {
             | Op::Mul
             | Op::Cat { .. }
             | Op::Split { .. }
-            | Op::ChannelShuffle { .. } => {}
+            | Op::ChannelShuffle { .. }
+            | Op::Attention { .. }
+            | Op::Expand { .. }
+            | Op::Shift { .. } => {}
         }
         let chain = self.chain(index);
         let last = chain.as_ref().map_or(index, |chain| chain.last);
@@ -216,7 +219,10 @@ impl Walk<'_> {
             | Op::Permute { .. }
             | Op::Scale { .. }
             | Op::Split { .. }
-            | Op::ChannelShuffle { .. } => refuse("the cpu engine has no training kernel for it"),
+            | Op::ChannelShuffle { .. }
+            | Op::Attention { .. }
+            | Op::Expand { .. }
+            | Op::Shift { .. } => refuse("the cpu engine has no training kernel for it"),
             Op::MaxPool2d { .. } if self.shapes[index].iter().product::<usize>() == 0 => refuse("has an empty output"),
             Op::Input
             | Op::Conv2d { .. }
@@ -363,6 +369,9 @@ fn derivative_reads_output(op: &Op) -> bool {
         | Op::Mul
         | Op::Cat { .. }
         | Op::Split { .. }
-        | Op::ChannelShuffle { .. } => false,
+        | Op::ChannelShuffle { .. }
+        | Op::Attention { .. }
+        | Op::Expand { .. }
+        | Op::Shift { .. } => false,
     }
 }

@@ -131,13 +131,19 @@ fn each<V: Lanes, const R: usize, const C: usize>(function: Activate, sums: &mut
 fn sigmoid<V: Lanes>(x: V) -> V {
     // exp(-x) = 2^y = 2^n 2^f with |f| at most 1/2.
     let y = x.mul(V::splat(-std::f32::consts::LOG2_E)).max(V::splat(-126.0)).min(V::splat(126.0));
+    power_of_two(y).add(V::splat(1.0)).recip()
+}
+
+/// `2^y` for numbers between -126 and 126, with a relative error of 1.5e-7; NaN stays.
+#[inline(always)]
+pub fn power_of_two<V: Lanes>(y: V) -> V {
     let n = y.round();
     let f = y.sub(n);
     let mut power = V::splat(POWER[4]);
     for c in [POWER[3], POWER[2], POWER[1], POWER[0], 1.0] {
         power = power.mul_add(f, V::splat(c));
     }
-    power.scale(n).add(V::splat(1.0)).recip()
+    power.scale(n)
 }
 
 /// 2^f = 1 + `POWER[0]` f + `POWER[1]` f^2 + ... on [-1/2, 1/2]: the least largest relative error (9.1e-8) of such a

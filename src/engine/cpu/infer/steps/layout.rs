@@ -76,9 +76,10 @@ impl Step for Load {
     }
 }
 
-/// A value into the caller's NCHW batch.
+/// A value into the caller's batch, NCHW or NHWC.
 pub struct Store {
     pub input: Value,
+    pub channels_last: bool,
 }
 
 impl Step for Store {
@@ -92,7 +93,19 @@ impl Step for Store {
         let pixels = g.height * g.width;
         let to = cx.output.wrapping_add((cx.first + image) * g.channels * pixels);
         let from = cx.image(&self.input, image);
-        for c in block * g.pixel..g.channels.min((block + 1) * g.pixel) {
+        let channels = block * g.pixel..g.channels.min((block + 1) * g.pixel);
+        if self.channels_last {
+            for y in 0..g.height {
+                for x in 0..g.width {
+                    let to = to.wrapping_add((y * g.width + x) * g.channels + channels.start);
+                    let from = from.wrapping_add(place(g, channels.start, y, x));
+                    // SAFETY: as below; a pixel of a block.
+                    unsafe { std::ptr::copy_nonoverlapping(from, to, channels.len()) };
+                }
+            }
+            return;
+        }
+        for c in channels {
             for y in 0..g.height {
                 let (row, from) = (to.wrapping_add(c * pixels + y * g.width), from.wrapping_add(place(g, c, y, 0)));
                 for x in 0..g.width {

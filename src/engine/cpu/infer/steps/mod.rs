@@ -1,5 +1,6 @@
 //! What a plan is made of. A step divides its work among tasks that any worker may take, in any order.
 
+mod attention;
 mod bytes;
 mod conv;
 mod depthwise;
@@ -9,8 +10,10 @@ mod layout;
 mod pointwise;
 mod pool;
 mod softmax;
+mod tokens;
 mod winograd;
 
+pub use attention::Attention;
 pub use bytes::{Bytes, Observe, Quantize};
 pub use conv::{Conv, Direct, Packing, Taps, pack};
 pub use depthwise::{Depthwise, Source};
@@ -20,6 +23,7 @@ pub use layout::{Cat, Load, Pad, Pick, Relayout, Store};
 pub use pointwise::{Binary, Pointwise};
 pub use pool::Pool;
 pub use softmax::Softmax;
+pub use tokens::{Origin, Part, Tokens};
 pub use winograd::{Filters, Winograd, best_size, tiles};
 
 use super::memory::Context;
