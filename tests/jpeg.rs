@@ -1,4 +1,4 @@
-//! Our entropy decoder against libjpeg's: same pixels, same verdicts; decoding at a smaller scale.
+//! Our decoders against libjpeg's: same pixels, same verdicts; decoding at a smaller scale.
 #![allow(clippy::unwrap_used)]
 
 use cnnrs::image::{Entropy, Image, Limits, ReadOptions, Size, decode, decode_jpeg, decode_with};
@@ -35,15 +35,32 @@ fn jpeg(
     compressor.compress_to_vec(image).unwrap()
 }
 
-/// What both decoders make of `bytes`, and whether ours decided.
-fn both(bytes: &[u8]) -> (Result<Image, String>, Result<Image, String>, bool) {
+/// What libjpeg and ours make of `bytes`, and whether ours decided.
+fn both(bytes: &[u8], ours: Entropy) -> (Result<Image, String>, Result<Image, String>, Option<Entropy>) {
     let mut own = Image::default();
     let mut reference = Image::default();
     let limits = Limits { pixels: 1 << 22, ..Limits::default() };
-    let outcome = decode_jpeg(Entropy::Own, bytes, &limits, None, &mut own);
-    let decided = matches!(outcome, Ok(Entropy::Own));
+    let outcome = decode_jpeg(ours, bytes, &limits, None, &mut own);
+    let decided = outcome.as_ref().ok().copied().filter(|&used| used != Entropy::Libjpeg);
     let expected = decode_jpeg(Entropy::Libjpeg, bytes, &limits, None, &mut reference);
     (outcome.map(|_| own).map_err(|e| e.to_string()), expected.map(|_| reference).map_err(|e| e.to_string()), decided)
+}
+
+const OURS: [Entropy; 2] = [Entropy::Own, Entropy::Whole];
+
+/// Same pixels, or the same words why there are none.
+fn agree(bytes: &[u8]) {
+    for ours in OURS {
+        match both(bytes, ours) {
+            (Ok(own), Ok(reference), _) => assert!(own.data == reference.data, "{ours:?}"),
+            (own, reference, _) => assert_eq!(own.err(), reference.err(), "{ours:?}"),
+        }
+    }
+}
+
+/// Where the quantization tables of 8 bits lie.
+fn quantizations(bytes: &[u8]) -> Vec<usize> {
+    (0..bytes.len() - 69).filter(|&at| bytes[at..].starts_with(&[0xff, 0xdb, 0, 67])).map(|at| at + 5).collect()
 }
 
 prop_compose! {
@@ -64,11 +81,31 @@ proptest! {
 
     #[test]
     fn sound_files_are_ours_and_equal(bytes in files()) {
-        let (own, reference, decided) = both(&bytes);
-        prop_assert!(decided, "gave up on a sound file");
-        let (own, reference) = (own.unwrap(), reference.unwrap());
-        prop_assert_eq!((own.width, own.height), (reference.width, reference.height));
-        prop_assert!(own.data == reference.data);
+        for ours in OURS {
+            let (own, reference, decided) = both(&bytes, ours);
+            prop_assert!(decided.is_some(), "gave up on a sound file");
+            let (own, reference) = (own.unwrap(), reference.unwrap());
+            prop_assert_eq!((own.width, own.height), (reference.width, reference.height));
+            prop_assert!(own.data == reference.data);
+        }
+    }
+
+    /// Samples outside of the range, and coefficients outside of 16 bits: libjpeg-turbo's vector code wraps and saturates.
+    #[test]
+    fn any_quantization_gives_the_same_pixels(
+        (width, height) in (5..150usize, 1..70usize),
+        noise in prop::sample::select(&[0, 64, 256][..]),
+        quality in 50..=100i32,
+        values in prop::collection::vec(prop_oneof![1..=255u8, 200..=255u8], 64),
+        seed: u64,
+    ) {
+        let mut bytes = jpeg(width, height, quality, Subsamp::Sub2x2, false, noise, seed);
+        let tables = quantizations(&bytes);
+        prop_assert_eq!(tables.len(), 2);
+        for at in tables {
+            bytes[at..at + 64].copy_from_slice(&values);
+        }
+        agree(&bytes);
     }
 
     #[test]
@@ -85,11 +122,7 @@ proptest! {
         if let Some(end) = end {
             bytes.truncate(end.index(bytes.len()));
         }
-        let (own, reference, _) = both(&bytes);
-        match (own, reference) {
-            (Ok(own), Ok(reference)) => prop_assert!(own.data == reference.data),
-            (own, reference) => prop_assert_eq!(own.err(), reference.err()),
-        }
+        agree(&bytes);
     }
 
     #[test]
@@ -110,5 +143,21 @@ proptest! {
             decode(&bytes, &Limits::default(), &mut whole).unwrap();
             prop_assert!(whole.data == image.data);
         }
+    }
+}
+
+/// On a processor with the instructions the usual photo must not fall back to libjpeg unnoticed.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn who_decodes() {
+    let has = is_x86_feature_detected!("avx512vbmi")
+        && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("bmi2");
+    for subsampling in SUBSAMPLINGS {
+        let bytes = jpeg(60, 50, 90, subsampling, false, 64, 7);
+        let whole = if has && subsampling == Subsamp::Sub2x2 { Entropy::Whole } else { Entropy::Own };
+        assert_eq!(both(&bytes, Entropy::Whole).2, Some(whole), "{subsampling:?}");
+        assert_eq!(both(&bytes, Entropy::Own).2, Some(Entropy::Own));
     }
 }

@@ -1,10 +1,23 @@
 //! JPEG through libjpeg-turbo, the library inside Pillow.
 
+#[cfg(target_arch = "x86_64")]
+mod baseline;
+mod bits;
+mod entropy;
 mod huffman;
+#[cfg(target_arch = "x86_64")]
+mod idct;
 pub(super) mod layout;
 pub(super) mod libjpeg;
 mod probe;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "jpeg/no_baseline.rs"]
+mod baseline;
+mod table;
+#[cfg(target_arch = "x86_64")]
+mod ycc;
 
+pub use entropy::Entropy;
 pub use probe::Verdict;
 
 use self::layout::{JCS_CMYK, JCS_EXT_RGBX};
@@ -14,28 +27,31 @@ use super::limits::{check_claim, check_pixels, truncated};
 use crate::error::{Error, Result};
 use crate::image::{Image, Layout, Limits, Size};
 
-/// Who decodes the Huffman codes, most of the work in a JPEG.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entropy {
-    Libjpeg,
-    Own,
-}
-
-static PROBE: Probe = Probe::new(|picture| whole(Entropy::Own, picture), |picture| whole(Entropy::Libjpeg, picture));
+static PROBE: Probe = Probe::new(ours, |picture| alone(Entropy::Libjpeg, picture));
 
 /// The image, if that decoder decodes it itself.
-fn whole(entropy: Entropy, bytes: &[u8]) -> Option<Image> {
+fn alone(entropy: Entropy, bytes: &[u8]) -> Option<Image> {
     let mut image = Image::default();
     let used = unprobed(entropy, bytes, &Limits::default(), None, &mut image).ok()?;
     (used == entropy).then_some(image)
 }
 
-pub fn decode(bytes: &[u8], limits: &Limits, size: Option<Size>, out: &mut Image) -> Result<()> {
-    decode_jpeg(Entropy::Own, bytes, limits, size, out).map(|_| ())
+/// The image, if both of our decoders make the same of it.
+fn ours(bytes: &[u8]) -> Option<Image> {
+    let image = alone(Entropy::Own, bytes)?;
+    if !baseline::available() {
+        return Some(image);
+    }
+    let whole = alone(Entropy::Whole, bytes)?;
+    (whole.data == image.data).then_some(image)
 }
 
-/// A JPEG with a chosen entropy decoder, for tests and benchmarks, and who did it in the end: progressive and arithmetic
-/// JPEGs and whatever is unsound are libjpeg's.
+pub fn decode(bytes: &[u8], limits: &Limits, size: Option<Size>, out: &mut Image) -> Result<()> {
+    decode_jpeg(Entropy::Whole, bytes, limits, size, out).map(|_| ())
+}
+
+/// A JPEG with a chosen decoder, for tests and benchmarks, and who did it in the end: progressive and arithmetic JPEGs and
+/// whatever is unsound are libjpeg's.
 ///
 /// # Errors
 /// As [`super::decode()`].
@@ -62,8 +78,8 @@ fn probed(
     size: Option<Size>,
     out: &mut Image,
 ) -> Result<Entropy> {
-    let own = entropy == Entropy::Own && probe.verdict() == Verdict::Agrees;
-    unprobed(if own { Entropy::Own } else { Entropy::Libjpeg }, bytes, limits, size, out)
+    let own = entropy != Entropy::Libjpeg && probe.verdict() == Verdict::Agrees;
+    unprobed(if own { entropy } else { Entropy::Libjpeg }, bytes, limits, size, out)
 }
 
 fn unprobed(entropy: Entropy, bytes: &[u8], limits: &Limits, size: Option<Size>, out: &mut Image) -> Result<Entropy> {
@@ -101,16 +117,17 @@ fn unprobed(entropy: Entropy, bytes: &[u8], limits: &Limits, size: Option<Size>,
     };
     out.reshape(width, height, Layout::Rgbx)?;
     let used = match entropy {
-        Entropy::Libjpeg => decoder.pixels(color_space, &mut out.data).map(|()| Some(false)),
+        Entropy::Libjpeg => decoder.pixels(color_space, &mut out.data).map(|()| Some(Entropy::Libjpeg)),
         Entropy::Own => decoder.pixels_fast(color_space, &mut out.data),
+        Entropy::Whole => decoder.pixels_whole(color_space, &mut out.data),
     };
-    let Some(own) = used.map_err(failed)? else {
+    let Some(used) = used.map_err(failed)? else {
         return unprobed(Entropy::Libjpeg, bytes, limits, size, out);
     };
     if color_space == JCS_CMYK {
         cmyk_to_rgb(&mut out.data, true);
     }
-    Ok(if own { Entropy::Own } else { Entropy::Libjpeg })
+    Ok(used)
 }
 
 /// The most that a file of `height x width` can be scaled down by without falling below `size`.
@@ -138,7 +155,7 @@ mod tests {
     use super::*;
 
     fn libjpegs(picture: &[u8]) -> Option<Image> {
-        whole(Entropy::Libjpeg, picture)
+        alone(Entropy::Libjpeg, picture)
     }
 
     fn tampered(picture: &[u8]) -> Option<Image> {
@@ -151,7 +168,7 @@ mod tests {
     fn where_the_two_differ_all_is_left_to_libjpeg() {
         let expected = libjpegs(probe::PICTURE).unwrap();
         let cases: [(fn(&[u8]) -> Option<Image>, Verdict, Entropy); 4] = [
-            (|picture| whole(Entropy::Own, picture), Verdict::Agrees, Entropy::Own),
+            (ours, Verdict::Agrees, Entropy::Own),
             (tampered, Verdict::Differs, Entropy::Libjpeg),
             (|_| None, Verdict::Differs, Entropy::Libjpeg),
             (|_| panic!("injected"), Verdict::Differs, Entropy::Libjpeg),
@@ -171,7 +188,12 @@ mod tests {
     #[test]
     fn no_structure_of_libjpegs_is_described_elsewhere() {
         let layout = include_str!("jpeg/layout.rs");
-        for text in [include_str!("jpeg/libjpeg.rs"), include_str!("jpeg/huffman.rs"), include_str!("jpeg/probe.rs")] {
+        for text in [
+            include_str!("jpeg/libjpeg.rs"),
+            include_str!("jpeg/huffman.rs"),
+            include_str!("jpeg/baseline.rs"),
+            include_str!("jpeg/probe.rs"),
+        ] {
             assert!(!text.contains("repr("), "{text}");
         }
         let (_, mirrored) = layout.rsplit_once("\nmirrors! {").unwrap();

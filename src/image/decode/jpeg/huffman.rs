@@ -1,133 +1,33 @@
 //! Entropy decoding of baseline JPEG in place of libjpeg's, which is where most of the time of a photo goes.
 //!
-//! A look-up of [`LOOK`] bits brings run, value and length of most coefficients at once; the bytes are freed of their
-//! stuffing beforehand, so that the bit reader need not look for markers. Only what a sound file does is done here: at
-//! anything else (an invalid code, a marker where data is expected, no marker at the end) the decoder gives up, and the
-//! caller starts over with libjpeg's own, whose judgement of damaged files is Pillow's.
+//! A look-up brings run, value and length of two coefficients at once (`table`); the bytes are freed of their stuffing
+//! beforehand, so that the bit reader need not look for markers. Only what a sound file does is done here: at anything
+//! else (an invalid code, a marker where data is expected, no marker at the end) the decoder gives up, and the caller
+//! starts over with libjpeg's own, whose judgement of damaged files is Pillow's.
 
 use std::cell::RefCell;
 use std::ffi::c_int;
 use std::rc::Rc;
 
-use super::layout::{Codes, Coefficients, Decompress};
-
-/// Bits per look-up: 4 KiB per table.
-const LOOK: u32 = 10;
-
-/// Where coefficient `k` of the zigzag belongs.
-#[rustfmt::skip]
-const ZIGZAG: [u8; 64] = [
-     0,  1,  8, 16,  9,  2,  3, 10, 17, 24, 32, 25, 18, 11,  4,  5,
-    12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13,  6,  7, 14, 21, 28,
-    35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51,
-    58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
-];
-
-/// One Huffman table. An entry of `look` is `value << 16 | run << 8 | bits` when the value's bits are in the look-up too,
-/// `size << 12 | run << 8 | bits` (of the code alone) when they are not, and 0 for codes longer than [`LOOK`].
-struct Table {
-    codes: Codes,
-    look: [u32; 1 << LOOK],
-    /// First left-aligned 16-bit code that is longer than `l` bits.
-    limit: [u32; 17],
-    /// What to add to a code of `l` bits to get the index of its symbol.
-    offset: [i32; 17],
-}
-
-impl Table {
-    fn new(codes: Codes) -> Self {
-        let mut table = Self { codes, look: [0; 1 << LOOK], limit: [0; 17], offset: [0; 17] };
-        let (mut code, mut index) = (0_u32, 0_usize);
-        for length in 1..=16_u32 {
-            table.offset[length as usize] = index as i32 - code as i32;
-            for _ in 0..codes.bits[length as usize] {
-                let symbol = codes.huffval[index & 0xff];
-                if length <= LOOK {
-                    let free = LOOK - length;
-                    for rest in 0..1 << free {
-                        let at = (code << free | rest) as usize & ((1 << LOOK) - 1);
-                        table.look[at] = entry(symbol, length, rest, free);
-                    }
-                }
-                code += 1;
-                index += 1;
-            }
-            table.limit[length as usize] = code << (16 - length);
-            code <<= 1;
-        }
-        table
-    }
-
-    /// Symbol and length of a code longer than [`LOOK`] bits.
-    fn long(&self, bits: u64) -> Option<(u8, u32)> {
-        let code = (bits >> 48) as u32;
-        let length = (LOOK + 1..=16).find(|&l| code < self.limit[l as usize])?;
-        let index = (code >> (16 - length)) as i32 + self.offset[length as usize];
-        Some((*self.codes.huffval.get(usize::try_from(index).ok()?)?, length))
-    }
-}
-
-/// The entry for a code of `length` bits that is followed by the `free` bits `rest`.
-fn entry(symbol: u8, length: u32, rest: u32, free: u32) -> u32 {
-    let (run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
-    if size == 0 || size > free {
-        return size << 12 | run << 8 | length;
-    }
-    let value = extend(u64::from(rest >> (free - size)), size);
-    (value as u32) << 16 | run << 8 | (length + size)
-}
-
-/// The number that JPEG writes as the `size` bits `raw`.
-fn extend(raw: u64, size: u32) -> i32 {
-    let raw = raw as i32;
-    if raw < 1 << (size - 1) { raw - (1 << size) + 1 } else { raw }
-}
-
-/// Tables that this thread has met: most files use the same standard ones.
-#[derive(Default)]
-struct Spare {
-    tables: Vec<Rc<Table>>,
-    data: Vec<u8>,
-}
+use super::bits::{Bits, Block};
+use super::layout::{Coefficients, Decompress};
+use super::table::{Table, table};
 
 thread_local! {
-    static SPARE: RefCell<Spare> = RefCell::default();
+    /// The buffer for the next file.
+    static SPARE: RefCell<Vec<u8>> = RefCell::default();
 }
 
-fn table(codes: Codes) -> Rc<Table> {
-    SPARE.with_borrow_mut(|spare| {
-        if let Some(table) = spare.tables.iter().find(|table| table.codes == codes) {
-            return Rc::clone(table);
-        }
-        // Optimised tables are new in every file; keeping more of them would only cost memory.
-        if spare.tables.len() >= 16 {
-            spare.tables.clear();
-        }
-        let table = Rc::new(Table::new(codes));
-        spare.tables.push(Rc::clone(&table));
-        table
-    })
-}
-
-/// One block of an MCU.
-struct Block {
+/// How a block of an MCU is coded.
+struct Coding {
     component: usize,
     dc: Rc<Table>,
     ac: Rc<Table>,
 }
 
-#[derive(Clone, Copy, Default)]
-struct Bits {
-    /// The next bits, from the top.
-    window: u64,
-    count: u32,
-    /// The next byte of `data`.
-    at: usize,
-}
-
 /// The decoder of one file.
 pub struct Huffman {
-    blocks: Vec<Block>,
+    blocks: Vec<Coding>,
     bits: Bits,
     last_dc: [i32; 4],
     /// The entropy-coded bytes up to the next marker, without stuffing; `length` of them, then padding.
@@ -160,6 +60,8 @@ impl Huffman {
         if !baseline || !whole {
             return None;
         }
+        // SAFETY: libjpeg's source.
+        let large = unsafe { (*info.src).bytes_in_buffer } > 1 << 14;
         let mut blocks = Vec::with_capacity(count);
         for &component in &info.MCU_membership[..count] {
             let component = usize::try_from(component).ok()?;
@@ -171,9 +73,9 @@ impl Huffman {
                 let ac = *info.ac_huff_tbl_ptrs.get(usize::try_from(described.ac_tbl_no).ok()?)?;
                 (*dc.as_ref()?, *ac.as_ref()?)
             };
-            blocks.push(Block { component, dc: table(dc), ac: table(ac) });
+            blocks.push(Coding { component, dc: table(dc, false), ac: table(ac, large) });
         }
-        let data = SPARE.with_borrow_mut(|spare| std::mem::take(&mut spare.data));
+        let data = SPARE.take();
         let mut huffman = Self {
             blocks,
             bits: Bits::default(),
@@ -240,106 +142,53 @@ impl Huffman {
         self.unstuff(&rest[2..])
     }
 
+    /// Blocks of an MCU.
+    pub fn blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Whether the last MCU was decoded, and nothing is behind it.
+    pub fn at_end(&self, source: &[u8]) -> bool {
+        let at = (self.marker as usize).checked_sub(source.as_ptr() as usize);
+        let marker = at.and_then(|at| source.get(at..at + 2));
+        self.mcus_left == 0 && marker == Some(&[0xff, 0xd9])
+    }
+
+    /// The next MCU, and restarts when one is due: to each block one of `rows`. Bits say which blocks have more than their
+    /// first coefficient. `None` when it is not sound.
+    ///
+    /// # Safety
+    /// `rows` must be as many as an MCU has blocks, each with room for a [`Block`] of `LANES`, zeroed.
     #[inline(always)]
-    fn mcu(&mut self, rows: &[*mut Coefficients]) -> Option<()> {
-        let mut bits = self.bits;
+    pub unsafe fn next<const LANES: bool>(&mut self, source: &[u8], rows: &[*mut i16]) -> Option<u32> {
+        if self.restart_interval > 0 && self.until_restart == 0 {
+            self.restart(source)?;
+        }
+        if self.mcus_left == 0 {
+            return None;
+        }
+        self.until_restart = self.until_restart.wrapping_sub(1);
+        self.mcus_left -= 1;
+        let (mut bits, mut busy) = (self.bits, 0);
         let data = self.data.as_slice();
-        for (block, &row) in self.blocks.iter().zip(rows) {
-            // SAFETY: libjpeg hands over one zeroed block of its own for each block of the MCU.
-            let out = unsafe { &mut *row };
-            bits.refill(data);
-            let e = block.dc.look[(bits.window >> (64 - LOOK)) as usize];
-            let difference = if e >> 16 != 0 {
-                bits.skip(e & 0xff);
-                (e as i32) >> 16
-            } else {
-                let (size, length) = match e {
-                    0 => block.dc.long(bits.window).map(|(symbol, length)| (u32::from(symbol & 15), length))?,
-                    e => (e >> 12, e & 0xff),
-                };
-                bits.skip(length);
-                if size == 0 { 0 } else { bits.number(size) }
-            };
-            let dc = self.last_dc.get_mut(block.component)?;
-            *dc += difference;
-            out[0] = i16::try_from(*dc).ok()?;
-            let mut k = 1;
-            while k < 64 {
-                bits.refill(data);
-                let e = block.ac.look[(bits.window >> (64 - LOOK)) as usize];
-                if e >> 16 != 0 {
-                    k += (e >> 8 & 15) as usize;
-                    bits.skip(e & 0xff);
-                    out[usize::from(*ZIGZAG.get(k)?)] = (e >> 16) as i16;
-                    k += 1;
-                    continue;
-                }
-                let (run, size, length) = match e {
-                    0 => {
-                        let (symbol, length) = block.ac.long(bits.window)?;
-                        (u32::from(symbol >> 4), u32::from(symbol & 15), length)
-                    }
-                    e => (e >> 8 & 15, e >> 12, e & 0xff),
-                };
-                bits.skip(length);
-                if size == 0 {
-                    if run != 15 {
-                        break;
-                    }
-                    k += 16;
-                    continue;
-                }
-                k += run as usize;
-                out[usize::from(*ZIGZAG.get(k)?)] = bits.number(size) as i16;
-                k += 1;
-            }
+        for (i, (coding, &row)) in self.blocks.iter().zip(rows).enumerate() {
+            let dc = self.last_dc.get_mut(coding.component)?;
+            *dc += bits.first(data, &coding.dc)?;
+            // SAFETY: the caller's promise.
+            let mut block = unsafe { Block::<LANES>::at(row) };
+            block.put(0, i16::try_from(*dc).ok()?);
+            busy |= u32::from(bits.others(data, &coding.ac, &mut block)?) << i;
         }
         self.bits = bits;
         // More bits than there were: padding was decoded.
-        (8 * bits.at <= 8 * self.length + bits.count as usize).then_some(())
+        (8 * bits.at <= 8 * self.length + bits.count as usize).then_some(busy)
     }
 }
 
 impl Drop for Huffman {
     fn drop(&mut self) {
         let data = std::mem::take(&mut self.data);
-        SPARE.with_borrow_mut(|spare| spare.data = data);
-    }
-}
-
-impl Bits {
-    /// At least 32 bits, enough for the longest code (16) and value (15).
-    #[inline(always)]
-    fn refill(&mut self, data: &[u8]) {
-        if self.count >= 32 {
-            return;
-        }
-        if let Some(&eight) = data.get(self.at..).and_then(<[u8]>::first_chunk::<8>) {
-            self.window |= u64::from_be_bytes(eight) >> self.count;
-            self.at += ((63 - self.count) / 8) as usize;
-            self.count |= 56;
-        } else {
-            // Behind the end: what is left of the padding, then zeros.
-            while self.count <= 56 {
-                let byte = data.get(self.at).copied().unwrap_or(0);
-                self.window |= u64::from(byte) << (56 - self.count);
-                self.at += 1;
-                self.count += 8;
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn skip(&mut self, count: u32) {
-        self.window <<= count;
-        self.count -= count;
-    }
-
-    #[inline(always)]
-    fn number(&mut self, size: u32) -> i32 {
-        let raw = self.window >> (64 - size);
-        self.skip(size);
-        extend(raw, size)
+        SPARE.set(data);
     }
 }
 
@@ -371,22 +220,18 @@ unsafe fn next_mcu(cinfo: *mut Decompress, rows: *mut *mut Coefficients) -> c_in
     // and `rows` has one entry per block of an MCU.
     let (info, huffman, rows) = unsafe {
         let huffman = &mut *(*cinfo).client_data.cast::<Huffman>();
-        let rows = std::slice::from_raw_parts(rows, huffman.blocks.len());
+        let rows = std::slice::from_raw_parts(rows.cast::<*mut i16>(), huffman.blocks.len());
         (&mut *cinfo, huffman, rows)
     };
     // SAFETY: the source of `Decoder`: the rest of the file.
     let source = unsafe { &mut *info.src };
     // SAFETY: as above.
     let rest = unsafe { std::slice::from_raw_parts(source.next_input_byte, source.bytes_in_buffer) };
-    if huffman.restart_interval > 0 && huffman.until_restart == 0 && huffman.restart(rest).is_none() {
-        huffman.gave_up = true;
-    }
-    if huffman.gave_up || huffman.mcus_left == 0 || huffman.mcu(rows).is_none() {
+    // SAFETY: libjpeg hands over one zeroed block of its own for each block of the MCU.
+    if huffman.gave_up || unsafe { huffman.next::<false>(rest, rows) }.is_none() {
         huffman.gave_up = true;
         return 0;
     }
-    huffman.until_restart = huffman.until_restart.wrapping_sub(1);
-    huffman.mcus_left -= 1;
     if huffman.mcus_left == 0 {
         // libjpeg reads on from the marker.
         let read = huffman.marker as usize - source.next_input_byte as usize;

@@ -2,7 +2,7 @@
 //!
 //! `build.rs` includes this file too: it lets the C compiler compare each number in it with the headers of the very
 //! library that is linked. Nothing else of libjpeg is described anywhere.
-#![allow(non_snake_case, dead_code)]
+#![allow(non_snake_case, non_upper_case_globals, dead_code)]
 
 use std::ffi::{c_char, c_double, c_int, c_long, c_uint, c_void};
 
@@ -43,6 +43,7 @@ numbers! {
     JPEG_LIB_VERSION: c_int = 62;
     JPEG_SUSPENDED: c_int = 0;
     JPEG_HEADER_OK: c_int = 1;
+    JCS_YCbCr: c_int = 3;
     JCS_CMYK: c_int = 4;
     JCS_EXT_RGBX: c_int = 7;
     JMSG_LENGTH_MAX: usize = 200;
@@ -122,6 +123,11 @@ mirrors! {
         huffval: [u8; 256],
     }
 
+    /// Its start, in rows from top to bottom.
+    Quantization = "JQUANT_TBL", false {
+        quantval: [u16; 64],
+    }
+
     /// libjpeg compares its size with its own when it is created and refuses with an error if they differ.
     Decompress = "struct jpeg_decompress_struct", true {
         err: *mut ErrorManager,
@@ -164,7 +170,7 @@ mirrors! {
         output_scan_number: c_int,
         output_iMCU_row: c_uint,
         coef_bits: *mut c_void,
-        quant_tbl_ptrs: [*mut c_void; 4],
+        quant_tbl_ptrs: [*mut Quantization; 4],
         dc_huff_tbl_ptrs: [*mut Codes; 4],
         ac_huff_tbl_ptrs: [*mut Codes; 4],
         data_precision: c_int,

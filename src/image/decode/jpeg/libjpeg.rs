@@ -7,9 +7,12 @@ use std::ffi::{c_int, c_long, c_uint};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr::null_mut;
 
+use super::baseline;
+use super::entropy::Entropy;
 use super::huffman::Huffman;
 use super::layout::{
-    Decompress, ErrorManager, JMSG_LENGTH_MAX, JPEG_HEADER_OK, JPEG_LIB_VERSION, JPEG_SUSPENDED, SourceManager,
+    Decompress, ErrorManager, JCS_EXT_RGBX, JCS_YCbCr, JMSG_LENGTH_MAX, JPEG_HEADER_OK, JPEG_LIB_VERSION,
+    JPEG_SUSPENDED, SourceManager,
 };
 
 // The library itself: libturbojpeg.a carries the libjpeg functions declared below.
@@ -177,9 +180,17 @@ impl<'a> Decoder<'a> {
         self.rows(pixels)
     }
 
+    /// [`Decoder::pixels_fast`], if the picture is not one that `baseline` decodes without libjpeg.
+    pub fn pixels_whole(&mut self, color_space: c_int, pixels: &mut [u8]) -> Result<Option<Entropy>, JpegError> {
+        match self.usual(color_space) {
+            Some(quants) => Ok(self.whole(&quants, pixels).map(|()| Entropy::Whole)),
+            None => self.pixels_fast(color_space, pixels),
+        }
+    }
+
     /// [`Decoder::pixels`] with our own entropy decoder. Whether it was used: it does not know all kinds of JPEG. `None`
     /// when it met something unsound, which a new decoder without it has to judge.
-    pub fn pixels_fast(&mut self, color_space: c_int, pixels: &mut [u8]) -> Result<Option<bool>, JpegError> {
+    pub fn pixels_fast(&mut self, color_space: c_int, pixels: &mut [u8]) -> Result<Option<Entropy>, JpegError> {
         self.start(color_space)?;
         // SAFETY: started just now; `self` keeps the result until libjpeg's object is destroyed.
         self.huffman = unsafe { Huffman::install(&raw mut *self.cinfo) }.unwrap_or(null_mut());
@@ -187,8 +198,48 @@ impl<'a> Decoder<'a> {
         // SAFETY: null or alive until `self` is dropped.
         match unsafe { self.huffman.as_ref() } {
             Some(huffman) if huffman.gave_up => Ok(None),
-            used => outcome.map(|()| Some(used.is_some())),
+            Some(_) => outcome.map(|()| Some(Entropy::Own)),
+            None => outcome.map(|()| Some(Entropy::Libjpeg)),
         }
+    }
+
+    /// The quantization of a picture that `baseline` decodes.
+    fn usual(&self, color_space: c_int) -> Option<[[u16; 64]; 3]> {
+        let info = &self.cinfo;
+        let kind = (info.jpeg_color_space, color_space, info.num_components) == (JCS_YCbCr, JCS_EXT_RGBX, 3);
+        let baseline = info.progressive_mode == 0 && info.arith_code == 0 && info.scale_num == info.scale_denom;
+        // libjpeg repeats the chroma of narrower ones.
+        if !kind || !baseline || info.image_width < 5 || info.comps_in_scan != 3 || !baseline::available() {
+            return None;
+        }
+        let mut quants = [[0; 64]; 3];
+        for (i, (quant, side)) in (0..).zip(quants.iter_mut().zip([2, 1, 1])) {
+            // SAFETY: the header has been read, to the first scan's.
+            let component = unsafe { info.cur_comp_info[i as usize].as_ref() }?;
+            if (component.component_index, component.h_samp_factor, component.v_samp_factor) != (i, side, side) {
+                return None;
+            }
+            let table = *info.quant_tbl_ptrs.get(usize::try_from(component.quant_tbl_no).ok()?)?;
+            // SAFETY: null or libjpeg's.
+            *quant = unsafe { table.as_ref() }?.quantval;
+        }
+        Some(quants)
+    }
+
+    /// The [`Decoder::usual`] picture; `None` when it is not sound.
+    fn whole(&mut self, quants: &[[u16; 64]; 3], pixels: &mut [u8]) -> Option<()> {
+        // No upsampling and conversion of libjpeg's.
+        self.cinfo.raw_data_out = 1;
+        self.start(JCS_EXT_RGBX).ok()?;
+        // SAFETY: started just now; `self` keeps the result until libjpeg's object is destroyed.
+        self.huffman = unsafe { Huffman::install(&raw mut *self.cinfo) }?;
+        // SAFETY: alive until `self` is dropped; the source is the rest of the file.
+        let (huffman, source) = unsafe {
+            let source = std::slice::from_raw_parts(self.source.next_input_byte, self.source.bytes_in_buffer);
+            (&mut *self.huffman, source)
+        };
+        let size = (self.cinfo.image_width as usize, self.cinfo.image_height as usize);
+        baseline::decode(huffman, source, quants, size, pixels)
     }
 
     fn start(&mut self, color_space: c_int) -> Result<(), JpegError> {
