@@ -33,8 +33,8 @@ LEAST_FLOPS = 1 << 28
 #: An epoch should take so many operations per weight. Once in it the weights are brought into the engine's order, some
 #: 10 ns for each; PyTorch needs some 2.5 ps more for an operation.
 _LEAST_FLOPS_PER_WEIGHT = 4000
-#: From this share of the arithmetic on, native kernels have been faster than PyTorch in either order with every network of
-#: torchvision that was measured (AMD Zen 3 and Zen 5, Intel; 2 threads).
+#: From this share of the arithmetic on, native kernels have been faster than PyTorch with contiguous batches for every
+#: network of torchvision that was measured (AMD, 2 threads).
 _LEAST_SHARE = 0.7
 _MEASURED_ON, _MEASURED_THREADS = ("AVX2", "AVX512"), 8
 

@@ -202,9 +202,7 @@ class MemoryOrder:
             enough = inputs[:, 0] if self._rest is None else inputs
             if not self._training or enough.numel() < LEAST_PIXELS:
                 return inputs
-            trial = self._known[form] = _Trial(
-                len(inputs), not _runs(self._rest or self._model, inputs), self._share
-            )
+            trial = self._known[form] = _Trial(len(inputs), not _runs(self._rest or self._model, inputs), self._share)
         if not trial.is_over:
             if not self._training or len(inputs) != trial.size:
                 return inputs
