@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import warnings
 import weakref
 from typing import Any
@@ -35,6 +36,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
             self._timed = None
 
     monkeypatch.setattr(memory_order.MemoryOrder, "done", done)
+    monkeypatch.setattr(frozen_front, "_LEAST_SHARE", 2.0)
     monkeypatch.setattr(memory_order, "LEAST_PIXELS", 1)
     monkeypatch.setattr("cnnrs.engine.frozen_front.LEAST_FLOPS", 1)
 
@@ -85,6 +87,45 @@ def test_fit_trains_with_them_as_the_plain_loop_does(
     for (name, got), wanted in zip(our_model.state_dict().items(), their_model.state_dict().values(), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4, msg=name)
     assert "native kernels" in str(cnnrs.explain(our_model.train(), (6, 3, 20, 20)))
+
+
+def test_what_is_mostly_native_is_so_from_the_first_batch_on(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_front, "_LEAST_SHARE", 0.7)
+    monkeypatch.setattr(memory_order.MemoryOrder, "done", lambda self: None)
+    played = []
+    original = Kernels.play
+    monkeypatch.setattr(Kernels, "play", lambda self, *a: played.append(len(a[2])) or original(self, *a))
+    torch.manual_seed(1)
+    model, data = Block(), batches(4)
+    first, ours, _ = trained("auto", model, data)
+    assert played == [2] + 3 * [6, 6, 6, 6, 3]
+    # The same in every run: no clock.
+    again, theirs, _ = trained("auto", model, data)
+    assert first == again and all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
+    assert re.search(
+        r"channels_last with native kernels, which are \d+ % of the arithmetic; not timed",
+        str(cnnrs.explain(ours.train(), (6, 3, 20, 20))),
+    )
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in frozen_front._MEASURED_ON, reason="not measured")
+def test_the_clock_decides_about_what_has_not_been_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def share(model: nn.Module) -> float | None:
+        front = frozen_front.front_of(lower(model.train()), torch.zeros(64, 3, 64, 64), True, 1)
+        assert front is not None
+        return front.share
+
+    def layers(**last: Any) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, **last))
+
+    assert share(layers(kernel_size=3, padding=1)) == pytest.approx(0.99, abs=0.01)
+    # Half of the arithmetic PyTorch's; convolutions in groups, which it is slow at in channels_last.
+    assert share(layers(kernel_size=3, padding=1, stride=1, dilation=2)) is None
+    assert share(layers(kernel_size=1, groups=2)) is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+    assert share(layers(kernel_size=3, padding=1)) is None
 
 
 def test_wrong_kernels_are_found_and_not_used(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:

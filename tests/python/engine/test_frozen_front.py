@@ -385,6 +385,7 @@ def test_networks_people_fine_tune_have_a_front(
 
 def test_the_rest_may_have_another_order_of_memory(monkeypatch: pytest.MonkeyPatch, computed: list[int]) -> None:
     monkeypatch.setattr(memory_order, "LEAST_PIXELS", 1)
+    monkeypatch.setattr(frozen_front, "_LEAST_SHARE", 2.0)
     seen: list[bool] = []
     original = memory_order.MemoryOrder.ordered
 
