@@ -134,8 +134,8 @@ class Preparation:
             f"Milliseconds from the call of `fit` to the first step of a new model, median of {self.rounds} models: "
             "its operations are found, it is divided into a frozen front and the rest with their kernels, two samples "
             "go through the module, its operations and native kernels. The last column: "
-            "before the first step of a later epoch. The eight steps that are timed, four in each order of memory, are "
-            "steps like any other and not counted.",
+            "before the first step of a later epoch. Where eight steps are timed, four in each order of memory, these "
+            "are steps like any other and not counted.",
             "",
             f"| network | in all | {titles} | later epochs |",
             f"|---|---:|{'---:|' * len(self.pieces)}---:|",
@@ -174,7 +174,7 @@ class Memory:
             "",
             "MiB at most above what the process holds before its first step: torch, cnnrs, the model and eight "
             f"batches. Gradients and momentum are in it. Two steps of the loop; of `fit` {TRIAL}, since the first "
-            "eight are timed in both orders of memory.",
+            "eight are timed in both orders of memory where native kernels are not most of a network.",
             "",
             "| network | tutorial's loop | tutorial's loop, channels_last | cnnrs.fit | more than the better loop |",
             "|---|---:|---:|---:|---:|",

@@ -111,6 +111,11 @@ class _Engine:
     def forward(self, inputs: Any, targets: Any, training: bool) -> tuple[float, float, int | None, int, int]:
         """Outputs and loss of one batch; returns what to count of it."""
         self.kept.keep()
+        if training and self._begins:
+            assert self._job.optimizer is not None
+            # As in the plain loop: old gradients are not in memory beside the new activations.
+            self._job.optimizer.zero_grad()
+            self._begins = False
         if self._network is None:
             inputs = self._order.ordered(inputs)
         with self._order.timing():
@@ -150,10 +155,6 @@ class _Engine:
 
     def backward(self) -> None:
         """Gradients of that loss, added to those since the last step."""
-        assert self._job.optimizer is not None
-        if self._begins:
-            self._job.optimizer.zero_grad()
-            self._begins = False
         with self._order.timing():
             self._differentiate_or_again(*self._pending.pop())
         self._order.done()
