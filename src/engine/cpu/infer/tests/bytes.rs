@@ -3,7 +3,7 @@
 use super::*;
 
 fn seen(m: &Model, shape: &[usize], input: &[f32], options: Options) -> Vec<(usize, f32, f32)> {
-    let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options).unwrap();
+    let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options, None).unwrap();
     network.look(shape, input).unwrap();
     network.ranges()
 }
@@ -17,7 +17,7 @@ fn check(mut m: Model, shape: &[usize], least: f64, methods: &[&str]) {
     let mut first: Option<Vec<f32>> = None;
     for isa in Isa::available() {
         for workers in [1, 3] {
-            let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options(isa, workers)).unwrap();
+            let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options(isa, workers), None).unwrap();
             network.quantize(shape, &ranges).unwrap();
             for images in [shape[0], shape[0].div_ceil(2), shape[0]] {
                 let part = [&[images], &shape[1..]].concat();
@@ -103,7 +103,7 @@ fn what_bytes_cannot_hold_is_refused() {
     let options = Options { workers: 1, exact: false, isa: Isa::best() };
     let mut input = m.numbers.many(48, 1.0);
     let ranges = seen(&m, &shape, &input, options);
-    let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options).unwrap();
+    let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options, None).unwrap();
     network.quantize(&shape, &ranges).unwrap();
     let mut output = vec![0.0; 256];
     network.run(&shape, &input, &mut output).unwrap();
@@ -113,6 +113,6 @@ fn what_bytes_cannot_hold_is_refused() {
     assert!(network.quantize(&shape, &bad).is_err_and(|e| e.to_string().contains("Conv2d1 makes infinite or NaN")));
     let mut alone = Model::new();
     alone.conv(0, [3, 16], [1, 1], |_| {});
-    let mut network = Frozen::new(alone.graph, alone.tensors, options).unwrap();
+    let mut network = Frozen::new(alone.graph, alone.tensors, options, None).unwrap();
     assert!(network.look(&shape, &[0.0; 48]).is_err_and(|e| e.to_string().contains("no layer would compute in int8")));
 }

@@ -131,7 +131,7 @@ fn a_nan_stays_in_its_image() {
     let mut input = m.numbers.many(shape.iter().product(), 1.0);
     for isa in Isa::available() {
         let options = Options { workers: 2, exact: false, isa };
-        let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options).unwrap();
+        let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options, None).unwrap();
         let mut run = |input: &[f32]| {
             let mut output = vec![0.0; network.output(&shape).unwrap().iter().product()];
             network.run(&shape, input, &mut output).unwrap();
