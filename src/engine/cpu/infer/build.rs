@@ -196,7 +196,7 @@ impl<'a> Network<'a> {
             (_, Role::Observe, _) => "observe",
             (_, Role::Bytes, _) => "int8",
             (_, _, Role::Bytes) => "int8 + depthwise",
-            (_, ..) if layer.expand.is_some() => "direct + depthwise",
+            _ if layer.expand.is_some() => "direct + depthwise",
             (Method::Winograd(size), ..) if size.outputs() == 6 => "winograd 6",
             (Method::Winograd(_), ..) => "winograd 4",
             (Method::Depthwise, ..) => "depthwise",

@@ -158,7 +158,7 @@ pub trait DotKernel {
     fn run<D: Dot>(self);
 }
 
-/// Runs a kernel with these instructions, which must be of [`Dots::of`] or [`Dots::available`].
+/// Runs a kernel with these instructions, which must be of [`Dots::of`] or among those available.
 #[inline]
 pub fn dispatch<K: DotKernel>(dots: Dots, kernel: K) {
     match dots {
