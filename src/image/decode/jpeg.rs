@@ -184,6 +184,19 @@ mod tests {
         }
     }
 
+    /// Optimised tables are new in every file.
+    #[test]
+    fn a_small_file_makes_no_steps_for_tables_that_are_new() {
+        for entropy in [Entropy::Own, Entropy::Whole] {
+            // A new thread has met none.
+            let met = std::thread::spawn(move || {
+                [(); 2].map(|()| (alone(entropy, probe::PICTURE).is_some() || !baseline::available(), table::met()))
+            });
+            let met = met.join().unwrap();
+            assert_eq!(met, [(true, (4, 0)), (true, (4, 2))], "{entropy:?}");
+        }
+    }
+
     /// `build.rs` compares what `layout` lists, and that is all there is.
     #[test]
     fn no_structure_of_libjpegs_is_described_elsewhere() {

@@ -5,7 +5,7 @@
 
 use std::cell::RefCell;
 
-use super::huffman::Huffman;
+use super::huffman::{Huffman, has_bmi2};
 use super::idct::{BLOCKS, Group, ZEROS, four_blocks};
 use super::ycc::{Row, Sums, pixels};
 
@@ -30,7 +30,7 @@ thread_local! {
 }
 
 pub fn available() -> bool {
-    super::idct::available() && is_x86_feature_detected!("bmi2")
+    super::idct::available() && has_bmi2()
 }
 
 /// All of `source`, the file from its first code on, to RGBX pixels. `None` when it is not sound.

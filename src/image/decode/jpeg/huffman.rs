@@ -62,7 +62,7 @@ impl Huffman {
         }
         // SAFETY: libjpeg's source.
         let large = unsafe { (*info.src).bytes_in_buffer } > 1 << 14;
-        let mut blocks = Vec::with_capacity(count);
+        let mut blocks = Vec::<Coding>::with_capacity(count);
         for &component in &info.MCU_membership[..count] {
             let component = usize::try_from(component).ok()?;
             let described = *info.cur_comp_info.get(component)?;
@@ -73,8 +73,13 @@ impl Huffman {
                 let ac = *info.ac_huff_tbl_ptrs.get(usize::try_from(described.ac_tbl_no).ok()?)?;
                 (*dc.as_ref()?, *ac.as_ref()?)
             };
-            blocks.push(Coding { component, dc: table(dc, false), ac: table(ac, large) });
+            blocks.push(Coding { component, dc: table(dc), ac: table(ac) });
         }
+        // Blocks of one file share tables: none of them makes the others' known.
+        for coding in blocks.iter().filter(|coding| large || coding.ac.known.get()) {
+            coding.ac.make_steps();
+        }
+        blocks.iter().for_each(|coding| coding.ac.known.set(true));
         let data = SPARE.take();
         let mut huffman = Self {
             blocks,
@@ -98,7 +103,7 @@ impl Huffman {
         info.client_data = huffman.cast();
         entropy.decode_mcu = decode_mcu;
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("bmi2") {
+        if has_bmi2() {
             entropy.decode_mcu = decode_mcu_bmi2;
         }
         Some(huffman)
@@ -142,18 +147,6 @@ impl Huffman {
         self.unstuff(&rest[2..])
     }
 
-    /// Blocks of an MCU.
-    pub fn blocks(&self) -> usize {
-        self.blocks.len()
-    }
-
-    /// Whether the last MCU was decoded, and nothing is behind it.
-    pub fn at_end(&self, source: &[u8]) -> bool {
-        let at = (self.marker as usize).checked_sub(source.as_ptr() as usize);
-        let marker = at.and_then(|at| source.get(at..at + 2));
-        self.mcus_left == 0 && marker == Some(&[0xff, 0xd9])
-    }
-
     /// The next MCU, and restarts when one is due: to each block one of `rows`. Bits say which blocks have more than their
     /// first coefficient. `None` when it is not sound.
     ///
@@ -182,6 +175,22 @@ impl Huffman {
         self.bits = bits;
         // More bits than there were: padding was decoded.
         (8 * bits.at <= 8 * self.length + bits.count as usize).then_some(busy)
+    }
+}
+
+/// What `baseline` asks.
+#[cfg(target_arch = "x86_64")]
+impl Huffman {
+    /// Blocks of an MCU.
+    pub fn blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Whether the last MCU was decoded, and nothing is behind it.
+    pub fn at_end(&self, source: &[u8]) -> bool {
+        let at = (self.marker as usize).checked_sub(source.as_ptr() as usize);
+        let marker = at.and_then(|at| source.get(at..at + 2));
+        self.mcus_left == 0 && marker == Some(&[0xff, 0xd9])
     }
 }
 
@@ -246,6 +255,12 @@ unsafe fn next_mcu(cinfo: *mut Decompress, rows: *mut *mut Coefficients) -> c_in
 unsafe extern "C-unwind" fn decode_mcu(cinfo: *mut Decompress, rows: *mut *mut Coefficients) -> c_int {
     // SAFETY: libjpeg's call.
     unsafe { next_mcu(cinfo, rows) }
+}
+
+/// Whether the instructions of [`decode_mcu_bmi2`] are there; a virtual machine may hide each of them.
+#[cfg(target_arch = "x86_64")]
+pub fn has_bmi2() -> bool {
+    is_x86_feature_detected!("bmi1") && is_x86_feature_detected!("bmi2") && is_x86_feature_detected!("lzcnt")
 }
 
 /// The same with shifts that leave the flags alone.

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::cell::{OnceCell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 
 use super::layout::Codes;
@@ -35,12 +35,14 @@ pub struct Table {
     /// What to add to a code of `l` bits to get the index of its symbol.
     offset: [i32; 17],
     steps: OnceCell<Box<[u64; 1 << WIDE]>>,
+    /// Whether an earlier file had it: then more will, and steps pay off.
+    pub known: Cell<bool>,
 }
 
 impl Table {
     fn new(codes: Codes) -> Self {
-        let steps = OnceCell::new();
-        let mut table = Self { codes, look: [0; 1 << LOOK], limit: [0; 17], offset: [0; 17], steps };
+        let (steps, known) = (OnceCell::new(), Cell::new(false));
+        let mut table = Self { codes, look: [0; 1 << LOOK], limit: [0; 17], offset: [0; 17], steps, known };
         let (mut code, mut index) = (0_u32, 0_usize);
         for length in 1..=16_u32 {
             table.offset[length as usize] = index as i32 - code as i32;
@@ -70,12 +72,13 @@ impl Table {
         Some((*self.codes.huffval.get(usize::try_from(index).ok()?)?, length))
     }
 
-    /// What the next [`WIDE`] bits say, packed.
+    /// What the next [`WIDE`] bits say, packed; of tables for which it was made.
     pub fn steps(&self) -> Option<&[u64; 1 << WIDE]> {
         self.steps.get().map(Box::as_ref)
     }
 
-    fn make_steps(&self) {
+    /// Pays off after some ten kilobytes.
+    pub fn make_steps(&self) {
         self.steps.get_or_init(|| {
             let symbols = self.symbols();
             let mut steps = Box::new([0; 1 << WIDE]);
@@ -182,11 +185,10 @@ thread_local! {
     static KNOWN: RefCell<Vec<Rc<Table>>> = RefCell::default();
 }
 
-/// The table of these codes. A new one gets no steps unless the file is `large`: they pay off after some ten kilobytes.
-pub fn table(codes: Codes, large: bool) -> Rc<Table> {
+/// The table of these codes.
+pub fn table(codes: Codes) -> Rc<Table> {
     KNOWN.with_borrow_mut(|known| {
         if let Some(table) = known.iter().find(|table| table.codes == codes) {
-            table.make_steps();
             return Rc::clone(table);
         }
         // Optimised tables are new in every file; keeping more of them would only cost memory.
@@ -194,10 +196,13 @@ pub fn table(codes: Codes, large: bool) -> Rc<Table> {
             known.clear();
         }
         let table = Rc::new(Table::new(codes));
-        if large {
-            table.make_steps();
-        }
         known.push(Rc::clone(&table));
         table
     })
+}
+
+/// How many tables this thread has met, and how many of them have steps.
+#[cfg(test)]
+pub fn met() -> (usize, usize) {
+    KNOWN.with_borrow(|known| (known.len(), known.iter().filter(|table| table.steps().is_some()).count()))
 }
