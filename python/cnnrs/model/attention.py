@@ -60,6 +60,8 @@ class Attention:
 
 #: A value: the node that it is taken from, and what has become of it.
 Value = tuple[int, Heads]
+#: Of scores, and of weights.
+_SCORES: Axes = ("n", "h", "t", "k")
 
 
 def divided(shape: Sequence[int | None], dims: Sequence[Any]) -> Heads | None:
@@ -203,18 +205,18 @@ def _product(found: Value, of: Callable[[Any], Value | None], other: Any) -> Val
         raise Unsupported(_NONE)
     node, heads = found
     if heads.of is not None:
-        if not heads.weights:
-            raise Unsupported("multiplies scores without softmax")
+        if not heads.weights or heads.axes != _SCORES:
+            raise Unsupported("multiplies scores without softmax, or in another order than (N, heads, T, T)")
         return _attention(*heads.of, second, heads.factor)
     if second[1].axes != ("n", "h", "d", "t") or second[1].of is not None:
         raise Unsupported("multiplies heads in another order than (N, heads, channels, T)")
     keys = _transpose(second, of, -1, -2)
-    return node, replace(heads, axes=("n", "h", "t", "k"), factor=1.0, of=((node, heads), keys))
+    return node, replace(heads, axes=_SCORES, factor=1.0, of=((node, heads), keys))
 
 
 def _softmax(found: Value, _: Any, dim: int, dtype: Any = None, _stacklevel: int = 3) -> Value:
     node, heads = found
-    if heads.of is None or heads.weights or dtype is not None or dim not in (-1, 3):
+    if heads.of is None or heads.axes != _SCORES or heads.weights or dtype is not None or dim not in (-1, 3):
         raise Unsupported(_NONE)
     return node, replace(heads, weights=True)
 

@@ -87,6 +87,9 @@ fn order(graph: &Graph, node: &mut Node, shape: &Shape, before: &[Shape], orders
         Op::Attention { .. } | Op::Shift { .. } if from != TOKENS => {
             return refuse(node, "is applied to something else than tokens (N, T, C)");
         }
+        Op::Shift { summand } if graph.tensors[*summand].iter().rev().nth(2).is_some_and(|&images| images != 1) => {
+            return refuse(node, "adds something else to every image");
+        }
         Op::Attention { .. } | Op::Shift { .. } => {}
         Op::Expand { .. } => return Ok(TOKENS.to_vec()),
         Op::Softmax { dim, .. } => *dim = place(*dim) as i64,

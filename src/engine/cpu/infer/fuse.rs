@@ -251,7 +251,13 @@ impl Fusion<'_> {
         }
         if !matches!(
             node.op,
-            Op::Input | Op::Cat { .. } | Op::Softmax { .. } | Op::Flatten { .. } | Op::Reshape { .. } | Op::Pad { .. }
+            Op::Input
+                | Op::Cat { .. }
+                | Op::Softmax { .. }
+                | Op::Attention { .. }
+                | Op::Flatten { .. }
+                | Op::Reshape { .. }
+                | Op::Pad { .. }
         ) {
             self.follow(&mut layer)?;
         }
