@@ -186,12 +186,9 @@ def _said(front: Front | None, question: Question) -> str | None:
 def _question(purpose: Literal["fit", "preconv"], model: nn.Module, input_shape: Sequence[int] | None) -> Question:
     """What ``engine="auto"`` would be asked about float32 inputs of this shape, a known loss and optimizer."""
     try:
-        lowered = lower(model, gradients=purpose == "fit")
+        lowered = _lowered(purpose, model, input_shape)
     except Unsupported as reasons:
-        sized = _sized(model, input_shape) if purpose == "preconv" else None
-        if sized is None:
-            return Question(purpose, "auto", None, tuple(str(reasons).split("\n")))
-        lowered = sized
+        return Question(purpose, "auto", None, tuple(str(reasons).split("\n")))
     if reason := known_difference(model, lowered):
         return Question(purpose, "auto", lowered, (reason,))
     shape = _shape(lowered, input_shape)
@@ -199,12 +196,18 @@ def _question(purpose: Literal["fit", "preconv"], model: nn.Module, input_shape:
     return Question(purpose, "auto", lowered, inputs=inputs, training=model.training)
 
 
-def _sized(model: nn.Module, input_shape: Sequence[int] | None) -> Lowered | None:
-    """The frozen model as operations for images of one size; None where it has none for that either."""
+def _lowered(purpose: Literal["fit", "preconv"], model: nn.Module, input_shape: Sequence[int] | None) -> Lowered:
+    """The model as operations, where need be, frozen, as those for images of one size.
+
+    Raises:
+        Unsupported: it has none; with the reasons of the last attempt, since the size answers those of the first.
+    """
     try:
-        return lower(model, False, (3, 224, 224) if input_shape is None else tuple(input_shape)[1:])
+        return lower(model, gradients=purpose == "fit")
     except Unsupported:
-        return None
+        if purpose == "fit":
+            raise
+    return lower(model, False, (3, 224, 224) if input_shape is None else tuple(input_shape)[1:])
 
 
 def _shape(lowered: Lowered, given: Sequence[int] | None) -> Sequence[int] | None:

@@ -233,7 +233,8 @@ class _Lowering:
             raise Unsupported("is called with something else than tokens (N, T, C)")
         weights = _linear(self._tensor_index, module.in_proj_weight, module.in_proj_bias)
         x = self._apply(f"{name}.in_proj", "Linear", [x], weights)
-        scale = 1.0 / math.sqrt(module.head_dim)
+        # Of the channels that there are: the layer does not read its `head_dim` either.
+        scale = 1.0 / math.sqrt(module.embed_dim // module.num_heads)
         x = self._apply(name, "Attention", [x], {"heads": module.num_heads, "scale": scale})
         out = module.out_proj
         return self._apply(f"{name}.out_proj", "Linear", [x], _linear(self._tensor_index, out.weight, out.bias))

@@ -80,6 +80,8 @@ fn sequences_of_every_length() {
         let x = permute(&mut m, x, [0, 2, 1]);
         let parts = [(); 3].map(|()| linear(&mut m, x, [37, 64]));
         let y = m.op(Op::Attention { heads: 2, scale: 0.3 }, &parts);
+        // Attention takes in nothing that follows.
+        let y = m.act(y, Activation::Relu);
         linear(&mut m, y, [64, 20]);
         m.check(&[2, 3, side[0], side[1]], &["direct"]);
     }
@@ -173,4 +175,9 @@ fn what_is_not_computed_of_tokens_is_named() {
     };
     let reason = "Expand8 (Expand): is read by something else than a concatenation of tokens";
     assert_eq!(obstacle_of(&expanded), reason);
+    let shifted = |m: &mut Model, x: usize| {
+        let summand = m.tensor(&[2, 1, 40], 1.0);
+        m.op(Op::Shift { summand }, &[x]);
+    };
+    assert_eq!(obstacle_of(&shifted), "Shift8 (Shift): adds something else to every image");
 }
