@@ -21,8 +21,9 @@ from cnnrs._records import Attributes
 from cnnrs._util import intraop
 from cnnrs.engine import kernel_functions as functions
 from cnnrs.engine.kernel_functions import Statistics, Written, mark, written
-from cnnrs.model.lowering import VIEWS, Lowered
+from cnnrs.model.lowering import Lowered
 from cnnrs.model.player import Group, average_factor, needed, play
+from cnnrs.model.values import VIEWS
 
 #: Channels come in vectors of so many.
 _LANES = 16

@@ -5,10 +5,8 @@ Nothing is copied: the graph names parameters by index into a list of the module
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +17,13 @@ from torch.utils._device import DeviceContext
 from cnnrs import _cnnrs
 from cnnrs._records import Attributes, Node, OpKind
 from cnnrs._util import plain
-from cnnrs.model import attention, shuffle, tokens
+from cnnrs.model import shuffle
 from cnnrs.model.around import global_hooks
-from cnnrs.model.operations import BINARY, FUNCTIONS, INPLACE, LAYERS, METHODS, WEIGHTED, Unsupported, _linear
-from cnnrs.model.sizes import Sizes
+from cnnrs.model.operations import BINARY, FUNCTIONS, INPLACE, LAYERS, METHODS, WEIGHTED, Unsupported
 from cnnrs.model.stochastic_depth import Draws, is_stochastic_depth
-from cnnrs.model.tracing import MULTIHEAD, Memory, Recorder, Size, Standin, values
+from cnnrs.model.tokens import Tokens
+from cnnrs.model.tracing import Memory, Recorder, Standin, values
+from cnnrs.model.values import COPIES
 
 
 @dataclass
@@ -111,26 +110,14 @@ def obstacles(model: nn.Module) -> list[str]:
 # -- the walk ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Lowering:
-    """State of one walk: what has been called so far."""
+class _Lowering(Tokens):
+    """One walk."""
 
-    model: nn.Module
-    gradients: bool
-    image: tuple[int, ...] | None = None
-    nodes: list[Node] = field(default_factory=lambda: [("input", "Input", [], {})])
-    tensors: list[torch.Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._recorder = Recorder(self.model, self, self.gradients)
+    def __init__(self, model: nn.Module, gradients: bool, image: tuple[int, ...] | None) -> None:
+        super().__init__(model, gradients, image)
+        self._recorder = Recorder(model, self, gradients)
         self._draws = Draws(self._recorder, self.nodes)
-        self._layers = {module: name for name, module in reversed(list(self.model.named_modules()))}
-        own = [*self.model.named_parameters(), *self.model.named_buffers()]
-        self._own = {id(tensor): (name, tensor) for name, tensor in own}
-        self._names: Counter[str] = Counter()
-        #: Where a tensor is among those, by its id.
-        self._places: dict[int, int] = {}
-        self._sizes = Sizes(self.image)
+        self._layers = {module: name for name, module in reversed(list(model.named_modules()))}
         #: Steps of channel shuffles, which are one operation each.
         self._joined: set[int] = set()
 
@@ -182,18 +169,6 @@ class _Lowering:
             return True
         return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, nn.Sequential)
 
-    def unpacked(self, node: int, count: int) -> None:
-        self._sizes.has_rank(node, count)
-
-    def size(self, node: int, dim: int) -> int | None:
-        shape = self.shape(node)
-        if shape is not None:
-            return shape[dim] if -len(shape) <= dim < len(shape) else None
-        return self._sizes.channels(node) if dim in (1, -3) else None
-
-    def shape(self, node: int) -> list[int | None] | None:
-        return self._sizes.shape(node, self.nodes, self.tensors)
-
     def layer(self, module: nn.Module, args: tuple[Any, ...]) -> Standin:
         kind = type(module).__name__
         name = self._layers.get(module)
@@ -225,19 +200,6 @@ class _Lowering:
             # The layer, not the function, refuses everything else.
             self._sizes.has_rank(made.node, 4)
         return made
-
-    def _multihead(self, name: str, module: nn.MultiheadAttention, args: tuple[Any, ...]) -> Standin:
-        attention.check_layer(module, dict(zip(MULTIHEAD, args, strict=True)))
-        x = self._tensor(args[0])
-        if len(self.shape(self._read(x)) or ()) != 3:
-            raise Unsupported("is called with something else than tokens (N, T, C)")
-        weights = _linear(self._tensor_index, module.in_proj_weight, module.in_proj_bias)
-        x = self._apply(f"{name}.in_proj", "Linear", [x], weights)
-        # Of the channels that there are: the layer does not read its `head_dim` either.
-        scale = 1.0 / math.sqrt(module.embed_dim // module.num_heads)
-        x = self._apply(name, "Attention", [x], {"heads": module.num_heads, "scale": scale})
-        out = module.out_proj
-        return self._apply(f"{name}.out_proj", "Linear", [x], _linear(self._tensor_index, out.weight, out.bias))
 
     # -- functions
 
@@ -320,83 +282,6 @@ class _Lowering:
             return self._heads(x, (self._read(x), heads))
         return self._apply(self._unique(name), "View", [x], {"dims": dims})
 
-    def _rank(self, x: Standin) -> int | None:
-        shape = self.shape(self._read(x))
-        return self._sizes.rank(self._read(x)) if shape is None else len(shape)
-
-    # -- tokens
-
-    def _is_batch(self, size: Any) -> bool:
-        """Whether a size given to a view is the number of samples; what else has sizes of its own decides on -1."""
-        return size == -1 or (type(size) is tuple and size[1] == 0 and self._sizes.has_batch(size[0]))
-
-    def _expanded(self, args: tuple[Any, ...]) -> Standin:
-        """A parameter (1, T, C), once per sample."""
-        tensor, *given = args
-        sizes = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
-        own = self._own_name(tensor)
-        if own is None or not tokens.is_sequence(tensor, sizes):
-            raise Unsupported("repeats something else than a parameter or buffer (1, T, C) per sample")
-        batch = sizes[0]
-        self.shape(len(self.nodes) - 1)  # It tells what the batch's sizes are.
-        if not isinstance(batch, Size) or batch.of is None or not self._is_batch((batch.of, batch.dim)):
-            raise Unsupported("repeats a parameter otherwise than per sample")
-        x = self._recorder.value(batch.of, Memory("Expand"))
-        return self._apply(own, "Expand", [x], {"tensor": self._tensor_index(tensor)})
-
-    def _shift(self, name: str, operands: list[Any], first: bool) -> Standin:
-        x, summand = reversed(operands) if first else operands
-        if not isinstance(x, Standin):
-            raise Unsupported("only a tensor of the graph can be added to a parameter")
-        return self._apply(str(self._own_name(summand)), "Shift", [x], {"summand": self._tensor_index(summand)})
-
-    def _item(self, x: Standin, index: Any) -> Standin:
-        """``x[:, i]`` and ``x[:, i:j]`` of tokens."""
-        sizes, part, one = tokens.taken(self.shape(self._read(x)), index)
-        some = self._apply(self._unique("tokens"), "Split", [x], {"dim": 1, "sizes": sizes, "part": part})
-        return self._apply(self._unique("token"), "Flatten", [some], {"start": 1, "end": -1}) if one else some
-
-    # -- heads of an attention
-
-    def _divided(self, x: Standin, dims: list[Any]) -> attention.Heads | None:
-        shape = self.shape(self._read(x))
-        return None if shape is None or not dims or not self._is_batch(dims[0]) else attention.divided(shape, dims)
-
-    def _heads(self, x: Standin, value: attention.Value) -> Standin:
-        """A value that is on its way to an attention, or from one."""
-        made = self._recorder.value(value[0], x.memory)
-        made.version, made.heads = x.version, value[1]
-        return made
-
-    def _of_heads(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        given = [value for value in values((args, kwargs)) if isinstance(value, Standin) and value.heads is not None]
-        for x in given:
-            self._check_version(x)
-        if name in ("reshape", "view"):
-            dims = self._view_dims(args[1:], kwargs)
-            if not dims or not self._is_batch(dims[0]):
-                raise Unsupported("puts heads together to another shape")
-            args, kwargs = [args[0], [-1 if dims.count(-1) == 0 else dims[0], *dims[1:]]], {}
-
-        def of(argument: Any) -> attention.Value | None:
-            if not isinstance(argument, Standin) or argument.heads is None or argument.node is None:
-                return None
-            return argument.node, argument.heads
-
-        made = attention.step(target, name, args, kwargs, of)
-        if isinstance(made, attention.Attention):
-            read = [self._recorder.value(node, Memory("")) for node in made.nodes]
-            arguments = {"heads": made.heads, "scale": made.scale}
-            x = self._apply(self._unique("attention"), "Attention", read, arguments)
-            return self._heads(x, (self._read(x), made.result))
-        if type(made) is int:
-            x = self._recorder.value(made, given[0].memory)
-            x.version = given[0].version
-            return x
-        if len(made) == 2 and type(made[0]) is int:
-            return self._heads(given[0], made)
-        return tuple(self._heads(given[0], one) for one in made)
-
     def _shuffled(self, node: int) -> int | None:
         """The groups of a channel shuffle that has come so far, None for any other value."""
         if self.nodes[node][1] != "Permute":
@@ -410,7 +295,7 @@ class _Lowering:
         made.copied = self._shuffled(node) is not None
         permuted = (number for number, (_, kind, *_) in enumerate(self.nodes) if kind == "Permute")
         if not made.copied and any(number not in self._joined for number in permuted):
-            raise Unsupported(_COPIES)
+            raise Unsupported(COPIES)
         return made
 
     def _channels_of(self, x: Standin) -> int:
@@ -447,132 +332,6 @@ class _Lowering:
         unique = self._unique(name)
         name = str(self._own_name(factor)).rpartition(".")[0] or unique
         return self._apply(name, "Scale", [x], {"factor": self._tensor_index(factor), "first": first})
-
-    @staticmethod
-    def _view_dims(args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
-        shape = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args or kwargs.get("shape", [])
-        dims: list[Any] = []
-        for entry in shape:
-            if isinstance(entry, Size) and entry.of is not None and entry.dim >= 0:
-                dims.append((entry.of, entry.dim))
-            elif type(entry) is int:
-                dims.append(entry)
-            else:
-                raise Unsupported(f"shape {tuple(shape)} is computed")
-        return dims
-
-    # -- values
-
-    def _apply(self, name: str, kind: OpKind, inputs: list[Standin], attributes: Attributes) -> Standin:
-        """One more operation. What it returns is a new tensor, its input overwritten, its input, or a view of it."""
-        nodes = [self._read(x) for x in inputs]
-        x, overwrites = inputs[0], attributes.get("inplace", False)
-        if overwrites and self.nodes[nodes[0]][1] == "Expand":
-            raise Unsupported("overwrites a parameter")
-        if overwrites and self._is_part(nodes[0]):
-            raise Unsupported("overwrites a part of a value, which has no counterpart yet")
-        drops = kind != "Dropout" or (attributes["training"] and attributes["p"] > 0.0)
-        if overwrites and drops:
-            attributes["inplace"] = self._may_overwrite(kind, x.memory, attributes)
-        self.nodes.append((name, kind, nodes, attributes))
-        self._sizes.add(self.nodes[-1], self.tensors)
-        made = len(self.nodes) - 1
-        if overwrites or not drops:
-            if drops:
-                x.memory.overwrite(name, f"{kind}_")
-                x.version = x.memory.version
-            x.node = made
-            return x
-        if kind in VIEWS:
-            return self._recorder.value(made, x.memory)
-        for given in inputs:
-            given.memory.read = True
-        return self._recorder.value(made, Memory(kind))
-
-    def _may_overwrite(self, kind: OpKind, memory: Memory, attributes: Attributes) -> bool:
-        """Whether an operation in place is one in the graph too, or one with a value of its own that nobody can tell.
-
-        Every reader is given the node whose value it would see. What is left is the derivative: PyTorch refuses to go
-        back through what needs a value that has been overwritten. So does engine ``torch``, where the operation is in
-        place there too.
-        """
-        if kind in _IN_PLACE and not (self.gradients and memory.made_by in _KEEP_THEIR_INPUT):
-            return True
-        if memory.made_by == "Input":
-            raise Unsupported("overwrites the batch, which has no counterpart for this operation")
-        if self.gradients and (memory.read or memory.made_by in _KEEP_THEIR_RESULT):
-            raise Unsupported("overwrites a value that a derivative may need")
-        if self.gradients and attributes.get("negative_slope", 0.0) < 0.0:
-            raise Unsupported("has no derivative in place with a negative slope")
-        return False
-
-    def _is_part(self, node: int) -> bool:
-        while (kind := self.nodes[node][1]) in VIEWS:
-            if kind == "Split":
-                return True
-            node = self.nodes[node][2][0]
-        return False
-
-    def _read(self, x: Standin) -> int:
-        if x.node is None:
-            raise Unsupported  # The reason has been given where the value is made.
-        if x.copied:
-            raise Unsupported(_COPIES)
-        if x.heads is not None:
-            raise Unsupported("reads the heads of an attention, which has no counterpart yet")
-        self._check_version(x)
-        return x.node
-
-    @staticmethod
-    def _check_version(x: Standin) -> None:
-        if x.version != x.memory.version:
-            raise Unsupported(f"reads a view of a value, which {x.memory.writer} has overwritten since")
-
-    def _tensor(self, argument: Any) -> Standin:
-        if isinstance(argument, Standin):
-            self._draws.refuse(argument)
-            return argument
-        if isinstance(argument, torch.Tensor):
-            own = self._own_name(argument)
-            if own is not None:
-                raise Unsupported(f"parameter {own} is used outside a layer")
-            raise Unsupported("a tensor that is neither parameter nor buffer is used")
-        raise Unsupported(f"argument {argument!r} is not a tensor of the graph")
-
-    def _own_name(self, argument: Any) -> str | None:
-        if not isinstance(argument, torch.Tensor) or isinstance(argument, Standin):
-            return None
-        name, _ = self._own.get(id(argument), (None, None))
-        return name
-
-    def _tensor_index(self, tensor: torch.Tensor | None) -> int | None:
-        if tensor is None:
-            return None
-        if isinstance(tensor, Standin):
-            raise Unsupported("a weight is computed, not a parameter or buffer")
-        index = self._places.setdefault(id(tensor), len(self.tensors))
-        if index == len(self.tensors):
-            self.tensors.append(tensor)
-        return index
-
-    def _unique(self, name: str) -> str:
-        name = name.strip("_")
-        self._names[name] += 1
-        count = self._names[name] - 1
-        return f"{name}_{count}" if count else name
-
-
-_COPIES = "copies permuted dimensions, which has no counterpart yet"
-#: Operations whose result shares memory with their input, or may.
-VIEWS: frozenset[OpKind] = frozenset({"View", "Flatten", "Permute", "Split", "ChannelShuffle"})
-#: Operations that overwrite their input in engine ``torch`` too; the others get a value of their own there.
-_IN_PLACE: frozenset[OpKind] = frozenset({"ReLU", "ReLU6", "SiLU", "Hardswish", "Hardsigmoid", "Dropout", "Add"})
-#: Operations whose derivative needs their result.
-_KEEP_THEIR_RESULT = frozenset(
-    {"ReLU", "ReLU_", "ReLU6_", "LeakyReLU_", "Sigmoid", "Sigmoid_", "Tanh", "Tanh_", "Softmax"}
-)
-#: One of them that engine ``torch`` computes from its input instead, so that it would not notice.
-_KEEP_THEIR_INPUT = frozenset({"LeakyReLU_"})
 
 
 def _chunks(channels: int, chunks: int, dim: int = 0) -> list[int]:

@@ -1,13 +1,18 @@
-"""Sequences of tokens (N, T, C): which of them are taken, and what is put in front of them."""
+"""Sequences of tokens (N, T, C): which of them are taken, what is put in front of them, and how they attend."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-from cnnrs.model.operations import Unsupported
+from cnnrs.model import attention
+from cnnrs.model.operations import Unsupported, _linear
+from cnnrs.model.tracing import MULTIHEAD, Memory, Size, Standin, values
+from cnnrs.model.values import Values
 
 
 def taken(shape: Sequence[int | None] | None, index: Any) -> tuple[list[int], int, bool]:
@@ -58,3 +63,85 @@ def is_sequence(tensor: torch.Tensor, sizes: Sequence[Any]) -> bool:
         return False
     kept = zip(sizes[1:], tensor.shape[1:], strict=True)
     return all(type(size) is int and size in (-1, own) for size, own in kept)
+
+
+class Tokens(Values):
+    """What steps on tokens make of the values of a graph for images of one size."""
+
+    def _expanded(self, args: tuple[Any, ...]) -> Standin:
+        """A parameter (1, T, C), once per sample."""
+        tensor, *given = args
+        sizes = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+        own = self._own_name(tensor)
+        if own is None or not is_sequence(tensor, sizes):
+            raise Unsupported("repeats something else than a parameter or buffer (1, T, C) per sample")
+        batch = sizes[0]
+        self.shape(len(self.nodes) - 1)  # It tells what the batch's sizes are.
+        if not isinstance(batch, Size) or batch.of is None or not self._is_batch((batch.of, batch.dim)):
+            raise Unsupported("repeats a parameter otherwise than per sample")
+        x = self._recorder.value(batch.of, Memory("Expand"))
+        return self._apply(own, "Expand", [x], {"tensor": self._tensor_index(tensor)})
+
+    def _shift(self, name: str, operands: list[Any], first: bool) -> Standin:
+        x, summand = reversed(operands) if first else operands
+        if not isinstance(x, Standin):
+            raise Unsupported("only a tensor of the graph can be added to a parameter")
+        return self._apply(str(self._own_name(summand)), "Shift", [x], {"summand": self._tensor_index(summand)})
+
+    def _item(self, x: Standin, index: Any) -> Standin:
+        """``x[:, i]`` and ``x[:, i:j]`` of tokens."""
+        sizes, part, one = taken(self.shape(self._read(x)), index)
+        some = self._apply(self._unique("tokens"), "Split", [x], {"dim": 1, "sizes": sizes, "part": part})
+        return self._apply(self._unique("token"), "Flatten", [some], {"start": 1, "end": -1}) if one else some
+
+    def _divided(self, x: Standin, dims: list[Any]) -> attention.Heads | None:
+        shape = self.shape(self._read(x))
+        return None if shape is None or not dims or not self._is_batch(dims[0]) else attention.divided(shape, dims)
+
+    def _heads(self, x: Standin, value: attention.Value) -> Standin:
+        """A value that is on its way to an attention, or from one."""
+        made = self._recorder.value(value[0], x.memory)
+        made.version, made.heads = x.version, value[1]
+        return made
+
+    def _of_heads(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        given = [value for value in values((args, kwargs)) if isinstance(value, Standin) and value.heads is not None]
+        for x in given:
+            self._check_version(x)
+        if name in ("reshape", "view"):
+            dims = self._view_dims(args[1:], kwargs)
+            if not dims or not self._is_batch(dims[0]):
+                raise Unsupported("puts heads together to another shape")
+            args, kwargs = [args[0], [-1 if dims.count(-1) == 0 else dims[0], *dims[1:]]], {}
+
+        def of(argument: Any) -> attention.Value | None:
+            if not isinstance(argument, Standin) or argument.heads is None or argument.node is None:
+                return None
+            return argument.node, argument.heads
+
+        made = attention.step(target, name, args, kwargs, of)
+        if isinstance(made, attention.Attention):
+            read = [self._recorder.value(node, Memory("")) for node in made.nodes]
+            arguments = {"heads": made.heads, "scale": made.scale}
+            x = self._apply(self._unique("attention"), "Attention", read, arguments)
+            return self._heads(x, (self._read(x), made.result))
+        if type(made) is int:
+            x = self._recorder.value(made, given[0].memory)
+            x.version = given[0].version
+            return x
+        if len(made) == 2 and type(made[0]) is int:
+            return self._heads(given[0], made)
+        return tuple(self._heads(given[0], one) for one in made)
+
+    def _multihead(self, name: str, module: nn.MultiheadAttention, args: tuple[Any, ...]) -> Standin:
+        attention.check_layer(module, dict(zip(MULTIHEAD, args, strict=True)))
+        x = self._tensor(args[0])
+        if len(self.shape(self._read(x)) or ()) != 3:
+            raise Unsupported("is called with something else than tokens (N, T, C)")
+        weights = _linear(self._tensor_index, module.in_proj_weight, module.in_proj_bias)
+        x = self._apply(f"{name}.in_proj", "Linear", [x], weights)
+        # Of the channels that there are: the layer does not read its `head_dim` either.
+        scale = 1.0 / math.sqrt(module.embed_dim // module.num_heads)
+        x = self._apply(name, "Attention", [x], {"heads": module.num_heads, "scale": scale})
+        out = module.out_proj
+        return self._apply(f"{name}.out_proj", "Linear", [x], _linear(self._tensor_index, out.weight, out.bias))
