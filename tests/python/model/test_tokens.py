@@ -198,9 +198,9 @@ def test_images_of_every_size_have_operations_of_their_own(monkeypatch: pytest.M
     made = []
     network = cpu_inference.network
 
-    def counted(found: Lowered, *, exact: bool = False) -> _cnnrs.CpuNetwork:
+    def counted(found: Lowered, **how: bool) -> _cnnrs.CpuNetwork:
         made.append(found.image)
-        return network(found, exact=exact)
+        return network(found, **how)
 
     monkeypatch.setattr(cpu_inference, "network", counted)
     engines: list[Engine] = ["auto", "cpu"]
