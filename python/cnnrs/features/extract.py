@@ -153,7 +153,7 @@ class Extractor:
         first = next(iter(self.calibration.first_images()), None) if self.calibration.first_images else None
         if first is not None:
             self._fitting(first)
-            self.calibration.find(cpu_inference.network(self.lowered), [])
+            self.calibration.find(cpu_inference.network(self.lowered, beside=self.beside), [])
 
     def _fitting(self, images: torch.Tensor) -> Lowered:
         choice = decide(Question("preconv", "cpu", self.lowered, self._against, images))
@@ -164,7 +164,7 @@ class Extractor:
     def _in_int8(self, images: torch.Tensor, ahead: list[torch.Tensor]) -> Network:
         """Engine "cpu" in int8, after a look at the first images in float32."""
         lowered = self._fitting(images)
-        network = cpu_inference.network(lowered)
+        network = cpu_inference.network(lowered, beside=self.beside)
         # Raises where its module computes something else.
         self._differs(lowered, _natively(network), images)
         ranges = self.calibration.find(network, ahead)
@@ -251,7 +251,9 @@ class Extractor:
         reason = verify.differs(self.model, lowered, to_device(images, self.device), engine=name, run=run, most=2)
         if reason is None:
             return False
-        if self.engine != "auto" or self.precision == "int8":
+        if self.precision == "int8":
+            raise refused([reason])
+        if self.engine != "auto":
             raise UnsupportedModelError(f"engine {self.engine!r} cannot run this model:\n{reason}")
         note(f"preconv calls {type(self.model).__name__} itself, as engine='python' does: {reason}")
         return True

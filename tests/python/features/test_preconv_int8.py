@@ -87,7 +87,7 @@ def test_float32_is_another_store(
     run(photos, model, tmp_path / "f", verbose=True)
     assert "up to date" in capsys.readouterr().out
     exact = run(photos, model, tmp_path / "f", precision=None, verbose=True)
-    assert "another precision is asked for" in capsys.readouterr().out
+    assert capsys.readouterr().out.strip().endswith("recomputing the features, because another precision is asked for")
     assert "calibration" not in json.loads((tmp_path / "f" / "meta.json").read_text())
     assert torch.equal(exact.features, run(photos, model, precision=None).features)
 
@@ -175,3 +175,28 @@ def test_explained(model: nn.Module) -> None:
     assert "precision='int8': 4 of 5 convolutions and linear layers, all others in float32:\n  - 2.first" in said
     none = cnnrs.explain(nn.Sequential(nn.Conv2d(3, 8, 3)), (2, 3, 20, 20), precision="int8")
     assert "no layer would compute in int8" in str(none)
+
+
+def test_models_for_one_size_of_images_are_refused_as_explained() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n, _, h, w = x.shape
+            return self.second(self.first(x).reshape(n, 16, (h // 4) * (w // 4)).permute(0, 2, 1))
+
+    model, images = Sized().eval(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(UnsupportedModelError, match="size of a tensor"):
+        run([(images, torch.zeros(2))], model)
+    said = str(cnnrs.explain(model, images.shape, precision="int8"))
+    assert "precision='int8': refused, because the model looks at the size of its images" in said
+
+
+def test_a_module_that_computes_something_else_is_refused_in_the_words_of_int8(model: nn.Module) -> None:
+    verify_says = "computes something else"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cnnrs.engine.verify.differs", lambda *_a, **_k: verify_says)
+        with pytest.raises(UnsupportedModelError, match=f"(?s)int8.*{verify_says}.*leave precision away"):
+            run([(torch.randn(4, 3, 20, 20), torch.zeros(4))], model)
