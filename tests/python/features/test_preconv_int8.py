@@ -200,3 +200,14 @@ def test_a_module_that_computes_something_else_is_refused_in_the_words_of_int8(m
         patch.setattr("cnnrs.engine.verify.differs", lambda *_a, **_k: verify_says)
         with pytest.raises(UnsupportedModelError, match=f"(?s)int8.*{verify_says}.*leave precision away"):
             run([(torch.randn(4, 3, 20, 20), torch.zeros(4))], model)
+
+
+def test_weights_of_any_size_keep_their_digits() -> None:
+    torch.manual_seed(2)
+    first, second = nn.Conv2d(3, 16, 3, bias=False), nn.Conv2d(16, 16, 1, bias=False)
+    first.weight.data *= 1e33
+    second.weight.data *= 1e-33
+    model = nn.Sequential(first, nn.ReLU(), second).eval()
+    batches = [(torch.randn(8, 3, 9, 9), torch.zeros(8))]
+    found, exact = run(batches, model, check=False).features, run(batches, model, precision=None).features
+    assert torch.cosine_similarity(found.flatten(1), exact.flatten(1)).min() > 0.99

@@ -49,7 +49,7 @@ impl<'a> Network<'a> {
                 return Err(unsupported(node, "has weights that are not finite, which bytes cannot hold"));
             }
             // What one step of the weight is worth; of nothing but zeros any.
-            let unit = (largest / LARGEST).max(1e-30);
+            let unit = if largest > 0.0 { largest / LARGEST } else { 1.0 };
             let sum: f64 = filter.iter().map(|&f| rounded(f, factors[o] / unit)).sum();
             let scale = unit * f64::from(inputs.scale);
             summands[o] -= sum * f64::from(inputs.zero) * scale;
