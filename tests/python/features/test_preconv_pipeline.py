@@ -99,8 +99,8 @@ def test_precision_is_autocast(folder: Path, precision: Any, kind: torch.dtype, 
 
 def test_precision_that_makes_no_sense(folder: Path) -> None:
     data = cnnrs.ImageFolder(folder, TRANSFORM)
-    with pytest.raises(ValueError, match="precision must be one of 'exact', 'tf32', 'bf16', 'fp16', got 'int8'"):
-        cnnrs.preconv(data, layers(), precision="int8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="precision must be one of 'exact', 'tf32', 'bf16', 'fp16', 'int8', got 'int4'"):
+        cnnrs.preconv(data, layers(), precision="int4")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("engine", ["torch", "cpu"])
