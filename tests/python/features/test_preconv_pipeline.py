@@ -99,7 +99,9 @@ def test_precision_is_autocast(folder: Path, precision: Any, kind: torch.dtype, 
 
 def test_precision_that_makes_no_sense(folder: Path) -> None:
     data = cnnrs.ImageFolder(folder, TRANSFORM)
-    with pytest.raises(ValueError, match="precision must be one of 'exact', 'tf32', 'bf16', 'fp16', 'int8', got 'int4'"):
+    with pytest.raises(
+        ValueError, match="precision must be one of 'exact', 'tf32', 'bf16', 'fp16', 'int8', got 'int4'"
+    ):
         cnnrs.preconv(data, layers(), precision="int4")  # type: ignore[arg-type]
 
 
