@@ -85,17 +85,25 @@ def front_of(lowered: Lowered, inputs: torch.Tensor, training: bool, batches: in
         return None
     last = _last(lowered, training)
     front = _upto(lowered, last)
-    worth = _is_worth(lowered, last, inputs, batches) and cpu_inference.obstacle(front, inputs) is None
+    flops = _flops(lowered, inputs)
+    worth = _is_worth(lowered, last, flops, batches) and cpu_inference.obstacle(front, inputs) is None
     if not worth:
         last, front = 0, _upto(lowered, 0)
     kernels = Kernels(lowered, last)
-    if not worth and not (training and kernels.operations and _is_large(lowered, inputs)):
+    # Of images of one channel both orders of memory are the same.
+    is_large = inputs.shape[1] > 1 and sum(flops) >= LEAST_FLOPS
+    if not worth and not (training and kernels.operations and is_large):
         return None
-    share = _share(lowered, kernels, last, inputs) if training else None
+    share = _share(lowered, kernels, last, flops) if training else None
     return Front(lowered, front, last, tuple(inputs.shape[1:]), kernels, share)
 
 
-def _share(lowered: Lowered, kernels: Kernels, last: int, inputs: torch.Tensor) -> float | None:
+def _flops(lowered: Lowered, inputs: torch.Tensor) -> list[int]:
+    """Of every operation."""
+    return [flops for flops, _ in lowered.graph.costs(lowered.graph.shapes(list(inputs.shape)))]
+
+
+def _share(lowered: Lowered, kernels: Kernels, last: int, flops: list[int]) -> float | None:
     """Of the arithmetic behind a front in native kernels, where these are the faster ones without being timed.
 
     None where the clock is to tell: PyTorch computes much of it, or convolutions in groups, which it is slow at in the
@@ -104,22 +112,11 @@ def _share(lowered: Lowered, kernels: Kernels, last: int, inputs: torch.Tensor) 
     if torch.get_num_threads() > _MEASURED_THREADS or torch.backends.cpu.get_cpu_capability() not in _MEASURED_ON:
         return None
     native = {node for group in kernels.groups.values() for node in group.nodes}
-    costs = lowered.graph.costs(lowered.graph.shapes(list(inputs.shape)))
-    behind = range(last + 1, len(costs))
-    for number in set(behind) - native:
-        _, kind, _, attributes = lowered.operations[number]
-        if kind == "Conv2d" and attributes["groups"] > 1:
-            return None
-    flops = sum(costs[number][0] for number in behind)
-    share = sum(costs[number][0] for number in behind if number in native) / max(flops, 1)
+    others = (lowered.operations[node] for node in range(last + 1, len(flops)) if node not in native)
+    if any(kind == "Conv2d" and attributes["groups"] > 1 for _, kind, _, attributes in others):
+        return None
+    share = sum(flops[node] for node in native) / max(sum(flops[last + 1 :]), 1)
     return share if share >= _LEAST_SHARE else None
-
-
-def _is_large(lowered: Lowered, inputs: torch.Tensor) -> bool:
-    """Whether native kernels for the whole network are worth being tried."""
-    costs = lowered.graph.costs(lowered.graph.shapes(list(inputs.shape)))
-    # Of images of one channel both orders of memory are the same.
-    return inputs.shape[1] > 1 and sum(cost for cost, _ in costs) >= LEAST_FLOPS
 
 
 def moving_statistics(lowered: Lowered, inputs: torch.Tensor, batches: int) -> str | None:
@@ -128,7 +125,7 @@ def moving_statistics(lowered: Lowered, inputs: torch.Tensor, batches: int) -> s
     None where there is none, and where the front would not be worth its while without that.
     """
     last, further = _last(lowered, True), _last(lowered, True, statistics_move=False)
-    if further <= last or not _is_batch(inputs) or not _is_worth(lowered, further, inputs, batches):
+    if further <= last or not _is_batch(inputs) or not _is_worth(lowered, further, _flops(lowered, inputs), batches):
         return None
     moving = (number for number, (_, kind, *_) in enumerate(lowered.operations) if kind == "BatchNorm2d")
     return next((lowered.names[number] for number in moving if last < number <= further), None)
@@ -138,12 +135,11 @@ def _is_batch(inputs: torch.Tensor) -> bool:
     return is_plain(inputs) and inputs.device.type == "cpu" and inputs.dim() == 4 and inputs.dtype is torch.float32
 
 
-def _is_worth(lowered: Lowered, last: int, inputs: torch.Tensor, batches: int) -> bool:
+def _is_worth(lowered: Lowered, last: int, flops: list[int], batches: int) -> bool:
     reads = {index for numbers in lowered.graph.parameters()[: last + 1] for index in numbers}
     weights = sum(lowered.tensors[index].numel() for index in reads)
-    costs = lowered.graph.costs(lowered.graph.shapes(list(inputs.shape)))
-    flops = sum(cost for cost, _ in costs[: last + 1])
-    return last > 0 and flops >= LEAST_FLOPS and flops * batches >= _LEAST_FLOPS_PER_WEIGHT * weights
+    work = sum(flops[: last + 1])
+    return last > 0 and work >= LEAST_FLOPS and work * batches >= _LEAST_FLOPS_PER_WEIGHT * weights
 
 
 def _last(lowered: Lowered, training: bool, statistics_move: bool = True) -> int:

@@ -73,7 +73,7 @@ def take(model: nn.Module, lowered: Lowered, *, exact: bool = False, beside: boo
         exact: no Winograd convolution.
         beside: on PyTorch's threads, as :func:`~cnnrs.engine.cpu_inference.network` says.
     """
-    owner, key = _owner(model, lowered), (*_key(lowered, exact), beside)
+    owner, key = _owner(model, lowered), _key(lowered, exact, beside)
     for plan in _removed(owner, lowered.output):
         # One at a time: what is not up to date frees its memory first.
         if plan.key == key and plan.network.is_current():
@@ -90,9 +90,9 @@ def drop(model: nn.Module, front: Lowered | None = None) -> None:
             _is_removed(plan)
 
 
-def _key(lowered: Lowered, exact: bool) -> Any:
+def _key(lowered: Lowered, exact: bool, beside: bool) -> Any:
     tensors = [(id(t), t.data_ptr(), tuple(t.shape), t.stride(), t.dtype) for t in lowered.tensors]
-    return repr(lowered.operations), lowered.image, tensors, exact, torch.get_num_threads()
+    return repr(lowered.operations), lowered.image, tensors, exact, beside, torch.get_num_threads()
 
 
 def _owner(model: nn.Module, lowered: Lowered) -> nn.Module | None:

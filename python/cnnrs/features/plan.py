@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
@@ -25,7 +26,7 @@ class Plan:
 
     Attributes:
         data: where the images come from.
-        key: everything besides the images that shapes the numbers.
+        settings: everything besides the images that shapes the numbers.
         passes: how many times every image is augmented and computed.
         seed: of the augmentation.
         batch_size: images at a time.
@@ -34,10 +35,11 @@ class Plan:
         network: what the model is called.
         order: in which order of memory the model got the batches of the rows that are there; None where there are none.
         calibration: what int8 layers read in the rows that are there; None where nothing says so.
+        shown: how many of the first images decide about numbers that are not theirs.
     """
 
     data: Data
-    key: dict[str, str]
+    settings: dict[str, str]
     passes: int
     seed: int
     batch_size: int
@@ -48,11 +50,21 @@ class Plan:
     network: str = ""
     order: Order | None = None
     calibration: Ranges | None = None
+    shown: int = 0
 
     def __post_init__(self) -> None:
         self.samples = list(range(len(self.data)))
         self.stats = self.data.stats()
         self._identities: dict[int, str] = {}
+
+    @cached_property
+    def key(self) -> dict[str, str]:
+        """The settings, and a hash of the images that decide about all numbers."""
+        if not self.shown:
+            return self.settings
+        images = [self.identity(sample) for sample in range(min(self.shown, len(self.data)))]
+        digest = blake2b(json.dumps([self.shown, images]).encode(), digest_size=12)
+        return {**self.settings, "calibration": digest.hexdigest()}
 
     @property
     def rows(self) -> int:
@@ -110,13 +122,16 @@ class Plan:
         return blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
 
     def know(self, meta: dict[str, Any]) -> None:
+        """Take over what a store of the same key says."""
+        self.random = meta.get("random", "") or self.random
+        self.order = meta.get("order", "contiguous")
+        self.calibration = meta.get("calibration")
+
+    def know_files(self, meta: dict[str, Any]) -> None:
         """Take over the identities of files that nothing says have been written, replaced or moved since.
 
         Size and time alone do not: they can be set, and a camera's files may have them in common.
         """
-        self.random = meta.get("random", "") or self.random
-        self.order = meta.get("order", "contiguous")
-        self.calibration = meta.get("calibration")
         if self.stats is None or self.data.files is None or not meta.get("stats"):
             return
         known = {

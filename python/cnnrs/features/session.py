@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from hashlib import blake2b
 from itertools import chain
 from typing import Any
 
@@ -20,7 +19,7 @@ from cnnrs._util.notes import note
 from cnnrs._util.progress import progress
 from cnnrs._util.text import shown
 from cnnrs.data.loader import DataLoader
-from cnnrs.features.calibration import BEYOND, IMAGES, Calibration
+from cnnrs.features.calibration import IMAGES, Calibration
 from cnnrs.features.extract import Extractor
 from cnnrs.features.features import Features
 from cnnrs.features.features import stored as stored_features
@@ -212,7 +211,7 @@ class Session:
             )
         if passes > 1 and not self.data.is_random:
             note(f"passes={passes}, but the transform draws nothing at random: all passes are the same")
-        key = {
+        settings = {
             "transform": self.data.recipe,
             "model": self._model_key,
             # The other two have the same bits.
@@ -222,21 +221,12 @@ class Session:
             "seed": str(seed) if self.data.is_random else "",
             "versions": _versions(self.model),
         }
-        if self.extractor.precision == "int8":
-            key["calibration"] = self._calibration_key()
+        shown = IMAGES if self.extractor.precision == "int8" else 0
         batch_size = loader.batch_size or 1
-        return Plan(self.data, key, passes, seed, batch_size, random=self.extractor.draws, network=name_of(self.model))
-
-    def _calibration_key(self) -> str:
-        """A hash of the images that the ranges of int8 layers are found on."""
-        digest = blake2b(f"{IMAGES} {BEYOND}".encode(), digest_size=12)
-        for sample in range(min(IMAGES, len(self.data))):
-            try:
-                digest.update(self.data.identity(sample).encode())
-            except OSError:
-                # The loader meets it and says so, or skips it.
-                digest.update(b"unreadable")
-        return digest.hexdigest()
+        return Plan(
+            self.data, settings, passes, seed, batch_size, random=self.extractor.draws, network=name_of(self.model),
+            shown=shown,
+        )  # fmt: skip
 
     def _check_model(self, store: Store, meta: dict[str, Any] | None) -> None:
         if not self.overwrite:
@@ -276,7 +266,10 @@ class Session:
     def _right(self, store: Store, plan: Plan) -> Features | None:
         """The stored features, when every row is the plan's and undamaged, and names and labels are right."""
         meta = store.meta()
-        if meta is None or meta.get("format") != FORMAT or meta["key"] != plan.key:
+        if meta is None or meta.get("format") != FORMAT:
+            return None
+        plan.know_files(meta)
+        if meta["key"] != plan.key:
             return None
         plan.know(meta)
         if getattr(self.data.data, "on_error", "raise") == "skip":

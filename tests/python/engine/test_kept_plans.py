@@ -306,6 +306,26 @@ def test_training_frees_what_it_makes_stale(made: list[Any], small: None) -> Non
     assert validated(model) == validated(copy.deepcopy(model))
 
 
+def test_pytorchs_threads_are_used_between_its_operations(
+    made: list[Any], small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    original = cpu_inference.network
+    monkeypatch.setattr(
+        cpu_inference, "network", lambda *a, **named: asked.append(named.get("beside", False)) or original(*a, **named)
+    )
+    # Of batches that PyTorch makes, and of a loader with threads of its own.
+    features(net())
+    features(net(), cnnrs.DataLoader(torch.utils.data.TensorDataset(*batches(8)[0]), batch_size=4))
+    assert asked == [True, False]
+    # In front of what is trained, and of a network of which nothing is left to PyTorch.
+    model = cnnrs.freeze(net(), statistics=True)
+    cnnrs.unfreeze(model[5])
+    trained(model.train())
+    validated(net())
+    assert asked[2:] == [True, False]
+
+
 def test_epochs_share_their_frozen_front(made: list[Any], small: None) -> None:
     model = cnnrs.freeze(net(), statistics=True)
     cnnrs.unfreeze(model[5])

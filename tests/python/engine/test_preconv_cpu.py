@@ -97,11 +97,19 @@ def test_forked_processes_have_threads_of_their_own() -> None:
     model, images = randomised(torchvision.models.resnet18()), torch.rand(4, 3, 64, 64)
     known = beside(model)
     expected = known(images)
+    # The kernels of `fit`, too.
+    x, w, outputs = torch.randn(2, 9, 9, 32), torch.randn(48, 32, 3, 3), [torch.empty(2, 9, 9, 48) for _ in range(3)]
+    kernels = _cnnrs.Kernels(2, intraop.library())
+    kernels.conv3x3(x, w, None, outputs[0], 1)
     child = os.fork()
     if child == 0:
         # PyTorch's threads, which both would wait for, are in the parent. Nothing of PyTorch that uses them either.
         alike = [known(images).numpy().tobytes(), beside(model)(images).numpy().tobytes()]
-        os._exit(any(bits != expected.numpy().tobytes() for bits in alike))
+        wrong = any(bits != expected.numpy().tobytes() for bits in alike)
+        for native, output in zip([kernels, _cnnrs.Kernels(2, intraop.library())], outputs[1:], strict=True):
+            native.conv3x3(x, w, None, output, 1)
+            wrong |= output.numpy().tobytes() != outputs[0].numpy().tobytes()
+        os._exit(wrong)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision import transforms
 
 import cnnrs
 from cnnrs.errors import UnsupportedModelError
@@ -68,6 +69,15 @@ def test_batches_of_anything_are_calibrated_on_the_first_of_them(photos: TensorD
     found = run(batches, model)
     assert torch.equal(found.features, run(photos, model, batch_size=50).features)
     assert torch.equal(found.labels, labels)
+
+
+def test_files_that_are_as_they_were_are_not_read_for_the_key(
+    folder: Path, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = cnnrs.ImageFolder(folder, transforms.Compose([transforms.Resize((20, 20)), transforms.ToTensor()]))
+    first = run(data, model, tmp_path / "f").features
+    monkeypatch.setattr("cnnrs.features.samples.Data.identity", lambda *_: pytest.fail("read"))
+    assert torch.equal(run(data, model, tmp_path / "f").features, first)
 
 
 def test_a_store_says_what_it_was_calibrated_on(photos: TensorDataset, model: nn.Module, tmp_path: Path) -> None:

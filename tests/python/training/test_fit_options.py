@@ -441,3 +441,19 @@ def test_options_that_make_no_sense(options: dict[str, Any], match: str) -> None
             0, model, batches(), optimizer=OPTIMIZERS["SGD"](model.parameters()), loss_fn=F.cross_entropy,
             verbose=False, **options,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_old_gradients_are_gone_before_the_next_forward_pass(accumulate: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    seen: list[bool] = []
+    model.register_forward_pre_hook(lambda *_: seen.append(model[1].weight.grad is None))
+    data = [(torch.randn(4, 3, 2, 2), torch.arange(4) % 3) for _ in range(4)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    cnnrs.fit(
+        0, model, data, optimizer=optimizer, loss_fn=F.cross_entropy, engine="python", accumulate=accumulate,
+        verbose=False,
+    )  # fmt: skip
+    # The check on the first batch may call the model, too.
+    assert seen[-4:] == ([True] * 4 if accumulate == 1 else [True, False] * 2)

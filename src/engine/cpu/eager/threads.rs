@@ -44,7 +44,7 @@ impl Threads {
                 work(task, worker);
             }
         };
-        if tasks == 1 {
+        if tasks < 2 {
             // Nobody needs to be woken for it.
             return catch_unwind(AssertUnwindSafe(|| take_part(0)))
                 .map_err(|payload| Error::Panic(panic_text(&*payload)));

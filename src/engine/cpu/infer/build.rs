@@ -397,14 +397,14 @@ impl<'a> Network<'a> {
     fn conv(&self, layer: &Fused, values: &Values, weights: &mut Weights<'a>) -> Result<Conv> {
         let (isa, activation) = (self.isa, layer.activation);
         let &Values { mut input, output, residual, .. } = values;
+        if layer.role == Role::Bytes {
+            return self.byte_conv(layer, values, weights);
+        }
         let Sums { window: w, method, filters, scale, bias } = self.prepare(layer, weights)?;
         if method != Method::Direct {
             return Err(unsupported(self.node(layer), "is not summed directly"));
         }
         let (groups, inp) = (w.groups, w.channels / w.groups);
-        if layer.role == Role::Bytes {
-            return self.byte_conv(layer, values, weights);
-        }
         let mut taps = Taps::new(&input.geometry, inp, w.kernel, w.dilation);
         let mut rows = None;
         if let Some(picked) = &layer.picked {

@@ -324,13 +324,7 @@ fn a_nan_does_not_outlive_its_batch() {
         let shape = [2, 3, 12, 10];
         let input = m.numbers.many(shape.iter().product(), 1.0);
         for isa in Isa::available() {
-            let options = Options { workers: 2, exact: false, isa };
-            let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options, None).unwrap();
-            let mut run = |input: &[f32]| {
-                let mut output = vec![0.0; network.output(&shape).unwrap().iter().product()];
-                network.run(&shape, input, &mut output).unwrap();
-                output
-            };
+            let mut run = m.runner(isa, &shape);
             let before = run(&input);
             assert!(run(&vec![f32::NAN; input.len()]).iter().all(|y| y.is_nan()));
             assert_eq!(run(&input), before, "{isa:?} {kind}");

@@ -92,6 +92,18 @@ impl Model {
         self.op(op, &[from])
     }
 
+    /// Computes one batch after the other with the same plan, on two workers.
+    pub fn runner(&self, isa: Isa, shape: &[usize]) -> impl FnMut(&[f32]) -> Vec<f32> {
+        let options = Options { workers: 2, exact: false, isa };
+        let mut network = Frozen::new(self.graph.clone(), self.tensors.clone(), options, None).unwrap();
+        let shape = shape.to_vec();
+        move |input| {
+            let mut output = vec![0.0; network.output(&shape).unwrap().iter().product()];
+            network.run(&shape, input, &mut output).unwrap();
+            output
+        }
+    }
+
     /// Largest relative error in the L2 norm over all instruction sets, exact and not, one and three workers.
     pub fn check(mut self, shape: &[usize], methods: &[&str]) {
         let input = self.numbers.many(shape.iter().product(), 1.0);

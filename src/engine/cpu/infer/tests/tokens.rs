@@ -132,13 +132,7 @@ fn a_nan_stays_in_its_image() {
     let shape = [2, 3, 6, 6];
     let mut input = m.numbers.many(shape.iter().product(), 1.0);
     for isa in Isa::available() {
-        let options = Options { workers: 2, exact: false, isa };
-        let mut network = Frozen::new(m.graph.clone(), m.tensors.clone(), options, None).unwrap();
-        let mut run = |input: &[f32]| {
-            let mut output = vec![0.0; network.output(&shape).unwrap().iter().product()];
-            network.run(&shape, input, &mut output).unwrap();
-            output
-        };
+        let mut run = m.runner(isa, &shape);
         let before = run(&input);
         let old = std::mem::replace(&mut input[7], f32::NAN);
         let with = run(&input);
