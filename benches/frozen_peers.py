@@ -21,7 +21,7 @@ torch.manual_seed(0)
 
 def network(name: str, settled: bool = False) -> nn.Module:
     """A network with random weights: one of torchvision, "vgg16.features", a part of one, "efficientnet_lite0", or the
-    features of "timm:vit_small_patch16_224", one of timm for images of 224 x 224.
+    features of "timm:vit_small_patch16_224", one of timm's for images of 224 x 224.
 
     Args:
         name: with a layer's path behind a dot, that part.
@@ -33,7 +33,11 @@ def network(name: str, settled: bool = False) -> nn.Module:
         package = importlib.import_module("efficientnet_lite_pytorch")
         model: nn.Module = package.EfficientNet.from_name("efficientnet-lite0")
     elif whole.startswith("timm:"):
-        model = importlib.import_module("timm").create_model(whole[5:], img_size=224, num_classes=0)
+        create = importlib.import_module("timm").create_model
+        try:
+            model = create(whole[5:], num_classes=0, img_size=224)
+        except TypeError:  # one for images of any size
+            model = create(whole[5:], num_classes=0)
     else:
         model = getattr(torchvision.models, whole)()
     if settled:

@@ -1,4 +1,4 @@
-"""torchvision's networks, one of each family at least, and transformers of timm.
+"""torchvision's networks, one of each family at least, and a dozen of timm's.
 
 By torch in both orders, ONNX Runtime, OpenVINO, and `preconv`.
 
@@ -29,12 +29,17 @@ NETWORKS = (
     "maxvit_t", "mnasnet0_5", "mnasnet1_0", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small",
     "regnet_x_400mf", "regnet_x_1_6gf", "regnet_y_400mf", "regnet_y_1_6gf", "resnet18", "resnet34", "resnet50",
     "resnext50_32x4d", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "squeezenet1_0", "squeezenet1_1", "swin_t",
-    "swin_v2_t", "timm:vit_small_patch14_dinov2", "timm:vit_small_patch16_224", "vgg11", "vgg16", "vgg16_bn",
-    "vit_b_16", "vit_b_32", "wide_resnet50_2",
+    "swin_v2_t", "vgg11", "vgg16", "vgg16_bn", "vit_b_16", "vit_b_32", "wide_resnet50_2",
+    "timm:convnextv2_nano", "timm:eva02_tiny_patch14_224", "timm:hgnetv2_b0", "timm:mobilenetv4_conv_medium",
+    "timm:mobilenetv4_conv_small", "timm:repvgg_a0", "timm:swin_tiny_patch4_window7_224", "timm:tf_efficientnetv2_s",
+    "timm:vit_base_patch16_siglip_224", "timm:vit_small_patch14_dinov2", "timm:vit_small_patch16_224",
+    "timm:vit_small_patch16_dinov3",
 )  # fmt: skip
 BATCH, SIZE = 8, 224
 #: Images of a job for `preconv`, whose preparations are part of it; others run so many in a row.
 JOB, IN_A_ROW = 512, 64
+#: The same for networks that take torch long: their preparations are a small part in any case.
+LONG_JOB, LONG = 128, 0.03
 ROUNDS = 3
 PLAIN, LAST, OURS = "torch", "torch, channels_last", "cnnrs"
 
@@ -43,8 +48,10 @@ def comparisons(only: Sequence[str] = ()) -> Iterator["Zoo"]:
     """One table.
 
     Args:
-        only: names of networks; none: all, those of timm where it is installed.
+        only: names of networks; none: all, those of timm where it is installed, here or beside the peers.
     """
+    # Behind all else: torch and the like are those of this environment.
+    sys.path += map(str, PEERS_PYTHON.parents[1].glob("lib/python3*/site-packages"))
     there = [name for name in NETWORKS if importlib.util.find_spec("timm") or not name.startswith("timm:")]
     yield Zoo(only or there)
 
@@ -92,12 +99,13 @@ class Zoo:
         everyone = [PLAIN, LAST, *RUNTIMES]
         slower = [f"{row.name} ({row.ratio(everyone):.2f})" for row in self.rows if row.ratio(everyone) < 1]
         lines = [
-            f"### torchvision's networks, and transformers of timm: features of {JOB} images, {SIZE} x {SIZE}, "
+            f"### torchvision's networks, and a dozen of timm's: features of {JOB} images, {SIZE} x {SIZE}, "
             f"float32, batches of {BATCH}",
             "",
             f"Medians of {ROUNDS} rounds in img/s, {THREADS} threads. For cnnrs a round is one `preconv` of a network "
             "that it has not seen before: looking at it, preparing and checking it are part of the time. For the "
-            f"others it is {IN_A_ROW} images, without preparations.",
+            f"others it is {IN_A_ROW} images, without preparations. Networks that take torch more than "
+            f"{1000 * LONG:.0f} ms an image: {LONG_JOB} images.",
             "",
             f"| network | {' | '.join([*everyone, OURS])} | ours / best of torch | ours / best of all | who computes |",
             f"|---|{'---:|' * (len(everyone) + 3)}---|",
@@ -139,28 +147,35 @@ def _measured(name: str) -> Row:
             notes.append(f"{runtime} not run ({error}).")
     for contender in made:
         contender.run = several(contender.run, IN_A_ROW // BATCH)
-    ours = _Ours(model)
+    start = time.perf_counter()
+    made[1].run()
+    job = LONG_JOB if time.perf_counter() - start > LONG * IN_A_ROW else JOB
+    ours = _Ours(model, job)
     comparison = Comparison(name, "img/s", [*made, Contender(OURS, ours)], rounds=ROUNDS)
     comparison.measure()
     for process in processes:
         process.close()
     rates = {one.name: [one.amount / seconds for seconds in one.seconds] for one in comparison.contenders[:-1]}
     # Without the copies that its rounds begin with, and without the first one, which warms up.
-    rates[OURS] = [JOB / seconds for seconds in ours.seconds[1:]]
+    rates[OURS] = [job / seconds for seconds in ours.seconds[1:]]
     return Row(name, rates, ours.engine, notes)
 
 
 class _Ours:
     """`preconv` of a copy of the network, of which nothing is known.
 
+    Args:
+        model: the network.
+        job: images of a call.
+
     Attributes:
         seconds: of the calls so far, without those that the copies took.
         engine: who has computed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, job: int) -> None:
         self._model = model
-        self._data = DataLoader(TensorDataset(torch.rand(JOB, 3, SIZE, SIZE), torch.zeros(JOB)), BATCH)
+        self._data = DataLoader(TensorDataset(torch.rand(job, 3, SIZE, SIZE), torch.zeros(job)), BATCH)
         self.seconds: list[float] = []
         self.engine = ""
 
