@@ -39,7 +39,9 @@ def network(name: str, settled: bool = False) -> nn.Module:
         except TypeError:  # one for images of any size
             model = create(whole[5:], num_classes=0)
     else:
-        model = getattr(torchvision.models, whole)()
+        # Its second output, for training, takes larger images than ours.
+        only = {"aux_logits": False, "init_weights": True} if whole == "inception_v3" else {}
+        model = getattr(torchvision.models, whole)(**only)
     if settled:
         with torch.no_grad():
             for layer in model.modules():

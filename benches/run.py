@@ -33,6 +33,7 @@ BENCHMARKS = {
     "networks": networks.comparisons,
     "preconv": preconv.comparisons,
     "zoo": zoo.comparisons,
+    "timm": zoo.others,
     "classifier": classifier.comparisons,
     "trainings": trainings.comparisons,
     "gpu": everything.comparisons,
@@ -60,8 +61,7 @@ def main() -> None:
         known = {*torchvision.models.list_models(torchvision.models)}
         if unknown := sorted(name for name in options.only if name not in known and not name.startswith("timm:")):
             parser.error(f"torchvision.models has no {', '.join(unknown)}")
-        for comparison in zoo.comparisons(options.only):
-            print(comparison.measure().table(), flush=True)
+        print(zoo.some(options.only).measure().table(), flush=True)
         return
     if options.gpu is not None:
         text = options.gpu.read_text()

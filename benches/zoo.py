@@ -24,16 +24,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cnnrs
 
-NETWORKS = (
+CONVOLUTIONAL = (
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3",
-    "maxvit_t", "mnasnet0_5", "mnasnet1_0", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small",
-    "regnet_x_400mf", "regnet_x_1_6gf", "regnet_y_400mf", "regnet_y_1_6gf", "resnet18", "resnet34", "resnet50",
-    "resnext50_32x4d", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "squeezenet1_0", "squeezenet1_1", "swin_t",
-    "swin_v2_t", "vgg11", "vgg16", "vgg16_bn", "vit_b_16", "vit_b_32", "wide_resnet50_2",
-    "timm:convnextv2_nano", "timm:eva02_tiny_patch14_224", "timm:hgnetv2_b0", "timm:mobilenetv4_conv_medium",
-    "timm:mobilenetv4_conv_small", "timm:repvgg_a0", "timm:swin_tiny_patch4_window7_224", "timm:tf_efficientnetv2_s",
-    "timm:vit_base_patch16_siglip_224", "timm:vit_small_patch14_dinov2", "timm:vit_small_patch16_224",
-    "timm:vit_small_patch16_dinov3",
+    "mnasnet0_5", "mnasnet1_0", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "regnet_x_400mf",
+    "regnet_x_1_6gf", "regnet_y_400mf", "regnet_y_1_6gf", "resnet18", "resnet34", "resnet50", "resnext50_32x4d",
+    "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "squeezenet1_0", "squeezenet1_1", "vgg11", "vgg16", "vgg16_bn",
+    "wide_resnet50_2",
+)  # fmt: skip
+TRANSFORMERS = ("maxvit_t", "swin_t", "swin_v2_t", "vit_b_16", "vit_b_32")
+TIMM = (
+    "convnextv2_nano", "eva02_tiny_patch14_224", "hgnetv2_b0", "mobilenetv4_conv_medium", "mobilenetv4_conv_small",
+    "repvgg_a0", "swin_tiny_patch4_window7_224", "tf_efficientnetv2_s", "vit_base_patch16_siglip_224",
+    "vit_small_patch14_dinov2", "vit_small_patch16_224", "vit_small_patch16_dinov3",
 )  # fmt: skip
 BATCH, SIZE = 8, 224
 #: Images of a job for `preconv`, whose preparations are part of it; others run so many in a row.
@@ -44,16 +46,27 @@ ROUNDS = 3
 PLAIN, LAST, OURS = "torch", "torch, channels_last", "cnnrs"
 
 
-def comparisons(only: Sequence[str] = ()) -> Iterator["Zoo"]:
-    """One table.
+def comparisons() -> Iterator["Zoo"]:
+    """One table."""
+    yield Zoo("torchvision's convolutional networks", CONVOLUTIONAL)
 
-    Args:
-        only: names of networks; none: all, those of timm where it is installed, here or beside the peers.
-    """
+
+def others() -> Iterator["Zoo"]:
+    """Another one; without timm's networks, where it is neither here nor beside the peers."""
+    of_timm = [f"timm:{name}" for name in TIMM] if _has_timm() else []
+    yield Zoo("torchvision's transformers, and networks of timm", [*TRANSFORMERS, *of_timm])
+
+
+def some(names: Sequence[str]) -> "Zoo":
+    """Any networks."""
+    _has_timm()
+    return Zoo("networks", names)
+
+
+def _has_timm() -> bool:
     # Behind all else: torch and the like are those of this environment.
     sys.path += map(str, PEERS_PYTHON.parents[1].glob("lib/python3*/site-packages"))
-    there = [name for name in NETWORKS if importlib.util.find_spec("timm") or not name.startswith("timm:")]
-    yield Zoo(only or there)
+    return importlib.util.find_spec("timm") is not None
 
 
 @dataclass
@@ -81,8 +94,15 @@ class Row:
 
 @dataclass
 class Zoo:
-    """All networks, one after the other: together they would fill the memory."""
+    """Networks, one after the other: together they would fill the memory.
 
+    Attributes:
+        title: what they are.
+        names: as for `frozen_peers.network`.
+        rows: what was measured.
+    """
+
+    title: str
     names: Sequence[str]
     rows: list[Row] = field(default_factory=list)
 
@@ -99,8 +119,8 @@ class Zoo:
         everyone = [PLAIN, LAST, *RUNTIMES]
         slower = [f"{row.name} ({row.ratio(everyone):.2f})" for row in self.rows if row.ratio(everyone) < 1]
         lines = [
-            f"### torchvision's networks, and a dozen of timm's: features of {JOB} images, {SIZE} x {SIZE}, "
-            f"float32, batches of {BATCH}",
+            f"### {self.title[0].upper()}{self.title[1:]}: features of {JOB} images, {SIZE} x {SIZE}, float32, "
+            f"batches of {BATCH}",
             "",
             f"Medians of {ROUNDS} rounds in img/s, {THREADS} threads. For cnnrs a round is one `preconv` of a network "
             "that it has not seen before: looking at it, preparing and checking it are part of the time. For the "
