@@ -43,6 +43,7 @@ class Question:
         surroundings: modes of torch that only its own kernels obey.
         training: whether there will be gradients.
         batches: how many an epoch has; many, where nobody has said.
+        exact: whether no convolution may be Winograd's.
     """
 
     purpose: Literal["fit", "preconv"]
@@ -60,6 +61,7 @@ class Question:
     surroundings: tuple[str, ...] = ()
     training: bool = True
     batches: int = 100
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _front(question: Question, lowered: Lowered) -> Front | None:
     own_kernels = question.surroundings or question.channels_last or question.amp is not None
     if question.purpose != "fit" or question.inputs is None or own_kernels:
         return None
-    return front_of(lowered, question.inputs, question.training, question.batches)
+    return front_of(lowered, question.inputs, question.training, question.batches, question.exact)
 
 
 def _is_recorded(question: Question, lowered: Lowered) -> bool:

@@ -50,6 +50,7 @@ class Front:
         shape: of the samples that the front takes.
         kernels: what is behind it.
         share: of the arithmetic behind it in kernels, where that is so much that the clock need not tell.
+        exact: no convolution is Winograd's.
     """
 
     whole: Lowered
@@ -58,6 +59,7 @@ class Front:
     shape: tuple[int, ...]
     kernels: Kernels
     share: float | None = None
+    exact: bool = False
 
     @property
     def is_all(self) -> bool:
@@ -70,7 +72,9 @@ class Front:
         return f"{self.whole.names[self.last]} ({self.whole.kinds[self.last]})"
 
 
-def front_of(lowered: Lowered, inputs: torch.Tensor, training: bool, batches: int) -> Front | None:
+def front_of(
+    lowered: Lowered, inputs: torch.Tensor, training: bool, batches: int, exact: bool = False
+) -> Front | None:
     """The front of a network for batches like ``inputs``; None where there is none that is worth its while.
 
     Looks only, and changes nothing.
@@ -80,6 +84,7 @@ def front_of(lowered: Lowered, inputs: torch.Tensor, training: bool, batches: in
         inputs: a batch.
         training: whether what requires gradients gets them.
         batches: how many of them an epoch has, as far as is known.
+        exact: whether no convolution may be Winograd's.
     """
     if not _is_batch(inputs):
         return None
@@ -89,13 +94,13 @@ def front_of(lowered: Lowered, inputs: torch.Tensor, training: bool, batches: in
     worth = _is_worth(lowered, last, flops, batches) and cpu_inference.obstacle(front, inputs) is None
     if not worth:
         last, front = 0, _upto(lowered, 0)
-    kernels = Kernels(lowered, last)
+    kernels = Kernels(lowered, last, exact)
     # Of images of one channel both orders of memory are the same.
     is_large = inputs.shape[1] > 1 and sum(flops) >= LEAST_FLOPS
     if not worth and not (training and kernels.operations and is_large):
         return None
     share = _share(lowered, kernels, last, flops) if training else None
-    return Front(lowered, front, last, tuple(inputs.shape[1:]), kernels, share)
+    return Front(lowered, front, last, tuple(inputs.shape[1:]), kernels, share, exact)
 
 
 def _flops(lowered: Lowered, inputs: torch.Tensor) -> list[int]:
@@ -207,7 +212,7 @@ class Network:
         called_back: bool, check: bool, sample: Sample | None,
     ) -> None:  # fmt: skip
         self._rest = _Rest(front, check, sample)
-        part = front.last, repr(front.whole.operations)
+        part = front.last, front.exact, repr(front.whole.operations)
         allowed = orders and not front.is_all
         self.order = MemoryOrder(model, allowed, training, self._rest.on_copies, part, front.share)
         self.rounds = False
@@ -291,7 +296,9 @@ class Network:
             return inputs
         front = self._front.front
         try:
-            plan = self._plan = self._plan or kept_plans.take(self._model, front, beside=not self._front.is_all)
+            plan = self._plan = self._plan or kept_plans.take(
+                self._model, front, exact=self._front.exact, beside=not self._front.is_all
+            )
             features = plan(inputs)
         except MemoryError:
             self._stop(

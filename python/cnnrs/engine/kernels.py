@@ -38,14 +38,19 @@ _Native = Callable[[], _cnnrs.Kernels]
 class Kernels:
     """The kernels of one network behind one of its nodes, and the memory in which they work.
 
+    Args:
+        lowered: the network.
+        start: the node.
+        exact: 3 x 3 convolutions are left to PyTorch.
+
     Attributes:
         groups: operations that a kernel computes, by the last of them.
     """
 
-    def __init__(self, lowered: Lowered, start: int = 0) -> None:
+    def __init__(self, lowered: Lowered, start: int = 0, exact: bool = False) -> None:
         self._start = start
         # No group knows the whole: their memory, often hundreds of megabytes, would wait for the collector of cycles.
-        self.groups = _groups(lowered, start, _native())
+        self.groups = _groups(lowered, start, exact, _native())
 
     @property
     def operations(self) -> int:
@@ -63,7 +68,7 @@ def _native() -> _Native:
     return lambda: made(torch.get_num_threads())
 
 
-def _groups(lowered: Lowered, start: int, native: _Native) -> dict[int, Group]:
+def _groups(lowered: Lowered, start: int, exact: bool, native: _Native) -> dict[int, Group]:
     """What is computed together behind a node, by the last of each group."""
     readers: list[list[int]] = [[] for _ in lowered.operations]
     for number, operation in enumerate(lowered.operations):
@@ -80,18 +85,18 @@ def _groups(lowered: Lowered, start: int, native: _Native) -> dict[int, Group]:
         elif (convolution := _convolution(lowered, number, None, readers, native)) is not None:
             end, run = convolution
             new = {end: Group(tuple(range(number, end + 1)), tuple(sources), run)}
-        elif kind == "Conv2d" and (run := _with_weights(lowered, number, native)) is not None:
+        elif kind == "Conv2d" and (run := _with_weights(lowered, number, exact, native)) is not None:
             new = {number: Group((number,), tuple(sources), run)}
         found |= new
         taken.update(node for group in new.values() for node in group.nodes)
     return found
 
 
-def _with_weights(lowered: Lowered, number: int, native: _Native) -> Any:
+def _with_weights(lowered: Lowered, number: int, exact: bool, native: _Native) -> Any:
     """A convolution with which nothing else is computed; None for most."""
     attributes = lowered.operations[number][3]
     weight = lowered.tensors[attributes["weight"]]
-    if _is_3x3(weight, attributes):
+    if not exact and _is_3x3(weight, attributes):
         return _conv3x3(native, attributes)
     if _is_depthwise(weight, attributes):
         return _depthwise(native, attributes)

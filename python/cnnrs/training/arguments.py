@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from cnnrs._records import Clip
 
 Amp = Literal["bf16", "fp16"]
+#: What :func:`cnnrs.preconv` calls the same.
+Precision = Literal["exact"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,6 +42,13 @@ def amp_dtype(amp: Amp | None) -> torch.dtype | None:
     if amp is not None and amp not in _DTYPES:
         raise ValueError(f"amp must be None, 'bf16' or 'fp16', got {amp!r}")
     return None if amp is None else _DTYPES[amp]
+
+
+def is_exact(precision: Precision | None) -> bool:
+    """Whether no convolution is Winograd's."""
+    if precision not in (None, "exact"):
+        raise ValueError(f"precision must be None or 'exact', got {precision!r}: mixed precision is amp")
+    return precision is not None
 
 
 def is_channels_last(memory_format: torch.memory_format | None) -> bool:

@@ -125,7 +125,7 @@ def _question(job: Job, engine: Engine) -> Question:
             lowered = lowered_for(job.model, engine, gradients=job.phase == "training")
     return Question(
         "fit", engine, lowered, reasons, loss_fn=job.loss_fn, optimizer=job.optimizer, amp=job.amp, around=job.around,
-        channels_last=job.channels_last, training=job.optimizer is not None, batches=job.batches,
+        channels_last=job.channels_last, training=job.optimizer is not None, batches=job.batches, exact=job.exact,
         looked_at=job.optimizer is not None and job.loop.on_batch_end is not None and job.loop.accumulate > 1,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from cnnrs.engine.losses import Loss, LossName, loss_called
 from cnnrs.model.around import autocast_dtype, check_gradients_are_on
 from cnnrs.model.modes import device_of
 from cnnrs.training import arguments, epochs
-from cnnrs.training.arguments import Amp
+from cnnrs.training.arguments import Amp, Precision
 from cnnrs.training.batches import length_of, on_device
 from cnnrs.training.job import Job, Loop, Phase
 from cnnrs.training.rows import FeatureRows
@@ -32,6 +32,7 @@ def fit(
     engine: Engine = "auto",
     progress: bool | None = None,
     amp: Amp | None = None,
+    precision: Precision | None = None,
     memory_format: torch.memory_format | None = None,
     clip_grad_norm: float | None = None,
     clip_grad_value: float | None = None,
@@ -71,6 +72,8 @@ def fit(
         progress: show a bar on terminals and in notebooks; None: as ``verbose``.
         amp: "bf16" or "fp16" runs the layers in ``torch.autocast``; "fp16" scales the gradients. None: an enclosing
             ``torch.autocast`` holds.
+        precision: "exact" does without Winograd's convolutions in native kernels, whose rounding is a little coarser;
+            it takes longer. None: as is fastest.
         memory_format: ``torch.channels_last`` converts the batches, and once the model's 4-D weights in place: the same
             numbers in another order of memory, in which they stay, as after ``model.to(memory_format=...)``.
         clip_grad_norm: largest norm of all gradients that the optimizer applies (``clip_grad_norm_``).
@@ -93,7 +96,7 @@ def fit(
 
     Raises:
         ImportError: engine="torch" without its package.
-        ValueError: unknown phase, engine, amp, memory format or name of a loss; empty loader; an optimizer that holds
+        ValueError: unknown phase, engine, amp, precision, memory format or name of a loss; empty loader; an optimizer that holds
             none of the model's parameters; both kinds of clipping; a limit or ``accumulate`` that is not positive.
         TypeError: training without an optimizer, or with something else in its place; a loader that does not yield
             pairs; a loss that is no tensor.
@@ -128,13 +131,14 @@ def fit(
         arguments.clip(clip_grad_norm, clip_grad_value), arguments.accumulate(accumulate), on_batch_end
     )  # fmt: skip
     channels_last = arguments.is_channels_last(memory_format)
+    exact = arguments.is_exact(precision)
     device, asked = device_of(model), arguments.amp_dtype(amp)
     around = autocast_dtype(device) if asked is None else None
     model.train(phase == "training")
     found = FeatureRows.of(loader)
     job = Job(
         epoch, phase, model, loss_fn, optimizer if phase == "training" else None, device, loop, channels_last,
-        asked or around, scaled=asked is torch.float16, around=around is not None, check=check,
+        asked or around, scaled=asked is torch.float16, around=around is not None, check=check, exact=exact,
         orders=engine == "auto" and memory_format is None and (asked or around) is None and device.type == "cpu",
         batches=length_of(loader),
         unseen=on_batch_end is None and (found is not None or type(loader) in (list, tuple)),
@@ -178,6 +182,7 @@ def compile(
     engine: Engine = "auto",
     progress: bool | None = None,
     amp: Amp | None = None,
+    precision: Precision | None = None,
     memory_format: torch.memory_format | None = None,
     clip_grad_norm: float | None = None,
     clip_grad_value: float | None = None,
@@ -194,6 +199,7 @@ def compile(
         engine: which engine runs the model.
         progress: whether there is a bar.
         amp: mixed precision.
+        precision: whether convolutions may be Winograd's.
         memory_format: order of the images and weights in memory.
         clip_grad_norm: largest norm of the gradients.
         clip_grad_value: largest absolute value of a gradient.
@@ -213,8 +219,8 @@ def compile(
     if optimizer is not None:
         arguments.check_is_optimizer(optimizer)
     options = {
-        "engine": engine, "progress": progress, "amp": amp, "memory_format": memory_format,
-        "clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate,
+        "engine": engine, "progress": progress, "amp": amp, "precision": precision,
+        "memory_format": memory_format, "clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate,
         "on_batch_end": on_batch_end, "check": check, "verbose": verbose,
     }  # fmt: skip
     return Fit(optimizer, loss_called(loss_fn), options)

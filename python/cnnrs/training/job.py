@@ -53,6 +53,7 @@ class Job:
         scaled: whether gradients are scaled, as float16 needs.
         around: whether it is an enclosing ``torch.autocast`` that asks for ``amp``.
         check: whether the first batch also goes through the module itself.
+        exact: whether no convolution may be Winograd's.
         orders: whether a called module may get its batches in another order of memory.
         batches: how many there are; 1 where there is no telling.
         unseen: whether no code of the user's runs between the batches, who could look at model and optimizer.
@@ -70,6 +71,7 @@ class Job:
     scaled: bool
     around: bool
     check: bool
+    exact: bool
     orders: bool
     batches: int
     unseen: bool

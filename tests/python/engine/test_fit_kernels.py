@@ -16,9 +16,9 @@ from torch import nn
 
 import cnnrs
 from cnnrs._util import kept_memory
-from cnnrs.engine import frozen_front, memory_order, verify
+from cnnrs.engine import frozen_front, kept_plans, memory_order, verify
 from cnnrs.engine.kernels import Kernels
-from cnnrs.model.lowering import lower
+from cnnrs.model.lowering import Lowered, lower
 from native_block import Block
 
 LAST: Any = torch.channels_last
@@ -126,6 +126,38 @@ def test_the_clock_decides_about_what_has_not_been_measured(monkeypatch: pytest.
     assert share(layers(kernel_size=1, groups=2)) is None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
     assert share(layers(kernel_size=3, padding=1)) is None
+
+
+def test_exact_does_without_winograds_convolutions(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what is trained and in the frozen front; what was timed without it does not count for it."""
+    groups, plans = list[list[str]](), list[bool]()
+    play, take = Kernels.play, kept_plans.take
+
+    def played(self: Kernels, lowered: Lowered, *rest: Any) -> torch.Tensor:
+        groups.append([lowered.kinds[node] for group in self.groups.values() for node in group.nodes])
+        return play(self, lowered, *rest)
+
+    def taken(*arguments: Any, exact: bool, **options: Any) -> Any:
+        plans.append(exact)
+        return take(*arguments, exact=exact, **options)
+
+    monkeypatch.setattr(Kernels, "play", played)
+    monkeypatch.setattr(kept_plans, "take", taken)
+    torch.manual_seed(1)
+    model, data = Block(), batches(9)
+    trained("auto", model, data)
+    usual = groups[-1]
+    groups.clear()
+    trained("auto", model, data, precision="exact")
+    # Depthwise and 1 x 1 convolutions are sums as PyTorch's are.
+    assert groups and all(kinds.count("Conv2d") == usual.count("Conv2d") - 2 for kinds in groups)
+    plans.clear()
+    model.stem.requires_grad_(False).eval()
+    front = cnnrs.freeze(nn.Sequential(model.stem), statistics=True)
+    whole = nn.Sequential(front, nn.Conv2d(16, 16, 3, padding=1), nn.Flatten(), nn.LazyLinear(4))
+    whole(data[0][0])
+    trained("auto", whole, data, precision="exact")
+    assert plans and all(plans)
 
 
 def test_wrong_kernels_are_found_and_not_used(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -432,6 +432,7 @@ def test_engine_cpu_says_what_it_cannot_do() -> None:
         ({"clip_grad_value": math.nan}, "clip_grad_value must be positive, got nan"),
         ({"accumulate": 0}, "accumulate is a number of batches, at least 1, got 0"),
         ({"amp": "tf32"}, "amp must be None, 'bf16' or 'fp16', got 'tf32'"),
+        ({"precision": "bf16"}, "precision must be None or 'exact', got 'bf16': mixed precision is amp"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], match: str) -> None:
