@@ -15,25 +15,25 @@ from torch import nn
 
 import cnnrs
 
-#: Name, batch, steps and size of what "auto" calls. As many steps as tell what an epoch costs, which looks at the model
-#: once, a tenth of a second; few, since all of this part is to take less than 20 minutes.
+#: Name, batch, steps and size of what "auto" calls. An epoch costs some 20 ms for looking at the model (table "before
+#: the first step"): as many steps as take about a second.
 CALLED = [
-    ("resnet18", 32, 4, 64),
-    ("resnet18", 16, 3, 224),
-    ("resnet50", 8, 2, 224),
-    ("mobilenet_v3_large", 16, 3, 224),
-    ("efficientnet_b0", 8, 3, 224),
-    ("efficientnet_lite0", 8, 3, 224),
+    ("resnet18", 32, 12, 64),
+    ("resnet18", 16, 4, 224),
+    ("resnet50", 8, 3, 224),
+    ("mobilenet_v3_large", 16, 8, 224),
+    ("efficientnet_b0", 8, 8, 224),
+    ("efficientnet_lite0", 8, 8, 224),
     ("convnext_tiny", 4, 2, 224),
     ("vgg11_bn", 4, 2, 224),
-    ("vgg16", 4, 1, 224),
+    ("vgg16", 4, 2, 224),
 ]
 #: The last block and the head, or the head alone, of a network whose other layers are frozen.
 PARTLY = [
-    partly("resnet18", 16, 8, ["layer4", "fc"]),
-    partly("resnet18", 16, 8, ["fc"]),
-    partly("mobilenet_v3_large", 16, 8, ["features.15", "features.16", "classifier"]),
-    partly("mobilenet_v3_large", 16, 8, ["classifier"]),
+    partly("resnet18", 16, 16, ["layer4", "fc"]),
+    partly("resnet18", 16, 16, ["fc"]),
+    partly("mobilenet_v3_large", 16, 24, ["features.15", "features.16", "classifier"]),
+    partly("mobilenet_v3_large", 16, 24, ["classifier"]),
 ]
 #: Validation of whole networks; their weights are other ones at every epoch.
 VALIDATED = [
