@@ -275,7 +275,9 @@ impl Op {
                 };
                 let bias = match bias {
                     Bias::Table(table) => vec![*table],
-                    Bias::Computed { distances: _, hidden, hidden_bias, output } => vec![*hidden, *hidden_bias, *output],
+                    Bias::Computed { distances: _, hidden, hidden_bias, output } => {
+                        vec![*hidden, *hidden_bias, *output]
+                    }
                 };
                 fill.iter().copied().chain(logit).chain(bias).collect()
             }

@@ -164,7 +164,7 @@ class _Lowering(Windowed):
     # -- layers
 
     def is_layer(self, module: nn.Module) -> bool:
-        """Stops at the layers in the table and at torch's own, and at torchvision's with windows; walks through everything else."""
+        """Stops at the layers in the table, at torch's own and at those with windows; walks through everything else."""
         if type(module) in LAYERS or is_stochastic_depth(module) or (self.image is not None and is_windowed(module)):
             return True
         return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, nn.Sequential)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from cnnrs._records import Attributes, Node, OpKind
 from cnnrs.model.lowering import Lowered
+from cnnrs.model.window_tables import apart, distances
 
 #: Called with the number of a node and its value, as soon as that is there.
 Visit = Callable[[int, torch.Tensor], object]
@@ -246,30 +247,27 @@ def _window_attention(o: _Operation) -> torch.Tensor:
     if logit is None:
         scores = q * o["scale"] @ k.transpose(-2, -1)
     else:
-        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * logit.clamp(max=math.log(100)).exp()
+        scores = (
+            F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * logit.clamp(max=math.log(100)).exp()
+        )
     scores = scores + _distance_bias(o)
     if any(shift):
-        seams = [torch.arange(side) // (side - by) if by else torch.zeros(side) for side, by in zip(padded, shift)]
-        sides_of = 2 * seams[0][:, None] + seams[1]
-        sides_of = sides_of.view(rows, high, columns, across).transpose(1, 2).reshape(rows * columns, 1, -1)
-        apart = (sides_of != sides_of.mT) * -100.0
-        scores = (scores.view(n, -1, *scores.shape[1:]) + apart[:, None]).view_as(scores)
-    x = (scores.softmax(-1) @ v).transpose(1, 2).reshape(n, *[(rows, columns, high, across)[i] for i in range(4)], -1)
+        mask = apart(padded, o["window"], shift)[:, None]
+        scores = (scores.view(n, -1, *scores.shape[1:]) + mask).view_as(scores)
+    x = (scores.softmax(-1) @ v).transpose(1, 2).reshape(n, rows, columns, high, across, -1)
     back = (0, 3, 1, 4, 2, 5) if o["grid"] else (0, 1, 3, 2, 4, 5)
     x = x.permute(back).reshape(n, *padded, -1).roll((shift[0], shift[1]), (1, 2))
-    return x[:, :height, :width].contiguous()
+    result: torch.Tensor = x[:, :height, :width].contiguous()
+    return result
 
 
 def _distance_bias(o: _Operation) -> torch.Tensor:
-    height, width = o["window"]
-    token = torch.arange(height * width)
-    y, x = token // width, token % width
-    rows = (y[:, None] - y + height - 1) * (2 * width - 1) + x[:, None] - x + width - 1
     table = o.tensor("table")
     if table is None:
         hidden = F.linear(o.weight("distances").view(-1, 2), o.weight("hidden"), o.weight("hidden_bias"))
         table = 16 * F.linear(hidden.relu(), o.weight("output")).sigmoid()
-    return table[rows].permute(2, 0, 1)
+    bias: torch.Tensor = table[distances(o["window"])].permute(2, 0, 1)
+    return bias
 
 
 def _patch_merging(o: _Operation) -> torch.Tensor:

@@ -1,10 +1,11 @@
-"""Attention within windows of an image, as torchvision's Swin and MaxViT have it: layers that are lowered as a whole.
+"""Attention within windows, as torchvision's Swin and MaxViT and timm's Swin have it: layers that are lowered as a whole.
 
 Their ``forward`` takes images apart and puts them together again, which is what one operation of the graph does.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from cnnrs._records import Attributes
 from cnnrs.model.operations import LAYERS, Unsupported, _linear
 from cnnrs.model.tokens import Tokens
 from cnnrs.model.tracing import Standin
+from cnnrs.model.window_tables import apart, distances
 
 _SWIN, _MAXVIT = "torchvision.models.swin_transformer", "torchvision.models.maxvit"
+_TIMM = "timm.models.swin_transformer"
 #: Where a class is from, its name, and what its ``forward`` calls there. A subclass may do anything.
 _LAYERS: dict[tuple[str, str], tuple[str, ...]] = {
     (_SWIN, "ShiftedWindowAttention"): ("shifted_window_attention", "_get_relative_position_bias"),
@@ -23,23 +26,30 @@ _LAYERS: dict[tuple[str, str], tuple[str, ...]] = {
     (_SWIN, "PatchMerging"): ("_patch_merging_pad",),
     (_SWIN, "PatchMergingV2"): ("_patch_merging_pad",),
     (_MAXVIT, "PartitionAttentionLayer"): (),
+    (_TIMM, "SwinTransformerBlock"): ("window_partition", "window_reverse"),
+    (_TIMM, "PatchMerging"): (),
 }
-#: Parts of these that compute, by what their ``forward`` says.
-_PARTS = {
-    "RelativePositionalMultiHeadAttention": "get_relative_positional_bias", "WindowPartition": "forward",
-    "WindowDepartition": "forward", "SwapAxes": "forward",
-}  # fmt: skip
+#: Methods that they call.
+_METHODS = ("forward", "get_relative_position_bias", "get_relative_positional_bias", "_attn", "get_attn_mask",
+            "_get_rel_pos_bias")  # fmt: skip
+#: What MaxViT's is made of.
+_PARTS = ("RelativePositionalMultiHeadAttention", "WindowPartition", "WindowDepartition")
 
 
 def is_windowed(module: nn.Module) -> bool:
-    """Whether it is one of torchvision's layers, as torchvision has written it."""
+    """Whether it is one of the layers above, as its library has written it."""
     kind = type(module)
     calls = _LAYERS.get((kind.__module__, kind.__qualname__))
-    if calls is None or "get_relative_position_bias" in vars(module):
-        return False
-    own = [getattr(kind, name, None) for name in ("forward", "get_relative_position_bias")]
-    called = [kind.forward.__globals__.get(name) for name in calls]
-    return all(f is None or getattr(f, "__module__", None) == kind.__module__ for f in (*own, *called))
+    return calls is not None and _is_untouched(module, calls)
+
+
+def _is_untouched(module: nn.Module, calls: tuple[str, ...] = ()) -> bool:
+    """Whether its methods, and the functions of its file that they call, are those of that file."""
+    kind = type(module)
+    own = [getattr(kind, name, None) for name in _METHODS]
+    called = [vars(sys.modules[kind.__module__]).get(name) for name in calls]
+    written = all(f is None or getattr(f, "__module__", None) == kind.__module__ for f in (*own, *called))
+    return written and not any(name in vars(module) for name in _METHODS)
 
 
 def _pair(sizes: Any, what: str) -> tuple[int, int]:
@@ -57,12 +67,13 @@ def _check_layer(module: Any, kind: type[nn.Module], name: str) -> None:
 
 def _check_index(index: Any, window: tuple[int, int]) -> None:
     """Whether a table's rows belong to distances as they do where windows are read row by row."""
-    height, width = window
-    token = torch.arange(height * width)
-    y, x = token // width, token % width
-    rows = (y[:, None] - y + height - 1) * (2 * width - 1) + x[:, None] - x + width - 1
-    if not isinstance(index, torch.Tensor) or not torch.equal(index.detach().cpu().flatten(), rows.flatten()):
+    rows = distances(window).flatten()
+    if not isinstance(index, torch.Tensor) or not torch.equal(index.detach().cpu().flatten(), rows):
         raise Unsupported("finds the numbers of its distances elsewhere than the layer puts them")
+
+
+def _is_same(mask: Any, wanted: torch.Tensor) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.shape == wanted.shape and bool((mask.detach().cpu() == wanted).all())
 
 
 class Windowed(Tokens):
@@ -81,6 +92,8 @@ class Windowed(Tokens):
         kind = type(module).__name__
         if kind.startswith("PatchMerging"):
             return self._merging(name, module, x)
+        if kind == "SwinTransformerBlock":
+            return self._block(name, module, x, shape[1:])
         if kind == "PartitionAttentionLayer":
             return self._partitioned(name, module, x, shape)
         return self._shifted(name, module, x)
@@ -121,7 +134,9 @@ class Windowed(Tokens):
             _check_layer(layer, nn.Linear, "a layer")
         channels, heads = qkv.out_features // 3, described["heads"]
         if type(heads) is not int or heads < 1 or channels % heads or qkv.weight.shape[0] != 3 * channels:
-            raise Unsupported(f"divides {qkv.weight.shape[0]} channels into queries, keys and values of {heads!r} heads")
+            raise Unsupported(
+                f"divides {qkv.weight.shape[0]} channels into queries, keys and values of {heads!r} heads"
+            )
         if described["logit"] is None and "scale" not in described:
             described["scale"] = float((channels // heads) ** -0.5)
         described["fill"] = self._tensor_index(qkv.bias)
@@ -145,17 +160,21 @@ class Windowed(Tokens):
         """Windows of MaxViT, or a grid; everything else is the same for every pixel, wherever it lies meanwhile."""
         norm, attention, drop = module.attn_layer
         size = attention.size
-        for part in (attention, module.partition_op, module.departition_op):
-            forward = _PARTS.get(type(part).__name__)
-            if forward is None or type(part).__module__ != _MAXVIT or forward in vars(part):
-                raise Unsupported(f"{type(part).__name__} is none of torchvision's parts")
+        parts_of = (attention, module.partition_op, module.departition_op)
+        for part, kind in zip(parts_of, _PARTS, strict=True):
+            if (type(part).__module__, type(part).__name__) != (_MAXVIT, kind) or not _is_untouched(part):
+                raise Unsupported(f"{type(part).__name__} is not torchvision's {kind}")
         grid, parts = module.partition_type == "grid", module.n_partitions
         swaps = [module.partition_swap, module.departition_swap]
         if any(type(swap).__name__ != ("SwapAxes" if grid else "Identity") for swap in swaps):
             raise Unsupported("exchanges other dimensions than those of windows")
         if any(type(swap).__name__ == "SwapAxes" and {swap.a, swap.b} != {-2, -3} for swap in swaps):
             raise Unsupported("exchanges other dimensions than those of windows")
-        if type(size) is not int or [*shape[2:]] != [size * parts] * 2 or tuple(module.grid_size) != (size * parts,) * 2:
+        if (
+            type(size) is not int
+            or [*shape[2:]] != [size * parts] * 2
+            or tuple(module.grid_size) != (size * parts,) * 2
+        ):
             raise Unsupported(f"expects images of {module.grid_size}, got {shape[2:]}")
         if module.p != (parts if grid else size) or attention.max_seq_len != size * size:
             raise Unsupported("has windows of another size than its parts say")
@@ -176,6 +195,53 @@ class Windowed(Tokens):
             y = self._part(f"{name}.mlp_layer.{number}", layer, y)
         x = self._apply(self._unique("add"), "Add", [x, y], {"inplace": False})
         return self._apply(self._unique("permute"), "Permute", [x], {"dims": [0, 3, 1, 2]})
+
+    def _block(self, name: str, module: Any, x: Standin, size: list[int | None]) -> Standin:
+        """A block of timm's Swin, which rolls before it pads."""
+        attention, mlp = module.attn, module.mlp
+        if type(attention).__module__ != _TIMM or type(attention).__name__ != "WindowAttention":
+            raise Unsupported(f"its attention is a {type(attention).__name__}")
+        if type(mlp).__module__ != "timm.layers.mlp" or type(mlp).__name__ != "Mlp":
+            raise Unsupported(f"its mlp is a {type(mlp).__name__}")
+        if not all(_is_untouched(part) for part in (attention, mlp)):
+            raise Unsupported("has parts that are written otherwise than timm's")
+        window, shift = _pair(module.window_size, "window_size"), _pair(module.shift_size, "shift_size")
+        _check_index(attention.relative_position_index, window)
+        if any(shift):
+            sides = [side or 0 for side in size[:2]]
+            if any(side % of or (by and side <= of) for side, of, by in zip(sides, window, shift, strict=True)):
+                raise Unsupported(f"rolls images of {sides}, which are not several whole windows of {window}")
+            if not module.dynamic_mask and not _is_same(module.attn_mask, apart(sides, window, shift)):
+                raise Unsupported("has another mask than that of its shift")
+        elif module.attn_mask is not None:
+            raise Unsupported("has a mask without a shift")
+        described: Attributes = {
+            "heads": attention.num_heads, "window": window, "shift": shift, "grid": False, "logit": None,
+            "table": self._tensor_index(attention.relative_position_bias_table),
+        }  # fmt: skip
+        if not attention.fused_attn:
+            described["scale"] = float(attention.scale)
+            if type(attention.softmax) is not nn.Softmax or attention.softmax.dim not in (-1, 3):
+                raise Unsupported("has another softmax")
+        drop = attention.attn_drop
+        if type(drop) is not nn.Dropout or (drop.training and drop.p > 0.0) or (attention.training and drop.p > 0.0):
+            raise Unsupported("drops values in training mode; call eval()")
+        y = self._part(f"{name}.norm1", module.norm1, x)
+        y = self._attending(f"{name}.attn", y, attention.qkv, described, attention.proj)
+        y = self._kept(self._part(f"{name}.attn.proj_drop", attention.proj_drop, y), module.drop_path1)
+        x = self._apply(self._unique("add"), "Add", [x, y], {"inplace": False})
+        y = self._part(f"{name}.norm2", module.norm2, x)
+        for part in ("fc1", "act", "drop1", "norm", "fc2", "drop2"):
+            y = self._part(f"{name}.mlp.{part}", getattr(mlp, part), y)
+        return self._apply(self._unique("add"), "Add", [x, self._kept(y, module.drop_path2)], {"inplace": False})
+
+    @staticmethod
+    def _kept(x: Standin, drop: Any) -> Standin:
+        kind = type(drop)
+        theirs = (kind.__module__, kind.__name__) == ("timm.layers.drop", "DropPath") and _is_untouched(drop)
+        if not (theirs or kind is nn.Identity) or (drop.training and getattr(drop, "drop_prob", 0.0) > 0.0):
+            raise Unsupported("drops values in training mode; call eval()")
+        return x
 
     def _part(self, name: str, layer: nn.Module, x: Standin) -> Standin:
         made: Standin = self._layer(name, layer, (x,))

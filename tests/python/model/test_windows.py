@@ -214,10 +214,11 @@ def wide_logit(model: nn.Module) -> None:
 
 
 CHANGES: list[tuple[Callable[[], nn.Module], Callable[[nn.Module], None], bool]] = [
-    (swin, other_index, False), (swin, transposed_bias, False), (swin, far_shift, False), (swin, one_shift, True), (swin, other_shift, True), (swin, negative_shift, False),
-    (swin, own_bias, False), (swin, other_heads, True), (swin, broadcast_bias, False), (swin, subclass, False),
-    (swin, other_projection, False), (swin_v2, key_summand, False), (swin_v2, other_curve, False),
-    (swin_v2, another_layer, False), (swin_v2, wide_logit, False),
+    (swin, other_index, False), (swin, transposed_bias, False), (swin, far_shift, False),
+    (swin, one_shift, True), (swin, other_shift, True), (swin, negative_shift, False),
+    (swin, own_bias, False), (swin, other_heads, True), (swin, broadcast_bias, False),
+    (swin, subclass, False), (swin, other_projection, False), (swin_v2, key_summand, False),
+    (swin_v2, other_curve, False), (swin_v2, another_layer, False), (swin_v2, wide_logit, False),
 ]  # fmt: skip
 
 
@@ -261,3 +262,70 @@ def test_heads_of_other_sizes_are_named() -> None:
     found = lowered(model)
     obstacle = _cnnrs.CpuNetwork.obstacle(found.graph, found.tensors, [2, 3, 32, 32])
     assert obstacle is not None and "has heads of 24 channels, no multiple of 16" in obstacle
+
+
+# -- timm's ----------------------------------------------------------------------------------------------------
+
+
+def timms(size: int = 48, **kwargs: Any) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    shape = {"embed_dim": 32, "depths": (2, 2), "num_heads": (2, 2), "window_size": 6, "num_classes": 0}
+    model: nn.Module = timm.create_model("swin_tiny_patch4_window7_224", img_size=size, **shape, **kwargs)
+    return seeded(model)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"strict_img_size": False}, {"always_partition": True}])
+@torch.no_grad()
+def test_timms(kwargs: dict[str, Any]) -> None:
+    # 12 x 12, then 6 x 6: four windows and one, which has no shift unless it is always partitioned.
+    size = 96 if kwargs.get("always_partition") else 48
+    model, images = timms(size, **kwargs), torch.randn(3, 3, size, size)
+    features, theirs = features_of(model, images, engine="cpu"), model(images)
+    exact = copy.deepcopy(model).double()(images.double())
+    assert error(features, exact) < 5 * error(theirs, exact)
+
+
+def shifted(model: nn.Module) -> Any:
+    return model.get_submodule("layers.0.blocks.1")
+
+
+def other_mask(model: nn.Module) -> None:
+    shifted(model).attn_mask *= 2
+
+
+def no_mask(model: nn.Module) -> None:
+    shifted(model).attn_mask = None
+
+
+def other_shift_than_mask(model: nn.Module) -> None:
+    shifted(model).shift_size = (2, 2)
+
+
+def own_path(model: nn.Module) -> None:
+    class DropPath(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + x
+
+    shifted(model).drop_path1 = DropPath()
+
+
+def other_scale(model: nn.Module) -> None:
+    shifted(model).attn.fused_attn, shifted(model).attn.scale = False, 0.5
+
+
+@pytest.mark.parametrize("change", [other_mask, no_mask, other_shift_than_mask, own_path, other_scale])
+@torch.no_grad()
+def test_timms_that_look_alike(change: Callable[[nn.Module], None]) -> None:
+    model, images = timms(), torch.randn(2, 3, 48, 48)
+    change(model)
+    assert (cnnrs.explain(model, images.shape).preconv == "cpu") == (change is other_scale)
+    torch.testing.assert_close(features_of(model, images), model(images), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_timms_of_sizes_that_it_pads() -> None:
+    # It rolls before it pads, so that padding is in the middle; a mask over one window.
+    for size, kwargs in ((56, {}), (48, {"always_partition": True})):
+        model, images = timms(size, **kwargs), torch.randn(2, 3, size, size)
+        assert cnnrs.explain(model, images.shape).preconv == "python"
+        torch.testing.assert_close(features_of(model, images), model(images), rtol=1e-4, atol=1e-4)

@@ -57,7 +57,8 @@ impl WindowAttention {
         let window = |number: usize| {
             let at = [number / wide, number % wide];
             let places = |g: &Geometry| {
-                let pixel = |[y, x]: [usize; 2]| if y < size[0] && x < size[1] { g.at(y, x) - g.at(0, 0) } else { NOWHERE };
+                let pixel =
+                    |[y, x]: [usize; 2]| if y < size[0] && x < size[1] { g.at(y, x) - g.at(0, 0) } else { NOWHERE };
                 (0..windows.tokens()).map(|token| pixel(pixel_of(windows, size, at, token))).collect()
             };
             let shift = windows.shifted(size);
