@@ -56,9 +56,11 @@ fn field(graph: &Graph, node: &Node, known: &[Option<Field>], shapes: &[Shape]) 
         | Op::LayerNorm { .. }
         | Op::Mean { .. }
         | Op::Softmax { .. }
-        | Op::Attention { .. } => {
+        | Op::Attention { .. }
+        | Op::WindowAttention(_) => {
             return None;
         }
+        Op::PatchMerging => ([2, 2], [2, 2], [1, 1]),
         Op::Input
         | Op::BatchNorm2d { .. }
         | Op::Activation { .. }
@@ -102,6 +104,12 @@ fn flops(graph: &Graph, node: &Node, shape: &Shape, shapes: &[Shape]) -> u64 {
             let tokens = shape[1] as u64;
             4 * out * tokens + 3 * shape[0] as u64 * *heads as u64 * tokens * tokens
         }
+        // The same in each window, and a summand per score.
+        Op::WindowAttention(windows) => {
+            let (tokens, [height, width]) = (windows.tokens() as u64, windows.padded([shape[1], shape[2]]));
+            let pixels = (shape[0] * height * width) as u64;
+            4 * pixels * shape[3] as u64 * tokens + 4 * pixels * windows.heads as u64 * tokens
+        }
         Op::Input
         | Op::Dropout { .. }
         | Op::StochasticDepth { .. }
@@ -112,6 +120,7 @@ fn flops(graph: &Graph, node: &Node, shape: &Shape, shapes: &[Shape]) -> u64 {
         | Op::ChannelShuffle { .. }
         | Op::Pad { .. }
         | Op::Permute { .. }
+        | Op::PatchMerging
         | Op::Expand { .. } => 0,
     }
 }

@@ -1,6 +1,6 @@
 //! A network as a list of operations in the order `forward` calls them.
 
-use super::Shape;
+use super::{Bias, Scores, Shape, Windows};
 
 /// (height, width)
 pub type Pair = [usize; 2];
@@ -150,6 +150,11 @@ pub enum Op {
         heads: usize,
         scale: f64,
     },
+    /// Of tokens that are pixels, each with those of its window.
+    WindowAttention(Windows),
+    /// Of images (N, H, W, C) each 2 x 2 pixels as one of 4 C channels: top left, bottom left, top right, bottom right.
+    /// Zeros beyond an odd side.
+    PatchMerging,
     /// A parameter or buffer (1, T, C), once per sample of the input.
     Expand {
         tensor: Tensor,
@@ -244,6 +249,8 @@ impl Op {
             Self::Split { .. } => "Split",
             Self::ChannelShuffle { .. } => "ChannelShuffle",
             Self::Attention { .. } => "Attention",
+            Self::WindowAttention(_) => "WindowAttention",
+            Self::PatchMerging => "PatchMerging",
             Self::Expand { .. } => "Expand",
             Self::Shift { .. } => "Shift",
         }
@@ -260,6 +267,19 @@ impl Op {
             }
             Self::Scale { factor: tensor, .. } | Self::Expand { tensor } | Self::Shift { summand: tensor } => {
                 vec![*tensor]
+            }
+            Self::WindowAttention(Windows { scores, bias, fill, .. }) => {
+                let logit = match scores {
+                    Scores::Scaled(_) => None,
+                    Scores::Cosine { logit } => Some(*logit),
+                };
+                let bias = match bias {
+                    Bias::Table(table) => vec![*table],
+                    Bias::Computed { distances: _, hidden, hidden_bias, output } => {
+                        vec![*hidden, *hidden_bias, *output]
+                    }
+                };
+                fill.iter().copied().chain(logit).chain(bias).collect()
             }
             Self::Input
             | Self::Activation { .. }
@@ -279,7 +299,8 @@ impl Op {
             | Self::Cat { .. }
             | Self::Split { .. }
             | Self::ChannelShuffle { .. }
-            | Self::Attention { .. } => Vec::new(),
+            | Self::Attention { .. }
+            | Self::PatchMerging => Vec::new(),
         }
     }
 }

@@ -3,7 +3,9 @@
 mod cost;
 mod graph;
 mod shape;
+mod windows;
 
 pub use cost::{Cost, costs};
 pub use graph::{Activation, Dim, Graph, Node, Op, Pair, Tensor};
 pub use shape::{Shape, shapes};
+pub use windows::{APART, Bias, Scores, Windows};

@@ -1,6 +1,6 @@
 //! Output shapes: `(W - F + 2P) / S + 1` per side, rounded down unless `ceil_mode`.
 
-use super::{Dim, Graph, Node, Op, Pair};
+use super::{Bias, Dim, Graph, Node, Op, Pair, Scores, Windows};
 use crate::error::{Error, Result};
 
 /// Sizes in PyTorch's order, batch first: `[N, C, H, W]` or `[N, F]`.
@@ -187,6 +187,11 @@ fn output(graph: &Graph, node: &Node, known: &[Shape], input: &[usize]) -> Resul
             }
             Ok(vec![n, tokens, channels / parts])
         }
+        Op::WindowAttention(windows) => window_attention(graph, node, windows, from(0)?),
+        Op::PatchMerging => {
+            let [n, h, w, c] = filled(node, from(0)?)?;
+            Ok(vec![n, h.div_ceil(2), w.div_ceil(2), 4 * c])
+        }
         Op::Expand { tensor } => match (from(0)?.first(), &graph.tensors[*tensor][..]) {
             (Some(&n), &[1, tokens, channels]) => Ok(vec![n, tokens, channels]),
             (_, shape) => Err(fail(node, format!("expects one sequence of tokens (1, T, C), got shape {shape:?}"))),
@@ -206,6 +211,39 @@ fn output(graph: &Graph, node: &Node, known: &[Shape], input: &[usize]) -> Resul
                 _ => Err(fail(node, format!("cannot divide {c} channels into {groups} groups"))),
             }
         }
+    }
+}
+
+fn window_attention(graph: &Graph, node: &Node, windows: &Windows, shape: &Shape) -> Result<Shape> {
+    let ([n, h, w, c], Windows { heads, window, shift, .. }) = (filled(node, shape)?, windows);
+    if c.checked_rem(3 * heads) != Some(0) {
+        return Err(fail(node, format!("cannot divide {shape:?} into queries, keys and values of {heads} heads")));
+    }
+    if window.contains(&0) || (0..2).any(|i| shift[i] >= window[i]) {
+        return Err(fail(node, format!("shifts windows of {window:?} by {shift:?}")));
+    }
+    if windows.grid && (*shift != [0, 0] || windows.padded([h, w]) != [h, w]) {
+        return Err(fail(node, format!("divides an image of {:?} (H, W) into a grid of {window:?}", [h, w])));
+    }
+    let tall = [2 * window[0] - 1, 2 * window[1] - 1];
+    let mut tensors = vec![];
+    match windows.bias {
+        Bias::Table(table) => tensors.push((table, vec![windows.distances(), *heads])),
+        Bias::Computed { distances, hidden, hidden_bias, output } => {
+            let wide = graph.tensors[hidden].first().copied().unwrap_or(0);
+            tensors.push((distances, vec![1, tall[0], tall[1], 2]));
+            tensors.extend([(hidden, vec![wide, 2]), (hidden_bias, vec![wide]), (output, vec![*heads, wide])]);
+        }
+    }
+    if let Scores::Cosine { logit } = windows.scores {
+        tensors.push((logit, vec![*heads, 1, 1]));
+    }
+    tensors.extend(windows.fill.map(|fill| (fill, vec![c])));
+    match tensors.iter().find(|(tensor, wanted)| graph.tensors[*tensor] != *wanted) {
+        Some((tensor, wanted)) => {
+            Err(fail(node, format!("has numbers of shape {:?}, not {wanted:?}", graph.tensors[*tensor])))
+        }
+        None => Ok(vec![n, h, w, c / 3]),
     }
 }
 

@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 
 use super::error::convert;
 use super::record::{Names, Record, choice, record};
-use crate::model::{self, Activation, Dim, Node, Op, Pair, Shape};
+use crate::model::{self, Activation, Bias, Dim, Node, Op, Pair, Scores, Shape, Windows};
 
 /// A network as a list of operations, in the order `forward` calls them.
 #[pyclass(frozen, module = "cnnrs._cnnrs")]
@@ -196,6 +196,30 @@ const OPERATIONS: &Names<fn(&Attributes<'_, '_>) -> PyResult<Op>> = &[
         0 => Err(a.record.wrong("heads", "must be positive")),
         heads => Ok(Op::Attention { heads, scale: a.get("scale")? }),
     }),
+    ("WindowAttention", |a| match a.get("heads")? {
+        0 => Err(a.record.wrong("heads", "must be positive")),
+        heads => Ok(Op::WindowAttention(Windows {
+            heads,
+            window: a.positive_pair("window")?,
+            shift: a.pair("shift")?,
+            grid: a.get("grid")?,
+            scores: match a.optional("logit")? {
+                Some(logit) => Scores::Cosine { logit },
+                None => Scores::Scaled(a.get("scale")?),
+            },
+            bias: match a.optional("table")? {
+                Some(table) => Bias::Table(table),
+                None => Bias::Computed {
+                    distances: a.tensor("distances")?,
+                    hidden: a.tensor("hidden")?,
+                    hidden_bias: a.tensor("hidden_bias")?,
+                    output: a.tensor("output")?,
+                },
+            },
+            fill: a.optional("fill")?,
+        })),
+    }),
+    ("PatchMerging", |_| Ok(Op::PatchMerging)),
     ("Expand", |a| Ok(Op::Expand { tensor: a.tensor("tensor")? })),
     ("Shift", |a| Ok(Op::Shift { summand: a.tensor("summand")? })),
     ("ReLU", |a| activation(a, Activation::Relu)),

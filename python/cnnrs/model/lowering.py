@@ -21,9 +21,9 @@ from cnnrs.model import shuffle
 from cnnrs.model.around import global_hooks
 from cnnrs.model.operations import BINARY, FUNCTIONS, INPLACE, LAYERS, METHODS, WEIGHTED, Unsupported
 from cnnrs.model.stochastic_depth import Draws, is_stochastic_depth
-from cnnrs.model.tokens import Tokens
 from cnnrs.model.tracing import Memory, Recorder, Standin, values
 from cnnrs.model.values import COPIES
+from cnnrs.model.windows import Windowed, is_windowed
 
 
 @dataclass
@@ -110,7 +110,7 @@ def obstacles(model: nn.Module) -> list[str]:
 # -- the walk ------------------------------------------------------------------------------------------------
 
 
-class _Lowering(Tokens):
+class _Lowering(Windowed):
     """One walk."""
 
     def __init__(self, model: nn.Module, gradients: bool, image: tuple[int, ...] | None) -> None:
@@ -164,8 +164,8 @@ class _Lowering(Tokens):
     # -- layers
 
     def is_layer(self, module: nn.Module) -> bool:
-        """Stops at the layers in the table and at torch's own; walks through everything else."""
-        if type(module) in LAYERS or is_stochastic_depth(module):
+        """Stops at the layers in the table, at torch's own and at those with windows; walks through everything else."""
+        if type(module) in LAYERS or is_stochastic_depth(module) or (self.image is not None and is_windowed(module)):
             return True
         return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, nn.Sequential)
 
@@ -180,6 +180,8 @@ class _Lowering(Tokens):
     def _layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if type(module) is nn.MultiheadAttention and self.image is not None:
             return self._multihead(name, module, args), None
+        if self.image is not None and is_windowed(module):
+            return self._windowed(name, module, args)
         if is_stochastic_depth(module):
             if module.training and getattr(module, "p", 1.0) > 0.0:
                 drops: Attributes = {"p": module.p, "rows": module.mode == "row", "keep": None}

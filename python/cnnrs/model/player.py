@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from cnnrs._records import Attributes, Node, OpKind
 from cnnrs.model.lowering import Lowered
+from cnnrs.model.window_tables import apart, distances
 
 #: Called with the number of a node and its value, as soon as that is there.
 Visit = Callable[[int, torch.Tensor], object]
@@ -223,6 +225,56 @@ def _attention(o: _Operation) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=o["scale"]).transpose(1, 2).reshape(n, t, c)
 
 
+def _window_attention(o: _Operation) -> torch.Tensor:
+    n, height, width, wide = o.x.shape
+    (high, across), heads = o["window"], o["heads"]
+    down, right = -height % high, -width % across
+    fill = o.tensor("fill")
+    # Padding has the summand of the linear layer.
+    x = o.x if fill is None else o.x - fill
+    x = F.pad(x, (0, 0, 0, right, 0, down))
+    x = x if fill is None else x + fill
+    padded = height + down, width + right
+    shift = [0 if side <= window else by for side, window, by in zip(padded, o["window"], o["shift"], strict=True)]
+    x = x.roll((-shift[0], -shift[1]), (1, 2))
+    rows, columns = padded[0] // high, padded[1] // across
+    # Row and column of the window, of the token: a grid has them the other way round.
+    sides = (high, rows, across, columns) if o["grid"] else (rows, high, columns, across)
+    order = (2, 4, 1, 3) if o["grid"] else (1, 3, 2, 4)
+    windows = x.reshape(n, *sides, wide).permute(0, *order, 5).reshape(n * rows * columns, high * across, 3, heads, -1)
+    q, k, v = windows.permute(2, 0, 3, 1, 4)
+    logit = o.tensor("logit")
+    if logit is None:
+        scores = q * o["scale"] @ k.transpose(-2, -1)
+    else:
+        scores = (
+            F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * logit.clamp(max=math.log(100)).exp()
+        )
+    scores = scores + _distance_bias(o)
+    if any(shift):
+        mask = apart(padded, o["window"], shift)[:, None]
+        scores = (scores.view(n, -1, *scores.shape[1:]) + mask).view_as(scores)
+    x = (scores.softmax(-1) @ v).transpose(1, 2).reshape(n, rows, columns, high, across, -1)
+    back = (0, 3, 1, 4, 2, 5) if o["grid"] else (0, 1, 3, 2, 4, 5)
+    x = x.permute(back).reshape(n, *padded, -1).roll((shift[0], shift[1]), (1, 2))
+    result: torch.Tensor = x[:, :height, :width].contiguous()
+    return result
+
+
+def _distance_bias(o: _Operation) -> torch.Tensor:
+    table = o.tensor("table")
+    if table is None:
+        hidden = F.linear(o.weight("distances").view(-1, 2), o.weight("hidden"), o.weight("hidden_bias"))
+        table = 16 * F.linear(hidden.relu(), o.weight("output")).sigmoid()
+    bias: torch.Tensor = table[distances(o["window"])].permute(2, 0, 1)
+    return bias
+
+
+def _patch_merging(o: _Operation) -> torch.Tensor:
+    x = F.pad(o.x, (0, 0, 0, o.x.shape[2] % 2, 0, o.x.shape[1] % 2))
+    return torch.cat([x[:, y::2, z::2] for z in (0, 1) for y in (0, 1)], -1)
+
+
 def _add(o: _Operation) -> torch.Tensor:
     return o.x.add_(o.values[1]) if o["inplace"] else o.x + o.values[1]
 
@@ -263,6 +315,8 @@ OPERATIONS: dict[OpKind, Callable[[_Operation], torch.Tensor]] = {
     "Cat": lambda o: torch.cat(o.values, o["dim"]),
     "ChannelShuffle": _channel_shuffle,
     "Attention": _attention,
+    "WindowAttention": _window_attention,
+    "PatchMerging": _patch_merging,
     "Expand": lambda o: o.weight("tensor").expand(len(o.x), -1, -1),
     "Shift": lambda o: o.x + o.weight("summand"),
 }

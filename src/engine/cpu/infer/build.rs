@@ -8,11 +8,11 @@ use super::method::{Exact, Method, window};
 use super::places::Picked;
 use super::quantization::{self, Quantization};
 use super::steps::{
-    self, Binary, Block, Cat, Conv, Depthwise, Direct, Grouped, LayerNorm, Load, Packing, Pad, Pick, Pointwise, Pool,
-    Relayout, Small, Softmax, Step,
+    self, Binary, Block, Cat, Conv, Depthwise, Direct, Grouped, LayerNorm, Load, Packing, Pad, PatchMerging, Pick,
+    Pointwise, Pool, Relayout, Small, Softmax, Step,
 };
 use super::steps::{Filters, Source, Store, Taps, Tokens, Winograd};
-use super::tokens;
+use super::{tokens, windows};
 use crate::engine::cpu::common::analysis::unsupported;
 use crate::engine::cpu::common::arena::Arena;
 use crate::engine::cpu::common::geometry::{self, Window};
@@ -276,6 +276,8 @@ impl<'a> Network<'a> {
                 Box::new(Pointwise { isa, input, second: None, affine, output, activation })
             }
             Op::Attention { heads, scale } => Box::new(tokens::attention(isa, &sources, output, *heads, *scale)),
+            Op::WindowAttention(w) => Box::new(windows::step(self, layer, w, [input, output], weights)?),
+            Op::PatchMerging => Box::new(PatchMerging { input, output }),
             Op::Shift { .. } | Op::Split { .. } | Op::Flatten { .. } | Op::Reshape { .. } | Op::Cat { .. }
                 if let Some(parts) = tokens::parts(self, layer, &sources, weights)? =>
             {

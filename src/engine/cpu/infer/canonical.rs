@@ -18,6 +18,8 @@ pub struct Canonical {
 
 /// The order of dimensions of tokens (N, T, C), which are images one pixel high.
 const TOKENS: [usize; 3] = [0, 3, 1];
+/// That of images (N, H, W, C).
+const PIXELS: [usize; 4] = [0, 2, 3, 1];
 
 /// # Errors
 /// `Unsupported`, naming the first operation that reads dimensions in an order this engine cannot use, or that overwrites
@@ -36,7 +38,7 @@ pub fn canonical(graph: &Graph, mut shapes: Vec<Shape>) -> Result<Canonical> {
         *shape = lies;
         orders.push(order);
     }
-    let channels_last = orders[graph.output] == TOKENS;
+    let channels_last = orders[graph.output] == TOKENS || orders[graph.output] == PIXELS;
     if !channels_last && !plain(&orders[graph.output]) {
         return Err(unsupported(&graph.nodes[graph.output], "returns permuted dimensions"));
     }
@@ -87,6 +89,10 @@ fn order(graph: &Graph, node: &mut Node, shape: &Shape, before: &[Shape], orders
         Op::Attention { .. } | Op::Shift { .. } if from != TOKENS => {
             return refuse(node, "is applied to something else than tokens (N, T, C)");
         }
+        Op::WindowAttention(_) | Op::PatchMerging if from != PIXELS => {
+            return refuse(node, "is applied to something else than images (N, H, W, C)");
+        }
+        Op::WindowAttention(_) | Op::PatchMerging => {}
         Op::Shift { summand } if graph.tensors[*summand].iter().rev().nth(2).is_some_and(|&images| images != 1) => {
             return refuse(node, "adds something else to every image");
         }

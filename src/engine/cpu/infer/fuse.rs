@@ -10,9 +10,10 @@
 
 use super::method::{Exact, Method, joined, window};
 use super::places::{self, Names, Picked};
-use super::tokens;
+use super::{tokens, windows};
 use crate::engine::cpu::common::analysis::{axis, readers, unsupported};
 use crate::engine::cpu::common::kernels::activate::Activate;
+use crate::engine::cpu::common::kernels::lanes::LANES;
 use crate::error::Result;
 use crate::model::{Activation, Dim, Graph, Node, Op, Shape, Tensor};
 
@@ -237,6 +238,12 @@ impl Fusion<'_> {
             | Op::Split { .. }
             | Op::ChannelShuffle { .. } => {}
             Op::Attention { heads, scale } => tokens::check_attention(node, shape[1], *heads, *scale)?,
+            Op::WindowAttention(windows) => windows::check(node, shape[1], windows, self.tensors)?,
+            Op::PatchMerging => {
+                if let Some(channels) = from.map(|from| from[1]).filter(|channels| !channels.is_multiple_of(LANES)) {
+                    return Err(unsupported(node, &format!("has {channels} channels, no multiple of {LANES}")));
+                }
+            }
             Op::Shift { .. } => return Err(unsupported(node, "is applied to something else than tokens (N, T, C)")),
         }
         if self.names.note(self.graph, self.shapes, index, &self.source, &self.readers) {
@@ -255,6 +262,8 @@ impl Fusion<'_> {
                 | Op::Cat { .. }
                 | Op::Softmax { .. }
                 | Op::Attention { .. }
+                | Op::WindowAttention(_)
+                | Op::PatchMerging
                 | Op::Flatten { .. }
                 | Op::Reshape { .. }
                 | Op::Pad { .. }

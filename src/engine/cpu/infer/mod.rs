@@ -24,6 +24,7 @@ mod steps;
 #[cfg(test)]
 mod tests;
 mod tokens;
+mod windows;
 
 use std::path::Path;
 

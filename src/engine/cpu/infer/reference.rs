@@ -1,7 +1,7 @@
 //! What the operations mean, in float64 and without any cleverness: what the tests compare with.
 
 use crate::engine::cpu::common::kernels::activate::exact_erf;
-use crate::model::{self, Activation, Graph, Op, Pair};
+use crate::model::{self, APART, Activation, Bias, Graph, Op, Pair, Scores, Windows};
 
 /// The value of the graph's output for NCHW inputs.
 pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) -> Vec<f64> {
@@ -182,6 +182,16 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                     y[at] = powers.iter().enumerate().map(|(key, p)| p * read(2, n, key, c)).sum::<f64>() / sum;
                 });
             }
+            Op::WindowAttention(windows) => window_attention(windows, tensors, x, from.unwrap(), &mut y),
+            Op::PatchMerging => {
+                let from = from.unwrap();
+                each(out, |[n, oy, ox, c], at| {
+                    let (part, channel) = (c / from[3], c % from[3]);
+                    let (iy, ix) = (2 * oy + part % 2, 2 * ox + part / 2);
+                    let inside = iy < from[1] && ix < from[2];
+                    y[at] = if inside { x[((n * from[1] + iy) * from[2] + ix) * from[3] + channel] } else { 0.0 };
+                });
+            }
             Op::Expand { tensor: t } => {
                 let len = y.len() / out[0];
                 y.iter_mut().enumerate().for_each(|(at, y)| *y = tensor(Some(*t), at % len, 0.0));
@@ -205,6 +215,75 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
         values.push(y);
     }
     values.swap_remove(graph.output)
+}
+
+/// Everything by the pixel: which window it is in, who else is, and what they say.
+fn window_attention(windows: &Windows, tensors: &[Vec<f32>], x: &[f64], from: &[usize], y: &mut [f64]) {
+    let &Windows { heads, window, grid, .. } = windows;
+    let (size, channels) = ([from[1], from[2]], from[3] / 3);
+    let (padded, shift) = (windows.padded(size), windows.shifted(size));
+    let depth = channels / heads;
+    let fill = |c: usize| windows.fill.map_or(0.0, |t| f64::from(tensors[t][c]));
+    let read = |n: usize, [py, px]: Pair, c: usize| match py < size[0] && px < size[1] {
+        true => x[((n * size[0] + py) * size[1] + px) * from[3] + c],
+        false => fill(c),
+    };
+    // Where a pixel is after the roll, its window, its place in it, and which side of the seam it is on.
+    let places = |pixel: Pair| {
+        [0, 1].map(|i| {
+            let at = (pixel[i] + padded[i] - shift[i]) % padded[i];
+            let all = padded[i] / window[i];
+            let (number, token) = if grid { (at % all, at / all) } else { (at / window[i], at % window[i]) };
+            (number, token, usize::from(shift[i] > 0 && at >= padded[i] - shift[i]))
+        })
+    };
+    let bias = |head: usize, [ty, tx]: Pair| match windows.bias {
+        Bias::Table(table) => f64::from(tensors[table][(ty * (2 * window[1] - 1) + tx) * heads + head]),
+        Bias::Computed { distances, hidden, hidden_bias, output } => {
+            let at = (ty * (2 * window[1] - 1) + tx) * 2;
+            let number = |tensor: usize, at: usize| f64::from(tensors[tensor][at]);
+            let all = tensors[hidden_bias].len();
+            let sum: f64 = (0..all)
+                .map(|h| {
+                    let sum: f64 = (0..2).map(|i| number(hidden, 2 * h + i) * number(distances, at + i)).sum();
+                    (sum + number(hidden_bias, h)).max(0.0) * number(output, head * all + h)
+                })
+                .sum();
+            16.0 / (1.0 + (-sum).exp())
+        }
+    };
+    let product = |n: usize, [a, b]: [(Pair, usize); 2]| -> f64 {
+        (0..depth).map(|c| read(n, a.0, a.1 + c) * read(n, b.0, b.1 + c)).sum()
+    };
+    let others: Vec<Pair> = (0..padded[0] * padded[1]).map(|at| [at / padded[1], at % padded[1]]).collect();
+    each(&[from[0], size[0], size[1], channels], |[n, oy, ox, c], at| {
+        let (head, query) = (c / depth, [oy, ox]);
+        let mine = places(query);
+        let (mut total, mut sum) = (0.0, 0.0);
+        for &key in &others {
+            let theirs = places(key);
+            if (0..2).any(|i| mine[i].0 != theirs[i].0) {
+                continue;
+            }
+            let (q, k) = ((query, head * depth), (key, channels + head * depth));
+            let mut score = match windows.scores {
+                Scores::Scaled(scale) => product(n, [q, k]) * scale,
+                Scores::Cosine { logit } => {
+                    let length = |one| product(n, [one, one]).sqrt().max(1e-12);
+                    let factor = f64::from(tensors[logit][head]).min(100f64.ln()).exp();
+                    product(n, [q, k]) / length(q) / length(k) * factor
+                }
+            };
+            score += bias(head, [0, 1].map(|i| mine[i].1 + window[i] - 1 - theirs[i].1));
+            if (0..2).any(|i| mine[i].2 != theirs[i].2) {
+                score += APART;
+            }
+            let power = score.exp();
+            total += power;
+            sum += power * read(n, key, 2 * channels + c);
+        }
+        y[at] = sum / total;
+    });
 }
 
 /// Four dimensions.

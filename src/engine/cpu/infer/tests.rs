@@ -4,6 +4,7 @@ mod bytes;
 mod networks;
 mod places;
 mod tokens;
+mod windows;
 
 use networks::{Model, set};
 
@@ -380,7 +381,7 @@ fn what_is_not_computed_is_named() {
         make(&mut m);
         obstacle(&m.graph, &m.tensors, &[2, 8, 8, 8]).unwrap()
     };
-    let last = |m: &mut Model| permute(m, 0, [0, 2, 3, 1]);
+    let last = |m: &mut Model| permute(m, 0, [0, 3, 1, 2]);
     assert_eq!(obstacle_of(&last), "Permute1 (Permute): returns permuted dimensions");
     let batch = |m: &mut Model| permute(m, 0, [1, 0, 2, 3]);
     assert_eq!(obstacle_of(&batch), "Permute1 (Permute): moves the dimension of the batch");

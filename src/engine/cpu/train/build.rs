@@ -231,6 +231,8 @@ impl<'a> Builder<'a> {
             | Op::Split { .. }
             | Op::ChannelShuffle { .. }
             | Op::Attention { .. }
+            | Op::WindowAttention(_)
+            | Op::PatchMerging
             | Op::Expand { .. }
             | Op::Shift { .. } => {
                 return Err(Error::internal(format_args!("{} has no kernel", node.name)));

@@ -171,6 +171,8 @@ impl Walk<'_> {
             | Op::Split { .. }
             | Op::ChannelShuffle { .. }
             | Op::Attention { .. }
+            | Op::WindowAttention(_)
+            | Op::PatchMerging
             | Op::Expand { .. }
             | Op::Shift { .. } => {}
         }
@@ -221,6 +223,8 @@ impl Walk<'_> {
             | Op::Split { .. }
             | Op::ChannelShuffle { .. }
             | Op::Attention { .. }
+            | Op::WindowAttention(_)
+            | Op::PatchMerging
             | Op::Expand { .. }
             | Op::Shift { .. } => refuse("the cpu engine has no training kernel for it"),
             Op::MaxPool2d { .. } if self.shapes[index].iter().product::<usize>() == 0 => refuse("has an empty output"),
@@ -371,6 +375,8 @@ fn derivative_reads_output(op: &Op) -> bool {
         | Op::Split { .. }
         | Op::ChannelShuffle { .. }
         | Op::Attention { .. }
+        | Op::WindowAttention(_)
+        | Op::PatchMerging
         | Op::Expand { .. }
         | Op::Shift { .. } => false,
     }

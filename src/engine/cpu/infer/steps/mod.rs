@@ -1,5 +1,6 @@
 //! What a plan is made of. A step divides its work among tasks that any worker may take, in any order.
 
+mod attend;
 mod attention;
 mod bytes;
 mod conv;
@@ -7,12 +8,15 @@ mod depthwise;
 mod grouped;
 mod layer_norm;
 mod layout;
+mod merging;
 mod pointwise;
 mod pool;
 mod softmax;
 mod tokens;
+mod windows;
 mod winograd;
 
+pub use attend::Attend;
 pub use attention::Attention;
 pub use bytes::{Bytes, Observe, Quantize};
 pub use conv::{Conv, Direct, Packing, Taps, pack};
@@ -20,10 +24,12 @@ pub use depthwise::{Depthwise, Source};
 pub use grouped::{Block, Grouped, Small, pack as pack_grouped, pack_small};
 pub use layer_norm::LayerNorm;
 pub use layout::{Cat, Load, Pad, Pick, Relayout, Store};
+pub use merging::PatchMerging;
 pub use pointwise::{Binary, Pointwise};
 pub use pool::Pool;
 pub use softmax::Softmax;
 pub use tokens::{Origin, Part, Tokens};
+pub use windows::{Tables, WindowAttention};
 pub use winograd::{Filters, Winograd, best_size, tiles};
 
 use super::memory::Context;
