@@ -1,4 +1,4 @@
-"""Attention within windows, as torchvision's Swin and MaxViT and timm's Swin have it: layers that are lowered as a whole.
+"""Attention within windows, as Swin and MaxViT of torchvision and Swin of timm have it: layers lowered as a whole.
 
 Their ``forward`` takes images apart and puts them together again, which is what one operation of the graph does.
 """

@@ -66,7 +66,8 @@ pub fn step<'a>(
     });
     let shift = windows.shifted([output.geometry.height, output.geometry.width]);
     let masks = weights.reserve_in(3 * tokens * row, tokens * row, move |kind, to| {
-        let seams = [(kind + 1) % 2 == 1, (kind + 1) / 2 == 1];
+        // Lower, right, both.
+        let seams = [kind != 1, kind != 0];
         for (at, to) in to.iter_mut().enumerate() {
             let (query, key) = (at / row, at % row);
             let beyond = |token: usize| {
