@@ -135,8 +135,6 @@ def explain(
 def _said_of_int8(question: Question, reasons: tuple[str, ...]) -> str:
     if reasons or question.lowered is None:
         return "precision='int8': refused, because engine 'cpu' cannot run the model"
-    if question.lowered.image is not None:
-        return "precision='int8': refused, because the model looks at the size of its images"
     if question.inputs is None:
         return "precision='int8': which layers depends on the inputs' size: give explain() an input_shape"
     layers, count = int8_layers(question.lowered, list(question.inputs.shape))

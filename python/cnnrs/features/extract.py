@@ -15,7 +15,7 @@ from cnnrs.engine import companion, cpu_inference, kept_plans, verify
 from cnnrs.engine.choice import Engine, Question, decide, lowered_for
 from cnnrs.engine.memory_order import FrozenOrder, Order
 from cnnrs.errors import UnsupportedModelError
-from cnnrs.features.calibration import IMAGES, Calibration, quantize, refused
+from cnnrs.features.calibration import IMAGES, Calibration, of_one_size, quantize, refused
 from cnnrs.features.pipeline import Pipeline
 from cnnrs.features.precision import AUTOCAST, Precision, narrowed
 from cnnrs.features.update import File, Item
@@ -149,17 +149,17 @@ class Extractor:
         Raises:
             UnsupportedModelError: no layer would compute in int8, or the engine cannot run the model.
         """
-        assert self.lowered is not None
         first = next(iter(self.calibration.first_images()), None) if self.calibration.first_images else None
         if first is not None:
-            self._fitting(first)
-            self.calibration.find(cpu_inference.network(self.lowered, beside=self.beside), [])
+            lowered = self._fitting(first)
+            self.calibration.find(cpu_inference.network(lowered, beside=self.beside), [], lowered.image)
 
     def _fitting(self, images: torch.Tensor) -> Lowered:
-        choice = decide(Question("preconv", "cpu", self.lowered, self._against, images))
-        if choice.engine != "cpu" or self.lowered is None:
+        lowered = self.lowered or self._lowered(tuple(images.shape[1:]))
+        choice = decide(Question("preconv", "cpu", lowered, self._against, images))
+        if choice.engine != "cpu" or lowered is None:
             raise refused(choice.reasons)
-        return self.lowered
+        return lowered
 
     def _in_int8(self, images: torch.Tensor, ahead: list[torch.Tensor]) -> Network:
         """Engine "cpu" in int8, after a look at the first images in float32."""
@@ -167,9 +167,9 @@ class Extractor:
         network = cpu_inference.network(lowered, beside=self.beside)
         # Raises where its module computes something else.
         self._differs(lowered, _natively(network), images)
-        ranges = self.calibration.find(network, ahead)
+        ranges = self.calibration.find(network, ahead, lowered.image)
         quantize(network, ranges, images, type(self.model).__name__, self.check)
-        return _natively(network)
+        return _natively(network if lowered.image is None else of_one_size(network, lowered.image))
 
     def _network(self, images: torch.Tensor, ahead: list[torch.Tensor]) -> Network | None:
         """What computes features instead of the module, where that is wanted and can run; it needs a batch to tell."""
@@ -230,8 +230,11 @@ class Extractor:
         """The model as operations, for images of any size or of this one."""
         if self.precision == "int8":
             try:
-                return lowered_for(self.model, "cpu", gradients=False)
+                return lowered_for(self.model, "cpu", gradients=False, image=image)
             except UnsupportedModelError as error:
+                # The size of the images may be all that was missing.
+                if image is None:
+                    return None
                 raise refused(str(error).splitlines()[1:]) from None
         try:
             return lowered_for(self.model, self.engine, gradients=False, image=image)
