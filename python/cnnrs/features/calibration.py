@@ -1,4 +1,4 @@
-"""The ranges of what int8 layers read, found on the first images of the data."""
+"""Networks in int8 and bfloat16: the ranges of what int8 layers read, found on the first images; what both cost."""
 
 from __future__ import annotations
 
@@ -105,6 +105,38 @@ def quantize(network: _cnnrs.CpuNetwork, ranges: Ranges, images: torch.Tensor, n
         note(
             f"precision='int8': the features of {name} have a cosine of {cosine:.3f} to those in float32 (mean of "
             f"{len(part)} images): expect a less accurate head, or leave precision away"
+        )
+
+
+def narrow(network: _cnnrs.CpuNetwork, layers: Sequence[str], images: torch.Tensor, compare: bool) -> None:
+    """Makes a network compute in bfloat16, and says what that costs where it costs more than roundings explain.
+
+    Args:
+        network: in float32.
+        layers: that will compute in bfloat16.
+        images: a batch, of which a few are computed both ways.
+        compare: whether they are.
+
+    Raises:
+        UnsupportedModelError: there is no such layer.
+    """
+    if not layers:
+        raise UnsupportedModelError(
+            "no layer would compute in bfloat16: that takes linear layers, or convolutions other than Winograd's, of "
+            "an even number of 16 and more input channels in one group, behind the first layer"
+        )
+    part = _plain(images[:COMPARED])
+    before = network(part).flatten(1).clone() if compare else None
+    network.in_bf16(list(images.shape))
+    if before is None:
+        return
+    apart = torch.linalg.vector_norm(network(part).flatten(1) - before) / torch.linalg.vector_norm(before)
+    # Each layer rounds two factors by up to 2^-9 of themselves, and hands on what it got.
+    if apart > (most := 2 * 2**-9 * len(layers)):
+        note(
+            f"precision='bf16': the features are {100 * apart:.1f} % away from those in float32 (by the norm, of "
+            f"{len(part)} images), more than {len(layers)} roundings explain ({100 * most:.1f} %): this network makes "
+            "differences larger. Expect a less accurate head, or leave precision away"
         )
 
 

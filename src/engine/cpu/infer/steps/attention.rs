@@ -8,8 +8,11 @@
 //! A matrix of all queries by all keys is nowhere.
 
 use super::Step;
+use super::bytes::{Made, Narrow, Plain, Sink};
 use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::activate::{Activate, power_of_two};
+use crate::engine::cpu::common::kernels::bytes::Range;
+use crate::engine::cpu::common::kernels::dot::{self, Dot, DotKernel};
 use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::common::kernels::tile::{Tile, tile};
 use crate::engine::cpu::infer::memory::{Context, Value};
@@ -19,6 +22,8 @@ pub struct Attention {
     /// Queries, keys and values, one pixel high, each with the first block of channels of the first head.
     inputs: [(Value, usize); 3],
     output: Value,
+    /// Where that is bytes.
+    made: Option<Made>,
     heads: usize,
     scale: f32,
     /// Where the blocks of a head's queries begin, and those of the scores.
@@ -30,12 +35,15 @@ pub struct Attention {
 const ROWS: usize = 14;
 
 impl Attention {
-    /// The channels of a head are whole blocks.
-    pub fn new(isa: Isa, inputs: [(Value, usize); 3], output: Value, heads: usize, scale: f32) -> Self {
-        let g = &output.geometry;
-        let channels = (0..g.blocks() / heads).map(|block| block * inputs[0].0.geometry.plane()).collect();
-        let keys = (0..g.width.div_ceil(LANES)).map(|block| block * isa.rows() * LANES).collect();
-        Self { isa, inputs, output, heads, scale, channels, keys }
+    /// The channels of a head are whole blocks; so many `blocks` have all heads.
+    pub fn new(isa: Isa, inputs: [(Value, usize); 3], output: Value, blocks: usize, heads: usize, scale: f32) -> Self {
+        let channels = (0..blocks / heads).map(|block| block * inputs[0].0.geometry.plane()).collect();
+        let keys = (0..output.geometry.width.div_ceil(LANES)).map(|block| block * isa.rows() * LANES).collect();
+        Self { isa, inputs, output, made: None, heads, scale, channels, keys }
+    }
+
+    pub fn making(self, made: Option<Made>) -> Self {
+        Self { made, ..self }
     }
 
     fn tokens(&self) -> usize {
@@ -48,11 +56,12 @@ impl Attention {
         [wide, self.tokens().div_ceil(wide)]
     }
 
-    /// Floats of keys, values and scores.
-    fn sizes(&self) -> [usize; 3] {
+    /// Floats of keys, values, scores, and results that are to become bytes.
+    fn sizes(&self) -> [usize; 4] {
         let [wide, panels] = self.panels();
         let depth = self.channels.len() * LANES;
-        [panels * wide * depth, self.tokens() * depth, panels * wide * self.isa.rows()]
+        let results = if self.made.is_some() { wide * self.isa.rows() } else { 0 };
+        [panels * wide * depth, self.tokens() * depth, panels * wide * self.isa.rows(), results]
     }
 }
 
@@ -62,20 +71,30 @@ impl Step for Attention {
     }
 
     fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
-        let [keys, values, _] = self.sizes();
+        let [keys, values, scores, _] = self.sizes();
         let (image, head) = (task / self.heads, task % self.heads);
         let first = |part: usize| {
             let (value, block) = &self.inputs[part];
             let g = &value.geometry;
             cx.image(value, image).wrapping_add((block + head * self.channels.len()) * g.plane() + g.at(0, 0))
         };
-        let o = &self.output.geometry;
-        let output = cx.image_mut(&self.output, image);
-        let output = output.wrapping_add(head * self.channels.len() * o.plane() + o.at(0, 0));
-        let (packed, scores) = (cx.own.wrapping_add(keys), cx.own.wrapping_add(keys + values));
         let [queries, from_keys, from_values] = [0, 1, 2].map(first);
-        let head = Head { step: self, queries, from_keys, from_values, keys: cx.own, values: packed, scores, output };
-        dispatch(self.isa, head);
+        let head = Head {
+            step: self,
+            queries,
+            from_keys,
+            from_values,
+            keys: cx.own,
+            values: cx.own.wrapping_add(keys),
+            scores: cx.own.wrapping_add(keys + values),
+            results: cx.own.wrapping_add(keys + values + scores),
+            first: head * self.channels.len(),
+            output: cx.image_mut(&self.output, image).wrapping_add(self.output.geometry.at(0, 0)),
+        };
+        match &self.made {
+            Some(made) => dot::dispatch(made.dots, head),
+            None => dispatch(self.isa, head),
+        }
     }
 
     fn own(&self) -> usize {
@@ -93,12 +112,30 @@ struct Head<'a> {
     keys: *mut f32,
     values: *mut f32,
     scores: *mut f32,
+    results: *mut f32,
+    /// First block of channels.
+    first: usize,
+    /// All channels of the image.
     output: *mut f32,
 }
 
 impl Kernel for Head<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
+        self.each::<V, Plain>();
+    }
+}
+
+impl DotKernel for Head<'_> {
+    #[inline(always)]
+    fn run<D: Dot>(self) {
+        self.each::<D::Floats, Narrow<D>>();
+    }
+}
+
+impl Head<'_> {
+    #[inline(always)]
+    fn each<V: Lanes, S: Sink<V>>(self) {
         let tokens = self.step.tokens();
         // As many queries each time, up to one.
         let parts = tokens.div_ceil(self.step.isa.rows());
@@ -108,13 +145,11 @@ impl Kernel for Head<'_> {
             self.pack_values::<V>();
             for part in 0..parts {
                 let (first, end) = (tokens * part / parts, tokens * (part + 1) / parts);
-                self.queries::<V>(first, end - first);
+                self.queries::<V, S>(first, end - first);
             }
         }
     }
-}
 
-impl Head<'_> {
     /// Sixteen channels of sixteen keys at a time; zeros beyond the last key.
     ///
     /// # Safety
@@ -162,7 +197,7 @@ impl Head<'_> {
     /// # Safety
     /// As for [`Self::pack_keys`]; there are so many queries, at most what a microkernel takes.
     #[inline(always)]
-    unsafe fn queries<V: Lanes>(&self, first: usize, count: usize) {
+    unsafe fn queries<V: Lanes, S: Sink<V>>(&self, first: usize, count: usize) {
         let s = self.step;
         let ([wide, panels], columns, tokens) = (s.panels(), s.isa.columns(), s.tokens());
         let (depth, row) = (s.channels.len() * LANES, s.isa.rows() * LANES);
@@ -186,6 +221,7 @@ impl Head<'_> {
             activation: Activate::Nothing,
         };
         let (o, blocks) = (&s.output.geometry, s.channels.len());
+        let range = s.made.map_or(Range { scale: 1.0, zero: 0 }, |made| made.range);
         let rest = tokens % LANES;
         let mut sums = [0.0; ROWS];
         // SAFETY: the caller's promise: panels, scores and a line of the output.
@@ -199,7 +235,8 @@ impl Head<'_> {
                 *sum = self.softmax::<V>(self.scores.wrapping_add(query * LANES));
             }
             for block in (0..blocks).step_by(columns) {
-                let output = self.output.wrapping_add(block * o.plane() + first * LANES);
+                let floats = self.output.wrapping_add((self.first + block) * o.plane() + first * LANES);
+                let (output, output_block) = if s.made.is_some() { (self.results, row) } else { (floats, o.plane()) };
                 let product = Tile {
                     input: self.scores,
                     offsets: &s.keys,
@@ -207,15 +244,23 @@ impl Head<'_> {
                     short_len: rest,
                     weights: self.values.wrapping_add(block * tokens * LANES),
                     output,
-                    output_block: o.plane(),
+                    output_block,
                     ..job
                 };
                 let columns = columns.min(blocks - block);
                 tile::<V, false>(count, columns, &product);
                 for column in 0..columns {
+                    let from = output.wrapping_add(column * output_block);
+                    let to = match &s.made {
+                        Some(made) => {
+                            let to = self.output.wrapping_add(first * LANES).cast::<u8>();
+                            to.wrapping_add(made.at(o, self.first + block + column))
+                        }
+                        None => from.cast(),
+                    };
                     for (query, &sum) in sums.iter().enumerate().take(count) {
-                        let at = output.wrapping_add(column * o.plane() + query * LANES);
-                        V::load(at).mul(V::splat(1.0 / sum)).store(at);
+                        let value = V::load(from.wrapping_add(query * LANES)).mul(V::splat(1.0 / sum));
+                        S::put(value, range, to.wrapping_add(4 * query * LANES));
                     }
                 }
             }

@@ -94,6 +94,20 @@ fn expanded_and_curved() {
     check(m, &[2, 3, 14, 18], 0.999, &["int8", "int8 + depthwise", "quantize", "direct"]);
 }
 
+/// The last image alone shows whether anything is mixed up between images and tokens.
+#[test]
+fn vision_transformers() {
+    // One block of bytes, a part of one and more than one; heads that share a block.
+    for (channels, heads, size) in [(64, 2, [8, 6]), (48, 3, [10, 14]), (80, 5, [6, 6]), (192, 3, [26, 30])] {
+        let mut m = Model::new();
+        let x = tokens::embedded(&mut m, channels, size, &[1]);
+        let x = tokens::block(&mut m, x, channels, heads);
+        let x = tokens::block(&mut m, x, channels, heads);
+        layer_norm(&mut m, x, channels, true);
+        check(m, &[3, 3, size[0], size[1]], 0.998, &["int8", "direct", ""]);
+    }
+}
+
 #[test]
 fn what_bytes_cannot_hold_is_refused() {
     let mut m = Model::new();
