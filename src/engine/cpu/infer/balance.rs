@@ -17,8 +17,13 @@ const REACH: f32 = 3.0;
 pub fn balance(graph: &Graph, tensors: &Tensors<'_>, layers: &[Fused], norms: &[usize]) -> Vec<Option<Vec<f32>>> {
     let mut all = vec![None; graph.nodes.len()];
     let floats = |tensor: Option<usize>| tensor.and_then(|tensor| tensors[tensor]);
-    for layer in layers.iter().filter(|layer| norms.contains(&(layer.last % graph.nodes.len()))) {
-        let value = layer.last % graph.nodes.len();
+    let value_of = |node: usize| node % graph.nodes.len();
+    for layer in layers.iter().filter(|layer| norms.contains(&value_of(layer.last))) {
+        let value = value_of(layer.last);
+        // What is added as it is.
+        if layers.iter().any(|other| other.residual.map(value_of) == Some(value)) {
+            continue;
+        }
         let Op::LayerNorm { shape, weight, bias, .. } = &graph.nodes[layer.node].op else { continue };
         let channels: usize = shape.iter().product();
         let mut reach = vec![REACH; channels];
@@ -31,7 +36,7 @@ pub fn balance(graph: &Graph, tensors: &Tensors<'_>, layers: &[Fused], norms: &[
         let mut largest = vec![0f32; channels];
         for reader in layers {
             let first = reader.expand.as_deref().unwrap_or(reader);
-            let reads = reader.inputs.iter().any(|&input| input % graph.nodes.len() == value);
+            let reads = reader.inputs.iter().any(|&input| value_of(input) == value);
             let (Op::Conv2d { weight, .. } | Op::Linear { weight, .. }) = graph.nodes[first.node].op else { continue };
             let Some(filters) = floats(Some(weight)).filter(|_| reads) else { continue };
             let window: usize = graph.tensors[weight].iter().skip(2).product();
