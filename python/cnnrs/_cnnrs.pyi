@@ -377,8 +377,17 @@ class CpuNetwork:
         """From now on layers that gain by it compute in int8, what they read being in these ranges."""
 
     @staticmethod
-    def byte_layers(graph: Graph, tensors: Sequence[torch.Tensor], input: Sequence[int]) -> tuple[list[str], int]:
-        """The layers that would compute in int8, and how many convolutions and linear layers there are."""
+    def byte_layers(
+        graph: Graph, tensors: Sequence[torch.Tensor], input: Sequence[int], bf16: bool
+    ) -> tuple[list[str], int]:
+        """The layers that would compute in int8 or bfloat16, and how many convolutions and linear layers there are."""
+
+    def in_bf16(self, shape: Sequence[int]) -> None:
+        """From now on layers that gain by it compute in bfloat16; ValueError where no layer would."""
+
+    @staticmethod
+    def bf16_is_fast() -> bool:
+        """Whether this processor has an instruction for bfloat16 (AVX512-BF16)."""
 
     @staticmethod
     def bytes_are_fast() -> bool:

@@ -91,16 +91,17 @@ impl CpuNetwork {
         Ok(infer::obstacle(&graph.inner, &weights(graph, tensors)?, &input))
     }
 
-    /// The layers that would compute in int8, and how many convolutions and linear layers there are.
+    /// The layers that would compute in int8, or in bfloat16, and how many convolutions and linear layers there are.
     #[staticmethod]
     fn byte_layers(
         py: Python<'_>,
         graph: &Graph,
         tensors: Vec<Tensor>,
         input: Vec<usize>,
+        bf16: bool,
     ) -> PyResult<(Vec<String>, usize)> {
         let weights = weights(graph, tensors)?;
-        infer::byte_layers(&graph.inner, &weights, &input).map_err(|error| convert(py, error))
+        infer::byte_layers(&graph.inner, &weights, &input, bf16).map_err(|error| convert(py, error))
     }
 
     /// Features of one batch, contiguous float32 (N, ...).
@@ -145,6 +146,19 @@ impl CpuNetwork {
     fn quantize(&self, py: Python<'_>, shape: Vec<usize>, ranges: Vec<(usize, f32, f32)>) -> PyResult<()> {
         let inner = &self.inner;
         enter(py, move || inner.lock().unwrap_or_else(PoisonError::into_inner).quantize(&shape, &ranges))
+    }
+
+    /// From now on layers that gain by it compute in bfloat16.
+    #[allow(clippy::needless_pass_by_value)]
+    fn in_bf16(&self, py: Python<'_>, shape: Vec<usize>) -> PyResult<()> {
+        let inner = &self.inner;
+        enter(py, move || inner.lock().unwrap_or_else(PoisonError::into_inner).in_bf16(&shape))
+    }
+
+    /// Whether this processor has an instruction for bfloat16.
+    #[staticmethod]
+    fn bf16_is_fast() -> bool {
+        infer::bf16_is_fast()
     }
 
     /// Whether this processor has instructions for int8.

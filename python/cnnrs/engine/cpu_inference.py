@@ -39,7 +39,17 @@ def int8_layers(lowered: Lowered, shape: list[int]) -> tuple[list[str], int]:
         lowered: the frozen model, which the engine can compute.
         shape: (N, C, H, W) or (N, F) of a batch.
     """
-    return _cnnrs.CpuNetwork.byte_layers(lowered.graph, _in_order(lowered), shape)
+    return _cnnrs.CpuNetwork.byte_layers(lowered.graph, _in_order(lowered), shape, False)
+
+
+def bf16_layers(lowered: Lowered, shape: list[int]) -> tuple[list[str], int]:
+    """The same for ``precision="bf16"``."""
+    return _cnnrs.CpuNetwork.byte_layers(lowered.graph, _in_order(lowered), shape, True)
+
+
+def bf16_is_fast() -> bool:
+    """Whether this processor multiplies bfloat16 (AVX512-BF16): without, ``precision="bf16"`` is PyTorch's autocast."""
+    return _cnnrs.CpuNetwork.bf16_is_fast()
 
 
 def _in_order(lowered: Lowered) -> list[torch.Tensor]:

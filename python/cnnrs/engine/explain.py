@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cnnrs.engine import cuda_graph, memory_order
+from cnnrs.engine import cpu_inference, cuda_graph, memory_order
 from cnnrs.engine.choice import Question, decide
-from cnnrs.engine.cpu_inference import int8_layers
+from cnnrs.engine.cpu_inference import bf16_layers, int8_layers
 from cnnrs.engine.frozen_front import Front, moving_statistics
 from cnnrs.engine.verify import known_difference
 from cnnrs.model.lowering import Lowered, lower
@@ -35,7 +35,8 @@ class Explanation:
         front: on engine "python", what native code computes of the network: its frozen front, or operations that have
             kernels; None: nothing.
         preconv_order: the same as ``order`` for :func:`cnnrs.preconv`.
-        int8: which layers ``precision="int8"`` computes in int8, or why none; None where it was not asked for.
+        int8: which layers ``precision="int8"`` computes in int8 (or "bf16" in bfloat16), or why none; None where it was
+            not asked for.
     """
 
     engine: str
@@ -81,7 +82,7 @@ def listed(reasons: Sequence[str], most: int = 8) -> list[str]:
 
 
 def explain(
-    model: nn.Module, input_shape: Sequence[int] | None = None, *, precision: Literal["int8"] | None = None
+    model: nn.Module, input_shape: Sequence[int] | None = None, *, precision: Literal["int8", "bf16"] | None = None
 ) -> Explanation:
     """Say in words which engines :func:`cnnrs.fit` and :func:`cnnrs.preconv` pick for ``model``, and why.
 
@@ -90,7 +91,7 @@ def explain(
             not changed.
         input_shape: (N, C, H, W) or (N, F) of a batch: some obstacles depend on it. None: (32, 3, 224, 224) for models
             that begin with a convolution of three channels and can run on that.
-        precision: "int8": also which layers :func:`cnnrs.preconv` computes in int8 when asked to.
+        precision: "int8" or "bf16": also which layers :func:`cnnrs.preconv` computes in that on a CPU when asked to.
 
     What the check on the first batch of an earlier ``fit`` or ``preconv`` has found is among the reasons.
 
@@ -109,8 +110,8 @@ def explain(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if precision not in (None, "int8"):
-        raise ValueError(f"precision must be 'int8' or None, got {precision!r}")
+    if precision not in (None, "int8", "bf16"):
+        raise ValueError(f"precision must be 'int8', 'bf16' or None, got {precision!r}")
     with frozen(model):
         features = _question("preconv", model, input_shape)
         preconv = decide(features)
@@ -128,15 +129,14 @@ def explain(
     front = _said(trained.front, fit) if trained.engine == "python" else None
     return Explanation(
         trained.engine, operations, reasons, "open" if is_open else preconv.engine, preconv.reasons, order, front,
-        preconv_order, None if precision is None else _said_of_int8(features, preconv.reasons),
+        preconv_order,
+        None if precision is None else _SAID[precision](features, preconv.reasons),
     )  # fmt: skip
 
 
 def _said_of_int8(question: Question, reasons: tuple[str, ...]) -> str:
     if reasons or question.lowered is None:
         return "precision='int8': refused, because engine 'cpu' cannot run the model"
-    if question.lowered.image is not None:
-        return "precision='int8': refused, because the model looks at the size of its images"
     if question.inputs is None:
         return "precision='int8': which layers depends on the inputs' size: give explain() an input_shape"
     layers, count = int8_layers(question.lowered, list(question.inputs.shape))
@@ -147,6 +147,24 @@ def _said_of_int8(question: Question, reasons: tuple[str, ...]) -> str:
         )
     head = f"precision='int8': {len(layers)} of {count} convolutions and linear layers, all others in float32:"
     return "\n".join([head, *listed(layers)])
+
+
+def _said_of_bf16(question: Question, reasons: tuple[str, ...]) -> str:
+    autocast = "precision='bf16': autocast of the module by PyTorch, because"
+    if not cpu_inference.bf16_is_fast():
+        return f"{autocast} this processor has no AVX512-BF16"
+    if reasons or question.lowered is None:
+        return f"{autocast} engine 'cpu' cannot run the model"
+    if question.inputs is None:
+        return "precision='bf16': which layers depends on the inputs' size: give explain() an input_shape"
+    layers, count = bf16_layers(question.lowered, list(question.inputs.shape))
+    if not layers:
+        return f"{autocast} no layer would compute in bfloat16 on engine 'cpu'"
+    head = f"precision='bf16': {len(layers)} of {count} convolutions and linear layers, all others in float32:"
+    return "\n".join([head, *listed(layers)])
+
+
+_SAID = {"int8": _said_of_int8, "bf16": _said_of_bf16}
 
 
 def _recorded(lowered: Lowered) -> tuple[str, ...]:

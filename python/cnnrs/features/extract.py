@@ -15,13 +15,15 @@ from cnnrs.engine import companion, cpu_inference, kept_plans, verify
 from cnnrs.engine.choice import Engine, Question, decide, lowered_for
 from cnnrs.engine.memory_order import FrozenOrder, Order
 from cnnrs.errors import UnsupportedModelError
-from cnnrs.features.calibration import IMAGES, Calibration, quantize, refused
+from cnnrs.features.calibration import IMAGES, Calibration, narrow, of_one_size, quantize, refused
 from cnnrs.features.pipeline import Pipeline
 from cnnrs.features.precision import AUTOCAST, Precision, narrowed
 from cnnrs.features.update import File, Item
 from cnnrs.model import draws
 from cnnrs.model.lowering import Lowered
 from cnnrs.model.modes import device_of, to_device
+
+_AUTOCAST = 'use engine="auto" or "python", which take PyTorch\'s autocast'
 
 #: Computes the features of a batch, on the device of the model.
 Network = Callable[[torch.Tensor], torch.Tensor]
@@ -47,6 +49,8 @@ class Extractor:
         order: in which order of memory the module gets its batches where "auto" calls it on the CPU: what earlier rows
             of the same job had; None: open, so that the clock may choose.
         calibration: what int8 layers read, and how that is found.
+        may_be_native: whether bfloat16 may be engine ``cpu``'s; not where others compute rows of the same store, whose
+            processors may lack the instruction.
     """
 
     def __init__(
@@ -75,12 +79,26 @@ class Extractor:
         self.beside = True
         self.order: Order | None = None
         self.calibration = Calibration()
+        self.may_be_native = True
         # Why the module is called, once that is known.
         self._against: tuple[str, ...] = ()
         # What engine "cpu" computes with, during a call.
         self._plan: kept_plans.Plan | None = None
-        if precision in AUTOCAST and engine in ("torch", "cpu"):
+        if precision in AUTOCAST and (engine == "torch" or (engine == "cpu" and precision != "bf16")):
             raise ValueError(f'precision={precision!r} is autocast of the module itself: use engine="auto" or "python"')
+        if precision == "bf16" and engine == "cpu" and not cpu_inference.bf16_is_fast():
+            raise ValueError(f'precision="bf16" on engine "cpu" takes a processor with AVX512-BF16: {_AUTOCAST}')
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether engine ``cpu`` is asked for bfloat16, and this processor has the instruction."""
+        native = self.precision == "bf16" and self.engine in ("auto", "cpu") and self.device.type == "cpu"
+        return native and self.may_be_native and cpu_inference.bf16_is_fast()
+
+    @property
+    def computes_in(self) -> str:
+        """What the key of a store says of the precision: autocast has other numbers."""
+        return f"{self.precision}, engine cpu" if self.is_bf16 else self.precision or ""
 
     def __call__(
         self,
@@ -118,8 +136,10 @@ class Extractor:
             )
             computed = pipeline.run(items)
         else:
+            # As by autocast.
+            dtype = self.dtype or ("bfloat16" if self.precision == "bf16" else None)
             computed = (
-                (kept(network(to_device(inputs, self.device)), self.dtype), runs, ids) for inputs, runs, ids in items
+                (kept(network(to_device(inputs, self.device)), dtype), runs, ids) for inputs, runs, ids in items
             )
         try:
             data, shape, made = _cnnrs.extract_rows(computed, file, expected)
@@ -149,17 +169,17 @@ class Extractor:
         Raises:
             UnsupportedModelError: no layer would compute in int8, or the engine cannot run the model.
         """
-        assert self.lowered is not None
         first = next(iter(self.calibration.first_images()), None) if self.calibration.first_images else None
         if first is not None:
-            self._fitting(first)
-            self.calibration.find(cpu_inference.network(self.lowered, beside=self.beside), [])
+            lowered = self._fitting(first)
+            self.calibration.find(cpu_inference.network(lowered, beside=self.beside), [], lowered.image)
 
     def _fitting(self, images: torch.Tensor) -> Lowered:
-        choice = decide(Question("preconv", "cpu", self.lowered, self._against, images))
-        if choice.engine != "cpu" or self.lowered is None:
+        lowered = self.lowered or self._lowered(tuple(images.shape[1:]))
+        choice = decide(Question("preconv", "cpu", lowered, self._against, images))
+        if choice.engine != "cpu" or lowered is None:
             raise refused(choice.reasons)
-        return self.lowered
+        return lowered
 
     def _in_int8(self, images: torch.Tensor, ahead: list[torch.Tensor]) -> Network:
         """Engine "cpu" in int8, after a look at the first images in float32."""
@@ -167,14 +187,18 @@ class Extractor:
         network = cpu_inference.network(lowered, beside=self.beside)
         # Raises where its module computes something else.
         self._differs(lowered, _natively(network), images)
-        ranges = self.calibration.find(network, ahead)
+        ranges = self.calibration.find(network, ahead, lowered.image)
         quantize(network, ranges, images, type(self.model).__name__, self.check)
-        return _natively(network)
+        return _natively(network if lowered.image is None else of_one_size(network, lowered.image))
 
     def _network(self, images: torch.Tensor, ahead: list[torch.Tensor]) -> Network | None:
         """What computes features instead of the module, where that is wanted and can run; it needs a batch to tell."""
         if self.precision == "int8":
             return self._in_int8(images, ahead)
+        if self.is_bf16:
+            return self._in_bf16(images)
+        if self.precision == "bf16" and self.engine == "cpu":
+            raise ValueError(f'precision="bf16" on engine "cpu" is for one process, on the CPU: {_AUTOCAST}')
         amp = AUTOCAST.get(self.precision or "")
         lowered = self.lowered or self._lowered(tuple(images.shape[1:]))
         choice = decide(Question("preconv", self.engine, lowered, self._against, images, amp=amp))
@@ -194,6 +218,34 @@ class Extractor:
             return None
         return network if lowered.image is None else self._of_any_size(lowered.image, network)
 
+    def _in_bf16(self, images: torch.Tensor) -> Network | None:
+        """Engine "cpu" in bfloat16, where it can run the model; None: autocast."""
+        lowered = self.lowered or self._lowered(tuple(images.shape[1:]))
+        reasons: tuple[str, ...]
+        if lowered is None:
+            reasons = ("it has operations that engine 'cpu' does not compute (cnnrs.explain says which)",)
+        else:
+            reasons = decide(Question("preconv", "cpu", lowered, self._against, images)).reasons
+        if lowered is not None and not reasons:
+            network = cpu_inference.network(lowered, beside=self.beside)
+            try:
+                if self._differs(lowered, _natively(network), images):
+                    self._against = ("its module computes something else",)
+                    return None
+                narrow(network, cpu_inference.bf16_layers(lowered, list(images.shape))[0], images, self.check)
+            except UnsupportedModelError as error:
+                if self.engine == "cpu":
+                    raise
+                reasons = (str(error),)
+            else:
+                ours = _natively(network)
+                return ours if lowered.image is None else self._of_any_size(lowered.image, ours)
+        if self.engine == "cpu":
+            raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this model:", *reasons]))
+        if self.verbose:
+            print("\n".join(["preconv: precision='bf16' is PyTorch's autocast here, because", *reasons]))
+        return None
+
     def _of_any_size(self, image: tuple[int, ...], network: Network) -> Network:
         """Engine ``cpu`` for a model that looks at the size of its images: another size has operations of its own.
 
@@ -201,7 +253,8 @@ class Extractor:
         """
 
         def called(images: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
+            amp = AUTOCAST.get(self.precision or "")
+            with torch.no_grad(), torch.autocast("cpu", amp, enabled=amp is not None):
                 result: torch.Tensor = self.model(images)
                 return result
 
@@ -222,6 +275,10 @@ class Extractor:
             raise UnsupportedModelError(f"engine 'cpu' cannot run this model:\n{obstacle}")
         if lowered is None or obstacle is not None:
             return None
+        if self.is_bf16:
+            made = cpu_inference.network(lowered, beside=self.beside)
+            narrow(made, cpu_inference.bf16_layers(lowered, list(images.shape))[0], images, self.check)
+            return _natively(made)
         exact = self.precision == "exact"
         network = _natively(cpu_inference.network(lowered, exact=exact, beside=self.beside))
         return None if self._differs(lowered, network, images) else network
@@ -230,8 +287,11 @@ class Extractor:
         """The model as operations, for images of any size or of this one."""
         if self.precision == "int8":
             try:
-                return lowered_for(self.model, "cpu", gradients=False)
+                return lowered_for(self.model, "cpu", gradients=False, image=image)
             except UnsupportedModelError as error:
+                # The size of the images may be all that was missing.
+                if image is None:
+                    return None
                 raise refused(str(error).splitlines()[1:]) from None
         try:
             return lowered_for(self.model, self.engine, gradients=False, image=image)

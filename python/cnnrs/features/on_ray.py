@@ -102,6 +102,8 @@ class Extract:
         self.extractor = Extractor(body, engine, precision, type_name(dtype), verbose=False)
         # Each worker's clock might choose another one.
         self.extractor.order = order
+        # Nor need they have the same instructions.
+        self.extractor.may_be_native = False
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The batch with the column ``features``."""
@@ -207,6 +209,7 @@ def extract(
     options = {"engine": engine, "precision": precision, "dtype": type_name(dtype), "seed": seed}
     with frozen(body):
         extractor = Extractor(body, engine, precision, type_name(dtype), verbose)
+        extractor.may_be_native = False
         session = _RaySession(source, body, extractor, verbose, overwrite, ray, options, workers, gpus)
         if format == "store":
             return session.in_folder(Store(out), passes, seed)

@@ -74,8 +74,9 @@ def preconv(
             the CPU, all batches go to it in the order of memory that is faster on the first one. "torch" runs the
             layers through libtorch, and needs the package ``cnnrs-libtorch``.
         precision: "exact" (no TF32 on a GPU; no Winograd convolution on a CPU, whose rounding is a little coarser),
-            "tf32", or "bf16" and "fp16" by autocast; "int8" on a CPU, see ``docs/preconv.md``: ranges are found on the
-            first 256 images, and the features are near those in float32, not equal to them; None: as torch is set.
+            "tf32", or "bf16" and "fp16" by autocast; on a CPU with AVX512-BF16 engine "cpu" computes "bf16" where it
+            can run the model; "int8" on a CPU: ranges are found on the first 256 images. Both: see ``docs/preconv.md``,
+            the features are near those in float32, not equal to them. None: as torch is set.
         dtype: type to keep features in, "float32", "float16" or "bfloat16"; None: what the model returns. A value that
             float16 cannot hold is an error, and so is one that is infinite or NaN with ``precision="fp16"``.
         passes: how many times all images are augmented and computed: K * N rows, pass by pass.
@@ -121,6 +122,8 @@ def preconv(
         passes, seed = operator.index(passes), operator.index(seed)
         source = source_of(data, body, batch_size, num_workers, any_transform)
         extractor = Extractor(body, engine, precision, type_name(dtype), verbose, check)
+        # Processes of one job need not have the same instructions.
+        extractor.may_be_native = not distributed.is_shared(source.data)
         session = Session(source, body, extractor, verbose, overwrite)
         if out is None:
             return session.in_memory(passes, seed)

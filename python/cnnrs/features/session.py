@@ -216,7 +216,7 @@ class Session:
             "model": self._model_key,
             # The other two have the same bits.
             "engine": "torch" if self.extractor.engine in ("torch", "python") else "",
-            "precision": self.extractor.precision or "",
+            "precision": self.extractor.computes_in,
             "dtype": self.extractor.dtype or "",
             "seed": str(seed) if self.data.is_random else "",
             "versions": _versions(self.model),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
+from torchvision.models import VisionTransformer
 
 import cnnrs
 from cnnrs.errors import UnsupportedModelError
@@ -187,7 +188,48 @@ def test_explained(model: nn.Module) -> None:
     assert "no layer would compute in int8" in str(none)
 
 
-def test_models_for_one_size_of_images_are_refused_as_explained() -> None:
+@pytest.fixture
+def transformer() -> nn.Module:
+    torch.manual_seed(0)
+    made = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=64, mlp_dim=128)
+    made.heads = nn.Identity()
+    return made.eval()
+
+
+def images_of(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_vision_transformers(transformer: nn.Module, tmp_path: Path) -> None:
+    photos = TensorDataset(images_of(300, 3, 32, 32), torch.arange(300) % 3)
+    exact = run(photos, transformer, precision=None).features
+    found = run(photos, transformer, tmp_path / "f").features
+    assert not torch.equal(found, exact) and torch.cosine_similarity(found, exact).mean() > 0.9995
+    calibrated = json.loads((tmp_path / "f" / "meta.json").read_text())["calibration"]
+    # Of two blocks: what queries, keys and values are made of, what comes out of attention, what both layers read.
+    assert len(calibrated["ranges"]) == 8 and calibrated["image"] == [3, 32, 32]
+    said = str(cnnrs.explain(transformer, (2, 3, 32, 32), precision="int8"))
+    assert "precision='int8': 8 of 9 convolutions and linear layers" in said
+
+
+def test_a_few_large_channels_of_a_layer_norm_cost_nothing(transformer: nn.Module) -> None:
+    """The same network, computed with a few channels between norm and linear layer that are 30 times as large."""
+    for block in transformer.encoder.layers:  # type: ignore[union-attr]
+        for norm, weight in (
+            (block.ln_1, block.self_attention.in_proj_weight),
+            (block.ln_2, block.mlp[0].weight),
+        ):
+            factor = torch.ones(64)
+            factor[[3, 40]] = 30
+            with torch.no_grad():
+                norm.weight *= factor
+                weight /= factor
+    batches = [(images_of(64, 3, 32, 32), torch.zeros(64))]
+    found, exact = run(batches, transformer).features, run(batches, transformer, precision=None).features
+    assert torch.cosine_similarity(found, exact).mean() > 0.9995
+
+
+def test_images_of_another_size_are_refused_where_the_model_looks_at_it(tmp_path: Path) -> None:
     class Sized(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -195,13 +237,16 @@ def test_models_for_one_size_of_images_are_refused_as_explained() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             n, _, h, w = x.shape
-            return self.second(self.first(x).reshape(n, 16, (h // 4) * (w // 4)).permute(0, 2, 1))
+            return self.second(self.first(x).reshape(n, 16, (h // 4) * (w // 4)).permute(0, 2, 1)).mean(1)
 
-    model, images = Sized().eval(), torch.randn(2, 3, 8, 8)
-    with pytest.raises(UnsupportedModelError, match="size of a tensor"):
-        run([(images, torch.zeros(2))], model)
-    said = str(cnnrs.explain(model, images.shape, precision="int8"))
-    assert "precision='int8': refused, because the model looks at the size of its images" in said
+    model, labels = Sized().eval(), torch.zeros(2)
+    small, large = images_of(2, 3, 8, 8), images_of(2, 3, 8, 12)
+    assert run([(small, labels)], model).features.shape == (2, 16)
+    with pytest.raises(UnsupportedModelError, match=r"images of one size .* \[3, 8, 8\] at first, now \[3, 8, 12\]"):
+        run([(small, labels), (large, labels)], model)
+    # Ranges that are known are of the operations at that size.
+    with pytest.raises(UnsupportedModelError, match=r"\[3, 8, 8\] at first, now \[3, 8, 12\]"):
+        calibration.Calibration({"images": 2, "image": [3, 8, 8], "ranges": []}).find(None, [], (3, 8, 12))  # type: ignore[arg-type]
 
 
 def test_a_module_that_computes_something_else_is_refused_in_the_words_of_int8(model: nn.Module) -> None:

@@ -105,10 +105,10 @@ def test_precision_that_makes_no_sense(folder: Path) -> None:
         cnnrs.preconv(data, layers(), precision="int4")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("engine", ["torch", "cpu"])
-def test_autocast_is_of_the_module_itself(folder: Path, engine: Any) -> None:
-    with pytest.raises(ValueError, match="precision='bf16' is autocast of the module itself"):
-        cnnrs.preconv(cnnrs.ImageFolder(folder, TRANSFORM), layers(), precision="bf16", engine=engine)
+@pytest.mark.parametrize(("engine", "precision"), [("torch", "bf16"), ("torch", "fp16"), ("cpu", "fp16")])
+def test_autocast_is_of_the_module_itself(folder: Path, engine: Any, precision: Any) -> None:
+    with pytest.raises(ValueError, match=f"precision='{precision}' is autocast of the module itself"):
+        cnnrs.preconv(cnnrs.ImageFolder(folder, TRANSFORM), layers(), precision=precision, engine=engine)
 
 
 def test_the_store_knows_the_precision(folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -6,7 +6,7 @@ use super::fuse::{Fused, Role, Tensors};
 use super::memory::{Geometry, Value, arena};
 use super::method::{Exact, Method, window};
 use super::places::Picked;
-use super::quantization::{self, Quantization};
+use super::quantization::{self, Form, Quantization};
 use super::steps::{
     self, Binary, Block, Cat, Conv, Depthwise, Direct, Grouped, LayerNorm, Load, Packing, Pad, PatchMerging, Pick,
     Pointwise, Pool, Relayout, Small, Softmax, Step,
@@ -36,11 +36,15 @@ pub struct Network<'a> {
     pub isa: Isa,
     pub exact: Exact<'a>,
     pub quantization: Option<&'a Quantization>,
+    /// By node what its channels are divided by as bytes (`balance`).
+    pub balance: Vec<Option<Vec<f32>>>,
     pub workers: usize,
 }
 
 /// What [`Network::named`] calls a step that makes bytes of floats.
 pub const QUANTIZE: &str = "quantize";
+/// The same for bfloat16.
+pub const ROUND: &str = "round";
 
 type Write<'a> = Box<dyn Fn(usize, &mut [f32]) + Sync + 'a>;
 
@@ -117,7 +121,8 @@ impl<'a> Network<'a> {
             let node = &self.graph.nodes[layer.last % nodes];
             let made =
                 Geometry::of(shape).ok_or_else(|| unsupported(node, &format!("has a result of shape {shape:?}")))?;
-            geometries[layer.last] = Some(if layer.last < nodes { made } else { quantization::geometry(&made) });
+            geometries[layer.last] =
+                Some(if layer.last < nodes { made } else { quantization::geometry(&made, self.form()) });
         }
         for layer in self.all() {
             if let (Some(window), method) = self.method(layer)
@@ -191,10 +196,14 @@ impl<'a> Network<'a> {
     /// What the kernel of a layer is called.
     pub fn named(&self, layer: &Fused) -> &'static str {
         let first = layer.expand.as_deref().unwrap_or(layer);
+        let is_bf16 = self.form() == Form::Bf16;
         match (self.method(layer).1, layer.role, first.role) {
+            (_, Role::Quantize, _) if is_bf16 => ROUND,
             (_, Role::Quantize, _) => QUANTIZE,
             (_, Role::Observe, _) => "observe",
+            (_, Role::Bytes, _) if is_bf16 => "bf16",
             (_, Role::Bytes, _) => "int8",
+            (_, _, Role::Bytes) if is_bf16 => "bf16 + depthwise",
             (_, _, Role::Bytes) => "int8 + depthwise",
             _ if layer.expand.is_some() => "direct + depthwise",
             (Method::Winograd(size), ..) if size.outputs() == 6 => "winograd 6",
@@ -266,8 +275,16 @@ impl<'a> Network<'a> {
                         None => Ok(vec![or; channels]),
                     }
                 };
-                let (factor, summand) = (weights.vector(numbers(*weight, 1.0)?), weights.vector(numbers(*bias, 0.0)?));
-                Box::new(LayerNorm { isa, input, output, factor, summand, eps: *eps as f32, activation })
+                let (eps, made) = (*eps as f32, self.made(layer)?);
+                let share = |mut numbers: Vec<f64>| {
+                    if let Some(share) = self.share(layer.last).filter(|_| made.is_some()) {
+                        numbers.iter_mut().zip(share).for_each(|(number, &share)| *number /= f64::from(share));
+                    }
+                    numbers
+                };
+                let factor = weights.vector(share(numbers(*weight, 1.0)?));
+                let summand = weights.vector(share(numbers(*bias, 0.0)?));
+                Box::new(LayerNorm { isa, input, output, factor, summand, eps, activation, made })
             }
             Op::Pad { before, .. } => Box::new(Pad { input, output, before: *before }),
             Op::BatchNorm2d { .. } | Op::Scale { .. } | Op::Activation { .. } => {
@@ -275,7 +292,11 @@ impl<'a> Network<'a> {
                     layer.affine.clone().map(|[factor, summand]| [weights.vector(factor), weights.vector(summand)]);
                 Box::new(Pointwise { isa, input, second: None, affine, output, activation })
             }
-            Op::Attention { heads, scale } => Box::new(tokens::attention(isa, &sources, output, *heads, *scale)),
+            Op::Attention { heads, scale } => {
+                let channels = self.shapes[layer.node][1];
+                let step = tokens::attention(isa, &sources, output, channels, *heads, *scale);
+                Box::new(step.making(self.made(layer)?))
+            }
             Op::WindowAttention(w) => Box::new(windows::step(self, layer, w, [input, output], weights)?),
             Op::PatchMerging => Box::new(PatchMerging { input, output }),
             Op::Shift { .. } | Op::Split { .. } | Op::Flatten { .. } | Op::Reshape { .. } | Op::Cat { .. }

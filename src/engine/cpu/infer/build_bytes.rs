@@ -3,10 +3,11 @@
 use super::build::{Network, Values, Weights};
 use super::fuse::{Fused, Role};
 use super::memory::Value;
-use super::steps::{Bytes, Conv, Direct, Observe, Quantize, Step, Taps};
+use super::quantization::Form;
+use super::steps::{Bytes, Conv, Direct, Made, Observe, Quantize, Step, Taps};
 use crate::engine::cpu::common::analysis::unsupported;
+use crate::engine::cpu::common::kernels::bf16;
 use crate::engine::cpu::common::kernels::bytes::Range;
-use crate::engine::cpu::common::kernels::dot::Dots;
 use crate::engine::cpu::common::kernels::lanes::LANES;
 use crate::error::{Error, Result};
 use crate::model::Op;
@@ -22,11 +23,36 @@ impl<'a> Network<'a> {
         range.ok_or_else(|| Error::internal(format_args!("{}: nothing was seen of it", self.graph.nodes[node].name)))
     }
 
+    pub fn form(&self) -> Form {
+        self.quantization.map_or(Form::Bytes, |quantization| quantization.form)
+    }
+
+    /// What the channels of a value are divided by where it is bytes.
+    pub fn share(&self, node: usize) -> Option<&[f32]> {
+        self.balance[node % self.graph.nodes.len()].as_deref()
+    }
+
+    /// How a layer of floats writes its result, where that is bytes.
+    pub fn made(&self, layer: &Fused) -> Result<Option<Made>> {
+        if layer.last < self.graph.nodes.len() {
+            return Ok(None);
+        }
+        let form = self.form();
+        Ok(Some(Made { dots: form.dots(self.isa), form, range: self.range(layer.last)? }))
+    }
+
     /// Makes bytes of a value, or looks at it.
     pub fn between(&self, layer: &Fused, input: Value, output: Value) -> Result<Box<dyn Step>> {
         Ok(match (layer.role, self.quantization) {
-            (Role::Observe, Some(quantization)) => Box::new(Observe { input, seen: quantization.seen(layer.node) }),
-            _ => Box::new(Quantize { dots: Dots::of(self.isa), input, output, range: self.range(layer.node)? }),
+            (Role::Observe, Some(quantization)) => {
+                let share = self.share(layer.node).map(<[f32]>::to_vec);
+                Box::new(Observe { input, seen: quantization.seen(layer.node), share })
+            }
+            _ => {
+                let form = self.form();
+                let made = Made { dots: form.dots(self.isa), form, range: self.range(layer.node)? };
+                Box::new(Quantize { made, input, output })
+            }
         })
     }
 
@@ -39,27 +65,35 @@ impl<'a> Network<'a> {
             return Err(unsupported(node, "is no convolution"));
         };
         let filters = self.floats(layer, weight)?;
-        let (isa, inputs) = (self.isa, self.range(layer.inputs[0])?);
+        let (isa, inputs, form) = (self.isa, self.range(layer.inputs[0])?, self.form());
         let products = filters.len() / w.out_channels;
         let ([factors, mut summands], mut units) = (self.affine(layer, bias)?, Vec::new());
         let mut scales = Vec::with_capacity(w.out_channels);
-        for (o, filter) in filters.chunks_exact(products).enumerate() {
-            let largest = filter.iter().fold(0f64, |largest, &f| largest.max((f64::from(f) * factors[o]).abs()));
+        if form == Form::Bf16 {
+            (scales, units) = (vec![1.0; w.out_channels], factors.clone());
+        }
+        let window = w.kernel[0] * w.kernel[1];
+        let share = self.share(layer.inputs[0]).map(<[f32]>::to_vec);
+        let balanced = move |filter: &[f32], at: usize| {
+            f64::from(filter[at]) * share.as_ref().map_or(1.0, |share| f64::from(share[at / window]))
+        };
+        for (o, filter) in filters.chunks_exact(products).enumerate().filter(|_| form == Form::Bytes) {
+            let weight = |at: usize| balanced(filter, at);
+            let largest = (0..products).fold(0f64, |largest, at| largest.max((weight(at) * factors[o]).abs()));
             if !largest.is_finite() {
                 return Err(unsupported(node, "has weights that are not finite, which bytes cannot hold"));
             }
             // What one step of the weight is worth; of nothing but zeros any.
             let unit = if largest > 0.0 { largest / LARGEST } else { 1.0 };
-            let sum: f64 = filter.iter().map(|&f| rounded(f, factors[o] / unit)).sum();
+            let sum: f64 = (0..products).map(|at| rounded(weight(at), factors[o] / unit)).sum();
             let scale = unit * f64::from(inputs.scale);
             summands[o] -= sum * f64::from(inputs.zero) * scale;
             scales.push(scale);
             units.push(factors[o] / unit);
         }
-        let taps = Taps::new(&input.geometry, w.channels.div_ceil(4), w.kernel, w.dilation);
+        let taps = Taps::new(&input.geometry, w.channels.div_ceil(form.per_float()), w.kernel, w.dilation);
         let (depth, packing) = (taps.depth(), taps.clone());
         let wide = isa.columns() * LANES;
-        let window = w.kernel[0] * w.kernel[1];
         let weights_at =
             weights.reserve_in(w.out_channels.next_multiple_of(LANES) * depth, wide * depth, move |number, to| {
                 let width = to.len() / depth;
@@ -67,18 +101,22 @@ impl<'a> Network<'a> {
                     let o = number * wide + column;
                     let filter = &filters[o * products..][..products];
                     let mut row = 0;
-                    // Offset by offset as the taps have them: [block][window][four channels].
+                    // Offset by offset as the taps have them: [block][window][four channels, or two].
                     for at in 0..packing.offsets.len() {
                         let (block, k) = (at / window, at % window);
                         let short = packing.offsets.len() - at <= packing.short;
-                        for four in 0..if short { packing.short_len } else { packing.len } {
-                            let four_of = |i: usize| {
-                                let channel = 4 * (block * LANES + four) + i;
-                                let w = filter.get(channel * window + k).filter(|_| channel < w.channels);
-                                w.map_or(0.0, |&f| rounded(f, units[o])) as i8
+                        for float in 0..if short { packing.short_len } else { packing.len } {
+                            let weight = |i: usize| {
+                                let channel = form.per_float() * (block * LANES + float) + i;
+                                if channel < w.channels { balanced(filter, channel * window + k) } else { 0.0 }
                             };
-                            let four_bytes = std::array::from_fn(|i| four_of(i).cast_unsigned());
-                            to[row * width + column] = f32::from_bits(u32::from_le_bytes(four_bytes));
+                            let byte = |i: usize| (rounded(weight(i), units[o]) as i8).cast_unsigned();
+                            let half = |i: usize| bf16::rounded((weight(i) * units[o]) as f32);
+                            let bits = match form {
+                                Form::Bytes => u32::from_le_bytes(std::array::from_fn(byte)),
+                                Form::Bf16 => u32::from(half(0)) | u32::from(half(1)) << 16,
+                            };
+                            to[row * width + column] = f32::from_bits(bits);
                             row += 1;
                         }
                     }
@@ -87,7 +125,8 @@ impl<'a> Network<'a> {
         let range = |node: usize| self.range(node).map(Some);
         let is_bytes = |node: &usize| *node >= self.graph.nodes.len();
         let bytes = Bytes {
-            dots: Dots::of(isa),
+            dots: form.dots(isa),
+            form,
             scale: weights.vector(scales),
             residual: layer.residual.filter(is_bytes).map_or(Ok(None), range)?,
             output: Some(layer.last).filter(is_bytes).map_or(Ok(None), range)?,
@@ -101,6 +140,6 @@ impl<'a> Network<'a> {
 }
 
 /// A weight in steps of its channel.
-fn rounded(weight: f32, steps: f64) -> f64 {
-    (f64::from(weight) * steps).round_ties_even().clamp(-LARGEST, LARGEST)
+fn rounded(weight: f64, steps: f64) -> f64 {
+    (weight * steps).round_ties_even().clamp(-LARGEST, LARGEST)
 }

@@ -8,6 +8,7 @@
 //! ask where the image ends. Tokens (N, T, C) are images one pixel high. 3 x 3 convolutions of stride 1 run as Winograd's
 //! algorithm unless `exact`.
 
+mod balance;
 mod build;
 mod build_bytes;
 mod canonical;
@@ -28,12 +29,12 @@ mod windows;
 
 use std::path::Path;
 
-use build::{Network, QUANTIZE};
+use build::{Network, QUANTIZE, ROUND};
 use canonical::{Canonical, canonical};
 use digest::Digest;
 use method::Exact;
 use plan::Plan;
-use quantization::Quantization;
+use quantization::{Form, Quantization};
 
 pub use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::dot::Dots;
@@ -97,7 +98,7 @@ pub struct Timing {
     /// Qualified name of the first operation, of both convolutions where two are one step.
     pub name: String,
     pub kind: &'static str,
-    /// "winograd 6", "winograd 4", "direct", "depthwise", "direct + depthwise", the same with "int8", or "".
+    /// "winograd 6", "winograd 4", "direct", "depthwise", "direct + depthwise", the same with "int8" or "bf16", or "".
     pub method: &'static str,
     /// Floating-point operations per image by the definition of the operation, whatever the method saves.
     pub flops: u64,
@@ -136,7 +137,7 @@ impl<P: Parameters> Frozen<P> {
             )));
         }
         self.compile(shape)?;
-        if let Bytes::Yes(_) = self.bytes
+        if let Bytes::Yes(Quantization { form: Form::Bytes, .. }) = self.bytes
             && input.iter().any(|x| !x.is_finite())
         {
             return Err(Error::Argument("an image holds infinite or NaN values, which bytes cannot".into()));
@@ -203,6 +204,23 @@ impl<P: Parameters> Frozen<P> {
         Ok(())
     }
 
+    /// From now on layers that gain by it read bfloat16.
+    ///
+    /// # Errors
+    /// `Shape`; `Unsupported` where no layer does.
+    pub fn in_bf16(&mut self, shape: &[usize]) -> Result<()> {
+        let Canonical { graph, shapes, .. } = canonical(&self.graph, model::shapes(&self.graph, shape)?)?;
+        let quantization = Quantization::bf16(&graph, &shapes).ok_or_else(|| {
+            Error::Unsupported(
+                "no layer would compute in bfloat16: that takes linear layers, or convolutions other than Winograd's, of \
+                 an even number of 16 and more input channels in one group, behind the first layer"
+                    .into(),
+            )
+        })?;
+        (self.bytes, self.plan) = (Bytes::Yes(quantization), None);
+        Ok(())
+    }
+
     /// What another network has learned of the same graph, which that loses.
     pub fn inherit(&mut self, other: &mut Self) {
         (self.bytes, self.plan) = (std::mem::replace(&mut other.bytes, Bytes::No), None);
@@ -224,11 +242,12 @@ impl<P: Parameters> Frozen<P> {
         let Some(Compiled { image, plan, .. }) = &self.plan else { return Ok(Vec::new()) };
         let shapes = model::shapes(&self.graph, &[&[1], image.as_slice()].concat())?;
         let costs = model::costs(&self.graph, &shapes);
+        let is_copy = |method| [QUANTIZE, ROUND].contains(&method);
         let timing = |(nodes, method, seconds): (&[usize], &'static str, f64)| Timing {
             name: nodes.iter().map(|&node| self.graph.nodes[node].name.as_str()).collect::<Vec<_>>().join(" + "),
-            kind: if method == QUANTIZE { "Quantize" } else { self.graph.nodes[nodes[0]].op.kind() },
+            kind: if is_copy(method) { "Quantize" } else { self.graph.nodes[nodes[0]].op.kind() },
             method,
-            flops: if method == QUANTIZE { 0 } else { nodes.iter().map(|&node| costs[node].flops).sum() },
+            flops: if is_copy(method) { 0 } else { nodes.iter().map(|&node| costs[node].flops).sum() },
             seconds,
         };
         let mut timings: Vec<Timing> = plan.seconds().map(timing).collect();
@@ -267,10 +286,15 @@ fn network<'a>(
         None => Exact::Nowhere,
     };
     let (mut layers, output) = fuse::fuse(graph, shapes, tensors, exact)?;
+    let mut balance = vec![None; graph.nodes.len()];
     if let Some(quantization) = quantization {
-        layers = quantization.apply(layers, output);
+        let norms;
+        (layers, norms) = quantization.apply(layers, output);
+        if quantization.form == Form::Bytes {
+            balance = balance::balance(graph, tensors, &layers, &norms);
+        }
     }
-    Ok(Network { graph, shapes, tensors, layers, output, channels_last, isa, exact, quantization, workers })
+    Ok(Network { graph, shapes, tensors, layers, output, channels_last, isa, exact, quantization, balance, workers })
 }
 
 /// Whether products of bytes have instructions of their own here; without them int8 is not faster than float32.
@@ -278,15 +302,26 @@ pub fn bytes_are_fast() -> bool {
     Dots::of(Isa::best()).is_fast()
 }
 
-/// The names of the layers that would read bytes, and how many convolutions and linear layers there are.
+/// Whether products of bfloat16 have an instruction of their own here.
+pub fn bf16_is_fast() -> bool {
+    Dots::bf16(Isa::best()).is_fast()
+}
+
+/// The names of the layers that would read bytes, or bfloat16, and how many convolutions and linear layers there are.
 ///
 /// # Errors
 /// Those of [`Frozen::quantize`].
-pub fn byte_layers(graph: &Graph, parameters: &impl Parameters, input: &[usize]) -> Result<(Vec<String>, usize)> {
+pub fn byte_layers(
+    graph: &Graph,
+    parameters: &impl Parameters,
+    input: &[usize],
+    bf16: bool,
+) -> Result<(Vec<String>, usize)> {
     let tensors: Vec<_> = (0..graph.tensors.len()).map(|t| parameters.floats(t)).collect();
     let Canonical { graph, shapes, .. } = canonical(graph, model::shapes(graph, input)?)?;
     let sums = graph.nodes.iter().filter(|n| matches!(n.op, Op::Conv2d { .. } | Op::Linear { .. })).count();
-    let Some(quantization) = Quantization::of(&graph, &shapes) else { return Ok((Vec::new(), sums)) };
+    let quantization = if bf16 { Quantization::bf16(&graph, &shapes) } else { Quantization::of(&graph, &shapes) };
+    let Some(quantization) = quantization else { return Ok((Vec::new(), sums)) };
     let (layers, _) = fuse::fuse(&graph, &shapes, &tensors, Exact::At(quantization.chosen()))?;
     let nodes = layers.iter().filter_map(|layer| quantization.reads_bytes(layer));
     Ok((nodes.map(|node| graph.nodes[node].name.clone()).collect(), sums))

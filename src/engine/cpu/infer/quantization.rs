@@ -7,15 +7,17 @@
 //!             conv -> bytes -> conv
 //! ```
 //! The bytes of node `n` have the number `n + nodes`. Four channels have the room of one float: in memory they are a value
-//! of a quarter of the channels.
+//! of a quarter of the channels. bfloat16 is the same with two channels in a float, and without ranges.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::fuse::{Fused, Role};
 use super::memory::Geometry;
-use super::method::{joined, window};
+use super::method::{Exact, Method, joined, window};
+use crate::engine::cpu::common::isa::Isa;
+use crate::engine::cpu::common::kernels::activate::Activate;
 use crate::engine::cpu::common::kernels::bytes::Range;
-use crate::engine::cpu::common::kernels::dot::MOST_PRODUCTS;
+use crate::engine::cpu::common::kernels::dot::{Dots, MOST_PRODUCTS};
 use crate::engine::cpu::common::kernels::lanes::LANES;
 use crate::model::{Activation, Graph, Op, Shape};
 
@@ -65,10 +67,42 @@ impl Histogram {
     }
 }
 
+/// What some layers read instead of floats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    Bytes,
+    Bf16,
+}
+
+impl Form {
+    /// Channels in the room of one float.
+    pub fn per_float(self) -> usize {
+        match self {
+            Self::Bytes => 4,
+            Self::Bf16 => 2,
+        }
+    }
+
+    /// Blocks of sixteen channels in a block of sixteen floats, next to each other.
+    pub fn blocks(self) -> usize {
+        self.per_float()
+    }
+
+    pub fn dots(self, isa: Isa) -> Dots {
+        match self {
+            Self::Bytes => Dots::of(isa),
+            Self::Bf16 => Dots::bf16(isa),
+        }
+    }
+}
+
 /// What is known of a network's values.
 pub struct Quantization {
+    pub form: Form,
     /// Convolutions and linear layers that read bytes.
     chosen: Vec<bool>,
+    /// Layers of floats that can write bytes.
+    makers: Vec<bool>,
     /// By node what was seen of the values that become bytes.
     seen: Vec<Arc<Mutex<Histogram>>>,
     /// By node what its bytes stand for, once enough was seen.
@@ -80,7 +114,22 @@ impl Quantization {
     pub fn of(graph: &Graph, shapes: &[Shape]) -> Option<Self> {
         let chosen: Vec<bool> = (0..graph.nodes.len()).map(|node| is_worth_it(graph, shapes, node)).collect();
         let seen = chosen.iter().map(|_| Arc::default()).collect();
-        chosen.contains(&true).then_some(Self { chosen, seen, ranges: None })
+        chosen.contains(&true).then_some(Self { form: Form::Bytes, chosen, makers: makers(graph), seen, ranges: None })
+    }
+
+    /// Which layers compute in bfloat16: those that sum products directly. Winograd's algorithm saves more of them.
+    pub fn bf16(graph: &Graph, shapes: &[Shape]) -> Option<Self> {
+        let is_chosen = |node: usize| {
+            Method::of(graph, shapes, node, Exact::Nowhere) == Method::Direct
+                && window(graph, shapes, node).is_some_and(|w| {
+                    // Channels in pairs.
+                    w.groups == 1 && w.channels >= LEAST_CHANNELS && w.channels.is_multiple_of(2)
+                })
+                && !is_images(graph, graph.nodes[node].inputs[0])
+        };
+        let chosen: Vec<bool> = (0..graph.nodes.len()).map(is_chosen).collect();
+        let (seen, ranges) = (Vec::new(), Some(vec![Some([0.0, 0.0]); chosen.len()]));
+        chosen.contains(&true).then_some(Self { form: Form::Bf16, chosen, makers: makers(graph), seen, ranges })
     }
 
     pub fn chosen(&self) -> &[bool] {
@@ -128,8 +177,13 @@ impl Quantization {
         (self.chosen[first.node] && first.picked.is_none() && first.order.is_none()).then_some(first.node)
     }
 
-    /// The layers with those that read bytes, and what makes bytes for them.
-    pub fn apply(&self, layers: Vec<Fused>, output: usize) -> Vec<Fused> {
+    /// Whether a layer of floats can write bytes where only such layers read it.
+    fn makes_bytes(&self, layer: &Fused) -> bool {
+        self.makers[layer.node]
+    }
+
+    /// The layers with those that read bytes, and what makes bytes for them; and the layer norms that only they read.
+    pub fn apply(&self, layers: Vec<Fused>, output: usize) -> (Vec<Fused>, Vec<usize>) {
         let nodes = self.chosen.len();
         let reads_bytes = |layer: &Fused| self.reads_bytes(layer).is_some();
         let (mut wanted, mut floats) = (vec![false; nodes], vec![false; nodes]);
@@ -142,9 +196,11 @@ impl Quantization {
                 floats[node] = true;
             }
         }
-        let writes_bytes =
-            |layer: &Fused| reads_bytes(layer) && layer.expand.is_none() && wanted[layer.last] && !floats[layer.last];
+        let alone = |layer: &Fused| layer.expand.is_none() && wanted[layer.last] && !floats[layer.last];
+        let writes_bytes = |layer: &Fused| (reads_bytes(layer) || self.makes_bytes(layer)) && alone(layer);
         let direct: Vec<usize> = layers.iter().filter(|l| writes_bytes(l)).map(|layer| layer.last).collect();
+        let norms = layers.iter().filter(|l| self.makes_bytes(l) && direct.contains(&l.last));
+        let norms = norms.filter(|l| l.activation == Activate::Nothing).map(|l| l.last).collect();
         let mut all = Vec::with_capacity(2 * layers.len());
         for mut layer in layers {
             let value = layer.last;
@@ -162,6 +218,8 @@ impl Quantization {
                         layer.last += if direct.contains(&value) { nodes } else { 0 };
                     }
                 }
+            } else if role == Role::Quantize && direct.contains(&value) {
+                layer.last += nodes;
             }
             let made = layer.last >= nodes;
             all.push(layer);
@@ -169,13 +227,18 @@ impl Quantization {
                 all.push(Fused { last: value + nodes, role, ..Fused::plain(value, &[value]) });
             }
         }
-        all
+        (all, norms)
     }
 }
 
 /// How the bytes of a value lie in memory, borders not yet there.
-pub fn geometry(of: &Geometry) -> Geometry {
-    Geometry::blocked(of.channels.div_ceil(4), of.height, of.width)
+pub fn geometry(of: &Geometry, form: Form) -> Geometry {
+    Geometry::blocked(of.channels.div_ceil(form.per_float()), of.height, of.width)
+}
+
+/// Layers of floats whose kernels write bytes, too.
+fn makers(graph: &Graph) -> Vec<bool> {
+    graph.nodes.iter().map(|node| matches!(node.op, Op::LayerNorm { .. } | Op::Attention { .. })).collect()
 }
 
 /// Whether a layer can read bytes, and long sums of them.

@@ -94,10 +94,11 @@ pub fn check_attention(node: &Node, channels: usize, heads: usize, scale: f64) -
 }
 
 /// Of one value that holds queries, keys and values, or of three.
-pub fn attention(isa: Isa, sources: &[Value], output: Value, heads: usize, scale: f64) -> Attention {
+pub fn attention(isa: Isa, sources: &[Value], output: Value, channels: usize, heads: usize, scale: f64) -> Attention {
+    let blocks = channels.div_ceil(LANES);
     let first = |part: usize| match sources {
-        [all] => (*all, part * output.geometry.blocks()),
+        [all] => (*all, part * blocks),
         _ => (sources[part], 0),
     };
-    Attention::new(isa, [0, 1, 2].map(first), output, heads, scale as f32)
+    Attention::new(isa, [0, 1, 2].map(first), output, blocks, heads, scale as f32)
 }

@@ -8,7 +8,7 @@ use super::lanes::{LANES, Lanes};
 pub const ROWS: usize = 14;
 const COLUMNS: usize = 2;
 
-/// What bytes stand for: `scale * (byte - zero)`.
+/// What bytes stand for: `scale * (byte - zero)`. Of bfloat16 it says nothing.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Range {
     pub scale: f32,
@@ -93,11 +93,11 @@ pub unsafe fn byte_tile<D: Dot>(rows: usize, columns: usize, t: &ByteTile<'_>) {
             _ => parts::<D, 0>(rows, columns, t, &mut sums),
         }
         match (t.activation, t.output) {
-            (Activate::Nothing, Output::Bytes(to, pixel, range)) => {
+            (Activate::Nothing, Output::Bytes(to, pixel, range)) if D::INTEGERS => {
                 finish_bytes::<D>(rows, columns, t, &sums, (to, pixel, range), 0);
             }
             // What is below zero becomes the byte of zero.
-            (Activate::Relu, Output::Bytes(to, pixel, range)) => {
+            (Activate::Relu, Output::Bytes(to, pixel, range)) if D::INTEGERS => {
                 finish_bytes::<D>(rows, columns, t, &sums, (to, pixel, range), range.zero);
             }
             (Activate::Nothing, _) => finish::<D, 0>(rows, columns, t, &sums),
@@ -240,13 +240,17 @@ unsafe fn finish<D: Dot, const F: u8>(rows: usize, columns: usize, t: &ByteTile<
             let (scale, bias) = (D::Floats::load(t.scale.add(c * LANES)), D::Floats::load(t.bias.add(c * LANES)));
             for r in 0..rows {
                 // Not fused: the same numbers with every instruction set.
-                let mut x = D::Floats::load(sums[r * columns + c].as_ptr()).mul(scale).add(bias);
+                let mut x = D::Floats::load(sums[r * columns + c].as_ptr());
+                x = if D::INTEGERS { x.mul(scale).add(bias) } else { x.add(bias) };
                 match t.residual {
                     Residual::None => {}
                     Residual::Floats(at, pixel, block) => x = x.add(D::Floats::load(at.add(r * pixel + c * block))),
                     Residual::Bytes(at, pixel, Range { scale, zero }) => {
-                        let byte = D::load_bytes(at.add(r * pixel + c * LANES)).sub(D::Floats::splat(f32::from(zero)));
-                        x = x.add(byte.mul(D::Floats::splat(scale)));
+                        let byte = D::load_bytes(at.add(r * pixel + c * lanes::<D>()));
+                        x = x.add(match D::INTEGERS {
+                            true => byte.sub(D::Floats::splat(f32::from(zero))).mul(D::Floats::splat(scale)),
+                            false => byte,
+                        });
                     }
                 }
                 x = match F {
@@ -256,26 +260,36 @@ unsafe fn finish<D: Dot, const F: u8>(rows: usize, columns: usize, t: &ByteTile<
                 };
                 match t.output {
                     Output::Floats(to, pixel, block) => x.store(to.add(r * pixel + c * block)),
-                    Output::Bytes(to, pixel, range) => store::<D>(x, range, to.add(r * pixel + c * LANES)),
+                    Output::Bytes(to, pixel, range) => store::<D>(x, range, to.add(r * pixel + c * lanes::<D>())),
                 }
             }
         }
     }
 }
 
+/// Bytes that sixteen numbers take.
+#[inline(always)]
+pub const fn lanes<D: Dot>() -> usize {
+    if D::INTEGERS { LANES } else { 2 * LANES }
+}
+
 /// Floats as bytes of a range; what is beyond it becomes the nearest in it.
 ///
 /// # Safety
-/// Sixteen bytes must be writable at `to`.
+/// Sixteen bytes, or bfloat16, must be writable at `to`.
 #[inline(always)]
-unsafe fn store<D: Dot>(x: D::Floats, range: Range, to: *mut u8) {
+pub unsafe fn store<D: Dot>(x: D::Floats, range: Range, to: *mut u8) {
+    if !D::INTEGERS {
+        // SAFETY: the caller's promise.
+        return unsafe { D::store_bytes(x, to) };
+    }
     let (factor, zero) = (D::Floats::splat(1.0 / range.scale), D::Floats::splat(f32::from(range.zero)));
     let byte = x.mul(factor).add(zero).max(D::Floats::splat(0.0)).min(D::Floats::splat(255.0));
     // SAFETY: the caller's promise.
     unsafe { D::store_bytes(byte, to) };
 }
 
-/// A line of pixels, blocks of sixteen floats, becomes bytes: up to four blocks next to each other.
+/// A line of pixels, blocks of sixteen floats, becomes bytes: up to four blocks next to each other, two of bfloat16.
 pub struct Quantize {
     pub input: *const f32,
     /// Floats to the next block.
@@ -294,7 +308,7 @@ impl DotKernel for Quantize {
                 // SAFETY: who made this promises memory for all pixels and blocks.
                 unsafe {
                     let floats = D::Floats::load(self.input.add(b * self.block + x * LANES));
-                    store::<D>(floats, self.range, self.output.add((x * 4 + b) * LANES));
+                    store::<D>(floats, self.range, self.output.add(x * 4 * LANES + b * lanes::<D>()));
                 }
             }
         }

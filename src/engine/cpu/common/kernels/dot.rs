@@ -2,6 +2,7 @@
 //!
 //! Values are 0 to 255, weights -127 to 127, four of each next to each other in the memory of a float.
 
+use super::bf16::Bf16Portable;
 use super::lanes::{LANES, Lanes, Portable};
 use crate::engine::cpu::common::isa::Isa;
 
@@ -22,6 +23,10 @@ pub enum Dots {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Vnni,
+    /// Of bfloat16 instead of bytes, as all that follow.
+    PortableBf16,
+    #[cfg(target_arch = "x86_64")]
+    Bf16,
 }
 
 impl Dots {
@@ -57,48 +62,60 @@ impl Dots {
         }
     }
 
+    /// The same for bfloat16.
+    pub fn bf16(isa: Isa) -> Self {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw") => Self::Bf16,
+            _ => Self::PortableBf16,
+        }
+    }
+
     /// Whether there is an instruction for it: otherwise float32 is about as fast.
     pub fn is_fast(self) -> bool {
         match self {
-            Self::Portable => false,
+            Self::Portable | Self::PortableBf16 => false,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 | Self::Avx512 => false,
             #[cfg(target_arch = "x86_64")]
-            Self::AvxVnni | Self::Vnni => true,
+            Self::AvxVnni | Self::Vnni | Self::Bf16 => true,
         }
     }
 }
 
-/// Sixteen sums, and floats of the same width.
+/// Sixteen sums, and floats of the same width. "Bytes" are what is multiplied: bfloat16 where the numbers are no integers.
 pub trait Dot: Copy {
+    /// Whether bytes are multiplied, four in the room of a float; otherwise two bfloat16.
+    const INTEGERS: bool = true;
     type Floats: Lanes;
     type Sums: Copy;
     type Pixel: Copy;
     type Weights: Copy;
 
     fn zero() -> Self::Sums;
-    /// Four bytes for all lanes.
+    /// Four bytes for all lanes, or two bfloat16.
     ///
     /// # Safety
     /// They must be readable.
     unsafe fn pixel(from: *const f32) -> Self::Pixel;
-    /// Four weights for each lane.
+    /// Four weights for each lane, or two.
     ///
     /// # Safety
     /// 64 bytes must be readable.
     unsafe fn weights(from: *const f32) -> Self::Weights;
-    /// Adds four products in each lane.
+    /// Adds four products in each lane, or two.
     fn dot(sums: Self::Sums, pixel: Self::Pixel, weights: Self::Weights) -> Self::Sums;
     fn floats(sums: Self::Sums) -> Self::Floats;
-    /// Sixteen bytes as floats.
+    /// Sixteen bytes, or bfloat16, as floats.
     ///
     /// # Safety
     /// They must be readable.
     unsafe fn load_bytes(from: *const u8) -> Self::Floats;
-    /// The nearest whole numbers (of two the even one) of floats between 0 and 255; of NaN any.
+    /// The nearest whole numbers (of two the even one) of floats between 0 and 255; of NaN any. Or the nearest bfloat16 (of
+    /// two the one whose last bit is 0).
     ///
     /// # Safety
-    /// Sixteen bytes must be writable.
+    /// Sixteen bytes, or bfloat16, must be writable.
     unsafe fn store_bytes(values: Self::Floats, to: *mut u8);
 }
 
@@ -175,6 +192,10 @@ pub fn dispatch<K: DotKernel>(dots: Dots, kernel: K) {
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Dots::Vnni => unsafe { vnni(kernel) },
+        Dots::PortableBf16 => kernel.run::<Bf16Portable>(),
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Dots::Bf16 => unsafe { bf16(kernel) },
     }
 }
 
@@ -200,4 +221,10 @@ fn avx512<K: DotKernel>(kernel: K) {
 #[target_feature(enable = "avx512vnni,avx512f,avx512bw,avx2,fma")]
 fn vnni<K: DotKernel>(kernel: K) {
     kernel.run::<super::x86::DotVnni>();
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx2,fma")]
+fn bf16<K: DotKernel>(kernel: K) {
+    kernel.run::<super::x86::DotBf16>();
 }

@@ -1,6 +1,7 @@
 //! Loops on memory; each knows nothing of plans.
 
 pub mod activate;
+pub mod bf16;
 pub mod bytes;
 pub mod depthwise;
 pub mod dot;

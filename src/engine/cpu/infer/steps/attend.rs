@@ -8,10 +8,14 @@
 //! ```
 //! A matrix of all queries by all keys is nowhere.
 
+use super::bytes::{Made, Narrow, Plain, Sink};
 use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::activate::{Activate, power_of_two};
-use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes};
+use crate::engine::cpu::common::kernels::bytes::Range;
+use crate::engine::cpu::common::kernels::dot::{self, Dot, DotKernel};
+use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::common::kernels::tile::{Tile, tile};
+use crate::engine::cpu::infer::memory::Geometry;
 
 /// The sizes of a head.
 pub struct Attend {
@@ -44,6 +48,7 @@ pub struct Head<'a> {
     /// Queries, keys and values.
     pub inputs: [Side<'a>; 3],
     pub output: Side<'a>,
+    pub bytes: Option<AsBytes<'a>>,
     /// This worker's memory.
     pub own: *mut f32,
     /// Of scores, which are powers of two: the scale times log2(e).
@@ -54,6 +59,14 @@ pub struct Head<'a> {
     pub mask: *const f32,
     /// Queries and keys are made unit vectors first.
     pub cosine: bool,
+}
+
+/// Of an output that becomes bytes: its start is that of all heads.
+pub struct AsBytes<'a> {
+    pub made: Made,
+    pub geometry: &'a Geometry,
+    /// The head's first block of channels.
+    pub first: usize,
 }
 
 /// Most queries at a time, on any instruction set.
@@ -117,6 +130,28 @@ impl Side<'_> {
 impl Kernel for Head<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
+        self.each::<V, Plain>();
+    }
+}
+
+impl DotKernel for Head<'_> {
+    #[inline(always)]
+    fn run<D: Dot>(self) {
+        self.each::<D::Floats, Narrow<D>>();
+    }
+}
+
+impl Head<'_> {
+    /// On the instructions of the step.
+    pub fn compute(self) {
+        match self.bytes.as_ref().map(|bytes| bytes.made.dots) {
+            Some(dots) => dot::dispatch(dots, self),
+            None => dispatch(self.attend.isa, self),
+        }
+    }
+
+    #[inline(always)]
+    fn each<V: Lanes, S: Sink<V>>(self) {
         let (s, tokens) = (self.attend, self.attend.tokens);
         let mut places = [self.own; 5];
         let mut next = 0;
@@ -138,7 +173,7 @@ impl Kernel for Head<'_> {
             self.pack_values::<V>(own.values);
             for part in 0..parts {
                 let (first, end) = (tokens * part / parts, tokens * (part + 1) / parts);
-                self.queries::<V>(&own, first, end - first);
+                self.queries::<V, S>(&own, first, end - first);
             }
         }
     }
@@ -233,7 +268,7 @@ impl Head<'_> {
     /// # Safety
     /// The addresses are those of a head; there are so many queries, at most what a microkernel takes.
     #[inline(always)]
-    unsafe fn queries<V: Lanes>(&self, own: &Own, first: usize, count: usize) {
+    unsafe fn queries<V: Lanes, S: Sink<V>>(&self, own: &Own, first: usize, count: usize) {
         let (s, o) = (self.attend, &self.output);
         let ([wide, panels], columns, tokens) = (s.panels(), s.isa.columns(), s.tokens);
         let (blocks, row) = (s.blocks(), s.isa.rows() * LANES);
@@ -257,6 +292,7 @@ impl Head<'_> {
             residual_block: 0,
             activation: Activate::Nothing,
         };
+        let range = self.bytes.as_ref().map_or(Range { scale: 1.0, zero: 0 }, |bytes| bytes.made.range);
         let rest = tokens % LANES;
         // SAFETY: the caller's promise: panels, scores and a line of the output.
         unsafe {
@@ -285,8 +321,14 @@ impl Head<'_> {
                     }
                     for column in 0..columns {
                         let from = own.results.wrapping_add(column * row + query * LANES);
-                        let to = o.start.wrapping_add((block + column) * o.plane + place);
-                        V::load(from).mul(V::splat(1.0 / sum)).store(to);
+                        let to = match &self.bytes {
+                            Some(AsBytes { made, geometry, first }) => {
+                                let at = made.at(geometry, first + block + column);
+                                o.start.wrapping_add(place).cast::<u8>().wrapping_add(at)
+                            }
+                            None => o.start.wrapping_add((block + column) * o.plane + place).cast(),
+                        };
+                        S::put(V::load(from).mul(V::splat(1.0 / sum)), range, to);
                     }
                 }
             }

@@ -1,21 +1,67 @@
-//! Between floats and bytes: four channels in the memory of one float, 64 channels per block.
+//! Between floats and bytes: four channels in the memory of one float, 64 channels per block; of bfloat16 two and 32.
 
+use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Step;
 use super::conv::{Conv, Lines, Panel, Pixels};
 use crate::engine::cpu::common::kernels::bytes::{self, ByteTile, Output, Range, Residual, byte_tile};
 use crate::engine::cpu::common::kernels::dot::{self, Dot, Dots};
-use crate::engine::cpu::common::kernels::lanes::LANES;
-use crate::engine::cpu::infer::memory::{Context, Value};
-use crate::engine::cpu::infer::quantization::Histogram;
+use crate::engine::cpu::common::kernels::lanes::{LANES, Lanes};
+use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
+use crate::engine::cpu::infer::quantization::{Form, Histogram};
 
-/// Blocks of sixteen channels in a block of bytes.
-const BLOCKS: usize = 4;
+/// How floats become bytes.
+#[derive(Clone, Copy)]
+pub struct Made {
+    pub dots: Dots,
+    pub form: Form,
+    pub range: Range,
+}
+
+impl Made {
+    /// How far behind the first block's pixel a block of sixteen channels has that of its own, in bytes.
+    #[inline(always)]
+    pub fn at(&self, g: &Geometry, block: usize) -> usize {
+        byte_of(g, self.form, block)
+    }
+}
+
+#[inline(always)]
+fn byte_of(g: &Geometry, form: Form, block: usize) -> usize {
+    4 * (block / form.blocks() * g.plane()) + block % form.blocks() * 4 * LANES / form.per_float()
+}
+
+/// Writes sixteen numbers of a value.
+pub trait Sink<V> {
+    /// # Safety
+    /// There is room for them at `to`.
+    unsafe fn put(value: V, range: Range, to: *mut u8);
+}
+
+pub struct Plain;
+pub struct Narrow<D>(PhantomData<D>);
+
+impl<V: Lanes> Sink<V> for Plain {
+    #[inline(always)]
+    unsafe fn put(value: V, _range: Range, to: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe { value.store(to.cast()) };
+    }
+}
+
+impl<D: Dot> Sink<D::Floats> for Narrow<D> {
+    #[inline(always)]
+    unsafe fn put(value: D::Floats, range: Range, to: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe { bytes::store::<D>(value, range, to) };
+    }
+}
 
 /// What a convolution of bytes has besides.
 pub struct Bytes {
     pub dots: Dots,
+    pub form: Form,
     /// Where the factors of the sums begin in the weights, one per output channel.
     pub scale: usize,
     /// Ranges of what it adds and makes, where that are bytes.
@@ -47,8 +93,7 @@ impl Conv {
         // Where the sixteen channels of a block of bytes are.
         let place = |value: &Value| {
             let (g, stride) = (&value.geometry, step(value, LANES));
-            let at = block / BLOCKS * g.plane() + g.at(p.y, 0) + p.start * stride;
-            (at, block % BLOCKS * LANES, 4 * stride)
+            (g.at(p.y, 0) + p.start * stride, byte_of(g, bytes.form, block), 4 * stride)
         };
         let residual = match (&s.residual, bytes.residual) {
             (None, _) => Residual::None,
@@ -99,10 +144,9 @@ impl Conv {
 
 /// Floats become bytes.
 pub struct Quantize {
-    pub dots: Dots,
+    pub made: Made,
     pub input: Value,
     pub output: Value,
-    pub range: Range,
 }
 
 impl Step for Quantize {
@@ -113,16 +157,17 @@ impl Step for Quantize {
     fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
         let (i, o) = (&self.input.geometry, &self.output.geometry);
         let (image, block) = (task / o.blocks(), task % o.blocks());
+        let wide = self.made.form.blocks();
         for y in 0..i.height {
             let line = bytes::Quantize {
-                input: cx.image(&self.input, image).wrapping_add(block * BLOCKS * i.plane() + i.at(y, 0)),
+                input: cx.image(&self.input, image).wrapping_add(block * wide * i.plane() + i.at(y, 0)),
                 block: i.plane(),
-                blocks: BLOCKS.min(i.blocks() - block * BLOCKS),
+                blocks: wide.min(i.blocks() - block * wide),
                 pixels: i.width,
                 output: cx.image_mut(&self.output, image).wrapping_add(block * o.plane() + o.at(y, 0)).cast(),
-                range: self.range,
+                range: self.made.range,
             };
-            dot::dispatch(self.dots, line);
+            dot::dispatch(self.made.dots, line);
         }
     }
 }
@@ -131,6 +176,8 @@ impl Step for Quantize {
 pub struct Observe {
     pub input: Value,
     pub seen: Arc<Mutex<Histogram>>,
+    /// What its channels will be divided by.
+    pub share: Option<Vec<f32>>,
 }
 
 /// Pixels of an image that are looked at, at least where it has so many, and less than twice as many.
@@ -151,7 +198,16 @@ impl Step for Observe {
             for pixel in (block % step..g.height * g.width).step_by(step) {
                 let at = block * g.plane() + g.at(pixel / g.width, pixel % g.width);
                 // SAFETY: a pixel of the image, which no task of this step writes.
-                seen.count(unsafe { std::slice::from_raw_parts(from.add(at), channels) });
+                let values = unsafe { std::slice::from_raw_parts(from.add(at), channels) };
+                match &self.share {
+                    Some(share) => {
+                        let mut divided = [0.0; LANES];
+                        let share = &share[block * g.pixel..][..channels];
+                        divided.iter_mut().zip(values).zip(share).for_each(|((to, value), share)| *to = value / share);
+                        seen.count(&divided[..channels]);
+                    }
+                    None => seen.count(values),
+                }
             }
         }
     }

@@ -1,8 +1,11 @@
 //! Each pixel's channels to mean 0 and variance 1, then factor and summand per channel.
 
 use super::Step;
+use super::bytes::{Made, Narrow, Plain, Sink};
 use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::activate::{Activate, activate};
+use crate::engine::cpu::common::kernels::bytes::Range;
+use crate::engine::cpu::common::kernels::dot::{self, Dot, DotKernel};
 use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
 use crate::engine::cpu::infer::memory::{Context, Value};
 
@@ -15,6 +18,8 @@ pub struct LayerNorm {
     pub summand: usize,
     pub eps: f32,
     pub activation: Activate,
+    /// Where the result is bytes.
+    pub made: Option<Made>,
 }
 
 /// Pixels side by side, so that additions need not wait for each other.
@@ -27,7 +32,11 @@ impl Step for LayerNorm {
 
     fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
         let height = self.output.geometry.height;
-        dispatch(self.isa, Line { step: self, cx, image: task / height, y: task % height });
+        let line = Line { step: self, cx, image: task / height, y: task % height };
+        match &self.made {
+            Some(made) => dot::dispatch(made.dots, line),
+            None => dispatch(self.isa, line),
+        }
     }
 }
 
@@ -41,16 +50,30 @@ struct Line<'a> {
 impl Kernel for Line<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
+        self.each::<V, Plain>();
+    }
+}
+
+impl DotKernel for Line<'_> {
+    #[inline(always)]
+    fn run<D: Dot>(self) {
+        self.each::<D::Floats, Narrow<D>>();
+    }
+}
+
+impl Line<'_> {
+    #[inline(always)]
+    fn each<V: Lanes, S: Sink<V>>(self) {
         let width = self.step.output.geometry.width;
         let mut x = 0;
         while x + SIDE <= width {
             // SAFETY: pixels of the row.
-            unsafe { self.pixels::<V, SIDE>(x) };
+            unsafe { self.pixels::<V, S, SIDE>(x) };
             x += SIDE;
         }
         while x < width {
             // SAFETY: a pixel of the row.
-            unsafe { self.pixels::<V, 1>(x) };
+            unsafe { self.pixels::<V, S, 1>(x) };
             x += 1;
         }
     }
@@ -62,12 +85,13 @@ impl Line<'_> {
     /// # Safety
     /// `x + P` is at most the width of the row, and the values are those of this step.
     #[inline(always)]
-    unsafe fn pixels<V: Lanes, const P: usize>(&self, x: usize) {
+    unsafe fn pixels<V: Lanes, S: Sink<V>, const P: usize>(&self, x: usize) {
         let s = self.step;
         let (i, o) = (&s.input.geometry, &s.output.geometry);
         let from = self.cx.image(&s.input, self.image).wrapping_add(i.at(self.y, x));
-        let to = self.cx.image_mut(&s.output, self.image).wrapping_add(o.at(self.y, x));
-        let blocks = o.blocks();
+        let to = self.cx.image_mut(&s.output, self.image).wrapping_add(o.at(self.y, x)).cast::<u8>();
+        let blocks = i.blocks();
+        let range = s.made.map_or(Range { scale: 1.0, zero: 0 }, |made| made.range);
         let (factor, summand) = (self.cx.weights(s.factor, blocks * LANES), self.cx.weights(s.summand, blocks * LANES));
         // Lanes beyond the last channel hold anything.
         let mut last = [1.0; LANES];
@@ -101,11 +125,12 @@ impl Line<'_> {
                 *scale = V::splat(1.0 / (total(square.to_array()) / count + s.eps).sqrt());
             }
             for block in 0..blocks {
+                let to = to.add(s.made.map_or(4 * block * o.plane(), |made| made.at(o, block)));
                 let (factor, summand) = (V::load(factor.add(block * LANES)), V::load(summand.add(block * LANES)));
                 for p in 0..P {
                     let value = V::load(from.add(block * i.plane() + p * LANES)).sub(means[p]).mul(scales[p]);
                     let value = activate(s.activation, value.mul_add(factor, summand));
-                    value.store(to.add(block * o.plane() + p * LANES));
+                    S::put(value, range, to.add(4 * p * LANES));
                 }
             }
         }

@@ -18,7 +18,7 @@ mod winograd;
 
 pub use attend::Attend;
 pub use attention::Attention;
-pub use bytes::{Bytes, Observe, Quantize};
+pub use bytes::{Bytes, Made, Observe, Quantize};
 pub use conv::{Conv, Direct, Packing, Taps, pack};
 pub use depthwise::{Depthwise, Source};
 pub use grouped::{Block, Grouped, Small, pack as pack_grouped, pack_small};

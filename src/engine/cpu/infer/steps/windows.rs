@@ -3,12 +3,11 @@
 use super::Step;
 use super::attend::{Attend, Head, NOWHERE, Side};
 use crate::engine::cpu::common::isa::Isa;
-use crate::engine::cpu::common::kernels::lanes::{LANES, dispatch};
+use crate::engine::cpu::common::kernels::lanes::LANES;
 use crate::engine::cpu::infer::memory::{Context, Geometry, Value};
 use crate::model::Windows;
 
 pub struct WindowAttention {
-    isa: Isa,
     /// Queries, keys and values of all heads, one after the other.
     input: Value,
     output: Value,
@@ -66,7 +65,7 @@ impl WindowAttention {
             Window { seams, from: places(&input.geometry), to: places(&output.geometry) }
         };
         let all = (0..high * wide).map(window).collect();
-        Self { isa, input, output, attend, tables, scales, cosine, all }
+        Self { input, output, attend, tables, scales, cosine, all }
     }
 }
 
@@ -114,13 +113,14 @@ impl Step for WindowAttention {
             attend: &self.attend,
             inputs: [0, 1, 2].map(|part| side(&self.input, first(part), &window.from)),
             output: side(&self.output, head * blocks, &window.to),
+            bytes: None,
             own: cx.own,
             factor: self.scales[head] * std::f32::consts::LOG2_E,
             bias: cx.weights(self.tables.bias + head * table, table),
             mask,
             cosine: self.cosine,
         };
-        dispatch(self.isa, head);
+        head.compute();
     }
 
     fn own(&self) -> usize {

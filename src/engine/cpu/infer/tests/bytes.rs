@@ -94,6 +94,44 @@ fn expanded_and_curved() {
     check(m, &[2, 3, 14, 18], 0.999, &["int8", "int8 + depthwise", "quantize", "direct"]);
 }
 
+/// The last image alone shows whether anything is mixed up between images and tokens.
+#[test]
+fn vision_transformers() {
+    // One block of bytes, a part of one and more than one; heads that share a block.
+    for (channels, heads, size) in [(64, 2, [8, 6]), (48, 3, [10, 14]), (80, 5, [6, 6]), (192, 3, [8, 18])] {
+        let mut m = Model::new();
+        let x = tokens::embedded(&mut m, channels, size, &[1]);
+        let x = tokens::block(&mut m, x, channels, heads);
+        let x = tokens::block(&mut m, x, channels, heads);
+        layer_norm(&mut m, x, channels, true);
+        check(m, &[3, 3, size[0], size[1]], 0.998, &["int8", "direct", ""]);
+    }
+}
+
+/// Norms that are also added as they are, or have a few large channels.
+#[test]
+fn large_channels_of_layer_norms() {
+    for is_added in [false, true] {
+        let mut m = Model::new();
+        let x = tokens::embedded(&mut m, 64, [8, 6], &[1]);
+        let x = layer_norm(&mut m, x, 64, true);
+        let norm = m.graph.tensors.len() - 2;
+        let y = linear(&mut m, x, [64, 96]);
+        let first = m.graph.tensors.len() - 2;
+        let y = m.act(y, Activation::Gelu { tanh: false });
+        let y = linear(&mut m, y, [96, 64]);
+        if is_added {
+            m.op(Op::Add { inplace: false }, &[y, x]);
+        } else {
+            for channel in [3, 40] {
+                [norm, norm + 1].into_iter().for_each(|tensor| m.tensors[tensor][channel] *= 50.0);
+                m.tensors[first].iter_mut().skip(channel).step_by(64).for_each(|weight| *weight /= 50.0);
+            }
+        }
+        check(m, &[3, 3, 8, 6], 0.999, &["int8"]);
+    }
+}
+
 #[test]
 fn what_bytes_cannot_hold_is_refused() {
     let mut m = Model::new();

@@ -3,7 +3,7 @@
 use super::*;
 
 /// An image of 3 channels as tokens of patches of 2 x 2, behind `first` tokens of their own, with positions.
-fn embedded(m: &mut Model, channels: usize, [height, width]: Pair, first: &[usize]) -> usize {
+pub fn embedded(m: &mut Model, channels: usize, [height, width]: Pair, first: &[usize]) -> usize {
     let patches = height * width / 4;
     let x = m.conv(0, [3, channels], [2, 2], |op| set(op, [2, 2], [0, 0], [1, 1], 1));
     let x = m.op(Op::Flatten { start: 2, end: -1 }, &[x]);
@@ -19,7 +19,7 @@ fn embedded(m: &mut Model, channels: usize, [height, width]: Pair, first: &[usiz
     m.op(Op::Dropout { p: 0.1, training: false, channels: false, inplace: false }, &[x])
 }
 
-fn block(m: &mut Model, x: usize, channels: usize, heads: usize) -> usize {
+pub fn block(m: &mut Model, x: usize, channels: usize, heads: usize) -> usize {
     let scale = 1.0 / ((channels / heads) as f64).sqrt();
     let y = layer_norm(m, x, channels, true);
     let y = linear(m, y, [channels, 3 * channels]);
