@@ -11,7 +11,8 @@ from torch import nn
 
 from cnnrs.model import attention
 from cnnrs.model.operations import Unsupported, _linear
-from cnnrs.model.tracing import MULTIHEAD, Memory, Size, Standin, values
+from cnnrs.model.shapes import Size
+from cnnrs.model.tracing import MULTIHEAD, Memory, Standin, values
 from cnnrs.model.values import Values
 
 
