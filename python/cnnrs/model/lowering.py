@@ -19,9 +19,9 @@ from cnnrs._records import Attributes, Node, OpKind
 from cnnrs._util import plain
 from cnnrs.model import shuffle
 from cnnrs.model.around import global_hooks
+from cnnrs.model.images import Images
 from cnnrs.model.operations import BINARY, FUNCTIONS, INPLACE, LAYERS, METHODS, WEIGHTED, Unsupported
 from cnnrs.model.stochastic_depth import Draws, is_stochastic_depth
-from cnnrs.model.tokens import Tokens
 from cnnrs.model.tracing import Memory, Recorder, Standin, values
 from cnnrs.model.values import COPIES
 
@@ -110,7 +110,7 @@ def obstacles(model: nn.Module) -> list[str]:
 # -- the walk ------------------------------------------------------------------------------------------------
 
 
-class _Lowering(Tokens):
+class _Lowering(Images):
     """One walk."""
 
     def __init__(self, model: nn.Module, gradients: bool, image: tuple[int, ...] | None) -> None:
@@ -185,6 +185,8 @@ class _Lowering(Tokens):
                 drops: Attributes = {"p": module.p, "rows": module.mode == "row", "keep": None}
                 return self._apply(name, "StochasticDepth", [self._tensor(args[0])], drops)
             return self._tensor(args[0])
+        if type(module) is nn.Conv1d and self.image is not None and len(args) == 1:
+            return self._conv1d(name, module, self._tensor(args[0]))
         if type(module) not in LAYERS and type(module) is not nn.Identity:
             raise Unsupported("this layer has no counterpart yet")
         if len(args) != 1:
@@ -233,6 +235,10 @@ class _Lowering(Tokens):
             return self._weighted(target, name, args, kwargs)
         if target in BINARY and len(args) == 2 and not kwargs:
             kind, attributes = BINARY[target]
+            args = self._narrow(args) if kind == "Mul" else args
+            numbered = self._numbered(kind, args, attributes["inplace"])
+            if numbered is not None:
+                return numbered
             own = [self._own_name(a) is not None for a in args]
             if kind == "Mul" and any(own) and not attributes["inplace"]:
                 return self._scale(name, args, first=own[0])
@@ -254,6 +260,8 @@ class _Lowering(Tokens):
             return tuple(self._apply(self._unique(name), "Split", [x], part) for part in one)
         if target == "__getitem__" and self.image is not None and len(args) == 1:
             return self._item(x, args[0])
+        if target == "expand_as" and len(args) == 1 and self.image is not None:
+            return self._spread(x, args[0])
         if target in ("transpose", torch.transpose):
             order = self._described(_swapped, self._rank(x), *args, **kwargs)
             return self._apply(self._unique(name), "Permute", [x], {"dims": order})
@@ -299,7 +307,8 @@ class _Lowering(Tokens):
         return made
 
     def _channels_of(self, x: Standin) -> int:
-        channels = self._sizes.channels(self._read(x))
+        shape = self.shape(self._read(x))
+        channels = shape[1] if shape is not None and len(shape) == 4 else self._sizes.channels(self._read(x))
         if channels is None:
             raise Unsupported("divides a value whose number of channels is not known for every batch")
         return channels

@@ -57,6 +57,7 @@ class Standin(torch.Tensor):
         memory: what it shares with its views.
         version: that of the memory which this node stands for.
         copied: it is the node's value in another order of memory, which only some operations behind it may see.
+        spread: the sizes to which the node's value has been expanded.
         heads: what has become of the node's value on its way to an attention, or from one; None: it is that value.
     """
 
@@ -65,6 +66,7 @@ class Standin(torch.Tensor):
     memory: Memory
     version: int
     copied = False
+    spread: list[int | None] | None = None
     heads: Heads | None = None
 
     @property  # type: ignore[misc]
@@ -247,6 +249,8 @@ class Recorder(TorchFunctionMode):
         if not any(isinstance(value, Standin) for value in found):
             return self.lowering.sized(func, name, args, kwargs)
         self._check_contexts()
+        if name != "mul" and any(isinstance(value, Standin) and value.spread is not None for value in found):
+            raise self.stop(f"forward calls {name}() of a value that has been expanded")
         if name == "__get__":
             return self._attribute(func.__self__.__name__, args[0])
         if name == "__set__":
