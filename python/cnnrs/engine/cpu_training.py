@@ -21,7 +21,8 @@ Rows = tuple[torch.Tensor, torch.Tensor, list[int], list[int]]
 
 #: Operations that engine ``cpu`` computes for features only.
 _FEATURES_ONLY = frozenset({
-    "Attention", "ChannelShuffle", "Expand", "LayerNorm", "Permute", "Scale", "Shift", "Split", "ZeroPad2d",
+    "Attention", "ChannelShuffle", "Expand", "GroupNorm", "LayerNorm", "Permute", "ResponseNorm", "Scale", "Shift",
+    "Split", "Upsample", "ZeroPad2d",
 })  # fmt: skip
 #: Compiled plans and their threads live as long as the model.
 _PLANS: WeakKeyDictionary[nn.Module, _cnnrs.CpuPlans] = WeakKeyDictionary()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -127,6 +128,7 @@ class _Lowering(Images):
         finally:
             # A circle, in which the model would wait for the garbage collector.
             del self._recorder, self._draws
+            self._responses = None
 
     def _run(self) -> Lowered:
         output = self._recorder.run()
@@ -185,6 +187,8 @@ class _Lowering(Images):
                 drops: Attributes = {"p": module.p, "rows": module.mode == "row", "keep": None}
                 return self._apply(name, "StochasticDepth", [self._tensor(args[0])], drops)
             return self._tensor(args[0])
+        if type(module) in (nn.GroupNorm, nn.Upsample) and self.image is not None and len(args) == 1:
+            return self._of_image(name, module, self._tensor(args[0]))
         if type(module) is nn.Conv1d and self.image is not None and len(args) == 1:
             return self._conv1d(name, module, self._tensor(args[0]))
         if type(module) not in LAYERS and type(module) is not nn.Identity:
@@ -229,6 +233,9 @@ class _Lowering(Images):
             return self._apply(
                 self._unique("drop"), "StochasticDepth", [x], {"p": 1.0 - keep, "rows": True, "keep": keep}
             )
+        normed = self._normed(name, args, kwargs)
+        if normed is not None:
+            return normed
         if any(isinstance(value, Standin) and value.node is None for value in values((args, kwargs))):
             raise Unsupported  # The reason has been given where the value is made.
         if target in WEIGHTED:
@@ -245,6 +252,12 @@ class _Lowering(Images):
             if kind == "Add" and any(own) and not attributes["inplace"] and self.image is not None:
                 return self._shift(name, args, first=own[0])
             return self._apply(self._unique(name), kind, [self._tensor(a) for a in args], dict(attributes))
+        if target in (torch.sub, "sub") and len(args) == 2 and not kwargs and self.image is not None:
+            return self._difference(args)
+        if target in (F.group_norm, F.interpolate) and args and self.image is not None:
+            make = self._group_norm if target is F.group_norm else self._upsampled
+            made: Standin = self._described(make, self._unique(name), self._tensor(args[0]), *args[1:], **kwargs)
+            return made
         if target in (torch.cat, torch.concat):
             parts = args[0] if args else kwargs.pop("tensors")
             dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)

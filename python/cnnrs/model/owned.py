@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cnnrs._util import plain
+from cnnrs.model.operations import Unsupported
 
 #: Where it lies, its shape and type.
 _Memory = tuple[int, torch.Size, torch.dtype, torch.device]
@@ -46,6 +47,16 @@ class Owned:
             return tensor
         _, own = self._lie[_memory(tensor)]
         return shaped(own, tensor.shape)
+
+    def flat(self, tensor: torch.Tensor) -> torch.Tensor:
+        """One of them, in one dimension.
+
+        Raises:
+            Unsupported: its numbers do not lie side by side.
+        """
+        if not tensor.is_contiguous():
+            raise Unsupported("has weights that are not contiguous")
+        return tensor if tensor.ndim == 1 else shaped(tensor, torch.Size([tensor.numel()]))
 
 
 def shaped(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:

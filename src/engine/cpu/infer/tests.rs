@@ -1,6 +1,7 @@
 //! Whole networks against the definitions, on every instruction set this processor has.
 
 mod bytes;
+mod images;
 mod networks;
 mod places;
 mod tokens;

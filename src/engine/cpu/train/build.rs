@@ -232,7 +232,10 @@ impl<'a> Builder<'a> {
             | Op::ChannelShuffle { .. }
             | Op::Attention { .. }
             | Op::Expand { .. }
-            | Op::Shift { .. } => {
+            | Op::Shift { .. }
+            | Op::GroupNorm { .. }
+            | Op::ResponseNorm { .. }
+            | Op::Upsample { .. } => {
                 return Err(Error::internal(format_args!("{} has no kernel", node.name)));
             }
         })

@@ -172,7 +172,10 @@ impl Walk<'_> {
             | Op::ChannelShuffle { .. }
             | Op::Attention { .. }
             | Op::Expand { .. }
-            | Op::Shift { .. } => {}
+            | Op::Shift { .. }
+            | Op::GroupNorm { .. }
+            | Op::ResponseNorm { .. }
+            | Op::Upsample { .. } => {}
         }
         let chain = self.chain(index);
         let last = chain.as_ref().map_or(index, |chain| chain.last);
@@ -222,7 +225,10 @@ impl Walk<'_> {
             | Op::ChannelShuffle { .. }
             | Op::Attention { .. }
             | Op::Expand { .. }
-            | Op::Shift { .. } => refuse("the cpu engine has no training kernel for it"),
+            | Op::Shift { .. }
+            | Op::GroupNorm { .. }
+            | Op::ResponseNorm { .. }
+            | Op::Upsample { .. } => refuse("the cpu engine has no training kernel for it"),
             Op::MaxPool2d { .. } if self.shapes[index].iter().product::<usize>() == 0 => refuse("has an empty output"),
             Op::Input
             | Op::Conv2d { .. }
@@ -372,6 +378,9 @@ fn derivative_reads_output(op: &Op) -> bool {
         | Op::ChannelShuffle { .. }
         | Op::Attention { .. }
         | Op::Expand { .. }
-        | Op::Shift { .. } => false,
+        | Op::Shift { .. }
+        | Op::GroupNorm { .. }
+        | Op::ResponseNorm { .. }
+        | Op::Upsample { .. } => false,
     }
 }
