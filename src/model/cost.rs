@@ -52,6 +52,9 @@ fn field(graph: &Graph, node: &Node, known: &[Option<Field>], shapes: &[Shape]) 
         // Over the channels of each pixel or token, which a permutation has made the last dimension.
         Op::Linear { .. } | Op::LayerNorm { .. } if shapes[node.inputs[0]].len() > 2 => return Some(from),
         Op::AdaptiveAvgPool2d { .. }
+        | Op::GroupNorm { .. }
+        | Op::ResponseNorm { .. }
+        | Op::Upsample { .. }
         | Op::Linear { .. }
         | Op::LayerNorm { .. }
         | Op::Mean { .. }
@@ -97,7 +100,9 @@ fn flops(graph: &Graph, node: &Node, shape: &Shape, shapes: &[Shape]) -> u64 {
         Op::AdaptiveAvgPool2d { .. } | Op::Mean { .. } => input,
         Op::Softmax { .. } => 3 * out,
         // One addition for the mean, three operations for the variance, two for factor and summand.
-        Op::LayerNorm { .. } => 6 * out,
+        Op::LayerNorm { .. } | Op::GroupNorm { .. } => 6 * out,
+        // Two for the squares, two for factor and summand.
+        Op::ResponseNorm { .. } => 4 * out,
         Op::Activation { .. } | Op::Add { .. } | Op::Mul | Op::Scale { .. } | Op::Shift { .. } => out,
         // Two products of all tokens by all tokens, and a softmax for each head.
         Op::Attention { heads, .. } => {
@@ -119,6 +124,7 @@ fn flops(graph: &Graph, node: &Node, shape: &Shape, shapes: &[Shape]) -> u64 {
         | Op::Split { .. }
         | Op::ChannelShuffle { .. }
         | Op::Pad { .. }
+        | Op::Upsample { .. }
         | Op::Permute { .. }
         | Op::PatchMerging
         | Op::Expand { .. } => 0,

@@ -111,6 +111,25 @@ pub enum Op {
         before: Pair,
         after: Pair,
     },
+    /// `GroupNorm`: over the pixels and channels of each group of an image.
+    GroupNorm {
+        groups: usize,
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
+        eps: f64,
+    },
+    /// `x * (1 + weight * n / (mean of n + eps)) + bias`, where n is each channel's norm over the dimensions `dims`, those of
+    /// pixels: ConvNeXt V2's global response normalisation.
+    ResponseNorm {
+        dims: Vec<i64>,
+        weight: Tensor,
+        bias: Tensor,
+        eps: f64,
+    },
+    /// Every pixel so many times, below and beside itself: interpolation "nearest" by whole numbers.
+    Upsample {
+        scale: Pair,
+    },
     Permute {
         dims: Vec<usize>,
     },
@@ -238,6 +257,9 @@ impl Op {
             Self::Linear { .. } => "Linear",
             Self::LayerNorm { .. } => "LayerNorm",
             Self::Pad { .. } => "ZeroPad2d",
+            Self::GroupNorm { .. } => "GroupNorm",
+            Self::ResponseNorm { .. } => "ResponseNorm",
+            Self::Upsample { .. } => "Upsample",
             Self::Permute { .. } => "Permute",
             Self::Scale { .. } => "Scale",
             Self::Softmax { log: true, .. } => "LogSoftmax",
@@ -262,9 +284,10 @@ impl Op {
             Self::Conv2d { weight, bias, .. } | Self::Linear { weight, bias } => {
                 std::iter::once(*weight).chain(*bias).collect()
             }
-            Self::BatchNorm2d { weight, bias, .. } | Self::LayerNorm { weight, bias, .. } => {
-                weight.iter().chain(bias).copied().collect()
-            }
+            Self::BatchNorm2d { weight, bias, .. }
+            | Self::LayerNorm { weight, bias, .. }
+            | Self::GroupNorm { weight, bias, .. } => weight.iter().chain(bias).copied().collect(),
+            Self::ResponseNorm { weight, bias, .. } => vec![*weight, *bias],
             Self::Scale { factor: tensor, .. } | Self::Expand { tensor } | Self::Shift { summand: tensor } => {
                 vec![*tensor]
             }
@@ -291,6 +314,7 @@ impl Op {
             | Self::Flatten { .. }
             | Self::Reshape { .. }
             | Self::Pad { .. }
+            | Self::Upsample { .. }
             | Self::Permute { .. }
             | Self::Softmax { .. }
             | Self::Mean { .. }

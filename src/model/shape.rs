@@ -107,6 +107,33 @@ fn output(graph: &Graph, node: &Node, known: &[Shape], input: &[usize]) -> Resul
                 None => Ok(from.clone()),
             }
         }
+        Op::GroupNorm { groups, weight, bias, .. } => {
+            let shape = from(0)?;
+            let [_, c, h, w] = image(node, shape)?;
+            vectors(graph, node, &[*weight, *bias], c)?;
+            match c.checked_rem(*groups) {
+                Some(0) if h * w > 0 => Ok(shape.clone()),
+                _ => Err(fail(node, format!("cannot divide {shape:?} into {groups} groups of channels"))),
+            }
+        }
+        Op::ResponseNorm { dims, weight, bias, .. } => {
+            let shape = from(0)?;
+            let axes = dims.iter().map(|&dim| axis(node, dim, shape.len())).collect::<Result<Vec<_>>>()?;
+            match shape.iter().enumerate().skip(1).filter(|(dim, _)| !axes.contains(dim)).collect::<Vec<_>>()[..] {
+                [(_, &c)] if shape.len() == 4 && !axes.contains(&0) => {
+                    vectors(graph, node, &[Some(*weight), Some(*bias)], c)?
+                }
+                _ => return Err(fail(node, format!("takes norms of {shape:?} over {dims:?}, not over pixels"))),
+            }
+            Ok(shape.clone())
+        }
+        Op::Upsample { scale } => {
+            let [n, c, h, w] = filled(node, from(0)?)?;
+            match scale.contains(&0) {
+                true => Err(fail(node, format!("scales by {scale:?}"))),
+                false => Ok(vec![n, c, h * scale[0], w * scale[1]]),
+            }
+        }
         Op::Pad { before, after } => {
             let [n, c, h, w] = image(node, from(0)?)?;
             Ok(vec![n, c, before[0] + h + after[0], before[1] + w + after[1]])

@@ -179,6 +179,23 @@ const OPERATIONS: &Names<fn(&Attributes<'_, '_>) -> PyResult<Op>> = &[
             eps: a.get("eps")?,
         })
     }),
+    ("GroupNorm", |a| {
+        Ok(Op::GroupNorm {
+            groups: a.get("groups")?,
+            weight: a.optional("weight")?,
+            bias: a.optional("bias")?,
+            eps: a.get("eps")?,
+        })
+    }),
+    ("ResponseNorm", |a| {
+        Ok(Op::ResponseNorm {
+            dims: a.get("dims")?,
+            weight: a.tensor("weight")?,
+            bias: a.tensor("bias")?,
+            eps: a.get("eps")?,
+        })
+    }),
+    ("Upsample", |a| Ok(Op::Upsample { scale: a.pair("scale")? })),
     ("ZeroPad2d", |a| Ok(Op::Pad { before: a.pair("before")?, after: a.pair("after")? })),
     ("Permute", |a| Ok(Op::Permute { dims: a.get("dims")? })),
     ("Scale", |a| Ok(Op::Scale { factor: a.tensor("factor")?, first: a.get("first")? })),

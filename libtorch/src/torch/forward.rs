@@ -162,7 +162,12 @@ fn apply(node: &Node, tensors: &[Tensor], values: &[Option<Tensor>]) -> Result<T
             x.f_narrow(*dim, before as i64, sizes[*part] as i64)?
         }
         // Only graphs for features on engine `cpu` have them.
-        Op::Attention { .. } | Op::Expand { .. } | Op::Shift { .. } => {
+        Op::Attention { .. }
+        | Op::Expand { .. }
+        | Op::Shift { .. }
+        | Op::GroupNorm { .. }
+        | Op::ResponseNorm { .. }
+        | Op::Upsample { .. } => {
             return Err(Error::internal("engine torch gets no tokens").into());
         }
         Op::ChannelShuffle { groups } => {

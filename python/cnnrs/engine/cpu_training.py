@@ -21,8 +21,8 @@ Rows = tuple[torch.Tensor, torch.Tensor, list[int], list[int]]
 
 #: Operations that engine ``cpu`` computes for features only.
 _FEATURES_ONLY = frozenset({
-    "Attention", "ChannelShuffle", "Expand", "LayerNorm", "PatchMerging", "Permute", "Scale", "Shift", "Split",
-    "WindowAttention", "ZeroPad2d",
+    "Attention", "ChannelShuffle", "Expand", "GroupNorm", "LayerNorm", "PatchMerging", "Permute", "ResponseNorm",
+    "Scale", "Shift", "Split", "Upsample", "WindowAttention", "ZeroPad2d",
 })  # fmt: skip
 #: Compiled plans and their threads live as long as the model.
 _PLANS: WeakKeyDictionary[nn.Module, _cnnrs.CpuPlans] = WeakKeyDictionary()

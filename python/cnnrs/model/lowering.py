@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -19,6 +20,7 @@ from cnnrs._records import Attributes, Node, OpKind
 from cnnrs._util import plain
 from cnnrs.model import shuffle
 from cnnrs.model.around import global_hooks
+from cnnrs.model.images import Images
 from cnnrs.model.operations import BINARY, FUNCTIONS, INPLACE, LAYERS, METHODS, WEIGHTED, Unsupported
 from cnnrs.model.stochastic_depth import Draws, is_stochastic_depth
 from cnnrs.model.tracing import Memory, Recorder, Standin, values
@@ -110,7 +112,7 @@ def obstacles(model: nn.Module) -> list[str]:
 # -- the walk ------------------------------------------------------------------------------------------------
 
 
-class _Lowering(Windowed):
+class _Lowering(Windowed, Images):
     """One walk."""
 
     def __init__(self, model: nn.Module, gradients: bool, image: tuple[int, ...] | None) -> None:
@@ -127,6 +129,7 @@ class _Lowering(Windowed):
         finally:
             # A circle, in which the model would wait for the garbage collector.
             del self._recorder, self._draws
+            self._responses = None
 
     def _run(self) -> Lowered:
         output = self._recorder.run()
@@ -187,6 +190,10 @@ class _Lowering(Windowed):
                 drops: Attributes = {"p": module.p, "rows": module.mode == "row", "keep": None}
                 return self._apply(name, "StochasticDepth", [self._tensor(args[0])], drops)
             return self._tensor(args[0])
+        if type(module) in (nn.GroupNorm, nn.Upsample) and self.image is not None and len(args) == 1:
+            return self._of_image(name, module, self._tensor(args[0]))
+        if type(module) is nn.Conv1d and self.image is not None and len(args) == 1:
+            return self._conv1d(name, module, self._tensor(args[0]))
         if type(module) not in LAYERS and type(module) is not nn.Identity:
             raise Unsupported("this layer has no counterpart yet")
         if len(args) != 1:
@@ -229,18 +236,31 @@ class _Lowering(Windowed):
             return self._apply(
                 self._unique("drop"), "StochasticDepth", [x], {"p": 1.0 - keep, "rows": True, "keep": keep}
             )
+        normed = self._normed(name, args, kwargs)
+        if normed is not None:
+            return normed
         if any(isinstance(value, Standin) and value.node is None for value in values((args, kwargs))):
             raise Unsupported  # The reason has been given where the value is made.
         if target in WEIGHTED:
             return self._weighted(target, name, args, kwargs)
         if target in BINARY and len(args) == 2 and not kwargs:
             kind, attributes = BINARY[target]
+            args = self._narrow(args) if kind == "Mul" else args
+            numbered = self._numbered(kind, args, attributes["inplace"])
+            if numbered is not None:
+                return numbered
             own = [self._own_name(a) is not None for a in args]
             if kind == "Mul" and any(own) and not attributes["inplace"]:
                 return self._scale(name, args, first=own[0])
             if kind == "Add" and any(own) and not attributes["inplace"] and self.image is not None:
                 return self._shift(name, args, first=own[0])
             return self._apply(self._unique(name), kind, [self._tensor(a) for a in args], dict(attributes))
+        if target in (torch.sub, "sub") and len(args) == 2 and not kwargs and self.image is not None:
+            return self._difference(args)
+        if target in (F.group_norm, F.interpolate) and args and self.image is not None:
+            make = self._group_norm if target is F.group_norm else self._upsampled
+            made: Standin = self._described(make, self._unique(name), self._tensor(args[0]), *args[1:], **kwargs)
+            return made
         if target in (torch.cat, torch.concat):
             parts = args[0] if args else kwargs.pop("tensors")
             dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
@@ -256,6 +276,8 @@ class _Lowering(Windowed):
             return tuple(self._apply(self._unique(name), "Split", [x], part) for part in one)
         if target == "__getitem__" and self.image is not None and len(args) == 1:
             return self._item(x, args[0])
+        if target == "expand_as" and len(args) == 1 and self.image is not None:
+            return self._spread(x, args[0])
         if target in ("transpose", torch.transpose):
             order = self._described(_swapped, self._rank(x), *args, **kwargs)
             return self._apply(self._unique(name), "Permute", [x], {"dims": order})
@@ -301,7 +323,8 @@ class _Lowering(Windowed):
         return made
 
     def _channels_of(self, x: Standin) -> int:
-        channels = self._sizes.channels(self._read(x))
+        shape = self.shape(self._read(x))
+        channels = shape[1] if shape is not None and len(shape) == 4 else self._sizes.channels(self._read(x))
         if channels is None:
             raise Unsupported("divides a value whose number of channels is not known for every batch")
         return channels

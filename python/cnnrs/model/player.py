@@ -196,6 +196,15 @@ def _pad(o: _Operation) -> torch.Tensor:
     return F.pad(o.x, (left, right, top, bottom))
 
 
+def _response_norm(o: _Operation) -> torch.Tensor:
+    norms = torch.linalg.vector_norm(o.x, dim=o["dims"], keepdim=True)
+    (channel,) = {1, 2, 3} - set(o["dims"])
+    wide = [-1 if dim == channel else 1 for dim in range(4)]
+    response = norms / (norms.mean(dim=channel, keepdim=True) + o["eps"])
+    responded: torch.Tensor = o.x + (o.weight().view(wide) * (o.x * response) + o.weight("bias").view(wide))
+    return responded
+
+
 def _scale(o: _Operation) -> torch.Tensor:
     return o.weight("factor") * o.x if o["first"] else o.x * o.weight("factor")
 
@@ -306,6 +315,9 @@ OPERATIONS: dict[OpKind, Callable[[_Operation], torch.Tensor]] = {
     "StochasticDepth": _stochastic_depth,
     "Flatten": lambda o: torch.flatten(o.x, o["start"], o["end"]),
     "ZeroPad2d": _pad,
+    "GroupNorm": lambda o: F.group_norm(o.x, o["groups"], o.tensor("weight"), o.tensor("bias"), o["eps"]),
+    "ResponseNorm": _response_norm,
+    "Upsample": lambda o: F.interpolate(o.x, scale_factor=o["scale"]),
     "Permute": lambda o: o.x.permute(o["dims"]),
     "Scale": _scale,
     "Softmax": _softmax,

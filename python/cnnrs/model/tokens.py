@@ -11,15 +11,16 @@ from torch import nn
 
 from cnnrs.model import attention
 from cnnrs.model.operations import Unsupported, _linear
-from cnnrs.model.tracing import MULTIHEAD, Memory, Size, Standin, values
+from cnnrs.model.shapes import Size
+from cnnrs.model.tracing import MULTIHEAD, Memory, Standin, values
 from cnnrs.model.values import Values
 
 
 def taken(shape: Sequence[int | None] | None, index: Any) -> tuple[list[int], int, bool]:
-    """What ``x[:, i]`` and ``x[:, i:j]`` take.
+    """What ``x[:, i]`` and ``x[:, i:j]`` take of tokens (N, T, C), and ``x[:, i:j]`` of channels (N, C, H, W).
 
     Args:
-        shape: of the tokens; None for what the batch decides, or where nothing is known.
+        shape: of the value; None for what the batch decides, or where nothing is known.
         index: in brackets.
 
     Returns:
@@ -30,14 +31,14 @@ def taken(shape: Sequence[int | None] | None, index: Any) -> tuple[list[int], in
         Unsupported: it is something else.
     """
     all_of = slice(None)
-    if not isinstance(index, tuple) or shape is None or len(shape) != 3 or shape[1] is None:
+    if not isinstance(index, tuple) or shape is None or len(shape) not in (3, 4) or shape[1] is None:
         raise Unsupported(_OTHERS)
     count = shape[1]
     whole: tuple[Any, ...] = (*index, all_of)
     batch, tokens, *rest = whole
-    if batch != all_of or len(rest) > 2 or any(part is not Ellipsis and part != all_of for part in rest):
+    if batch != all_of or len(rest) >= len(shape) or any(part is not Ellipsis and part != all_of for part in rest):
         raise Unsupported(_OTHERS)
-    one = type(tokens) is int and -count <= tokens < count
+    one = type(tokens) is int and -count <= tokens < count and len(shape) == 3
     if one:
         start, end = tokens % count, tokens % count + 1
     elif isinstance(tokens, slice) and all(part is None or type(part) is int for part in _parts(tokens)):
@@ -50,7 +51,7 @@ def taken(shape: Sequence[int | None] | None, index: Any) -> tuple[list[int], in
     return sizes, int(start > 0), one
 
 
-_OTHERS = "takes something else than some tokens of every sample"
+_OTHERS = "takes something else than some tokens or channels of every sample"
 
 
 def _parts(tokens: slice) -> tuple[Any, Any, Any]:
@@ -89,8 +90,10 @@ class Tokens(Values):
         return self._apply(str(self._own_name(summand)), "Shift", [x], {"summand": self._tensor_index(summand)})
 
     def _item(self, x: Standin, index: Any) -> Standin:
-        """``x[:, i]`` and ``x[:, i:j]`` of tokens."""
+        """``x[:, i]`` and ``x[:, i:j]`` of tokens, ``x[:, i:j]`` of channels."""
         sizes, part, one = taken(self.shape(self._read(x)), index)
+        if len(sizes) == 1 and not one:
+            return self._again(x)
         some = self._apply(self._unique("tokens"), "Split", [x], {"dim": 1, "sizes": sizes, "part": part})
         return self._apply(self._unique("token"), "Flatten", [some], {"start": 1, "end": -1}) if one else some
 

@@ -7,12 +7,10 @@ place included; uses of other tensors are handed over by a mode.
 
 from __future__ import annotations
 
-import dis
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from cnnrs.model.attention import Heads
 from cnnrs.model.operations import Unsupported
+from cnnrs.model.shapes import Shape, Size, Sizes
 from cnnrs.model.surroundings import Contexts, Surroundings, unwatched
 
 _BLANK = torch.empty((), device="meta")
@@ -58,6 +57,7 @@ class Standin(torch.Tensor):
         memory: what it shares with its views.
         version: that of the memory which this node stands for.
         copied: it is the node's value in another order of memory, which only some operations behind it may see.
+        spread: the sizes to which the node's value has been expanded.
         heads: what has become of the node's value on its way to an attention, or from one; None: it is that value.
     """
 
@@ -66,6 +66,7 @@ class Standin(torch.Tensor):
     memory: Memory
     version: int
     copied = False
+    spread: list[int | None] | None = None
     heads: Heads | None = None
 
     @property  # type: ignore[misc]
@@ -79,79 +80,9 @@ class Standin(torch.Tensor):
         return found.recorder.call(func, args, kwargs or {})
 
 
-class Size(torch.SymInt):
-    """``x.size(dim)`` where the batch decides: it can be given to ``view`` and nothing else."""
-
-    def __init__(self, recorder: Recorder, node: int | None, dim: int) -> None:
-        self.recorder, self.of, self.dim = recorder, node, dim
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return int
-
-    def __repr__(self) -> str:
-        return f"size({self.dim})"
-
-    __str__ = __repr__
-
-
-class Shape:
-    """``x.shape``: it can be indexed and unpacked, and nothing else."""
-
-    def __init__(self, recorder: Recorder, node: int | None) -> None:
-        self.recorder, self.of = recorder, node
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.Size
-
-    def __getitem__(self, dim: Any) -> Size | int:
-        if type(dim) is not int:
-            raise self.recorder.stop("forward computes with the shape of a tensor")
-        return self.recorder.size(self.of, dim)
-
-    def __iter__(self) -> Iterator[Size | int]:
-        count = _unpacked(sys._getframe(1))
-        if count is None:
-            raise self.recorder.stop("forward computes with the shape of a tensor")
-        if self.of is not None:
-            self.recorder.lowering.unpacked(self.of, count)
-        return iter([self[dim] for dim in range(count)])
-
-    def __getattr__(self, name: str) -> Any:
-        raise self.recorder.stop(f"forward asks for the {name} of a tensor's shape")
-
-    __repr__ = object.__repr__
-
-
-def _unpacked(frame: FrameType) -> int | None:
-    """How many names ``frame`` wants where it stands at ``a, b, c = x.shape``; only the code tells."""
-    for instruction in dis.get_instructions(frame.f_code):
-        if instruction.offset == frame.f_lasti:
-            return instruction.argval if instruction.opname == "UNPACK_SEQUENCE" else None
-    return None
-
-
-def _refusing(what: str) -> Callable[..., Any]:
-    def refuse(self: Any, *_: Any, **__: Any) -> Any:
-        raise self.recorder.stop(f"forward computes with the {what} of a tensor")
-
-    return refuse
-
-
-_BINARY = ("add", "and", "divmod", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub",
-           "truediv", "xor")  # fmt: skip
-_COMPARED = ("eq", "ge", "gt", "hash", "le", "lt", "ne")
-_UNARY = ("abs", "bool", "ceil", "float", "floor", "index", "int", "invert", "neg", "pos", "round", "trunc")
-for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_COMPARED, *_UNARY):
-    setattr(Size, f"__{_name}__", _refusing("size"))
-for _name in (*_COMPARED, "add", "bool", "contains", "len", "mul", "radd", "reversed", "rmul"):
-    setattr(Shape, f"__{_name}__", _refusing("shape"))
-
-
 def values(tree: Any) -> Iterator[Any]:
     """The leaves of nested tuples, lists and dicts."""
-    if type(tree) in (tuple, list):
+    if type(tree) in (tuple, list, Sizes):
         for entry in tree:
             yield from values(entry)
     elif type(tree) is dict:
@@ -318,6 +249,8 @@ class Recorder(TorchFunctionMode):
         if not any(isinstance(value, Standin) for value in found):
             return self.lowering.sized(func, name, args, kwargs)
         self._check_contexts()
+        if name != "mul" and any(isinstance(value, Standin) and value.spread is not None for value in found):
+            raise self.stop(f"forward calls {name}() of a value that has been expanded")
         if name == "__get__":
             return self._attribute(func.__self__.__name__, args[0])
         if name == "__set__":
@@ -355,7 +288,7 @@ class Recorder(TorchFunctionMode):
         if x.heads is not None:
             raise self.stop(_HEADS)
         if name == "shape":
-            return Shape(self, x.node)
+            return self._size(x)
         if name == "ndim" and x.node is not None and (shape := self.lowering.shape(x.node)) is not None:
             return len(shape)
         if name in ("dtype", "device") and self._is_float32():
@@ -373,12 +306,21 @@ class Recorder(TorchFunctionMode):
         return self.gradients and bool(held) and alike and not torch.is_autocast_enabled("cpu")
 
     def _size(self, x: Standin, dim: int | None = None) -> Any:
-        return Shape(self, x.node) if dim is None else self.size(x.node, dim)
+        shape = None if x.node is None else self.lowering.shape(x.node)
+        if shape is None:
+            return Shape(self, x.node) if dim is None else self.size(x.node, dim)
+        sizes = [Size(self, x.node, at) if size is None else size for at, size in enumerate(shape)]
+        return Sizes.of(self, sizes) if dim is None else sizes[dim]
 
     def size(self, node: int | None, dim: int) -> Size | int:
         """One size of a value: a number where every batch has the same."""
         known = None if node is None else self.lowering.size(node, dim)
         return Size(self, node, dim) if known is None else known
+
+    def unpacked(self, node: int | None, count: int) -> None:
+        """``forward`` goes on only where a value has so many dimensions."""
+        if node is not None:
+            self.lowering.unpacked(node, count)
 
     def _check_contexts(self) -> None:
         if changed := self.contexts.changed():

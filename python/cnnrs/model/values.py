@@ -10,9 +10,11 @@ from torch import nn
 
 from cnnrs._records import Attributes, Node, OpKind
 from cnnrs.model.operations import Unsupported
+from cnnrs.model.owned import Owned
+from cnnrs.model.shapes import Size
 from cnnrs.model.sizes import Sizes
 from cnnrs.model.stochastic_depth import Draws
-from cnnrs.model.tracing import Memory, Recorder, Size, Standin
+from cnnrs.model.tracing import Memory, Recorder, Standin
 
 COPIES = "copies permuted dimensions, which has no counterpart yet"
 #: Operations whose result shares memory with their input, or may.
@@ -38,8 +40,7 @@ class Values:
         self.model, self.gradients, self.image = model, gradients, image
         self.nodes: list[Node] = [("input", "Input", [], {})]
         self.tensors: list[torch.Tensor] = []
-        own = [*model.named_parameters(), *model.named_buffers()]
-        self._own = {id(tensor): (name, tensor) for name, tensor in own}
+        self._own = Owned(model, reshaped=not gradients)
         self._names: Counter[str] = Counter()
         #: Where a tensor is among those, by its id.
         self._places: dict[int, int] = {}
@@ -137,10 +138,18 @@ class Values:
             raise Unsupported  # The reason has been given where the value is made.
         if x.copied:
             raise Unsupported(COPIES)
+        if x.spread is not None:
+            raise Unsupported("reads a value that has been expanded")
         if x.heads is not None:
             raise Unsupported("reads the heads of an attention, which has no counterpart yet")
         self._check_version(x)
         return x.node
+
+    def _again(self, x: Standin) -> Standin:
+        """The same value as another tensor."""
+        made = self._recorder.value(self._read(x), x.memory)
+        made.version = x.version
+        return made
 
     @staticmethod
     def _check_version(x: Standin) -> None:
@@ -161,14 +170,14 @@ class Values:
     def _own_name(self, argument: Any) -> str | None:
         if not isinstance(argument, torch.Tensor) or isinstance(argument, Standin):
             return None
-        name, _ = self._own.get(id(argument), (None, None))
-        return name
+        return self._own.name(argument)
 
     def _tensor_index(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:
             return None
         if isinstance(tensor, Standin):
             raise Unsupported("a weight is computed, not a parameter or buffer")
+        tensor = self._own.of(tensor)
         index = self._places.setdefault(id(tensor), len(self.tensors))
         if index == len(self.tensors):
             self.tensors.append(tensor)

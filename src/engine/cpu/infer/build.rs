@@ -8,8 +8,8 @@ use super::method::{Exact, Method, window};
 use super::places::Picked;
 use super::quantization::{self, Form, Quantization};
 use super::steps::{
-    self, Binary, Block, Cat, Conv, Depthwise, Direct, Grouped, LayerNorm, Load, Packing, Pad, PatchMerging, Pick,
-    Pointwise, Pool, Relayout, Small, Softmax, Step,
+    self, Binary, Block, Cat, Conv, Depthwise, Direct, Grouped, ImageNorm, LayerNorm, Load, Over, Packing, Pad,
+    PatchMerging, Pick, Pointwise, Pool, Relayout, Small, Softmax, Step, Upsample,
 };
 use super::steps::{Filters, Source, Store, Taps, Tokens, Winograd};
 use super::{tokens, windows};
@@ -268,26 +268,26 @@ impl<'a> Network<'a> {
                 Box::new(Pointwise { isa, input, second, affine: None, output, activation })
             }
             Op::LayerNorm { weight, bias, eps, .. } => {
-                let channels = input.geometry.channels;
-                let numbers = |tensor: Option<Tensor>, or: f64| -> Result<Vec<f64>> {
-                    match tensor {
-                        Some(tensor) => Ok(self.floats(layer, tensor)?.iter().map(|&v| f64::from(v)).collect()),
-                        None => Ok(vec![or; channels]),
-                    }
-                };
-                let (eps, made) = (*eps as f32, self.made(layer)?);
-                let share = |mut numbers: Vec<f64>| {
-                    if let Some(share) = self.share(layer.last).filter(|_| made.is_some()) {
-                        numbers.iter_mut().zip(share).for_each(|(number, &share)| *number /= f64::from(share));
-                    }
-                    numbers
-                };
-                let factor = weights.vector(share(numbers(*weight, 1.0)?));
-                let summand = weights.vector(share(numbers(*bias, 0.0)?));
-                Box::new(LayerNorm { isa, input, output, factor, summand, eps, activation, made })
+                let made = self.made(layer)?;
+                let share = self.share(layer.last).filter(|_| made.is_some());
+                let [factor, summand] = self.per_channel(layer, [*weight, *bias], share, &input, weights)?;
+                Box::new(LayerNorm { isa, input, output, factor, summand, eps: *eps as f32, activation, made })
             }
+            Op::GroupNorm { weight, bias, eps, .. } => {
+                let [factor, summand] = self.per_channel(layer, [*weight, *bias], None, &input, weights)?;
+                let (over, eps) = (Over::Group, *eps as f32);
+                Box::new(ImageNorm { isa, over, input, output, factor, summand, eps, activation })
+            }
+            Op::ResponseNorm { weight, bias, eps, .. } => {
+                let [factor, summand] = self.per_channel(layer, [Some(*weight), Some(*bias)], None, &input, weights)?;
+                let (over, eps) = (Over::Response, *eps as f32);
+                Box::new(ImageNorm { isa, over, input, output, factor, summand, eps, activation })
+            }
+            Op::Upsample { scale } => Box::new(Upsample { input, output, scale: *scale }),
             Op::Pad { before, .. } => Box::new(Pad { input, output, before: *before }),
-            Op::BatchNorm2d { .. } | Op::Scale { .. } | Op::Activation { .. } => {
+            Op::BatchNorm2d { .. } | Op::Scale { .. } | Op::Activation { .. } | Op::Shift { .. }
+                if !tokens::moves(self.graph, self.shapes, layer.node) =>
+            {
                 let affine =
                     layer.affine.clone().map(|[factor, summand]| [weights.vector(factor), weights.vector(summand)]);
                 Box::new(Pointwise { isa, input, second: None, affine, output, activation })
@@ -323,10 +323,36 @@ impl<'a> Network<'a> {
             | Op::Split { .. }
             | Op::ChannelShuffle { .. }
             | Op::Expand { .. }
+            | Op::BatchNorm2d { .. }
+            | Op::Scale { .. }
+            | Op::Activation { .. }
             | Op::Shift { .. } => {
                 return Err(Error::internal(format_args!("{}: not a layer", node.name)));
             }
         })
+    }
+
+    /// Where factors and summands of a norm begin in the weights: one and zero per channel where there are none.
+    fn per_channel(
+        &self,
+        layer: &Fused,
+        tensors: [Option<Tensor>; 2],
+        share: Option<&[f32]>,
+        input: &Value,
+        weights: &mut Weights<'a>,
+    ) -> Result<[usize; 2]> {
+        let mut places = [0; 2];
+        for ((place, tensor), or) in places.iter_mut().zip(tensors).zip([1.0, 0.0]) {
+            let mut numbers = match tensor {
+                Some(tensor) => self.floats(layer, tensor)?.iter().map(|&v| f64::from(v)).collect(),
+                None => vec![or; input.geometry.channels],
+            };
+            for (number, &share) in numbers.iter_mut().zip(share.unwrap_or_default()) {
+                *number /= f64::from(share);
+            }
+            *place = weights.vector(numbers);
+        }
+        Ok(places)
     }
 
     /// The step that hands the result to the caller.

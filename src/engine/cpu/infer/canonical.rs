@@ -79,24 +79,33 @@ fn order(graph: &Graph, node: &mut Node, shape: &Shape, before: &[Shape], orders
         }
         Op::Linear { .. } | Op::LayerNorm { .. } => {}
         Op::Scale { factor, .. } => {
-            let factor = &graph.tensors[*factor];
-            let first = from.len().saturating_sub(factor.len());
-            let mut wide = factor.iter().zip(from.iter().skip(first)).filter(|&(&size, _)| size != 1);
-            if !wide.all(|(_, &place)| place == 1) {
+            if !per_channel(&graph.tensors[*factor], &from) {
                 return refuse(node, "multiplies by more than one factor per channel");
             }
         }
-        Op::Attention { .. } | Op::Shift { .. } if from != TOKENS => {
+        Op::Attention { .. } if from != TOKENS => {
             return refuse(node, "is applied to something else than tokens (N, T, C)");
         }
         Op::WindowAttention(_) | Op::PatchMerging if from != PIXELS => {
             return refuse(node, "is applied to something else than images (N, H, W, C)");
         }
         Op::WindowAttention(_) | Op::PatchMerging => {}
+        Op::Shift { summand } if from != TOKENS => {
+            if !per_channel(&graph.tensors[*summand], &from) {
+                return refuse(node, "adds more than one summand per channel");
+            }
+        }
         Op::Shift { summand } if graph.tensors[*summand].iter().rev().nth(2).is_some_and(|&images| images != 1) => {
             return refuse(node, "adds something else to every image");
         }
         Op::Attention { .. } | Op::Shift { .. } => {}
+        Op::ResponseNorm { dims, .. } => {
+            dims.iter_mut().for_each(|dim| *dim = place(*dim) as i64);
+            dims.sort_unstable();
+            if *dims != [2, 3] {
+                return refuse(node, "takes norms over something else than height and width");
+            }
+        }
         Op::Expand { .. } => return Ok(TOKENS.to_vec()),
         Op::Softmax { dim, .. } => *dim = place(*dim) as i64,
         Op::Cat { dim } => *dim = place(*dim) as i64,
@@ -119,6 +128,12 @@ fn order(graph: &Graph, node: &mut Node, shape: &Shape, before: &[Shape], orders
         return refuse(node, "combines values whose dimensions are in different orders");
     }
     Ok(if from.len() == shape.len() { from } else { own })
+}
+
+/// Whether a tensor that broadcasts to a value has one number, or one per channel.
+fn per_channel(tensor: &Shape, order: &[usize]) -> bool {
+    let first = order.len().saturating_sub(tensor.len());
+    tensor.iter().zip(&order[first..]).all(|(&size, &place)| size == 1 || place == 1)
 }
 
 /// Whether an image (N, C, H, W) has one pixel.

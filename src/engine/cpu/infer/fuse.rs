@@ -1,8 +1,9 @@
 //! From the graph to layers: what follows an operation and only reads its result becomes part of it.
 //!
 //! ```text
-//! ZeroPad2d -> Conv2d | Linear -> (BatchNorm2d | Scale)* -> Add -> activation -> MaxPool2d 2x2 (Winograd only)
-//! Add | Mul | BatchNorm2d | Scale | LayerNorm | pooling -> activation
+//! ZeroPad2d -> Conv2d | Linear -> (BatchNorm2d | Scale | Shift)* -> Add -> activation -> MaxPool2d 2x2 (Winograd only)
+//! Conv2d | Linear -> ReLU -> Scale | Shift, all channels alike
+//! (BatchNorm2d | Scale | Shift)* | Add | Mul | norms | pooling -> activation
 //! Conv2d (direct, one group, no Add, more than one pixel) -> depthwise Conv2d
 //! Cat of tokens -> Shift
 //! x * sigmoid(x) is the activation SiLU; permutations are names (`canonical`), and so are moved channels (`places`)
@@ -188,6 +189,9 @@ impl Fusion<'_> {
                     return Ok(None);
                 }
             }
+            Op::GroupNorm { groups, .. } if *groups != 1 => {
+                return Err(unsupported(node, "has several groups of channels"));
+            }
             Op::Softmax { dim, .. } if !matches!(axis(*dim, shape.len()), 1) => {
                 return Err(unsupported(node, "runs along another dimension than the channels"));
             }
@@ -236,6 +240,10 @@ impl Fusion<'_> {
             | Op::Softmax { .. }
             | Op::Cat { .. }
             | Op::Split { .. }
+            | Op::GroupNorm { .. }
+            | Op::ResponseNorm { .. }
+            | Op::Upsample { .. }
+            | Op::Shift { .. }
             | Op::ChannelShuffle { .. } => {}
             Op::Attention { heads, scale } => tokens::check_attention(node, shape[1], *heads, *scale)?,
             Op::WindowAttention(windows) => windows::check(node, shape[1], windows, self.tensors)?,
@@ -244,7 +252,6 @@ impl Fusion<'_> {
                     return Err(unsupported(node, &format!("has {channels} channels, no multiple of {LANES}")));
                 }
             }
-            Op::Shift { .. } => return Err(unsupported(node, "is applied to something else than tokens (N, T, C)")),
         }
         if self.names.note(self.graph, self.shapes, index, &self.source, &self.readers) {
             return Ok(None);
@@ -253,6 +260,7 @@ impl Fusion<'_> {
         match &node.op {
             Op::BatchNorm2d { .. } => layer.affine = Some(self.norm(node)?),
             Op::Scale { factor, .. } => layer.affine = Some(self.scale(index, *factor)?),
+            Op::Shift { summand } => layer.affine = Some(self.shift(index, *summand)?),
             Op::Activation { function, .. } => layer.activation = (*function).into(),
             _ => {}
         }
@@ -267,6 +275,7 @@ impl Fusion<'_> {
                 | Op::Flatten { .. }
                 | Op::Reshape { .. }
                 | Op::Pad { .. }
+                | Op::Upsample { .. }
         ) {
             self.follow(&mut layer)?;
         }
@@ -306,7 +315,9 @@ impl Fusion<'_> {
 
     /// Takes in the operations that are the only readers of what comes before them.
     fn follow(&mut self, layer: &mut Fused) -> Result<()> {
-        let sums = matches!(self.graph.nodes[layer.node].op, Op::Conv2d { .. } | Op::Linear { .. });
+        let op = &self.graph.nodes[layer.node].op;
+        let sums = matches!(op, Op::Conv2d { .. } | Op::Linear { .. });
+        let affine = sums || matches!(op, Op::BatchNorm2d { .. } | Op::Scale { .. } | Op::Shift { .. });
         loop {
             let plain = layer.activation == Activate::Nothing;
             if let Some([gate, product]) = self.swish(layer.last).filter(|_| plain) {
@@ -323,18 +334,22 @@ impl Fusion<'_> {
             match &node.op {
                 Op::Dropout { p, training, .. } if !*training || *p == 0.0 => {}
                 Op::Permute { .. } => {}
-                Op::Scale { factor, .. } if sums && plain && layer.residual.is_none() => {
-                    let scale = self.scale(next, *factor)?;
+                Op::BatchNorm2d { .. } | Op::Scale { .. } | Op::Shift { .. }
+                    if affine && layer.residual.is_none() && !tokens::moves(self.graph, self.shapes, next) =>
+                {
+                    let after = match &node.op {
+                        Op::Scale { factor, .. } => self.scale(next, *factor)?,
+                        Op::Shift { summand } => self.shift(next, *summand)?,
+                        _ => self.norm(node)?,
+                    };
+                    if !plain {
+                        // `max(x, 0) * s + t` is `max(x * s + t, t)` where s is positive.
+                        let Some(activation) = rectified(layer.activation, &after) else { break };
+                        layer.activation = activation;
+                    }
                     layer.affine = Some(match layer.affine.take() {
-                        Some(before) => compose(before, scale),
-                        None => scale,
-                    });
-                }
-                Op::BatchNorm2d { .. } if sums && plain && layer.residual.is_none() => {
-                    let norm = self.norm(node)?;
-                    layer.affine = Some(match layer.affine.take() {
-                        Some(before) => compose(before, norm),
-                        None => norm,
+                        Some(before) => compose(before, after),
+                        None => after,
                     });
                 }
                 Op::Add { .. } if sums && plain && layer.residual.is_none() && node.inputs[0] != node.inputs[1] => {
@@ -387,6 +402,12 @@ impl Fusion<'_> {
         Ok([factors, vec![0.0; channels]])
     }
 
+    /// Ones, and the summand per channel of an addition.
+    fn shift(&self, index: usize, summand: usize) -> Result<[Vec<f64>; 2]> {
+        let [summands, _] = self.scale(index, summand)?;
+        Ok([vec![1.0; summands.len()], summands])
+    }
+
     fn floats(&self, node: &Node, tensor: usize) -> Result<&[f32]> {
         self.tensors[tensor]
             .ok_or_else(|| unsupported(node, "has parameters that are not contiguous float32 on the CPU"))
@@ -412,6 +433,23 @@ impl Fusion<'_> {
         }
         Ok([factor, summand])
     }
+}
+
+/// What is left of a ReLU behind the same factor and summand for all channels, when these come before it.
+fn rectified(activation: Activate, [factor, summand]: &[Vec<f64>; 2]) -> Option<Activate> {
+    let least = match activation {
+        Activate::Relu => 0.0,
+        Activate::AtLeast(least) => f64::from(least),
+        _ => return None,
+    };
+    let alike = |values: &[f64]| values.iter().all(|value| *value == values[0]);
+    if !alike(factor) || !alike(summand) || factor[0] <= 0.0 || !factor[0].is_finite() || !summand[0].is_finite() {
+        return None;
+    }
+    Some(match (least * factor[0] + summand[0]) as f32 {
+        0.0 => Activate::Relu,
+        least => Activate::AtLeast(least),
+    })
 }
 
 /// First `before`, then `after`.

@@ -110,6 +110,37 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                     }
                 }
             }
+            Op::GroupNorm { groups, weight, bias, eps } => {
+                let pixels = out[2] * out[3];
+                let len = out[1] / groups * pixels;
+                for (group, (y, x)) in y.chunks_exact_mut(len).zip(x.chunks_exact(len)).enumerate() {
+                    let mean = x.iter().sum::<f64>() / len as f64;
+                    let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / len as f64;
+                    for (i, (y, x)) in y.iter_mut().zip(x).enumerate() {
+                        let c = group % groups * (out[1] / groups) + i / pixels;
+                        *y = (x - mean) / (variance + eps).sqrt() * tensor(*weight, c, 1.0) + tensor(*bias, c, 0.0);
+                    }
+                }
+            }
+            Op::ResponseNorm { dims, weight, bias, eps } => {
+                let channel = (1..4).find(|dim| !dims.contains(&(*dim as i64))).unwrap();
+                let mut squares = vec![0.0; out[0] * out[channel]];
+                each(out, |place, at| squares[place[0] * out[channel] + place[channel]] += x[at] * x[at]);
+                let norms: Vec<f64> = squares.iter().map(|s: &f64| s.sqrt()).collect();
+                each(out, |place, at| {
+                    let (n, c) = (place[0], place[channel]);
+                    let mean = norms[n * out[channel]..][..out[channel]].iter().sum::<f64>() / out[channel] as f64;
+                    let response = norms[n * out[channel] + c] / (mean + eps);
+                    let weight = tensor(Some(*weight), c, 0.0);
+                    y[at] = x[at] + weight * x[at] * response + tensor(Some(*bias), c, 0.0);
+                });
+            }
+            Op::Upsample { scale } => {
+                let from = from.unwrap();
+                each(out, |[n, c, oy, ox], at| {
+                    y[at] = x[((n * from[1] + c) * from[2] + oy / scale[0]) * from[3] + ox / scale[1]];
+                });
+            }
             Op::Pad { before, .. } => {
                 let from = from.unwrap();
                 each(from, |[n, c, iy, ix], at| {
@@ -197,9 +228,12 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                 y.iter_mut().enumerate().for_each(|(at, y)| *y = tensor(Some(*t), at % len, 0.0));
             }
             Op::Shift { summand } => {
-                // Of the last dimensions, or of each last one.
-                let len: usize = graph.tensors[*summand].iter().product();
-                y.iter_mut().enumerate().for_each(|(at, y)| *y = x[at] + tensor(Some(*summand), at % len, 0.0));
+                // Of the last dimensions, or of each last one but those of size 1.
+                let shape = &graph.tensors[*summand];
+                let len: usize = shape.iter().product();
+                let ones: usize = shape.iter().rev().take_while(|&&d| d == 1).count();
+                let run: usize = if len == 1 { 1 } else { out[out.len() - ones..].iter().product() };
+                y.iter_mut().enumerate().for_each(|(at, y)| *y = x[at] + tensor(Some(*summand), at / run % len, 0.0));
             }
             Op::ChannelShuffle { groups } => {
                 let each_group = out[1] / groups;

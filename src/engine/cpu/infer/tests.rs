@@ -2,6 +2,7 @@
 
 mod bf16;
 mod bytes;
+mod images;
 mod networks;
 mod places;
 mod tokens;

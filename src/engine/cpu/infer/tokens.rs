@@ -18,7 +18,8 @@ pub fn moves(graph: &Graph, shapes: &[Shape], node: usize) -> bool {
         && match graph.nodes[node].op {
             Op::Cat { dim } | Op::Split { dim, .. } => dim == 3,
             Op::Flatten { .. } | Op::Reshape { .. } => from.is_some_and(|from| from.len() == 4 && from[1] == shape[1]),
-            Op::Shift { .. } => true,
+            // Others have one summand per channel of images.
+            Op::Shift { summand } => graph.tensors[summand].iter().rev().nth(2).is_none_or(|&size| size == 1),
             _ => false,
         }
 }

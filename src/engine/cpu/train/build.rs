@@ -234,7 +234,10 @@ impl<'a> Builder<'a> {
             | Op::WindowAttention(_)
             | Op::PatchMerging
             | Op::Expand { .. }
-            | Op::Shift { .. } => {
+            | Op::Shift { .. }
+            | Op::GroupNorm { .. }
+            | Op::ResponseNorm { .. }
+            | Op::Upsample { .. } => {
                 return Err(Error::internal(format_args!("{} has no kernel", node.name)));
             }
         })

@@ -174,7 +174,10 @@ impl Walk<'_> {
             | Op::WindowAttention(_)
             | Op::PatchMerging
             | Op::Expand { .. }
-            | Op::Shift { .. } => {}
+            | Op::Shift { .. }
+            | Op::GroupNorm { .. }
+            | Op::ResponseNorm { .. }
+            | Op::Upsample { .. } => {}
         }
         let chain = self.chain(index);
         let last = chain.as_ref().map_or(index, |chain| chain.last);
@@ -226,7 +229,10 @@ impl Walk<'_> {
             | Op::WindowAttention(_)
             | Op::PatchMerging
             | Op::Expand { .. }
-            | Op::Shift { .. } => refuse("the cpu engine has no training kernel for it"),
+            | Op::Shift { .. }
+            | Op::GroupNorm { .. }
+            | Op::ResponseNorm { .. }
+            | Op::Upsample { .. } => refuse("the cpu engine has no training kernel for it"),
             Op::MaxPool2d { .. } if self.shapes[index].iter().product::<usize>() == 0 => refuse("has an empty output"),
             Op::Input
             | Op::Conv2d { .. }
@@ -378,6 +384,9 @@ fn derivative_reads_output(op: &Op) -> bool {
         | Op::WindowAttention(_)
         | Op::PatchMerging
         | Op::Expand { .. }
-        | Op::Shift { .. } => false,
+        | Op::Shift { .. }
+        | Op::GroupNorm { .. }
+        | Op::ResponseNorm { .. }
+        | Op::Upsample { .. } => false,
     }
 }

@@ -8,6 +8,8 @@ use crate::model::Activation;
 pub enum Activate {
     Nothing,
     Relu,
+    /// The larger of the sum and this.
+    AtLeast(f32),
     Relu6,
     LeakyRelu(f32),
     Silu,
@@ -40,12 +42,12 @@ impl Activate {
     /// Whether [`activate_sums`] is enough.
     #[inline(always)]
     pub fn in_registers(self) -> bool {
-        matches!(self, Self::Nothing | Self::Relu | Self::Relu6 | Self::Hardswish)
+        matches!(self, Self::Nothing | Self::Relu | Self::AtLeast(_) | Self::Relu6 | Self::Hardswish)
     }
 
     /// Whether `max` before and after the function is the same.
     pub fn keeps_order(self) -> bool {
-        matches!(self, Self::Nothing | Self::Relu | Self::Relu6)
+        matches!(self, Self::Nothing | Self::Relu | Self::AtLeast(_) | Self::Relu6)
     }
 }
 
@@ -56,6 +58,7 @@ pub fn activate<V: Lanes>(function: Activate, x: V) -> V {
     match function {
         Activate::Nothing => x,
         Activate::Relu => x.max(zero),
+        Activate::AtLeast(least) => x.max(V::splat(least)),
         Activate::Relu6 => x.max(zero).min(six),
         Activate::LeakyRelu(slope) => {
             // max(x, 0) + slope * min(x, 0) holds for slopes of any sign and size.
@@ -113,6 +116,7 @@ pub fn activate_sums<V: Lanes, const R: usize, const C: usize>(function: Activat
     // One loop per function, so that none has to ask for every sum.
     match function {
         Activate::Relu => each(Activate::Relu, sums),
+        Activate::AtLeast(least) => each(Activate::AtLeast(least), sums),
         Activate::Relu6 => each(Activate::Relu6, sums),
         Activate::Hardswish => each(Activate::Hardswish, sums),
         _ => {}
@@ -228,6 +232,7 @@ mod tests {
         match function {
             Activate::Nothing => x,
             Activate::Relu => x.max(0.0),
+            Activate::AtLeast(least) => x.max(f64::from(least)),
             Activate::Relu6 => x.clamp(0.0, 6.0),
             Activate::LeakyRelu(slope) => {
                 if x > 0.0 {
@@ -254,6 +259,7 @@ mod tests {
         let functions = [
             Activate::Nothing,
             Activate::Relu,
+            Activate::AtLeast(-0.7),
             Activate::Relu6,
             Activate::LeakyRelu(0.01),
             Activate::Silu,
@@ -283,7 +289,14 @@ mod tests {
 
     #[test]
     fn a_nan_stays() {
-        for function in [Activate::Relu, Activate::Relu6, Activate::Silu, Activate::Sigmoid, Activate::Hardswish] {
+        for function in [
+            Activate::Relu,
+            Activate::AtLeast(0.5),
+            Activate::Relu6,
+            Activate::Silu,
+            Activate::Sigmoid,
+            Activate::Hardswish,
+        ] {
             for isa in Isa::available() {
                 let mut got = Vec::new();
                 dispatch(isa, Apply(function, &[f32::NAN; LANES], &mut got));
