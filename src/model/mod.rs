@@ -5,5 +5,5 @@ mod graph;
 mod shape;
 
 pub use cost::{Cost, costs};
-pub use graph::{Activation, Dim, Graph, Node, Op, Pair, Tensor};
+pub use graph::{Activation, Dim, Graph, Node, Op, Pair, Rotation, Tensor};
 pub use shape::{Shape, shapes};

@@ -8,8 +8,8 @@ use super::method::{Exact, Method, window};
 use super::places::Picked;
 use super::quantization::{self, Quantization};
 use super::steps::{
-    self, Binary, Block, Cat, Conv, Depthwise, Direct, Grouped, LayerNorm, Load, Packing, Pad, Pick, Pointwise, Pool,
-    Relayout, Small, Softmax, Step,
+    self, Binary, Block, Cat, Conv, Depthwise, Direct, Gate, Grouped, LayerNorm, Load, Packing, Pad, Pick, Pointwise,
+    Pool, Relayout, Small, Softmax, Step,
 };
 use super::steps::{Filters, Source, Store, Taps, Tokens, Winograd};
 use super::tokens;
@@ -241,6 +241,9 @@ impl<'a> Network<'a> {
             let places = picked.places.iter().map(|place| (number(place.node), place.channel)).collect();
             return Ok(Box::new(Pick { inputs: sources, places, output }));
         }
+        if let Some(parts) = layer.gate {
+            return Ok(Box::new(Gate { isa, input, parts, output, activation }));
+        }
         let plane = |v: &Value| [v.geometry.height, v.geometry.width];
         Ok(match &node.op {
             Op::Conv2d { .. } | Op::Linear { .. } => {
@@ -275,7 +278,7 @@ impl<'a> Network<'a> {
                     layer.affine.clone().map(|[factor, summand]| [weights.vector(factor), weights.vector(summand)]);
                 Box::new(Pointwise { isa, input, second: None, affine, output, activation })
             }
-            Op::Attention { heads, scale } => Box::new(tokens::attention(isa, &sources, output, *heads, *scale)),
+            Op::Attention { .. } => Box::new(tokens::attention(self, layer, &sources, output, weights)?),
             Op::Shift { .. } | Op::Split { .. } | Op::Flatten { .. } | Op::Reshape { .. } | Op::Cat { .. }
                 if let Some(parts) = tokens::parts(self, layer, &sources, weights)? =>
             {

@@ -103,6 +103,12 @@ fn order(graph: &Graph, node: &mut Node, shape: &Shape, before: &[Shape], orders
         }
         _ if plain(&from) => {}
         Op::Add { .. } | Op::Mul => {}
+        // The pixels of images with their channels last, one after the other.
+        Op::Flatten { .. } | Op::Reshape { .. }
+            if from == [0, 2, 3, 1] && lines(&before[node.inputs[0]]).is_some_and(|lines| lines == shape[..]) =>
+        {
+            return Ok(TOKENS.to_vec());
+        }
         // A single pixel has no other order than its channels'.
         Op::Flatten { .. } | Op::Reshape { .. } if shape.len() == 2 && single(&before[node.inputs[0]]) => {
             return Ok(own);
@@ -113,6 +119,12 @@ fn order(graph: &Graph, node: &mut Node, shape: &Shape, before: &[Shape], orders
         return refuse(node, "combines values whose dimensions are in different orders");
     }
     Ok(if from.len() == shape.len() { from } else { own })
+}
+
+/// (N, T, C) of an image (N, C, H, W).
+fn lines(shape: &Shape) -> Option<[usize; 3]> {
+    let &[images, channels, height, width] = &shape[..] else { return None };
+    Some([images, height * width, channels])
 }
 
 /// Whether an image (N, C, H, W) has one pixel.

@@ -1,5 +1,6 @@
 //! Whole networks against the definitions, on every instruction set this processor has.
 
+mod attention;
 mod bytes;
 mod networks;
 mod places;

@@ -5,9 +5,10 @@
 //! values           -> panels [key][32 channels]                             its weights
 //! 14 queries       -> scores [key / 16][14][16] -> exp(scores - largest) -> products with values -> / sum
 //! ```
-//! A matrix of all queries by all keys is nowhere.
+//! A matrix of all queries by all keys is nowhere. There may be fewer queries than keys, the same for every image, and both
+//! may be turned by position ([`Turn`]) as they are read.
 
-use super::Step;
+use super::{Step, Turn};
 use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::activate::{Activate, power_of_two};
 use crate::engine::cpu::common::kernels::lanes::{Kernel, LANES, Lanes, dispatch};
@@ -18,6 +19,9 @@ pub struct Attention {
     isa: Isa,
     /// Queries, keys and values, one pixel high, each with the first block of channels of the first head.
     inputs: [(Value, usize); 3],
+    /// The queries of every image, `[blocks][queries][16]` in the weights, instead of the first input.
+    constant: Option<usize>,
+    turn: Option<Turn>,
     output: Value,
     heads: usize,
     scale: f32,
@@ -32,14 +36,29 @@ const ROWS: usize = 14;
 impl Attention {
     /// The channels of a head are whole blocks.
     pub fn new(isa: Isa, inputs: [(Value, usize); 3], output: Value, heads: usize, scale: f32) -> Self {
-        let g = &output.geometry;
-        let channels = (0..g.blocks() / heads).map(|block| block * inputs[0].0.geometry.plane()).collect();
-        let keys = (0..g.width.div_ceil(LANES)).map(|block| block * isa.rows() * LANES).collect();
-        Self { isa, inputs, output, heads, scale, channels, keys }
+        let channels = 0..output.geometry.blocks() / heads;
+        let channels = channels.map(|block| block * inputs[0].0.geometry.plane()).collect();
+        let tokens = inputs[1].0.geometry.width;
+        let keys = (0..tokens.div_ceil(LANES)).map(|block| block * isa.rows() * LANES).collect();
+        Self { isa, inputs, constant: None, turn: None, output, heads, scale, channels, keys }
     }
 
+    /// Queries in the weights instead of those of a value, and a turn of queries and keys.
+    pub fn with(mut self, constant: Option<usize>, turn: Option<Turn>) -> Self {
+        (self.constant, self.turn) = (constant, turn);
+        let distance = match (constant, turn) {
+            (Some(_), _) => self.output.geometry.width * LANES,
+            // Turned queries lie in a worker's memory.
+            (None, Some(_)) => self.isa.rows() * LANES,
+            (None, None) => return self,
+        };
+        self.channels.iter_mut().enumerate().for_each(|(block, at)| *at = block * distance);
+        self
+    }
+
+    /// Keys.
     fn tokens(&self) -> usize {
-        self.output.geometry.width
+        self.inputs[1].0.geometry.width
     }
 
     /// Keys of a panel, and how many panels there are.
@@ -48,11 +67,12 @@ impl Attention {
         [wide, self.tokens().div_ceil(wide)]
     }
 
-    /// Floats of keys, values and scores.
-    fn sizes(&self) -> [usize; 3] {
+    /// Floats of keys, values, scores and turned queries.
+    fn sizes(&self) -> [usize; 4] {
         let [wide, panels] = self.panels();
-        let depth = self.channels.len() * LANES;
-        [panels * wide * depth, self.tokens() * depth, panels * wide * self.isa.rows()]
+        let (depth, rows) = (self.channels.len() * LANES, self.isa.rows());
+        let turned = if self.turn.is_some() { rows * depth } else { 0 };
+        [panels * wide * depth, self.tokens() * depth, panels * wide * rows, turned]
     }
 }
 
@@ -62,7 +82,7 @@ impl Step for Attention {
     }
 
     fn run(&self, _phase: usize, task: usize, cx: &Context<'_>) {
-        let [keys, values, _] = self.sizes();
+        let [keys, values, scores, _] = self.sizes();
         let (image, head) = (task / self.heads, task % self.heads);
         let first = |part: usize| {
             let (value, block) = &self.inputs[part];
@@ -72,10 +92,27 @@ impl Step for Attention {
         let o = &self.output.geometry;
         let output = cx.image_mut(&self.output, image);
         let output = output.wrapping_add(head * self.channels.len() * o.plane() + o.at(0, 0));
-        let (packed, scores) = (cx.own.wrapping_add(keys), cx.own.wrapping_add(keys + values));
-        let [queries, from_keys, from_values] = [0, 1, 2].map(first);
-        let head = Head { step: self, queries, from_keys, from_values, keys: cx.own, values: packed, scores, output };
-        dispatch(self.isa, head);
+        let own = |from: usize| cx.own.wrapping_add(from);
+        let blocks = self.channels.len();
+        let constant = self.constant.map(|table| {
+            let len = blocks * o.width * LANES;
+            cx.weights(table + head * len, len)
+        });
+        dispatch(
+            self.isa,
+            Head {
+                step: self,
+                queries: constant.unwrap_or_else(|| first(0)),
+                from_keys: first(1),
+                from_values: first(2),
+                table: self.turn.map_or(std::ptr::null(), |turn| cx.weights(turn.table, turn.len)),
+                keys: cx.own,
+                values: own(keys),
+                scores: own(keys + values),
+                turned: own(keys + values + scores),
+                output,
+            },
+        );
     }
 
     fn own(&self) -> usize {
@@ -89,25 +126,28 @@ struct Head<'a> {
     queries: *const f32,
     from_keys: *const f32,
     from_values: *const f32,
+    /// That of the turn.
+    table: *const f32,
     /// This worker's memory.
     keys: *mut f32,
     values: *mut f32,
     scores: *mut f32,
+    turned: *mut f32,
     output: *mut f32,
 }
 
 impl Kernel for Head<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let tokens = self.step.tokens();
+        let queries = self.step.output.geometry.width;
         // As many queries each time, up to one.
-        let parts = tokens.div_ceil(self.step.isa.rows());
+        let parts = queries.div_ceil(self.step.isa.rows());
         // SAFETY: the values of this step, and memory of the size that it asks for.
         unsafe {
             self.pack_keys::<V>();
             self.pack_values::<V>();
             for part in 0..parts {
-                let (first, end) = (tokens * part / parts, tokens * (part + 1) / parts);
+                let (first, end) = (queries * part / parts, queries * (part + 1) / parts);
                 self.queries::<V>(first, end - first);
             }
         }
@@ -129,8 +169,15 @@ impl Head<'_> {
             for block in 0..s.channels.len() {
                 let mut rows = [V::splat(0.0); LANES];
                 for (row, key) in rows.iter_mut().zip(first..tokens) {
-                    // SAFETY: a key of the value.
-                    *row = unsafe { V::load(self.from_keys.add(block * plane + key * LANES)) };
+                    // SAFETY: a key of the value, and the table that was made for as many.
+                    *row = unsafe {
+                        match &s.turn {
+                            None => V::load(self.from_keys.add(block * plane + key * LANES)),
+                            Some(turn) => {
+                                turn.turned(self.from_keys, plane, [block, s.channels.len()], key, self.table)
+                            }
+                        }
+                    };
                 }
                 for (channel, keys) in V::transpose(rows).into_iter().enumerate() {
                     // SAFETY: a line of a panel.
@@ -164,10 +211,24 @@ impl Head<'_> {
     #[inline(always)]
     unsafe fn queries<V: Lanes>(&self, first: usize, count: usize) {
         let s = self.step;
+        let mut input = self.queries.wrapping_add(first * LANES);
+        if let Some(turn) = &s.turn {
+            let (plane, blocks) = (s.inputs[0].0.geometry.plane(), s.channels.len());
+            for (block, &to) in s.channels.iter().enumerate() {
+                for query in 0..count {
+                    // SAFETY: a query of the value, the table that was made for as many, and its place.
+                    unsafe {
+                        let row: V = turn.turned(self.queries, plane, [block, blocks], first + query, self.table);
+                        row.store(self.turned.add(to + query * LANES));
+                    }
+                }
+            }
+            input = self.turned;
+        }
         let ([wide, panels], columns, tokens) = (s.panels(), s.isa.columns(), s.tokens());
         let (depth, row) = (s.channels.len() * LANES, s.isa.rows() * LANES);
         let job = Tile {
-            input: self.queries.wrapping_add(first * LANES),
+            input,
             stride: LANES,
             offsets: &s.channels,
             len: LANES,

@@ -1,9 +1,11 @@
 //! What a plan is made of. A step divides its work among tasks that any worker may take, in any order.
 
 mod attention;
+mod attention_turn;
 mod bytes;
 mod conv;
 mod depthwise;
+mod gate;
 mod grouped;
 mod layer_norm;
 mod layout;
@@ -14,9 +16,11 @@ mod tokens;
 mod winograd;
 
 pub use attention::Attention;
+pub use attention_turn::Turn;
 pub use bytes::{Bytes, Observe, Quantize};
 pub use conv::{Conv, Direct, Packing, Taps, pack};
 pub use depthwise::{Depthwise, Source};
+pub use gate::Gate;
 pub use grouped::{Block, Grouped, Small, pack as pack_grouped, pack_small};
 pub use layer_norm::LayerNorm;
 pub use layout::{Cat, Load, Pad, Pick, Relayout, Store};
