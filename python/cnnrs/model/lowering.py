@@ -54,7 +54,7 @@ class Lowered:
     sources: tuple[torch.Tensor, ...] = ()
 
     def identities(self) -> list[Any]:
-        """What tells these tensors from others: the objects, of folded ones, which are new ones each time, the numbers."""
+        """What tells these tensors from others: the objects; of folded ones, which are new each time, the numbers."""
         return [
             (tuple(tensor.shape), _digest(tensor)) if index in self.folded else id(tensor)
             for index, tensor in enumerate(self.tensors)
@@ -220,7 +220,7 @@ class _Lowering(Tokens):
         kind, attributes = LAYERS[type(module)]
         if x.heads is not None and isinstance(module, nn.Dropout) and not (module.training and module.p > 0.0):
             return x
-        if kind == "Linear" and (folded := self._of_constant(name, x, module)) is not None:
+        if isinstance(module, nn.Linear) and (folded := self._of_constant(name, x, module)) is not None:
             return folded
         made = self._apply(name, kind, [x], self._described(attributes, module, self._tensor_index))
         if kind == "BatchNorm2d" and made.node is not None:
@@ -377,7 +377,7 @@ def _chunks(own: int, channels: int, chunks: int, dim: int = 0) -> list[int]:
 def _parts(
     own: int, channels: int, split_size_or_sections: Any = None, dim: int = 0, split_size: Any = None
 ) -> list[int]:
-    """Those that ``torch.split`` makes, whose argument has another name as a method; ``own``: the channels' dimension."""
+    """Those that ``torch.split`` makes, whose argument has another name as a method; ``own``: of the channels."""
     if dim not in ((1, -3) if own == 1 else (2, -1)):
         raise Unsupported("divides another dimension than the channels")
     each = split_size if split_size_or_sections is None else split_size_or_sections

@@ -14,7 +14,8 @@ from torch import nn
 
 from cnnrs._records import Node
 from cnnrs.model.operations import Unsupported
-from cnnrs.model.tracing import Memory, Recorder, Size, Standin, values
+from cnnrs.model.shapes import Size
+from cnnrs.model.tracing import Memory, Recorder, Standin, values
 
 
 def is_stochastic_depth(module: nn.Module) -> bool:

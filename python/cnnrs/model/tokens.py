@@ -12,7 +12,8 @@ from torch import nn
 from cnnrs.model import attention
 from cnnrs.model.operations import LAYERS, Unsupported, _linear
 from cnnrs.model.rotation import Mixed, Rotation
-from cnnrs.model.tracing import MULTIHEAD, Memory, Size, Standin, values
+from cnnrs.model.shapes import Size
+from cnnrs.model.tracing import MULTIHEAD, Memory, Standin, values
 from cnnrs.model.values import Values
 
 
@@ -177,7 +178,7 @@ class Tokens(Values):
         return x, weights
 
     def _encoder(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Standin:
-        """torch's ``TransformerEncoderLayer``, and several of them."""
+        """Torch's ``TransformerEncoderLayer``, and several of them."""
         if any(argument is not None for argument in args[1:]):
             raise Unsupported("is called with a mask")
         x = self._tensor(args[0])

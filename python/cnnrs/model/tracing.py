@@ -7,12 +7,10 @@ place included; uses of other tensors are handed over by a mode.
 
 from __future__ import annotations
 
-import dis
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +18,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cnnrs.model.attention import Heads
-from cnnrs.model.rotation import Mixed
 from cnnrs.model.operations import Unsupported
+from cnnrs.model.rotation import Mixed
+from cnnrs.model.shapes import Shape, Size, Sizes
 from cnnrs.model.surroundings import Contexts, Surroundings, unwatched
 
 _BLANK = torch.empty((), device="meta")
@@ -82,79 +81,9 @@ class Standin(torch.Tensor):
         return found.recorder.call(func, args, kwargs or {})
 
 
-class Size(torch.SymInt):
-    """``x.size(dim)`` where the batch decides: it can be given to ``view`` and nothing else."""
-
-    def __init__(self, recorder: Recorder, node: int | None, dim: int) -> None:
-        self.recorder, self.of, self.dim = recorder, node, dim
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return int
-
-    def __repr__(self) -> str:
-        return f"size({self.dim})"
-
-    __str__ = __repr__
-
-
-class Shape:
-    """``x.shape``: it can be indexed and unpacked, and nothing else."""
-
-    def __init__(self, recorder: Recorder, node: int | None) -> None:
-        self.recorder, self.of = recorder, node
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.Size
-
-    def __getitem__(self, dim: Any) -> Size | int:
-        if type(dim) is not int:
-            raise self.recorder.stop("forward computes with the shape of a tensor")
-        return self.recorder.size(self.of, dim)
-
-    def __iter__(self) -> Iterator[Size | int]:
-        count = _unpacked(sys._getframe(1))
-        if count is None:
-            raise self.recorder.stop("forward computes with the shape of a tensor")
-        if self.of is not None:
-            self.recorder.lowering.unpacked(self.of, count)
-        return iter([self[dim] for dim in range(count)])
-
-    def __getattr__(self, name: str) -> Any:
-        raise self.recorder.stop(f"forward asks for the {name} of a tensor's shape")
-
-    __repr__ = object.__repr__
-
-
-def _unpacked(frame: FrameType) -> int | None:
-    """How many names ``frame`` wants where it stands at ``a, b, c = x.shape``; only the code tells."""
-    for instruction in dis.get_instructions(frame.f_code):
-        if instruction.offset == frame.f_lasti:
-            return instruction.argval if instruction.opname == "UNPACK_SEQUENCE" else None
-    return None
-
-
-def _refusing(what: str) -> Callable[..., Any]:
-    def refuse(self: Any, *_: Any, **__: Any) -> Any:
-        raise self.recorder.stop(f"forward computes with the {what} of a tensor")
-
-    return refuse
-
-
-_BINARY = ("add", "and", "divmod", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub",
-           "truediv", "xor")  # fmt: skip
-_COMPARED = ("eq", "ge", "gt", "hash", "le", "lt", "ne")
-_UNARY = ("abs", "bool", "ceil", "float", "floor", "index", "int", "invert", "neg", "pos", "round", "trunc")
-for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_COMPARED, *_UNARY):
-    setattr(Size, f"__{_name}__", _refusing("size"))
-for _name in (*_COMPARED, "add", "bool", "contains", "len", "mul", "radd", "reversed", "rmul"):
-    setattr(Shape, f"__{_name}__", _refusing("shape"))
-
-
 def values(tree: Any) -> Iterator[Any]:
     """The leaves of nested tuples, lists and dicts."""
-    if type(tree) in (tuple, list):
+    if type(tree) in (tuple, list, Sizes):
         for entry in tree:
             yield from values(entry)
     elif type(tree) is dict:
@@ -188,7 +117,7 @@ class Lowering(Protocol):
         """All sizes, None for those that the batch decides; None where samples may have any size."""
 
     def is_weighted(self, node: int) -> bool:
-        """Whether a value, of samples of a known size, comes from a layer that takes no other type than its weights'."""
+        """Whether a value, of samples of a known size, comes from a layer that takes its weights' type only."""
 
 
 class _Unknowing:
@@ -258,7 +187,7 @@ class Recorder(TorchFunctionMode):
         self.lowering = lowering
         self.gradients = gradients
         self.reasons: list[str] = []
-        #: Tensors that have been computed without the argument, by id, and what of the model's they have been computed of.
+        #: Tensors that have been computed without the argument, by id, and the model's own of which they have been.
         self._computed: dict[int, torch.Tensor] = {}
         self.sources: dict[int, torch.Tensor] = {}
         self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
@@ -378,7 +307,7 @@ class Recorder(TorchFunctionMode):
 
     def _attribute(self, name: str, x: Standin) -> Any:
         if name == "shape":
-            return Shape(self, x.node) if x.heads is None else self._size(x)
+            return self._size(x)
         if name == "ndim" and (shape := self._shape(x)) is not None:
             return len(shape)
         if name in ("dtype", "device") and self._is_float32(x):
@@ -402,15 +331,24 @@ class Recorder(TorchFunctionMode):
         return known and bool(held) and alike and not torch.is_autocast_enabled("cpu")
 
     def _size(self, x: Standin, dim: int | None = None) -> Any:
-        if x.heads is None:
+        shape = self._shape(x)
+        if shape is None:
             return Shape(self, x.node) if dim is None else self.size(x.node, dim)
-        sizes = [Size(self, x.node, 0) if size is None else size for size in x.heads.sizes]
-        return tuple(sizes) if dim is None else sizes[dim]
+        # Of heads it is the batch's, wherever that dimension is now.
+        sizes = [
+            Size(self, x.node, at if x.heads is None else 0) if size is None else size for at, size in enumerate(shape)
+        ]
+        return Sizes.of(self, sizes) if dim is None else sizes[dim]
 
     def size(self, node: int | None, dim: int) -> Size | int:
         """One size of a value: a number where every batch has the same."""
         known = None if node is None else self.lowering.size(node, dim)
         return Size(self, node, dim) if known is None else known
+
+    def unpacked(self, node: int | None, count: int) -> None:
+        """``forward`` goes on only where a value has so many dimensions."""
+        if node is not None:
+            self.lowering.unpacked(node, count)
 
     def _check_contexts(self) -> None:
         if changed := self.contexts.changed():

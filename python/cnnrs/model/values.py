@@ -10,9 +10,10 @@ from torch import nn
 
 from cnnrs._records import Attributes, Node, OpKind
 from cnnrs.model.operations import Unsupported
+from cnnrs.model.shapes import Size
 from cnnrs.model.sizes import Sizes
 from cnnrs.model.stochastic_depth import Draws
-from cnnrs.model.tracing import Memory, Recorder, Size, Standin
+from cnnrs.model.tracing import Memory, Recorder, Standin
 
 COPIES = "copies permuted dimensions, which has no counterpart yet"
 #: Operations whose result shares memory with their input, or may.

@@ -1,4 +1,4 @@
-"""Vision transformers whose queries and keys are turned by position, with queries of their own, with computed weights."""
+"""Vision transformers with rotary positions, with queries of their own, with weights that they compute."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def products(m: Rotary, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table
 
 
 class Rotary(nn.Module):
-    """12 patches behind ``first`` tokens of their own, 64 channels, 2 heads; the tables are made for the images' size."""
+    """12 patches behind ``first`` tokens of their own, 64 channels, 2 heads; tables for the size of the images."""
 
     def __init__(self, turn: Turn = neighbours, attend: Attend = both, first: int = 2, gated: bool = True) -> None:
         super().__init__()
