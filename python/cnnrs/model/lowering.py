@@ -62,7 +62,8 @@ class Lowered:
 
     def state(self) -> list[Any]:
         """Equal as long as what the folded tensors have been computed of has not been written to, or moved."""
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self.sources]
+        dense = [tensor for tensor in self.sources if tensor.layout is torch.strided]
+        return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in dense]
 
 
 def _digest(tensor: torch.Tensor) -> bytes:

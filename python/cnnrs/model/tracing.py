@@ -187,10 +187,11 @@ class Recorder(TorchFunctionMode):
         self.lowering = lowering
         self.gradients = gradients
         self.reasons: list[str] = []
-        #: Tensors that have been computed without the argument, by id, and the model's own of which they have been.
+        #: Tensors that have been computed without the argument, by id, and those of which they have been.
         self._computed: dict[int, torch.Tensor] = {}
         self.sources: dict[int, torch.Tensor] = {}
-        self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        #: Whether all tensors of the model are of one type, once somebody has asked.
+        self._alike: bool | None = None
 
     def run(self) -> Any:
         """What ``model`` returns; anything it raises has become a reason."""
@@ -296,10 +297,10 @@ class Recorder(TorchFunctionMode):
     def made(self, result: Any, *of: Any) -> None:
         """Tensors that have been computed of others, none of which depends on the argument."""
         tensors = [value for value in values(result) if isinstance(value, torch.Tensor)]
-        self._computed |= {id(tensor): tensor for tensor in tensors}
         for value in values(of) if tensors else ():
-            if id(value) in self._own:
+            if isinstance(value, torch.Tensor) and id(value) not in self._computed:
                 self.sources[id(value)] = value
+        self._computed |= {id(tensor): tensor for tensor in tensors}
 
     def has_made(self, value: Any) -> bool:
         """Whether that is such a tensor."""
@@ -324,11 +325,13 @@ class Recorder(TorchFunctionMode):
 
         A batch of another type they do not take. Without gradients there may be no weights in front of a value.
         """
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        held = [tensor for tensor in tensors if tensor.is_floating_point()]
-        alike = all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in held)
+        if self._alike is None:
+            tensors = [*self.model.parameters(), *self.model.buffers()]
+            held = [tensor for tensor in tensors if tensor.is_floating_point()]
+            alike = all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in held)
+            self._alike = bool(held) and alike
         known = self.gradients or (x.node is not None and self.lowering.is_weighted(x.node))
-        return known and bool(held) and alike and not torch.is_autocast_enabled("cpu")
+        return known and self._alike and not torch.is_autocast_enabled("cpu")
 
     def _size(self, x: Standin, dim: int | None = None) -> Any:
         shape = self._shape(x)
