@@ -104,10 +104,10 @@ fn flops(graph: &Graph, node: &Node, shape: &Shape, shapes: &[Shape]) -> u64 {
         // Two for the squares, two for factor and summand.
         Op::ResponseNorm { .. } => 4 * out,
         Op::Activation { .. } | Op::Add { .. } | Op::Mul | Op::Scale { .. } | Op::Shift { .. } => out,
-        // Two products of all tokens by all tokens, and a softmax for each head.
+        // Two products of all queries by all keys, and a softmax for each head.
         Op::Attention { heads, .. } => {
-            let tokens = shape[1] as u64;
-            4 * out * tokens + 3 * shape[0] as u64 * *heads as u64 * tokens * tokens
+            let [queries, keys] = [0, 1].map(|i| shapes[*node.inputs.get(i).unwrap_or(&node.inputs[0])][1] as u64);
+            4 * out * keys + 3 * shape[0] as u64 * *heads as u64 * queries * keys
         }
         // The same in each window, and a summand per score.
         Op::WindowAttention(windows) => {

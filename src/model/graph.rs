@@ -163,11 +163,12 @@ pub enum Op {
     ChannelShuffle {
         groups: usize,
     },
-    /// `scaled_dot_product_attention` of each head, side by side again: of queries, keys and values (N, T, C), or of one
-    /// input (N, T, 3 C) that holds all three.
+    /// `scaled_dot_product_attention` of each head, side by side again: of queries (N, Q, C), keys and values (N, T, C), of
+    /// queries and one input (N, T, 2 C) that holds keys and values, or of one (N, T, 3 C) that holds all three.
     Attention {
         heads: usize,
         scale: f64,
+        rotation: Option<Rotation>,
     },
     /// Of tokens that are pixels, each with those of its window.
     WindowAttention(Windows),
@@ -182,6 +183,25 @@ pub enum Op {
     Shift {
         summand: Tensor,
     },
+}
+
+/// Of queries and keys (not values), before their product: `x * table[0] + partner(x) * table[1]` for each token and
+/// channel of a head (rotary position embedding; a sign is the table's).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rotation {
+    /// (2, T - `first`, channels of a head)
+    pub table: Tensor,
+    /// So many tokens are left as they are.
+    pub first: usize,
+    /// Channel `i` has partner `i` plus or minus half of a head's channels, else its neighbour: 0 and 1, 2 and 3, ...
+    pub half: bool,
+}
+
+impl Rotation {
+    /// The channel, among `depth` of a head, that goes with `channel`.
+    pub fn partner(&self, channel: usize, depth: usize) -> usize {
+        if self.half { (channel + depth / 2) % depth } else { channel ^ 1 }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -304,6 +324,7 @@ impl Op {
                 };
                 fill.iter().copied().chain(logit).chain(bias).collect()
             }
+            Self::Attention { rotation, .. } => rotation.iter().map(|rotation| rotation.table).collect(),
             Self::Input
             | Self::Activation { .. }
             | Self::MaxPool2d { .. }
@@ -323,7 +344,6 @@ impl Op {
             | Self::Cat { .. }
             | Self::Split { .. }
             | Self::ChannelShuffle { .. }
-            | Self::Attention { .. }
             | Self::PatchMerging => Vec::new(),
         }
     }

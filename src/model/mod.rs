@@ -6,6 +6,6 @@ mod shape;
 mod windows;
 
 pub use cost::{Cost, costs};
-pub use graph::{Activation, Dim, Graph, Node, Op, Pair, Tensor};
+pub use graph::{Activation, Dim, Graph, Node, Op, Pair, Rotation, Tensor};
 pub use shape::{Shape, shapes};
 pub use windows::{APART, Bias, Scores, Windows};

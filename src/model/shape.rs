@@ -198,21 +198,34 @@ fn output(graph: &Graph, node: &Node, known: &[Shape], input: &[usize]) -> Resul
                 _ => Err(fail(node, format!("cannot divide {out:?} into {sizes:?} along dimension {dim}"))),
             }
         }
-        Op::Attention { heads, .. } => {
+        Op::Attention { heads, rotation, .. } => {
             let shape = from(0)?;
             let parts = if node.inputs.len() == 1 { 3 } else { 1 };
             let [n, tokens, channels] = shape[..] else {
                 return Err(fail(node, format!("expects tokens (N, T, C), got shape {shape:?}")));
             };
-            if !matches!(node.inputs.len(), 1 | 3) || channels.checked_rem(parts * heads) != Some(0) {
+            if !matches!(node.inputs.len(), 1..=3) || channels.checked_rem(parts * heads) != Some(0) {
                 return Err(fail(node, format!("cannot divide {shape:?} into {heads} heads")));
             }
+            let channels = channels / parts;
+            // As many keys as there are; keys and values side by side, or each for itself.
+            let wide = if node.inputs.len() == 2 { 2 * channels } else { channels };
+            let keys = from(1).ok().and_then(|keys| keys.get(1)).copied().unwrap_or(tokens);
             for i in 1..node.inputs.len() {
-                if from(i)? != shape {
-                    return Err(fail(node, format!("expects keys and values of shape {shape:?}, got {:?}", from(i)?)));
+                if *from(i)? != [n, keys, wide] {
+                    let got = from(i)?;
+                    return Err(fail(node, format!("expects keys and values of {channels} channels, got {got:?}")));
                 }
             }
-            Ok(vec![n, tokens, channels / parts])
+            if let Some(rotation) = rotation
+                && (keys != tokens
+                    || rotation.first > tokens
+                    || graph.tensors[rotation.table][..] != [2, tokens - rotation.first, channels / heads])
+            {
+                let table = &graph.tensors[rotation.table];
+                return Err(fail(node, format!("cannot turn {tokens} queries and {keys} keys by {table:?}")));
+            }
+            Ok(vec![n, tokens, channels])
         }
         Op::WindowAttention(windows) => window_attention(graph, node, windows, from(0)?),
         Op::PatchMerging => {

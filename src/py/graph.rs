@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 
 use super::error::convert;
 use super::record::{Names, Record, choice, record};
-use crate::model::{self, Activation, Bias, Dim, Node, Op, Pair, Scores, Shape, Windows};
+use crate::model::{self, Activation, Bias, Dim, Node, Op, Pair, Rotation, Scores, Shape, Windows};
 
 /// A network as a list of operations, in the order `forward` calls them.
 #[pyclass(frozen, module = "cnnrs._cnnrs")]
@@ -211,7 +211,7 @@ const OPERATIONS: &Names<fn(&Attributes<'_, '_>) -> PyResult<Op>> = &[
     ("ChannelShuffle", |a| Ok(Op::ChannelShuffle { groups: a.get("groups")? })),
     ("Attention", |a| match a.get("heads")? {
         0 => Err(a.record.wrong("heads", "must be positive")),
-        heads => Ok(Op::Attention { heads, scale: a.get("scale")? }),
+        heads => Ok(Op::Attention { heads, scale: a.get("scale")?, rotation: rotation(a)? }),
     }),
     ("WindowAttention", |a| match a.get("heads")? {
         0 => Err(a.record.wrong("heads", "must be positive")),
@@ -252,6 +252,14 @@ const OPERATIONS: &Names<fn(&Attributes<'_, '_>) -> PyResult<Op>> = &[
 
 fn activation(a: &Attributes<'_, '_>, function: Activation) -> PyResult<Op> {
     Ok(Op::Activation { function, inplace: a.get("inplace")? })
+}
+
+/// (table, first, half)
+fn rotation(a: &Attributes<'_, '_>) -> PyResult<Option<Rotation>> {
+    match a.get::<Option<(usize, usize, bool)>>("rotation")? {
+        Some((table, ..)) if table >= a.tensors => Err(a.record.wrong("rotation", format!("no tensor {table}"))),
+        found => Ok(found.map(|(table, first, half)| Rotation { table, first, half })),
+    }
 }
 
 /// `-1`, a size, or (node, dim) for `x.size(dim)`.

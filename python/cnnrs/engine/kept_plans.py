@@ -91,8 +91,10 @@ def drop(model: nn.Module, front: Lowered | None = None) -> None:
 
 
 def _key(lowered: Lowered, exact: bool, beside: bool) -> Any:
-    tensors = [(id(t), t.data_ptr(), tuple(t.shape), t.stride(), t.dtype) for t in lowered.tensors]
-    return repr(lowered.operations), lowered.image, tensors, exact, beside, torch.get_num_threads()
+    pointers = [0 if i in lowered.folded else t.data_ptr() for i, t in enumerate(lowered.tensors)]
+    tensors = [(tuple(t.shape), t.stride(), t.dtype) for t in lowered.tensors]
+    own = lowered.identities(), pointers, tensors
+    return repr(lowered.operations), lowered.image, own, exact, beside, torch.get_num_threads()
 
 
 def _owner(model: nn.Module, lowered: Lowered) -> nn.Module | None:
@@ -102,7 +104,7 @@ def _owner(model: nn.Module, lowered: Lowered) -> nn.Module | None:
     """
     if not lowered.tensors or not all(tensor.is_contiguous() for tensor in lowered.tensors):
         return None
-    first = lowered.tensors[0]
+    first = next((tensor for index, tensor in enumerate(lowered.tensors) if index not in lowered.folded), None)
     for module in model.modules():
         if any(tensor is first for tensor in (*module._parameters.values(), *module._buffers.values())):
             return module

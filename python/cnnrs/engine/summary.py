@@ -110,7 +110,8 @@ def summary(model: nn.Module, input_shape: Sequence[int]) -> Summary:
     counted: set[int] = set()
     layers = []
     for i, indices in enumerate(lowered.graph.parameters()):
-        own = [lowered.tensors[t] for t in indices if t not in counted]
+        # What has been computed of parameters is none.
+        own = [lowered.tensors[t] for t in indices if t not in counted and t not in lowered.folded]
         counted.update(indices)
         if i > 0:  # node 0 is the input
             flops, field = costs[i]

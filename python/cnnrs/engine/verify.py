@@ -67,7 +67,7 @@ def differs(
     part, training = inputs[:most], optimizer is not None
     groups = [] if optimizer is None else optimizer.param_groups
     held = frozenset(id(p) for group in groups for p in group["params"])
-    tensors = tuple((id(tensor), tensor.requires_grad) for tensor in lowered.tensors)
+    tensors = *lowered.identities(), *(tensor.requires_grad for tensor in lowered.tensors)
     key = (engine, training, part.shape, part.dtype, part.device, held, amp, repr(lowered.operations), tensors)
     found = _CHECKED.setdefault(model, {})
     if key in found:

@@ -216,7 +216,7 @@ class Extractor:
         if self._differs(lowered, network, images):
             self._against, self._plan = ("its module computes something else",), None
             return None
-        return network if lowered.image is None else self._of_any_size(lowered.image, network)
+        return network if lowered.image is None else self._of_any_size(lowered, network)
 
     def _in_bf16(self, images: torch.Tensor) -> Network | None:
         """Engine "cpu" in bfloat16, where it can run the model; None: autocast."""
@@ -239,18 +239,20 @@ class Extractor:
                 reasons = (str(error),)
             else:
                 ours = _natively(network)
-                return ours if lowered.image is None else self._of_any_size(lowered.image, ours)
+                return ours if lowered.image is None else self._of_any_size(lowered, ours)
         if self.engine == "cpu":
             raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this model:", *reasons]))
         if self.verbose:
             print("\n".join(["preconv: precision='bf16' is PyTorch's autocast here, because", *reasons]))
         return None
 
-    def _of_any_size(self, image: tuple[int, ...], network: Network) -> Network:
+    def _of_any_size(self, lowered: Lowered, network: Network) -> Network:
         """Engine ``cpu`` for a model that looks at the size of its images: another size has operations of its own.
 
-        Which engine a size gets depends on nothing else, so that a store that goes on has the same rows.
+        Which engine a size gets depends on nothing else, so that a store that goes on has the same rows. What has been
+        computed of weights is computed again where these have been written to, as a plan follows weights that move.
         """
+        image, state = lowered.image, lowered.state()
 
         def called(images: torch.Tensor) -> torch.Tensor:
             amp = AUTOCAST.get(self.precision or "")
@@ -259,15 +261,16 @@ class Extractor:
                 return result
 
         def computed(images: torch.Tensor) -> torch.Tensor:
-            nonlocal image, network
-            if tuple(images.shape[1:]) != image:
+            nonlocal lowered, image, state, network
+            if tuple(images.shape[1:]) != image or lowered.state() != state:
                 image = tuple(images.shape[1:])
-                network = self._of_size(images) or called
+                lowered, network = self._of_size(images) or (lowered, called)
+                state = lowered.state()
             return network(images)
 
         return computed
 
-    def _of_size(self, images: torch.Tensor) -> Network | None:
+    def _of_size(self, images: torch.Tensor) -> tuple[Lowered, Network] | None:
         """Engine ``cpu`` for the size of these; None where the module must be called."""
         lowered = self._lowered(tuple(images.shape[1:]))
         obstacle = None if lowered is None else cpu_inference.obstacle(lowered, images)
@@ -281,7 +284,7 @@ class Extractor:
             return _natively(made)
         exact = self.precision == "exact"
         network = _natively(cpu_inference.network(lowered, exact=exact, beside=self.beside))
-        return None if self._differs(lowered, network, images) else network
+        return None if self._differs(lowered, network, images) else (lowered, network)
 
     def _lowered(self, image: tuple[int, ...] | None = None) -> Lowered | None:
         """The model as operations, for images of any size or of this one."""

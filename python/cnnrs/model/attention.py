@@ -2,7 +2,8 @@
 
 ``qkv.reshape(n, t, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)``, ``scaled_dot_product_attention`` or its two
 products and the softmax in between, ``transpose(1, 2).reshape(n, t, c)``. What lies in between is no value of the
-graph: here is what each step has made of the channels of a value (N, T, C).
+graph: here is what each step has made of the channels of a value (N, T, C). Queries and keys may be turned in between
+(:mod:`~cnnrs.model.rotation`), and there may be fewer queries than keys.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cnnrs.model import rotation
 from cnnrs.model.operations import Unsupported
+from cnnrs.model.rotation import Mixed, Rotation
 
 #: Of samples, tokens, parts (queries, keys and values), heads and the channels of a head; of keys behind a product.
 Axes = tuple[str, ...]
@@ -35,6 +39,7 @@ class Heads:
         factor: what it has been multiplied by.
         of: of scores and weights, queries and keys with the numbers of their nodes.
         weights: whether they have been through softmax.
+        rotation: how queries or keys have been turned.
     """
 
     axes: Axes
@@ -46,6 +51,14 @@ class Heads:
     factor: float = 1.0
     of: tuple[tuple[int, Heads], tuple[int, Heads]] | None = None
     weights: bool = False
+    rotation: Rotation | None = None
+
+    @property
+    def sizes(self) -> list[int | None]:
+        """Of the dimensions; None for that of the batch."""
+        keys = self.tokens if self.of is None else self.of[1][1].tokens
+        known = {"n": None, "t": self.tokens, "p": self.parts, "h": self.heads, "d": self.depth, "k": keys}
+        return [known[axis] for axis in self.axes]
 
 
 @dataclass(frozen=True)
@@ -55,11 +68,14 @@ class Attention:
     nodes: list[int]
     heads: int
     scale: float
+    rotation: Rotation | None
     result: Heads
 
 
 #: A value: the node that it is taken from, and what has become of it.
 Value = tuple[int, Heads]
+#: The same, where its channels may have been taken apart.
+Taken = tuple[int, Heads | Mixed]
 #: Of scores, and of weights.
 _SCORES: Axes = ("n", "h", "t", "k")
 
@@ -86,7 +102,7 @@ def divided(shape: Sequence[int | None], dims: Sequence[Any]) -> Heads | None:
     return Heads(axes, shape[1], parts, heads, depth)
 
 
-def step(target: Any, name: str, args: list[Any], kwargs: dict[str, Any], of: Callable[[Any], Value | None]) -> Any:
+def step(target: Any, name: str, args: list[Any], kwargs: dict[str, Any], of: Callable[[Any], Taken | None]) -> Any:
     """What a call makes of heads.
 
     Args:
@@ -102,21 +118,49 @@ def step(target: Any, name: str, args: list[Any], kwargs: dict[str, Any], of: Ca
     Raises:
         Unsupported: the call has no counterpart.
     """
-    found = of(args[0]) if args else None
-    if target is F.scaled_dot_product_attention:
-        return _fused(of, *args, **kwargs)
-    if found is None:
-        raise Unsupported(_NONE)
-    make = _STEPS.get(name)
-    if make is None:
-        raise Unsupported(_NONE)
+    first = of(args[0]) if args else None
+    if first is not None and name in _CONVERSIONS:
+        return _converted(first, of, *args[1:], **kwargs)
+    if first is not None and name == "contiguous":
+        return first
     try:
-        return make(found, of, *args[1:], **kwargs)
+        is_scores = first is not None and isinstance(first[1], Heads) and first[1].of is not None
+        if not is_scores and rotation.takes(name, first is not None and isinstance(first[1], Mixed), args, kwargs):
+            return rotation.step(name, lambda argument: _mixed(of(argument)), args, kwargs)
+        if target is F.scaled_dot_product_attention:
+            return _fused(lambda argument: _settled(of(argument)), *args, **kwargs)
+        make = _STEPS.get(name)
+        if first is None or make is None:
+            raise Unsupported(_NONE)
+        return make(_settled(first), lambda argument: _settled(of(argument)), *args[1:], **kwargs)
     except TypeError as error:
         raise Unsupported(f"its arguments have no counterpart: {error}") from error
 
 
+def _mixed(value: Taken | None) -> Mixed | None:
+    if value is None:
+        return None
+    node, heads = value
+    return heads if isinstance(heads, Mixed) else rotation.begun(node, heads)
+
+
+def _settled(value: Taken | None) -> Value | None:
+    if value is None:
+        return None
+    node, heads = value
+    return node, rotation.settled(heads) if isinstance(heads, Mixed) else heads
+
+
+def _converted(value: Taken, of: Callable[[Any], Taken | None], *args: Any, **kwargs: Any) -> Taken:
+    """To the type that it has: values are float32 wherever engine ``cpu`` computes them."""
+    given = [*args, *kwargs.values()]
+    if any(argument not in (torch.float32, torch.device("cpu")) and of(argument) is None for argument in given):
+        raise Unsupported("makes another type of the heads of an attention")
+    return value
+
+
 _NONE = "is applied to the heads of an attention, which has no counterpart yet"
+_CONVERSIONS = ("to", "type", "type_as", "float")
 
 
 def _fused(
@@ -134,18 +178,25 @@ def _fused(
 def _attention(q: Value, k: Value, v: Value, scale: float) -> Attention:
     if any(one.axes != ("n", "h", "t", "d") or one.of is not None for _, one in (q, k, v)) or v[1].factor != 1.0:
         raise Unsupported("reads heads in another order than (N, heads, T, channels)")
-    sizes = {(one.tokens, one.parts, one.heads, one.depth) for _, one in (q, k, v)}
-    if len(sizes) > 1:
+    sizes = {(one.heads, one.depth) for _, one in (q, k, v)}
+    if len(sizes) > 1 or k[1].tokens != v[1].tokens:
         raise Unsupported("reads queries, keys and values of different sizes")
     nodes = [node for node, _ in (q, k, v)]
-    parts = [one.part for _, one in (q, k, v)]
-    if q[1].parts == 3 and parts == [0, 1, 2] and len(set(nodes)) == 1:
+    parts = [(one.parts, one.part if one.parts > 1 else None) for _, one in (q, k, v)]
+    if parts == [(3, 0), (3, 1), (3, 2)] and len(set(nodes)) == 1:
         nodes = nodes[:1]
-    elif q[1].parts != 1:
+    elif parts == [(1, None), (2, 0), (2, 1)] and nodes[1] == nodes[2]:
+        nodes = nodes[:2]
+    elif parts != [(1, None)] * 3:
         raise Unsupported("reads queries, keys and values in another order")
+    turn = q[1].rotation
+    if v[1].rotation is not None:
+        raise Unsupported("turns values, too")
+    if (turn is not None or k[1].rotation is not None) and (turn is None or not turn.is_same(k[1].rotation)):
+        raise Unsupported("turns queries otherwise than keys")
     scale *= q[1].factor * k[1].factor
-    result = replace(q[1], parts=1, part=None, factor=1.0)
-    return Attention(nodes, q[1].heads, scale, result)
+    result = replace(q[1], parts=1, part=None, factor=1.0, rotation=None)
+    return Attention(nodes, q[1].heads, scale, turn, result)
 
 
 def _ordered(found: Value, order: Sequence[int]) -> Value:
@@ -211,7 +262,7 @@ def _product(found: Value, of: Callable[[Any], Value | None], other: Any) -> Val
     if second[1].axes != ("n", "h", "d", "t") or second[1].of is not None:
         raise Unsupported("multiplies heads in another order than (N, heads, channels, T)")
     keys = _transpose(second, of, -1, -2)
-    return node, replace(heads, axes=_SCORES, factor=1.0, of=((node, heads), keys))
+    return node, replace(heads, axes=_SCORES, factor=1.0, of=((node, heads), keys), rotation=None)
 
 
 def _softmax(found: Value, _: Any, dim: int, dtype: Any = None, _stacklevel: int = 3) -> Value:
@@ -225,6 +276,8 @@ def _merged(found: Value, sizes: Sequence[Any]) -> int:
     node, heads = found
     if heads.axes != ("n", "t", "h", "d") or heads.parts != 1 or heads.factor != 1.0 or heads.of is not None:
         raise Unsupported("puts heads together in another order")
+    if heads.rotation is not None:
+        raise Unsupported("puts heads together that have been turned")
     channels = heads.heads * heads.depth
     known = len(sizes) == 3 and sizes[1] in (heads.tokens, -1) and sizes[2] in (channels, -1)
     if not known or list(sizes).count(-1) > 1 or (type(sizes[0]) is int and sizes[0] != -1):
@@ -244,21 +297,17 @@ def _flatten(found: Value, _: Any, start_dim: int = 0, end_dim: int = -1) -> int
     return _merged(found, (-1, found[1].tokens, found[1].heads * found[1].depth))
 
 
-def _same(found: Value, _: Any) -> Value:
-    return found
-
-
 _STEPS: dict[str, Callable[..., Any]] = {
     "permute": _permute, "transpose": _transpose, "swapaxes": _transpose, "unbind": _unbind, "__getitem__": _item,
     "mul": _scaled, "div": _divided_by, "true_divide": _divided_by, "__truediv__": _divided_by, "matmul": _product,
-    "softmax": _softmax, "reshape": _reshape, "view": _reshape, "flatten": _flatten, "contiguous": _same,
+    "softmax": _softmax, "reshape": _reshape, "view": _reshape, "flatten": _flatten,
 }  # fmt: skip
 
 # -- nn.MultiheadAttention -----------------------------------------------------------------------------------
 
 
 def check_layer(module: nn.MultiheadAttention, given: dict[str, Any]) -> None:
-    """Whether a call of the layer is that of tokens to themselves, all to all, without weights as a second result.
+    """Whether a call of the layer is that of tokens to themselves, all to all.
 
     Raises:
         Unsupported: it is not.
@@ -267,8 +316,6 @@ def check_layer(module: nn.MultiheadAttention, given: dict[str, Any]) -> None:
         raise Unsupported("is called with keys and values that are not the queries")
     if given["key_padding_mask"] is not None or given["attn_mask"] is not None or given["is_causal"]:
         raise Unsupported("is called with a mask")
-    if given["need_weights"]:
-        raise Unsupported("returns its weights, too: need_weights=True")
     if not module.batch_first:
         raise Unsupported("has the batch as its second dimension: batch_first=False")
     if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:

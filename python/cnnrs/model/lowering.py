@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ class Lowered:
         operations: (name, kind, inputs, attributes) of each node, as given to the graph.
         output: the node whose value is the model's.
         image: the shape of the samples, without the batch, for which alone the operations are the model's; None: any.
+        folded: which of the tensors are no parameters or buffers, but computed of them as they were.
+        sources: what these have been computed of.
     """
 
     graph: _cnnrs.Graph
@@ -49,6 +52,24 @@ class Lowered:
     operations: list[Node]
     output: int
     image: tuple[int, ...] | None = None
+    folded: frozenset[int] = frozenset()
+    sources: tuple[torch.Tensor, ...] = ()
+
+    def identities(self) -> list[Any]:
+        """What tells these tensors from others: the objects; of folded ones, which are new each time, the numbers."""
+        return [
+            (tuple(tensor.shape), _digest(tensor)) if index in self.folded else id(tensor)
+            for index, tensor in enumerate(self.tensors)
+        ]
+
+    def state(self) -> list[Any]:
+        """Equal as long as what the folded tensors have been computed of has not been written to, or moved."""
+        dense = [tensor for tensor in self.sources if tensor.layout is torch.strided]
+        return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in dense]
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    return blake2b(tensor.cpu().numpy().tobytes(), digest_size=16).digest()
 
 
 def lower(model: nn.Module, gradients: bool = True, image: Sequence[int] | None = None) -> Lowered:
@@ -149,7 +170,10 @@ class _Lowering(Windowed, Images):
             raise Unsupported(f"an argument makes no sense: {error}") from error
         kinds = [_kind(kind, attributes) for _, kind, _, attributes in self.nodes]
         names = [node[0] for node in self.nodes]
-        return Lowered(graph, self.tensors, names, kinds, self.nodes, node, self.image)
+        sources = tuple(self._recorder.sources.values()) if self._folded else ()
+        return Lowered(
+            graph, self.tensors, names, kinds, self.nodes, node, self.image, frozenset(self._folded), sources
+        )
 
     def _attempt(self, where: str, make: Callable[[], Any]) -> Any:
         """What ``make`` returns; None, with the reason kept, where there is no counterpart."""
@@ -182,7 +206,9 @@ class _Lowering(Windowed, Images):
 
     def _layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if type(module) is nn.MultiheadAttention and self.image is not None:
-            return self._multihead(name, module, args), None
+            return self._multihead(name, module, args)
+        if type(module) in (nn.TransformerEncoderLayer, nn.TransformerEncoder) and self.image is not None:
+            return self._encoder(name, module, args)
         if self.image is not None and is_windowed(module):
             return self._windowed(name, module, args)
         if is_stochastic_depth(module):
@@ -204,6 +230,8 @@ class _Lowering(Windowed, Images):
         kind, attributes = LAYERS[type(module)]
         if x.heads is not None and isinstance(module, nn.Dropout) and not (module.training and module.p > 0.0):
             return x
+        if isinstance(module, nn.Linear) and (folded := self._of_constant(name, x, module)) is not None:
+            return folded
         made = self._apply(name, kind, [x], self._described(attributes, module, self._tensor_index))
         if kind == "BatchNorm2d" and made.node is not None:
             # The layer, not the function, refuses everything else.
@@ -239,8 +267,9 @@ class _Lowering(Windowed, Images):
         normed = self._normed(name, args, kwargs)
         if normed is not None:
             return normed
-        if any(isinstance(value, Standin) and value.node is None for value in values((args, kwargs))):
-            raise Unsupported  # The reason has been given where the value is made.
+        nothing = [value for value in values((args, kwargs)) if isinstance(value, Standin) and value.node is None]
+        if nothing:
+            raise Unsupported(nothing[0].reason)
         if target in WEIGHTED:
             return self._weighted(target, name, args, kwargs)
         if target in BINARY and len(args) == 2 and not kwargs:
@@ -249,7 +278,7 @@ class _Lowering(Windowed, Images):
             numbered = self._numbered(kind, args, attributes["inplace"])
             if numbered is not None:
                 return numbered
-            own = [self._own_name(a) is not None for a in args]
+            own = [self._is_constant(a) for a in args]
             if kind == "Mul" and any(own) and not attributes["inplace"]:
                 return self._scale(name, args, first=own[0])
             if kind == "Add" and any(own) and not attributes["inplace"] and self.image is not None:
@@ -271,8 +300,9 @@ class _Lowering(Windowed, Images):
         if target == "contiguous" and not args and not kwargs:
             return self._contiguous(x)
         if target in ("chunk", torch.chunk, "split", torch.split):
-            sizes = self._described(_chunks if name == "chunk" else _parts, self._channels_of(x), *args, **kwargs)
-            one: list[Attributes] = [{"dim": 1, "sizes": sizes, "part": part} for part in range(len(sizes))]
+            dim, channels = self._divided_dim(x)
+            sizes = self._described(_chunks if name == "chunk" else _parts, dim, channels, *args, **kwargs)
+            one: list[Attributes] = [{"dim": dim, "sizes": sizes, "part": part} for part in range(len(sizes))]
             return tuple(self._apply(self._unique(name), "Split", [x], part) for part in one)
         if target == "__getitem__" and self.image is not None and len(args) == 1:
             return self._item(x, args[0])
@@ -322,12 +352,15 @@ class _Lowering(Windowed, Images):
             raise Unsupported(COPIES)
         return made
 
-    def _channels_of(self, x: Standin) -> int:
+    def _divided_dim(self, x: Standin) -> tuple[int, int]:
+        """The dimension of the channels, of images or of tokens (N, T, C), and how many they are."""
         shape = self.shape(self._read(x))
+        if shape is not None and len(shape) == 3 and shape[2] is not None:
+            return 2, shape[2]
         channels = shape[1] if shape is not None and len(shape) == 4 else self._sizes.channels(self._read(x))
         if channels is None:
             raise Unsupported("divides a value whose number of channels is not known for every batch")
-        return channels
+        return 1, channels
 
     @staticmethod
     def _described(describe: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -342,10 +375,10 @@ class _Lowering(Windowed, Images):
         holders: list[str] = []
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, torch.Tensor):
-                own = self._own_name(argument)
-                if own is None:
+                if not self._is_constant(argument):
                     raise Unsupported("a weight is computed, not a parameter or buffer")
-                holders.append(own.rpartition(".")[0])
+                if (own := self._own_name(argument)) is not None:
+                    holders.append(own.rpartition(".")[0])
         kind, describe = WEIGHTED[target]
         attributes = self._described(describe, self._tensor_index, *args, **kwargs)
         return self._apply((holders[0] if holders else "") or self._unique(name), kind, [x], attributes)
@@ -359,16 +392,18 @@ class _Lowering(Windowed, Images):
         return self._apply(name, "Scale", [x], {"factor": self._tensor_index(factor), "first": first})
 
 
-def _chunks(channels: int, chunks: int, dim: int = 0) -> list[int]:
+def _chunks(own: int, channels: int, chunks: int, dim: int = 0) -> list[int]:
     """The sizes of the parts that ``torch.chunk`` makes of channels."""
     if type(chunks) is not int or chunks < 1:
         raise Unsupported(f"divides into {chunks!r} parts")
-    return _parts(channels, -(-channels // chunks), dim)
+    return _parts(own, channels, -(-channels // chunks), dim)
 
 
-def _parts(channels: int, split_size_or_sections: Any = None, dim: int = 0, split_size: Any = None) -> list[int]:
-    """Those that ``torch.split`` makes, whose argument has another name as a method."""
-    if dim not in (1, -3):
+def _parts(
+    own: int, channels: int, split_size_or_sections: Any = None, dim: int = 0, split_size: Any = None
+) -> list[int]:
+    """Those that ``torch.split`` makes, whose argument has another name as a method; ``own``: of the channels."""
+    if dim not in ((1, -3) if own == 1 else (2, -1)):
         raise Unsupported("divides another dimension than the channels")
     each = split_size if split_size_or_sections is None else split_size_or_sections
     if type(each) is int and each > 0:

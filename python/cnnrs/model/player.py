@@ -129,6 +129,10 @@ class _Operation:
         index = self.attributes[name]
         return None if index is None else self._tensors[index]
 
+    def table(self, index: int) -> torch.Tensor:
+        """One by its place."""
+        return self._tensors[index]
+
     def weight(self, name: str = "weight") -> torch.Tensor:
         """A parameter that must be there."""
         return self._tensors[self.attributes[name]]
@@ -228,9 +232,14 @@ def _channel_shuffle(o: _Operation) -> torch.Tensor:
 
 
 def _attention(o: _Operation) -> torch.Tensor:
-    parts = o.values if len(o.values) == 3 else o.x.chunk(3, -1)
+    # Queries, keys and values; keys and values side by side, or all three.
+    parts = o.x.chunk(3, -1) if len(o.values) == 1 else [o.x, *o.values[1:]]
+    if len(parts) == 2:
+        parts = [o.x, *parts[1].chunk(2, -1)]
     n, t, c = parts[0].shape
-    q, k, v = (part.view(n, t, o["heads"], -1).transpose(1, 2) for part in parts)
+    q, k, v = (part.reshape(n, part.shape[1], o["heads"], -1).transpose(1, 2) for part in parts)
+    if o["rotation"] is not None:
+        q, k = (_turned(o, x) for x in (q, k))
     return F.scaled_dot_product_attention(q, k, v, scale=o["scale"]).transpose(1, 2).reshape(n, t, c)
 
 
@@ -282,6 +291,14 @@ def _distance_bias(o: _Operation) -> torch.Tensor:
 def _patch_merging(o: _Operation) -> torch.Tensor:
     x = F.pad(o.x, (0, 0, 0, o.x.shape[2] % 2, 0, o.x.shape[1] % 2))
     return torch.cat([x[:, y::2, z::2] for z in (0, 1) for y in (0, 1)], -1)
+
+
+def _turned(o: _Operation, x: torch.Tensor) -> torch.Tensor:
+    index, first, half = o["rotation"]
+    (factors, others), late = o.table(index), x[:, :, first:]
+    channels = torch.arange(x.shape[-1], device=x.device)
+    partner = late[..., (channels + x.shape[-1] // 2) % x.shape[-1] if half else channels ^ 1]
+    return torch.cat([x[:, :, :first], late * factors + partner * others], dim=2)
 
 
 def _add(o: _Operation) -> torch.Tensor:

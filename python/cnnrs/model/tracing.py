@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from cnnrs.model.attention import Heads
 from cnnrs.model.operations import Unsupported
+from cnnrs.model.rotation import Mixed
 from cnnrs.model.shapes import Shape, Size, Sizes
 from cnnrs.model.surroundings import Contexts, Surroundings, unwatched
 
@@ -59,6 +60,7 @@ class Standin(torch.Tensor):
         copied: it is the node's value in another order of memory, which only some operations behind it may see.
         spread: the sizes to which the node's value has been expanded.
         heads: what has become of the node's value on its way to an attention, or from one; None: it is that value.
+        reason: where there is no node, why, if that is to be said only where somebody reads the value.
     """
 
     recorder: Recorder
@@ -67,7 +69,8 @@ class Standin(torch.Tensor):
     version: int
     copied = False
     spread: list[int | None] | None = None
-    heads: Heads | None = None
+    heads: Heads | Mixed | None = None
+    reason = ""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -115,6 +118,9 @@ class Lowering(Protocol):
     def shape(self, node: int) -> list[int | None] | None:
         """All sizes, None for those that the batch decides; None where samples may have any size."""
 
+    def is_weighted(self, node: int) -> bool:
+        """Whether a value, of samples of a known size, comes from a layer that takes its weights' type only."""
+
 
 class _Unknowing:
     """Who asks nothing of sizes."""
@@ -129,6 +135,10 @@ class _Unknowing:
     def shape(self, node: int) -> list[int | None] | None:
         """Not known."""
         return None
+
+    def is_weighted(self, node: int) -> bool:
+        """Not known."""
+        return False
 
 
 #: Arguments that run nobody's code when they are read.
@@ -150,7 +160,6 @@ _QUESTIONS = frozenset({
 })  # fmt: skip
 
 
-_HEADS = "forward asks for sizes of the heads of an attention"
 #: The arguments of ``nn.MultiheadAttention``, in order.
 MULTIHEAD = (
     "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal",
@@ -180,6 +189,11 @@ class Recorder(TorchFunctionMode):
         self.lowering = lowering
         self.gradients = gradients
         self.reasons: list[str] = []
+        #: Tensors that have been computed without the argument, by id, and those of which they have been.
+        self._computed: dict[int, torch.Tensor] = {}
+        self.sources: dict[int, torch.Tensor] = {}
+        #: Whether all tensors of the model are of one type, once somebody has asked.
+        self._alike: bool | None = None
 
     def run(self) -> Any:
         """What ``model`` returns; anything it raises has become a reason."""
@@ -259,10 +273,8 @@ class Recorder(TorchFunctionMode):
             return self._size(args[0], *args[1:], **kwargs)
         if name == "__bool__" or name in _LEAVES:
             raise self.stop(f"forward reads the value of a tensor ({name}), by which it may decide")
-        if any(isinstance(value, Standin) and value.heads is not None for value in found) and name == "size":
-            raise self.stop(_HEADS)
-        if name in ("dim", "ndimension") and isinstance(args[0], Standin) and args[0].heads is None:
-            shape = None if args[0].node is None else self.lowering.shape(args[0].node)
+        if name in ("dim", "ndimension") and isinstance(args[0], Standin):
+            shape = self._shape(args[0])
             if shape is not None:
                 return len(shape)
         if name in _QUESTIONS:
@@ -282,34 +294,57 @@ class Recorder(TorchFunctionMode):
                 raise self.stop(f"forward changes a tensor in place ({name}), once per call")
         if name in _LEAVES and any(isinstance(value, torch.Tensor) for value in args):
             raise self.stop(f"forward reads the value of a tensor ({name}), which may be another one at the next batch")
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self.made(result, args, kwargs)
+        return result
+
+    def made(self, result: Any, *of: Any) -> None:
+        """Tensors that have been computed of others, none of which depends on the argument."""
+        tensors = [value for value in values(result) if isinstance(value, torch.Tensor)]
+        for value in values(of) if tensors else ():
+            if isinstance(value, torch.Tensor) and id(value) not in self._computed:
+                self.sources[id(value)] = value
+        self._computed |= {id(tensor): tensor for tensor in tensors}
+
+    def has_made(self, value: Any) -> bool:
+        """Whether that is such a tensor."""
+        return id(value) in self._computed
 
     def _attribute(self, name: str, x: Standin) -> Any:
-        if x.heads is not None:
-            raise self.stop(_HEADS)
         if name == "shape":
             return self._size(x)
-        if name == "ndim" and x.node is not None and (shape := self.lowering.shape(x.node)) is not None:
+        if name == "ndim" and (shape := self._shape(x)) is not None:
             return len(shape)
-        if name in ("dtype", "device") and self._is_float32():
+        if name in ("dtype", "device") and self._is_float32(x):
             return torch.float32 if name == "dtype" else torch.device("cpu")
         raise self.stop(f"forward asks for the {name} of a tensor, which the graph does not keep")
 
-    def _is_float32(self) -> bool:
+    def _shape(self, x: Standin) -> list[int | None] | None:
+        if x.heads is not None:
+            return x.heads.sizes
+        return None if x.node is None else self.lowering.shape(x.node)
+
+    def _is_float32(self, x: Standin) -> bool:
         """Whether every value of a training is: no operation of the graph makes another type of float32 weights.
 
-        A batch of another type they do not take.
+        A batch of another type they do not take. Without gradients there may be no weights in front of a value.
         """
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        held = [tensor for tensor in tensors if tensor.is_floating_point()]
-        alike = all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in held)
-        return self.gradients and bool(held) and alike and not torch.is_autocast_enabled("cpu")
+        if self._alike is None:
+            tensors = [*self.model.parameters(), *self.model.buffers()]
+            held = [tensor for tensor in tensors if tensor.is_floating_point()]
+            alike = all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in held)
+            self._alike = bool(held) and alike
+        known = self.gradients or (x.node is not None and self.lowering.is_weighted(x.node))
+        return known and self._alike and not torch.is_autocast_enabled("cpu")
 
     def _size(self, x: Standin, dim: int | None = None) -> Any:
-        shape = None if x.node is None else self.lowering.shape(x.node)
+        shape = self._shape(x)
         if shape is None:
             return Shape(self, x.node) if dim is None else self.size(x.node, dim)
-        sizes = [Size(self, x.node, at) if size is None else size for at, size in enumerate(shape)]
+        # Of heads it is the batch's, wherever that dimension is now.
+        sizes = [
+            Size(self, x.node, at if x.heads is None else 0) if size is None else size for at, size in enumerate(shape)
+        ]
         return Sizes.of(self, sizes) if dim is None else sizes[dim]
 
     def size(self, node: int | None, dim: int) -> Size | int:

@@ -44,6 +44,8 @@ class Values:
         self._names: Counter[str] = Counter()
         #: Where a tensor is among those, by its id.
         self._places: dict[int, int] = {}
+        #: Which of those have been computed of others.
+        self._folded: list[int] = []
         self._sizes = Sizes(image)
 
     # -- sizes
@@ -59,6 +61,14 @@ class Values:
 
     def shape(self, node: int) -> list[int | None] | None:
         return self._sizes.shape(node, self.nodes, self.tensors)
+
+    def is_weighted(self, node: int) -> bool:
+        while self.image is not None and node > 0:
+            _, kind, sources, _ = self.nodes[node]
+            if kind in ("Conv2d", "Linear"):
+                return True
+            node = sources[0]
+        return False
 
     def _rank(self, x: Standin) -> int | None:
         shape = self.shape(self._read(x))
@@ -135,7 +145,7 @@ class Values:
 
     def _read(self, x: Standin) -> int:
         if x.node is None:
-            raise Unsupported  # The reason has been given where the value is made.
+            raise Unsupported(x.reason)
         if x.copied:
             raise Unsupported(COPIES)
         if x.spread is not None:
@@ -177,11 +187,31 @@ class Values:
             return None
         if isinstance(tensor, Standin):
             raise Unsupported("a weight is computed, not a parameter or buffer")
+        if self._own_name(tensor) is None and self._is_constant(tensor):
+            return self._folded_index(tensor)
         tensor = self._own.of(tensor)
         index = self._places.setdefault(id(tensor), len(self.tensors))
         if index == len(self.tensors):
             self.tensors.append(tensor)
         return index
+
+    def _is_constant(self, argument: Any) -> bool:
+        """Whether it is a parameter or buffer, or what ``forward`` has computed of such and of sizes of images."""
+        if self._own_name(argument) is not None:
+            return True
+        computed = self.image is not None and self._recorder.has_made(argument)
+        return computed and argument.dtype is torch.float32 and argument.layout is torch.strided
+
+    def _folded_index(self, tensor: torch.Tensor) -> int:
+        """Of a copy: it may share memory with a parameter. Equal ones, in every block of a network, are one."""
+        copy = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+        for index in self._folded:
+            known = self.tensors[index]
+            if known.shape == copy.shape and known.device == copy.device and torch.equal(known, copy):
+                return index
+        self.tensors.append(copy)
+        self._folded.append(len(self.tensors) - 1)
+        return self._folded[-1]
 
     def _unique(self, name: str) -> str:
         name = name.strip("_")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 import pytest
@@ -88,12 +89,7 @@ def remember(self: Any, x: torch.Tensor) -> torch.Tensor:
     ("model", "reason"),
     [
         (Calls(lambda self, x: x + self.weight), r"add\(\): parameter weight is used outside a layer"),
-        (Calls(lambda self, x: x * (self.weight * 2)), r"mul\(\): a tensor that is neither parameter nor buffer"),
         (Calls(lambda self, x: self.conv.weight * self.weight), "forward does not return one tensor"),
-        (
-            Calls(lambda self, x: F.conv2d(x, self.conv.weight * 2)),
-            r"conv2d\(\): a weight is computed, not a parameter",
-        ),
         (Calls(lambda self, x: F.conv2d(x, self.weight)), "expects a weight of 4 dimensions, got shape"),
         (Calls(lambda self, x: F.pad(x, (1, 1), value=2.0)), r"pad\(\): pads with mode='constant', value=2.0, not"),
         (Calls(lambda self, x: F.pad(x, (1, 1), "reflect")), "pads with mode='reflect'"),
@@ -118,11 +114,27 @@ def remember(self: Any, x: torch.Tensor) -> torch.Tensor:
 )
 @pytest.mark.parametrize("engine", ["cpu", "torch"])
 def test_what_cannot_be_lowered_is_named(model: nn.Module, reason: str, engine: Any) -> None:
-    import re
-
     assert re.search(reason, reasons(model)), reasons(model)
     with pytest.raises(cnnrs.UnsupportedModelError, match=f"engine '{engine}' cannot run this model"):
         cnnrs.preconv([(torch.zeros(1, 1, 8, 8), torch.zeros(1))], model, engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Calls(lambda self, x: x * (self.weight * 2)), r"mul\(\): a tensor that is neither parameter nor buffer"),
+        (
+            Calls(lambda self, x: F.conv2d(x, self.conv.weight * 2)),
+            r"conv2d\(\): a weight is computed, not a parameter",
+        ),
+    ],
+)
+def test_what_is_computed_of_weights_is_frozen_with_them(model: nn.Module, reason: str) -> None:
+    assert re.search(reason, reasons(model)), reasons(model)
+    images = torch.randn(2, 1, 8, 8)
+    features, _ = cnnrs.preconv([(images, torch.zeros(2))], model, engine="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(features, model(images))
 
 
 def test_hooks_keep_firing() -> None:

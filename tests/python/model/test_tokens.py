@@ -55,6 +55,12 @@ def with_a_scale(a: Attention, x: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=0.7).transpose(1, 2).reshape(n, t, c)
 
 
+def sizes_of_heads(a: Attention, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = a.qkv(x).reshape(x.shape[0], x.shape[1], 3, 2, 32).permute(2, 0, 3, 1, 4).unbind(0)
+    scale = q.shape[-1] / (q.size(1) * q.ndim * k.dim() * 8)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     """Of 64 channels in heads of 32."""
 
@@ -133,7 +139,7 @@ def error(features: torch.Tensor, model: nn.Module, images: torch.Tensor) -> flo
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "torchvision": small,
     **{attend.__name__: lambda attend=attend: Transformer(attend)  # type: ignore[misc]
-       for attend in (fused, by_its_products, scores_divided, with_a_scale)},
+       for attend in (fused, by_its_products, scores_divided, with_a_scale, sizes_of_heads)},
     **{result.__name__: lambda result=result: Transformer(result=result, late=False)  # type: ignore[misc]
        for result in (last, mean, everything)},
 }  # fmt: skip
@@ -270,11 +276,6 @@ def values_scaled(a: Attention, x: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v * 2.0).transpose(1, 2).flatten(2)
 
 
-def sizes_of_heads(a: Attention, x: torch.Tensor) -> torch.Tensor:
-    q, k, v = a.qkv(x).reshape(x.shape[0], x.shape[1], 3, 2, 32).permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v, scale=float(q.shape[-1])).transpose(1, 2).flatten(2)
-
-
 def heads_added(a: Attention, x: torch.Tensor) -> torch.Tensor:
     q, k, v = a.qkv(x).reshape(x.shape[0], x.shape[1], 3, 2, 32).permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q, k + q, v).transpose(1, 2).flatten(2)
@@ -289,7 +290,7 @@ def weights_changed(a: Attention, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("attend", [
     masked, exchanged, heads_first, not_put_back, over_tokens, without_softmax, along_queries, values_scaled,
-    sizes_of_heads, heads_added, weights_changed,
+    heads_added, weights_changed,
 ])  # fmt: skip
 def test_other_attentions_are_called(attend: Attend) -> None:
     model, images = Transformer(attend).eval(), torch.randn(2, *IMAGE)
@@ -316,8 +317,10 @@ class Multihead(nn.Module):
 
 
 CALLS: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], dict[str, Any], str]] = {
-    "weights": (lambda a, x: a(x, x, x)[0], {}, "need_weights=True"),
-    "average": (lambda a, x: a(x, x, x, None, True)[0], {}, "need_weights=True"),
+    "weights": (lambda a, x: a(x, x, x)[1] @ x, {}, "reads the weights of an attention"),
+    "returned": (lambda a, x: a(x, x, x)[1], {}, "reads the weights of an attention"),
+    "both": (lambda a, x: a(x, x, x), {}, "does not return one tensor"),
+    "looked": (lambda a, x: a(x, x, x, None, True)[1].ndim * x, {}, "asks for the ndim"),
     "others": (lambda a, x: a(x, x + x, x, need_weights=False)[0], {}, "are not the queries"),
     "named": (lambda a, x: a(query=x, value=x + x, key=x, need_weights=False)[0], {}, "are not the queries"),
     "mask": (lambda a, x: a(x, x, x, need_weights=False, attn_mask=torch.ones(12, 12).tril() > 0)[0], {}, "a mask"),
@@ -336,11 +339,12 @@ def test_other_calls_of_torchs_attention(name: str) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_torchs_attention_without_bias_and_by_name(bias: bool) -> None:
-    model = Multihead(lambda a, x: a(value=x, key=x, query=x, need_weights=False)[0], bias=bias)
     images = torch.randn(2, *IMAGE)
-    features, _ = cnnrs.preconv(loader(images), model.eval(), engine="cpu")
-    with torch.no_grad():
-        torch.testing.assert_close(features, model(images))
+    for need_weights in ({}, {"need_weights": False}):
+        model = Multihead(lambda a, x, how=need_weights: a(value=x, key=x, query=x, **how)[0], bias=bias)
+        features, _ = cnnrs.preconv(loader(images), model.eval(), engine="cpu")
+        with torch.no_grad():
+            torch.testing.assert_close(features, model(images))
 
 
 class Repeats(nn.Module):
@@ -361,7 +365,7 @@ class Repeats(nn.Module):
     lambda token, x: token.expand(2, -1, -1),
     lambda token, x: token.repeat(x.shape[0], 1, 1),
     lambda token, x: token.expand(x.shape[0], -1, -1).mul_(2.0),
-    lambda token, x: (token + 1.0).expand(x.shape[0], -1, -1),
+    lambda token, x: (token + torch.rand(1)).expand(x.shape[0], -1, -1),
 ])  # fmt: skip
 def test_tokens_that_are_no_parameter_per_sample(make: Callable[[nn.Parameter, torch.Tensor], torch.Tensor]) -> None:
     with pytest.raises(Unsupported):

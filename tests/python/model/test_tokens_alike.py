@@ -95,7 +95,7 @@ def test_positions_of_every_image_are_refused() -> None:
 
 def test_reasons_are_those_for_the_size_of_the_images() -> None:
     def weights(m: Alike, x: torch.Tensor) -> Any:
-        return m.attention(x, x, x)[0]
+        return m.attention(x, x, x, attn_mask=torch.ones(16, 16).tril() > 0)[0]
 
     why = cnnrs.explain(Alike(weights).eval(), (2, *IMAGE))
-    assert why.preconv_reasons == ("attention (MultiheadAttention): returns its weights, too: need_weights=True",)
+    assert why.preconv_reasons == ("attention (MultiheadAttention): is called with a mask",)

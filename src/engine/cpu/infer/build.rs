@@ -8,7 +8,7 @@ use super::method::{Exact, Method, window};
 use super::places::Picked;
 use super::quantization::{self, Form, Quantization};
 use super::steps::{
-    self, Binary, Block, Cat, Conv, Depthwise, Direct, Grouped, ImageNorm, LayerNorm, Load, Over, Packing, Pad,
+    self, Binary, Block, Cat, Conv, Depthwise, Direct, Gate, Grouped, ImageNorm, LayerNorm, Load, Over, Packing, Pad,
     PatchMerging, Pick, Pointwise, Pool, Relayout, Small, Softmax, Step, Upsample,
 };
 use super::steps::{Filters, Source, Store, Taps, Tokens, Winograd};
@@ -250,6 +250,9 @@ impl<'a> Network<'a> {
             let places = picked.places.iter().map(|place| (number(place.node), place.channel)).collect();
             return Ok(Box::new(Pick { inputs: sources, places, output }));
         }
+        if let Some(parts) = layer.gate {
+            return Ok(Box::new(Gate { isa, input, parts, output, activation }));
+        }
         let plane = |v: &Value| [v.geometry.height, v.geometry.width];
         Ok(match &node.op {
             Op::Conv2d { .. } | Op::Linear { .. } => {
@@ -292,11 +295,7 @@ impl<'a> Network<'a> {
                     layer.affine.clone().map(|[factor, summand]| [weights.vector(factor), weights.vector(summand)]);
                 Box::new(Pointwise { isa, input, second: None, affine, output, activation })
             }
-            Op::Attention { heads, scale } => {
-                let channels = self.shapes[layer.node][1];
-                let step = tokens::attention(isa, &sources, output, channels, *heads, *scale);
-                Box::new(step.making(self.made(layer)?))
-            }
+            Op::Attention { .. } => Box::new(tokens::attention(self, layer, &sources, output, weights)?),
             Op::WindowAttention(w) => Box::new(windows::step(self, layer, w, [input, output], weights)?),
             Op::PatchMerging => Box::new(PatchMerging { input, output }),
             Op::Shift { .. } | Op::Split { .. } | Op::Flatten { .. } | Op::Reshape { .. } | Op::Cat { .. }

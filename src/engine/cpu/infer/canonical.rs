@@ -118,6 +118,12 @@ fn order(graph: &Graph, node: &mut Node, shape: &Shape, before: &[Shape], orders
         }
         _ if plain(&from) => {}
         Op::Add { .. } | Op::Mul => {}
+        // The pixels of images with their channels last, one after the other.
+        Op::Flatten { .. } | Op::Reshape { .. }
+            if from == [0, 2, 3, 1] && lines(&before[node.inputs[0]]).is_some_and(|lines| lines == shape[..]) =>
+        {
+            return Ok(TOKENS.to_vec());
+        }
         // A single pixel has no other order than its channels'.
         Op::Flatten { .. } | Op::Reshape { .. } if shape.len() == 2 && single(&before[node.inputs[0]]) => {
             return Ok(own);
@@ -134,6 +140,12 @@ fn order(graph: &Graph, node: &mut Node, shape: &Shape, before: &[Shape], orders
 fn per_channel(tensor: &Shape, order: &[usize]) -> bool {
     let first = order.len().saturating_sub(tensor.len());
     tensor.iter().zip(&order[first..]).all(|(&size, &place)| size == 1 || place == 1)
+}
+
+/// (N, T, C) of an image (N, C, H, W).
+fn lines(shape: &Shape) -> Option<[usize; 3]> {
+    let &[images, channels, height, width] = &shape[..] else { return None };
+    Some([images, height * width, channels])
 }
 
 /// Whether an image (N, C, H, W) has one pixel.

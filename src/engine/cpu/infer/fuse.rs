@@ -6,6 +6,7 @@
 //! (BatchNorm2d | Scale | Shift)* | Add | Mul | norms | pooling -> activation
 //! Conv2d (direct, one group, no Add, more than one pixel) -> depthwise Conv2d
 //! Cat of tokens -> Shift
+//! Split -> activation of one part -> Mul by the other
 //! x * sigmoid(x) is the activation SiLU; permutations are names (`canonical`), and so are moved channels (`places`)
 //! ```
 
@@ -34,6 +35,8 @@ pub struct Fused {
     pub residual: Option<usize>,
     /// Of tokens: a table that is added.
     pub summand: Option<Tensor>,
+    /// A product of two parts of its input, one of them behind an activation: the blocks with which they begin.
+    pub gate: Option<[usize; 2]>,
     pub activation: Activate,
     pub pool: bool,
     /// Where it finds each channel, if not in the order of one value. A layer of its own that has nothing else is a copy.
@@ -67,6 +70,7 @@ impl Fused {
             affine: None,
             residual: None,
             summand: None,
+            gate: None,
             activation: Activate::Nothing,
             pool: false,
             picked: None,
@@ -197,7 +201,7 @@ impl Fusion<'_> {
             }
             Op::Expand { tensor } => {
                 self.floats(node, *tensor)?;
-                let joins = |&reader: &usize| matches!(self.graph.nodes[reader].op, Op::Cat { dim: 3 });
+                let joins = |&reader: &usize| tokens::reads_constants(&self.graph.nodes[reader], index);
                 return match self.readers[index].iter().all(joins) && index != self.graph.output {
                     true => Ok(None),
                     false => Err(unsupported(node, "is read by something else than a concatenation of tokens")),
@@ -245,7 +249,7 @@ impl Fusion<'_> {
             | Op::Upsample { .. }
             | Op::Shift { .. }
             | Op::ChannelShuffle { .. } => {}
-            Op::Attention { heads, scale } => tokens::check_attention(node, shape[1], *heads, *scale)?,
+            Op::Attention { heads, scale, .. } => tokens::check_attention(node, shape[1], *heads, *scale)?,
             Op::WindowAttention(windows) => windows::check(node, shape[1], windows, self.tensors)?,
             Op::PatchMerging => {
                 if let Some(channels) = from.map(|from| from[1]).filter(|channels| !channels.is_multiple_of(LANES)) {
@@ -253,10 +257,14 @@ impl Fusion<'_> {
                 }
             }
         }
+        if let Some(layer) = self.gated(index) {
+            return Ok(Some(layer));
+        }
         if self.names.note(self.graph, self.shapes, index, &self.source, &self.readers) {
             return Ok(None);
         }
         let mut layer = Fused::plain(index, &node.inputs);
+        layer.inputs.retain(|&input| !matches!(self.graph.nodes[input].op, Op::Expand { .. }));
         match &node.op {
             Op::BatchNorm2d { .. } => layer.affine = Some(self.norm(node)?),
             Op::Scale { factor, .. } => layer.affine = Some(self.scale(index, *factor)?),
@@ -311,6 +319,28 @@ impl Fusion<'_> {
         }
         self.source[layer.last] = layer.last;
         Ok(layer)
+    }
+
+    /// An activation of one part of a value, times another part.
+    fn gated(&mut self, index: usize) -> Option<Fused> {
+        let Op::Activation { function, .. } = self.graph.nodes[index].op else { return None };
+        let [product] = self.readers[index][..] else { return None };
+        let (node, part) = (&self.graph.nodes[product], self.graph.nodes[index].inputs[0]);
+        let [a, b] = node.inputs[..] else { return None };
+        let other = if a == index { b } else { a };
+        if node.op != Op::Mul || index == self.graph.output || a == b || self.shapes[other] != self.shapes[index] {
+            return None;
+        }
+        let [gate, factor] = [part, other].map(|part| self.names.blocks(self.source[part]));
+        let ((of, gate), (same, factor)) = (gate?, factor?);
+        if of != same {
+            return None;
+        }
+        self.taken[product] = true;
+        self.source[product] = product;
+        let mut layer = Fused::plain(product, &[of]);
+        (layer.activation, layer.gate) = (function.into(), Some([gate, factor]));
+        Some(layer)
     }
 
     /// Takes in the operations that are the only readers of what comes before them.

@@ -99,6 +99,15 @@ impl Names {
         true
     }
 
+    /// Of what is only a name: the node all of whose channels lie there, and the block with which they begin.
+    pub fn blocks(&self, node: usize) -> Option<(usize, usize)> {
+        let places = self.0[node].as_ref()?;
+        let &Place { node, channel } = places.first()?;
+        let follow = places.iter().enumerate().all(|(i, &place)| place == Place { node, channel: channel + i });
+        (follow && channel.is_multiple_of(LANES) && places.len().is_multiple_of(LANES))
+            .then_some((node, channel / LANES))
+    }
+
     fn of(&self, shapes: &[Shape], node: usize) -> Vec<Place> {
         match &self.0[node] {
             Some(places) => places.clone(),

@@ -194,19 +194,34 @@ pub fn run(graph: &Graph, tensors: &[Vec<f32>], input: &[f32], shape: &[usize]) 
                     y[n * out[dim] * pixels..][..part.len()].copy_from_slice(part);
                 }
             }
-            Op::Attention { heads, scale } => {
-                let [_, tokens, channels] = out[..] else { panic!("{out:?}") };
-                let read = |part: usize, n: usize, t: usize, c: usize| match node.inputs[..] {
-                    [all] => values[all][(n * tokens + t) * 3 * channels + part * channels + c],
-                    _ => values[node.inputs[part]][(n * tokens + t) * channels + c],
+            Op::Attention { heads, scale, rotation } => {
+                let channels = out[2];
+                let place = |part: usize| match node.inputs[..] {
+                    [all] => (all, part * channels),
+                    [_, both] if part > 0 => (both, (part - 1) * channels),
+                    _ => (node.inputs[part], 0),
                 };
-                let depth = channels / heads;
+                let read = |part: usize, n: usize, t: usize, c: usize| {
+                    let ((input, first), c) = (place(part), c);
+                    values[input][(n * shapes[input][1] + t) * shapes[input][2] + first + c]
+                };
+                let (depth, keys) = (channels / heads, shapes[place(1).0][1]);
+                let turned = |part: usize, n: usize, t: usize, c: usize| match rotation {
+                    Some(turn) if t >= turn.first => {
+                        let (head, c) = (c / depth * depth, c % depth);
+                        let rows = graph.tensors[turn.table][1];
+                        let table = |i: usize| tensor(Some(turn.table), (i * rows + t - turn.first) * depth + c, 0.0);
+                        let partner = read(part, n, t, head + turn.partner(c, depth));
+                        read(part, n, t, head + c) * table(0) + partner * table(1)
+                    }
+                    _ => read(part, n, t, c),
+                };
                 each(&wide(out), |[n, query, c, _], at| {
                     let head = c / depth * depth;
                     let score = |key: usize| -> f64 {
-                        (head..head + depth).map(|c| read(0, n, query, c) * read(1, n, key, c)).sum::<f64>() * scale
+                        (head..head + depth).map(|c| turned(0, n, query, c) * turned(1, n, key, c)).sum::<f64>() * scale
                     };
-                    let scores: Vec<f64> = (0..tokens).map(score).collect();
+                    let scores: Vec<f64> = (0..keys).map(score).collect();
                     let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                     let powers: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
                     let sum: f64 = powers.iter().sum();

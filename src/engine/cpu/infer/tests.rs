@@ -1,5 +1,6 @@
 //! Whole networks against the definitions, on every instruction set this processor has.
 
+mod attention;
 mod bf16;
 mod bytes;
 mod images;

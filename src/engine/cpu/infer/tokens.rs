@@ -3,12 +3,11 @@
 use super::build::{Network, Weights};
 use super::fuse::Fused;
 use super::memory::{Geometry, Value};
-use super::steps::{Attention, Origin, Part};
+use super::steps::{Attention, Origin, Part, Turn};
 use crate::engine::cpu::common::analysis::unsupported;
-use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::lanes::LANES;
 use crate::error::Result;
-use crate::model::{Graph, Node, Op, Shape, Tensor};
+use crate::model::{Graph, Node, Op, Rotation, Shape, Tensor};
 
 /// Whether a node puts tokens together, takes some of them out, or makes them of the pixels of an image.
 pub fn moves(graph: &Graph, shapes: &[Shape], node: usize) -> bool {
@@ -82,6 +81,19 @@ pub fn table<'a>(network: &Network<'a>, tensor: Tensor, g: &Geometry, weights: &
     }))
 }
 
+/// Whether a node may read what is the same for every sample: a concatenation, or an attention as its queries.
+pub fn reads_constants(node: &Node, constant: usize) -> bool {
+    match node.op {
+        Op::Cat { dim } => dim == 3,
+        Op::Attention { rotation: None, .. } => {
+            node.inputs.iter().position(|&i| i == constant) == Some(0)
+                && node.inputs[1..].iter().all(|&i| i != constant)
+                && node.inputs.len() > 1
+        }
+        _ => false,
+    }
+}
+
 /// # Errors
 /// `Unsupported` for heads that do not end with a block of channels.
 pub fn check_attention(node: &Node, channels: usize, heads: usize, scale: f64) -> Result<()> {
@@ -94,12 +106,40 @@ pub fn check_attention(node: &Node, channels: usize, heads: usize, scale: f64) -
     Ok(())
 }
 
-/// Of one value that holds queries, keys and values, or of three.
-pub fn attention(isa: Isa, sources: &[Value], output: Value, channels: usize, heads: usize, scale: f64) -> Attention {
-    let blocks = channels.div_ceil(LANES);
-    let first = |part: usize| match sources {
-        [all] => (*all, part * blocks),
-        _ => (sources[part], 0),
+/// `sources` are the values that it reads, in order: those that are the same for every sample are none.
+pub fn attention<'a>(
+    network: &Network<'a>,
+    layer: &Fused,
+    sources: &[Value],
+    output: Value,
+    weights: &mut Weights<'a>,
+) -> Result<Attention> {
+    let node = &network.graph.nodes[layer.node];
+    let Op::Attention { heads, scale, rotation } = node.op else { return Err(unsupported(node, "is no attention")) };
+    // Of bytes there are fewer.
+    let queries = Geometry::blocked(network.shapes[layer.node][1], 1, output.geometry.width);
+    let blocks = queries.blocks();
+    let constant = match network.graph.nodes[node.inputs[0]].op {
+        Op::Expand { tensor } => Some(table(network, tensor, &queries, weights)?),
+        _ => None,
     };
-    Attention::new(isa, [0, 1, 2].map(first), output, blocks, heads, scale as f32)
+    let whole = |at: usize, block: usize| (sources[at], block);
+    let inputs = match (constant, sources) {
+        // In place of the queries anything.
+        (Some(_), [_]) => [whole(0, 0), whole(0, 0), whole(0, blocks)],
+        (Some(_), [..]) => [whole(0, 0), whole(0, 0), whole(1, 0)],
+        (None, [_]) => [0, 1, 2].map(|part| whole(0, part * blocks)),
+        (None, [_, _]) => [whole(0, 0), whole(1, 0), whole(1, blocks)],
+        (None, _) => [0, 1, 2].map(|part| whole(part, 0)),
+    };
+    let turn = match rotation {
+        Some(Rotation { table, first, half }) => {
+            let floats = network.floats(layer, table)?;
+            let table = weights.reserve(floats.len(), move |to| to.copy_from_slice(floats));
+            Some(Turn { table, len: floats.len(), first, half })
+        }
+        None => None,
+    };
+    let step = Attention::new(network.isa, inputs, output, blocks, heads, scale as f32);
+    Ok(step.with(network.isa, constant, turn).making(network.made(layer)?))
 }

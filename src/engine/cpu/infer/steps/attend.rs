@@ -6,8 +6,10 @@
 //! values           -> panels [key][32 channels]                             its weights
 //! 14 queries       -> scores [key / 16][14][16] -> exp(scores - largest) -> products with values -> / sum
 //! ```
-//! A matrix of all queries by all keys is nowhere.
+//! A matrix of all queries by all keys is nowhere. There may be fewer queries than keys, and both may be turned by position
+//! ([`Turn`]) as they are read.
 
+use super::Turn;
 use super::bytes::{Made, Narrow, Plain, Sink};
 use crate::engine::cpu::common::isa::Isa;
 use crate::engine::cpu::common::kernels::activate::{Activate, power_of_two};
@@ -20,11 +22,13 @@ use crate::engine::cpu::infer::memory::Geometry;
 /// The sizes of a head.
 pub struct Attend {
     isa: Isa,
+    queries: usize,
+    /// Keys and values.
     tokens: usize,
     /// Where the blocks of a head's queries begin, and those of the scores.
     channels: Vec<usize>,
     keys: Vec<usize>,
-    /// Queries lie anywhere.
+    /// Queries lie anywhere, or are turned.
     gathers: bool,
 }
 
@@ -59,6 +63,8 @@ pub struct Head<'a> {
     pub mask: *const f32,
     /// Queries and keys are made unit vectors first.
     pub cosine: bool,
+    /// Of queries and keys that lie side by side, and its table.
+    pub turn: Option<(Turn, *const f32)>,
 }
 
 /// Of an output that becomes bytes: its start is that of all heads.
@@ -75,11 +81,12 @@ const ROWS: usize = 14;
 const SHORTEST: f32 = 1e-12;
 
 impl Attend {
-    /// `blocks`: of channels, whole ones; `plane`: between those of the queries, None where they lie anywhere.
-    pub fn new(isa: Isa, tokens: usize, blocks: usize, plane: Option<usize>) -> Self {
-        let channels = (0..blocks).map(|block| block * plane.unwrap_or(tokens * LANES)).collect();
+    /// `queries`, and the tokens that are keys; `blocks`: of channels, whole ones; `plane`: between those of the queries, None
+    /// where they lie anywhere or are turned.
+    pub fn new(isa: Isa, [queries, tokens]: [usize; 2], blocks: usize, plane: Option<usize>) -> Self {
+        let channels = (0..blocks).map(|block| block * plane.unwrap_or(queries * LANES)).collect();
         let keys = (0..tokens.div_ceil(LANES)).map(|block| block * isa.rows() * LANES).collect();
-        Self { isa, tokens, channels, keys, gathers: plane.is_none() }
+        Self { isa, queries, tokens, channels, keys, gathers: plane.is_none() }
     }
 
     pub fn blocks(&self) -> usize {
@@ -101,7 +108,7 @@ impl Attend {
     fn sizes(&self) -> [usize; 5] {
         let [wide, panels] = self.panels();
         let depth = self.blocks() * LANES;
-        let queries = if self.gathers { self.tokens * depth } else { 0 };
+        let queries = if self.gathers { self.queries * depth } else { 0 };
         [panels * wide * depth, self.tokens * depth, panels * wide * self.isa.rows(), wide * self.isa.rows(), queries]
     }
 
@@ -152,7 +159,7 @@ impl Head<'_> {
 
     #[inline(always)]
     fn each<V: Lanes, S: Sink<V>>(self) {
-        let (s, tokens) = (self.attend, self.attend.tokens);
+        let s = self.attend;
         let mut places = [self.own; 5];
         let mut next = 0;
         for (place, size) in places.iter_mut().zip(s.sizes()) {
@@ -163,7 +170,7 @@ impl Head<'_> {
         let queries = if s.gathers { queries } else { self.inputs[0].start };
         let own = Own { keys, values, scores, results, queries };
         // As many queries each time, up to one.
-        let parts = tokens.div_ceil(s.isa.rows());
+        let parts = s.queries.div_ceil(s.isa.rows());
         // SAFETY: the values of a step, and memory of the size that it asks for.
         unsafe {
             if s.gathers {
@@ -172,7 +179,7 @@ impl Head<'_> {
             self.pack_keys::<V>(own.keys);
             self.pack_values::<V>(own.values);
             for part in 0..parts {
-                let (first, end) = (tokens * part / parts, tokens * (part + 1) / parts);
+                let (first, end) = (s.queries * part / parts, s.queries * (part + 1) / parts);
                 self.queries::<V, S>(&own, first, end - first);
             }
         }
@@ -189,25 +196,42 @@ struct Own {
 }
 
 impl Head<'_> {
+    /// Sixteen channels of a query or key.
+    ///
+    /// # Safety
+    /// It is there, with a turn also in its table.
+    #[inline(always)]
+    unsafe fn row<V: Lanes>(&self, from: &Side<'_>, token: usize, block: usize) -> V {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match &self.turn {
+                None => V::load(from.at(token, block)),
+                Some((turn, table)) => {
+                    turn.turned(from.start, from.plane, [block, self.attend.blocks()], token, *table)
+                }
+            }
+        }
+    }
+
     /// # Safety
     /// The addresses are those of a head; there is room at `to` for all its queries.
     #[inline(always)]
     unsafe fn gather_queries<V: Lanes>(&self, to: *const f32) {
         let (s, from, to) = (self.attend, &self.inputs[0], to.cast_mut());
-        for token in 0..s.tokens {
+        for token in 0..s.queries {
             let mut factor = V::splat(1.0);
             if self.cosine {
                 let mut squares = V::splat(0.0);
                 for block in 0..s.blocks() {
                     // SAFETY: a query.
-                    let value = unsafe { V::load(from.at(token, block)) };
+                    let value: V = unsafe { self.row(from, token, block) };
                     squares = value.mul_add(value, squares);
                 }
                 factor = V::splat(1.0 / squares.sum().sqrt().max(SHORTEST));
             }
             for (block, at) in s.channels.iter().enumerate() {
                 // SAFETY: a query, and its place among them.
-                unsafe { V::load(from.at(token, block)).mul(factor).store(to.add(at + token * LANES)) };
+                unsafe { self.row::<V>(from, token, block).mul(factor).store(to.add(at + token * LANES)) };
             }
         }
     }
@@ -227,7 +251,7 @@ impl Head<'_> {
                 let mut rows = [V::splat(0.0); LANES];
                 for (row, key) in rows.iter_mut().zip(first..s.tokens) {
                     // SAFETY: a key.
-                    *row = unsafe { V::load(from.at(key, block)) };
+                    *row = unsafe { self.row(from, key, block) };
                 }
                 for (channel, keys) in V::transpose(rows).into_iter().enumerate() {
                     // SAFETY: a line of a panel.

@@ -2,9 +2,11 @@
 
 mod attend;
 mod attention;
+mod attention_turn;
 mod bytes;
 mod conv;
 mod depthwise;
+mod gate;
 mod grouped;
 mod image_norm;
 mod layer_norm;
@@ -20,9 +22,11 @@ mod winograd;
 
 pub use attend::Attend;
 pub use attention::Attention;
+pub use attention_turn::Turn;
 pub use bytes::{Bytes, Made, Observe, Quantize};
 pub use conv::{Conv, Direct, Packing, Taps, pack};
 pub use depthwise::{Depthwise, Source};
+pub use gate::Gate;
 pub use grouped::{Block, Grouped, Small, pack as pack_grouped, pack_small};
 pub use image_norm::{ImageNorm, Over};
 pub use layer_norm::LayerNorm;

@@ -50,7 +50,8 @@ impl WindowAttention {
         scales: Vec<f32>,
         cosine: bool,
     ) -> Self {
-        let attend = Attend::new(isa, windows.tokens(), output.geometry.blocks() / windows.heads, None);
+        let tokens = windows.tokens();
+        let attend = Attend::new(isa, [tokens, tokens], output.geometry.blocks() / windows.heads, None);
         let size = [output.geometry.height, output.geometry.width];
         let [high, wide] = count(windows, size);
         let window = |number: usize| {
@@ -119,6 +120,7 @@ impl Step for WindowAttention {
             bias: cx.weights(self.tables.bias + head * table, table),
             mask,
             cosine: self.cosine,
+            turn: None,
         };
         head.compute();
     }

@@ -23,7 +23,7 @@ pub fn block(m: &mut Model, x: usize, channels: usize, heads: usize) -> usize {
     let scale = 1.0 / ((channels / heads) as f64).sqrt();
     let y = layer_norm(m, x, channels, true);
     let y = linear(m, y, [channels, 3 * channels]);
-    let y = m.op(Op::Attention { heads, scale }, &[y]);
+    let y = m.op(Op::Attention { heads, scale, rotation: None }, &[y]);
     let y = linear(m, y, [channels, channels]);
     let factor = m.tensor(&[channels], 1.0);
     let y = m.op(Op::Scale { factor, first: false }, &[y]);
@@ -79,7 +79,7 @@ fn sequences_of_every_length() {
         let x = m.op(Op::Flatten { start: 2, end: -1 }, &[x]);
         let x = permute(&mut m, x, [0, 2, 1]);
         let parts = [(); 3].map(|()| linear(&mut m, x, [37, 64]));
-        let y = m.op(Op::Attention { heads: 2, scale: 0.3 }, &parts);
+        let y = m.op(Op::Attention { heads: 2, scale: 0.3, rotation: None }, &parts);
         // Attention takes in nothing that follows.
         let y = m.act(y, Activation::Relu);
         linear(&mut m, y, [64, 20]);
@@ -98,7 +98,7 @@ fn scores_far_from_zero() {
         let bias = m.graph.tensors.len() - 1;
         m.tensors[bias][..32].fill(2.0);
         m.tensors[bias][32..64].fill(shift);
-        m.op(Op::Attention { heads: 2, scale: 0.25 }, &[x]);
+        m.op(Op::Attention { heads: 2, scale: 0.25, rotation: None }, &[x]);
         m.check(&[2, 3, 6, 6], &["direct"]);
     }
 }
@@ -154,7 +154,7 @@ fn what_is_not_computed_of_tokens_is_named() {
     };
     let heads = |m: &mut Model, x: usize| {
         let x = linear(m, x, [40, 120]);
-        m.op(Op::Attention { heads: 2, scale: 1.0 }, &[x]);
+        m.op(Op::Attention { heads: 2, scale: 1.0, rotation: None }, &[x]);
     };
     assert_eq!(obstacle_of(&heads), "Attention9 (Attention): has heads of 20 channels, no multiple of 16");
     let channels = |m: &mut Model, x: usize| {
