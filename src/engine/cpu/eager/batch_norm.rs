@@ -7,6 +7,7 @@
 //! a row: the same channels come again every so many.
 
 use super::late::Moments;
+use super::pointwise::STREAMED;
 use super::rows::{Channels, GROUP, PartMoments, join};
 use super::{Address, Workspace};
 use crate::engine::cpu::common::kernels::activate::{Activate, activate_derivable, derive};
@@ -15,6 +16,9 @@ use crate::error::Result;
 
 /// Floats that are gone over twice, in the second-level cache.
 const CHUNK: usize = 1 << 15;
+
+/// Floats of rows so far apart that the processor does not see the next ones coming.
+const APART: usize = 64;
 
 /// Sizes and kind of a batch norm.
 #[derive(Debug, Clone, Copy)]
@@ -112,21 +116,26 @@ impl BatchNorm {
         let (r, isa) = (self.rows(), workspace.isa);
         let out = |x: Option<&mut [f32]>| Address(x.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr));
         let (dx, dr) = (out(b.x), out(b.residual));
+        // Has left the caches before it is read.
+        let past = floats >= STREAMED && [dx, dr].iter().all(|to| to.0.addr().is_multiple_of(4 * LANES));
         let mut factors = self.factors(&b.forward, r);
         let sums = {
             let job = Job::new(self, &b.forward, Some(b.derivative), &factors);
             // Without dx there is no second pass.
             let dr = if dx.0.is_null() { dr } else { Address(std::ptr::null_mut()) };
-            self.sums(workspace, r, |chunk, to| Sums { job: &job, dr, chunk, to })?
+            self.sums(workspace, r, |chunk, to| Sums { job: &job, dr, past, chunk, to })?
         };
-        for c in 0..self.channels {
-            let (mut plain, mut product) = (0.0f64, 0.0f64);
-            for sums in sums.chunks_exact(2 * r.width) {
-                for at in (c..r.width).step_by(self.channels) {
-                    plain += f64::from(sums[at]);
-                    product += f64::from(sums[r.width + at]);
+        let mut all = [vec![0.0f64; self.channels], vec![0.0f64; self.channels]];
+        for sums in sums.chunks_exact(2 * r.width) {
+            for (all, sums) in all.iter_mut().zip(sums.chunks_exact(r.width)) {
+                for pixel in sums.chunks_exact(self.channels) {
+                    for (sum, &part) in all.iter_mut().zip(pixel) {
+                        *sum += f64::from(part);
+                    }
                 }
             }
+        }
+        for (c, (&plain, &product)) in all[0].iter().zip(&all[1]).enumerate() {
             let inverse = 1.0 / (f64::from(b.forward.var[c]) + self.eps).sqrt();
             (b.bias[c], b.weight[c]) = (plain as f32, (product * inverse) as f32);
             if b.training {
@@ -141,9 +150,10 @@ impl BatchNorm {
         if dx.0.is_null() {
             return Ok(());
         }
+        let training = b.training;
         workspace
             .threads
-            .run(r.chunks, &|chunk, _| dispatch(isa, Differentiate { job: &job, dx, dr, training: b.training, chunk }))
+            .run(r.chunks, &|chunk, _| dispatch(isa, Differentiate { job: &job, dx, dr, past, training, chunk }))
     }
 
     /// Two sums per float of a row, of every chunk, in one order whatever thread has made them.
@@ -217,6 +227,16 @@ impl<'a> Job<'a> {
         unsafe { V::load(self.factors[which].as_ptr().add(at)) }
     }
 
+    /// Asks for what is read at an offset, which may be beyond the images.
+    #[inline(always)]
+    fn ahead<V: Lanes>(&self, at: usize) {
+        for from in [self.x, self.dy, self.residual] {
+            if !from.is_null() {
+                V::prefetch(from.wrapping_add(at));
+            }
+        }
+    }
+
     /// x - mean, and z.
     ///
     /// # Safety
@@ -274,6 +294,8 @@ impl Kernel for Apply<'_> {
 struct Sums<'a> {
     job: &'a Job<'a>,
     dr: Address,
+    /// Whether that goes past the caches.
+    past: bool,
     chunk: usize,
     to: *mut f32,
 }
@@ -281,7 +303,7 @@ struct Sums<'a> {
 impl Kernel for Sums<'_> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let Self { job, dr, chunk, to } = self;
+        let Self { job, dr, past, chunk, to } = self;
         let r = job.r;
         for at in (0..2 * r.width).step_by(LANES) {
             // SAFETY: two sums per float of a row.
@@ -293,12 +315,15 @@ impl Kernel for Sums<'_> {
                 let (mut sum, mut along) = (V::splat(0.0), V::splat(0.0));
                 for row in first..rows.end.min(first + GROUP) {
                     let at = row * r.width + column;
+                    if r.width >= APART {
+                        job.ahead::<V>(at + GROUP * r.width);
+                    }
                     // SAFETY: inside the images, whose lengths `differentiate` has compared; nobody else writes this chunk.
                     unsafe {
                         let [x, g] = job.derivative::<V>(at, column);
                         (sum, along) = (sum.add(g), x.mul_add(g, along));
                         if !dr.0.is_null() {
-                            g.store(dr.at(at));
+                            put(g, dr.at(at), past);
                         }
                     }
                 }
@@ -310,6 +335,9 @@ impl Kernel for Sums<'_> {
                 }
             }
         }
+        if past {
+            V::fence();
+        }
     }
 }
 
@@ -317,6 +345,8 @@ struct Differentiate<'a> {
     job: &'a Job<'a>,
     dx: Address,
     dr: Address,
+    /// Whether both go past the caches.
+    past: bool,
     /// Whether mean and variance are the batch's own.
     training: bool,
     chunk: usize,
@@ -333,7 +363,7 @@ impl Kernel for Differentiate<'_> {
                 unsafe {
                     let [x, g] = job.derivative::<V>(at, column);
                     if !self.dr.0.is_null() {
-                        g.store(self.dr.at(at));
+                        put(g, self.dr.at(at), self.past);
                     }
                     if !self.dx.0.is_null() {
                         // Statistics that are not the batch's own do not depend on x, which may be infinite.
@@ -342,10 +372,23 @@ impl Kernel for Differentiate<'_> {
                             true => g.sub(job.factor(4, column)).mul_add(scale, x.mul(job.factor(3, column))),
                             false => g.mul(scale),
                         };
-                        dx.store(self.dx.at(at));
+                        put(dx, self.dx.at(at), self.past);
                     }
                 }
             }
         }
+        if self.past {
+            V::fence();
+        }
     }
+}
+
+/// Writes sixteen floats, `past` the caches or not.
+///
+/// # Safety
+/// They are there, with `past` a whole cache line.
+#[inline(always)]
+unsafe fn put<V: Lanes>(values: V, to: *mut f32, past: bool) {
+    // SAFETY: the caller's promise.
+    unsafe { if past { values.stream(to) } else { values.store(to) } }
 }
