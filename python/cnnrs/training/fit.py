@@ -96,8 +96,9 @@ def fit(
 
     Raises:
         ImportError: engine="torch" without its package.
-        ValueError: unknown phase, engine, amp, precision, memory format or name of a loss; empty loader; an optimizer that holds
-            none of the model's parameters; both kinds of clipping; a limit or ``accumulate`` that is not positive.
+        ValueError: unknown phase, engine, amp, precision, memory format or name of a loss; empty loader; an optimizer
+            that holds none of the model's parameters; both kinds of clipping; a limit or ``accumulate`` that is not
+            positive.
         TypeError: training without an optimizer, or with something else in its place; a loader that does not yield
             pairs; a loss that is no tensor.
         IndexError: a target that the model has no output for. On a GPU it is found where labels come from the CPU and
@@ -219,8 +220,8 @@ def compile(
     if optimizer is not None:
         arguments.check_is_optimizer(optimizer)
     options = {
-        "engine": engine, "progress": progress, "amp": amp, "precision": precision,
-        "memory_format": memory_format, "clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate,
+        "engine": engine, "progress": progress, "amp": amp, "precision": precision, "memory_format": memory_format,
+        "clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate,
         "on_batch_end": on_batch_end, "check": check, "verbose": verbose,
     }  # fmt: skip
     return Fit(optimizer, loss_called(loss_fn), options)
