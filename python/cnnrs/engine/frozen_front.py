@@ -72,9 +72,7 @@ class Front:
         return f"{self.whole.names[self.last]} ({self.whole.kinds[self.last]})"
 
 
-def front_of(
-    lowered: Lowered, inputs: torch.Tensor, training: bool, batches: int, exact: bool = False
-) -> Front | None:
+def front_of(lowered: Lowered, inputs: torch.Tensor, training: bool, batches: int, exact: bool = False) -> Front | None:
     """The front of a network for batches like ``inputs``; None where there is none that is worth its while.
 
     Looks only, and changes nothing.
