@@ -87,7 +87,6 @@ def remember(self: Any, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (Calls(lambda self, x: x + self.weight), r"add\(\): parameter weight is used outside a layer"),
         (Calls(lambda self, x: x * (self.weight * 2)), r"mul\(\): a tensor that is neither parameter nor buffer"),
         (Calls(lambda self, x: self.conv.weight * self.weight), "forward does not return one tensor"),
         (
@@ -103,7 +102,6 @@ def remember(self: Any, x: torch.Tensor) -> torch.Tensor:
         (Calls(lambda self, x: self.conv(x) if x.sum() > 0 else x), "reads the value of a tensor .__bool__"),
         (Calls(lambda self, x: x.cumsum(1)), r"cumsum\(\): this function has no counterpart yet"),
         (Calls(lambda self, x: (x, self.conv(x))), "forward does not return one tensor"),
-        (Calls(lambda self, x: x + 1), r"add\(\): argument 1 is not a tensor of the graph"),
         (Calls(lambda self, x: x.view(x.size(0) * 2, -1)), "forward computes with the size of a tensor"),
         (Calls(lambda self, x: F.softmax(x)), "softmax without dim"),
         (Calls(lambda self, x: F.max_pool2d(x, 2, return_indices=True)[0]), "max_pool2d"),
@@ -123,6 +121,20 @@ def test_what_cannot_be_lowered_is_named(model: nn.Module, reason: str, engine: 
     assert re.search(reason, reasons(model)), reasons(model)
     with pytest.raises(cnnrs.UnsupportedModelError, match=f"engine '{engine}' cannot run this model"):
         cnnrs.preconv([(torch.zeros(1, 1, 8, 8), torch.zeros(1))], model, engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("add", "reason"),
+    [
+        (lambda self, x: x + self.weight, "add(): parameter weight is used outside a layer"),
+        (lambda self, x: x + 1, "add(): argument 1 is not a tensor of the graph"),
+    ],
+)
+def test_what_only_graphs_for_images_of_one_size_know(add: Any, reason: str) -> None:
+    model, images = Calls(add), torch.randn(1, 1, 8, 8)
+    assert reasons(model) == reason
+    features, _ = cnnrs.preconv([(images, torch.zeros(1))], model, engine="cpu", verbose=False)
+    torch.testing.assert_close(features, images + 1)
 
 
 def test_hooks_keep_firing() -> None:
