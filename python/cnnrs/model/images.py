@@ -49,6 +49,8 @@ class Images(Tokens):
     def _group_norm(
         self, name: str, x: Standin, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
     ) -> Standin:
+        if len(self.shape(self._read(x)) or ()) != 4:
+            raise Unsupported("normalises something else than images (N, C, H, W)")
         if num_groups != 1:
             raise Unsupported(f"divides channels into {num_groups} groups, which has no counterpart yet")
         own = [None if tensor is None else self._tensor_index(tensor) for tensor in (weight, bias)]

@@ -171,6 +171,7 @@ OTHERS: dict[str, Made] = {
     "weights of rows": lambda m, x: x + m.weight[:12].view(-1, 1) * (x * ratio(x, x)) + m.bias.view(-1, 1, 1),
     "overwritten": overwritten,
     "several groups": lambda m, x: m.groups(x),
+    "a line": lambda m, x: m.group(x.flatten(2)).reshape(x.shape),
     "weights computed": lambda m, x: F.group_norm(x, 1, m.weight * 2, m.bias),
     "nearest by three": lambda m, x: F.interpolate(x, scale_factor=3),
     "nearest by one and a half": lambda m, x: F.interpolate(x, scale_factor=1.5),
