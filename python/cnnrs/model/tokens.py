@@ -127,6 +127,7 @@ class Tokens(Values):
             self._check_version(x)
         if name in ("reshape", "view"):
             dims = self._view_dims(args[1:], kwargs)
+            self.shape(len(self.nodes) - 1)  # It tells what the batch's sizes are.
             if not dims or not self._is_batch(dims[0]):
                 raise Unsupported("puts heads together to another shape")
             args, kwargs = [args[0], [-1 if dims.count(-1) == 0 else dims[0], *dims[1:]]], {}

@@ -61,6 +61,12 @@ def sizes_of_heads(a: Attention, x: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
+def sizes_of_the_result(a: Attention, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = a.qkv(x).reshape(x.shape[0], x.shape[1], 3, 2, 32).permute(2, 0, 3, 1, 4).unbind(0)
+    x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return x.reshape(x.shape[0], x.size(1), -1)
+
+
 class Attention(nn.Module):
     """Of 64 channels in heads of 32."""
 
@@ -139,7 +145,7 @@ def error(features: torch.Tensor, model: nn.Module, images: torch.Tensor) -> flo
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "torchvision": small,
     **{attend.__name__: lambda attend=attend: Transformer(attend)  # type: ignore[misc]
-       for attend in (fused, by_its_products, scores_divided, with_a_scale, sizes_of_heads)},
+       for attend in (fused, by_its_products, scores_divided, with_a_scale, sizes_of_heads, sizes_of_the_result)},
     **{result.__name__: lambda result=result: Transformer(result=result, late=False)  # type: ignore[misc]
        for result in (last, mean, everything)},
 }  # fmt: skip
