@@ -134,6 +134,7 @@ def test_what_is_computed_of_weights_is_frozen_with_them(model: nn.Module, reaso
     with torch.no_grad():
         torch.testing.assert_close(features, model(images))
 
+
 @pytest.mark.parametrize(
     ("add", "reason"),
     [
