@@ -281,7 +281,7 @@ class Extractor:
         if self.is_bf16:
             made = cpu_inference.network(lowered, beside=self.beside)
             narrow(made, cpu_inference.bf16_layers(lowered, list(images.shape))[0], images, self.check)
-            return _natively(made)
+            return lowered, _natively(made)
         exact = self.precision == "exact"
         network = _natively(cpu_inference.network(lowered, exact=exact, beside=self.beside))
         return None if self._differs(lowered, network, images) else (lowered, network)
