@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 OpKind = Literal[
     "Input", "Conv2d", "BatchNorm2d", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "Dropout",
     "StochasticDepth", "Flatten", "View",
-    "Linear", "LayerNorm", "ZeroPad2d", "Permute", "Scale", "Softmax", "Mean", "Add", "Mul", "Cat", "Split",
-    "ChannelShuffle", "Attention", "WindowAttention", "PatchMerging", "Expand", "Shift", "GroupNorm", "ResponseNorm",
-    "Upsample",
+    "Linear", "LayerNorm", "GroupNorm", "ResponseNorm", "Upsample", "ZeroPad2d", "Permute", "Scale", "Softmax", "Mean",
+    "Add", "Mul", "Cat", "Split", "ChannelShuffle", "Attention", "WindowAttention", "PatchMerging", "Expand", "Shift",
     "ReLU", "ReLU6", "LeakyReLU", "SiLU", "GELU", "Hardswish", "Hardsigmoid", "Sigmoid", "Tanh",
 ]  # fmt: skip
 #: Arguments of one operation, by name.

@@ -122,11 +122,12 @@ def preconv(
         passes, seed = operator.index(passes), operator.index(seed)
         source = source_of(data, body, batch_size, num_workers, any_transform)
         extractor = Extractor(body, engine, precision, type_name(dtype), verbose, check)
+        shared = out is not None and distributed.is_shared(source.data)
         # Processes of one job need not have the same instructions.
-        extractor.may_be_native = not distributed.is_shared(source.data)
+        extractor.may_be_native = not shared
         session = Session(source, body, extractor, verbose, overwrite)
         if out is None:
             return session.in_memory(passes, seed)
-        if distributed.is_shared(source.data):
+        if shared:
             return distributed.in_folder(session, Store(out), passes, seed)
         return session.in_folder(Store(out), passes, seed)

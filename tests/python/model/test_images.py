@@ -97,8 +97,17 @@ def far(m: Block, x: torch.Tensor) -> torch.Tensor:
     return x * y.reshape(x.shape[0], 40, 1, 1)
 
 
+def computed(m: Block, x: torch.Tensor) -> torch.Tensor:
+    return x * (m.gamma * 2).view(1, -1, 1, 1)
+
+
+def transposed(m: Block, x: torch.Tensor) -> torch.Tensor:
+    return x * m.gamma.view(8, 5).t().reshape(1, -1, 1, 1)
+
+
 MAKES: list[Made] = [
     convnext, scaled, ghost, whole, first_channels, summed, cross_stage, in_halves, numbers, channel_attention, far,
+    computed, transposed,
 ]  # fmt: skip
 
 
@@ -131,8 +140,6 @@ def test_like_the_module(make: Made) -> None:
 
 OTHERS: dict[str, Made] = {
     "another dimension": lambda m, x: x * m.square.view(1, 1, -1, 1),
-    "a computed factor": lambda m, x: x * (m.gamma * 2).view(1, -1, 1, 1),
-    "a transposed factor": lambda m, x: x * m.gamma.view(8, 5).t().reshape(1, -1, 1, 1),
     "every second channel": lambda m, x: torch.cat([x[:, ::2], x[:, 1::2]], 1),
     "one channel": lambda m, x: x + x[:, 3, None],
     "rows": lambda m, x: x[:, :, 1:],
