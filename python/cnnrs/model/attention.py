@@ -18,47 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from cnnrs.model import rotation
+from cnnrs.model.heads import Axes, Heads, Rotation
 from cnnrs.model.operations import Unsupported
-from cnnrs.model.rotation import Mixed, Rotation
-
-#: Of samples, tokens, parts (queries, keys and values), heads and the channels of a head; of keys behind a product.
-Axes = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Channels of tokens, divided among heads.
-
-    Attributes:
-        axes: the dimensions, in order.
-        tokens: how many.
-        parts: how many values lie side by side: three, or one.
-        heads: how many.
-        depth: channels of each.
-        part: which of the parts, behind their separation.
-        factor: what it has been multiplied by.
-        of: of scores and weights, queries and keys with the numbers of their nodes.
-        weights: whether they have been through softmax.
-        rotation: how queries or keys have been turned.
-    """
-
-    axes: Axes
-    tokens: int
-    parts: int
-    heads: int
-    depth: int
-    part: int | None = None
-    factor: float = 1.0
-    of: tuple[tuple[int, Heads], tuple[int, Heads]] | None = None
-    weights: bool = False
-    rotation: Rotation | None = None
-
-    @property
-    def sizes(self) -> list[int | None]:
-        """Of the dimensions; None for that of the batch."""
-        keys = self.tokens if self.of is None else self.of[1][1].tokens
-        known = {"n": None, "t": self.tokens, "p": self.parts, "h": self.heads, "d": self.depth, "k": keys}
-        return [known[axis] for axis in self.axes]
+from cnnrs.model.rotation import Mixed
 
 
 @dataclass(frozen=True)

@@ -9,37 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from cnnrs.model.heads import Heads, Rotation
 from cnnrs.model.operations import Unsupported
-
-if TYPE_CHECKING:
-    from cnnrs.model.attention import Heads
 
 #: Of heads that can be turned.
 _WHOLE = ("n", "h", "t", "d")
-
-
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """Queries or keys times ``table[0]``, plus their channels' partners times ``table[1]``.
-
-    Attributes:
-        table: (2, tokens, channels of a head), of the tokens behind the first ones.
-        first: how many tokens are as they were.
-        half: a channel's partner is half a head away, not its neighbour.
-    """
-
-    table: torch.Tensor
-    first: int
-    half: bool
-
-    def is_same(self, other: Rotation | None) -> bool:
-        return other is not None and (self.first, self.half) == (other.first, other.half) and torch.equal(
-            self.table, other.table
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from cnnrs.model import attention
+from cnnrs.model.heads import Heads, Rotation
 from cnnrs.model.operations import LAYERS, Unsupported, _linear
-from cnnrs.model.rotation import Mixed, Rotation
+from cnnrs.model.rotation import Mixed
 from cnnrs.model.shapes import Size
 from cnnrs.model.tracing import MULTIHEAD, Memory, Standin, values
 from cnnrs.model.values import Values
@@ -111,7 +112,7 @@ class Tokens(Values):
         some = self._apply(self._unique("tokens"), "Split", [x], {"dim": 1, "sizes": sizes, "part": part})
         return self._apply(self._unique("token"), "Flatten", [some], {"start": 1, "end": -1}) if one else some
 
-    def _divided(self, x: Standin, dims: list[Any]) -> attention.Heads | None:
+    def _divided(self, x: Standin, dims: list[Any]) -> Heads | None:
         shape = self.shape(self._read(x))
         return None if shape is None or not dims or not self._is_batch(dims[0]) else attention.divided(shape, dims)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from cnnrs.model.attention import Heads
+from cnnrs.model.heads import Heads
 from cnnrs.model.operations import Unsupported
 from cnnrs.model.rotation import Mixed
 from cnnrs.model.shapes import Shape, Size, Sizes

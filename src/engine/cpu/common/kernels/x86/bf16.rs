@@ -38,7 +38,8 @@ impl Dot for DotBf16 {
     fn dot(sums: __m512, pixel: __m512i, weights: __m512i) -> __m512 {
         // SAFETY: this type exists only where `dispatch` found AVX-512 with BF16; all bits are numbers.
         unsafe {
-            let (pixel, weights): (__m512bh, __m512bh) = (std::mem::transmute(pixel), std::mem::transmute(weights));
+            let pixel = std::mem::transmute::<__m512i, __m512bh>(pixel);
+            let weights = std::mem::transmute::<__m512i, __m512bh>(weights);
             _mm512_dpbf16_ps(sums, pixel, weights)
         }
     }
