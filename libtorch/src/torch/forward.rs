@@ -163,6 +163,8 @@ fn apply(node: &Node, tensors: &[Tensor], values: &[Option<Tensor>]) -> Result<T
         }
         // Only graphs for features on engine `cpu` have them.
         Op::Attention { .. }
+        | Op::WindowAttention(_)
+        | Op::PatchMerging
         | Op::Expand { .. }
         | Op::Shift { .. }
         | Op::GroupNorm { .. }
