@@ -40,7 +40,7 @@ def network(name: str, settled: bool = False) -> nn.Module:
             model = create(whole[5:], num_classes=0)
     else:
         # Its second output, for training, takes larger images than ours.
-        only = {"aux_logits": False, "init_weights": True} if whole == "inception_v3" else {}
+        only = {"aux_logits": False, "init_weights": False} if whole == "inception_v3" else {}
         model = getattr(torchvision.models, whole)(**only)
     if settled:
         with torch.no_grad():

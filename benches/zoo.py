@@ -154,17 +154,20 @@ def _measured(name: str) -> Row:
         Contender(PLAIN, eager(model, images)),
         Contender(LAST, eager(last, images.to(memory_format=torch.channels_last))),
     ]
-    notes, processes = [], []
-    for runtime in RUNTIMES:
-        script = str(Path(__file__).parent / "frozen_peers.py")
-        command = [str(PEERS_PYTHON), script, runtime, name, str(BATCH), str(THREADS), "settled"]
+    notes, script = [], str(Path(__file__).parent / "frozen_peers.py")
+    commands = {
+        runtime: [str(PEERS_PYTHON), script, runtime, name, str(BATCH), str(THREADS), "settled"] for runtime in RUNTIMES
+    }
+    # They export the network at the same time.
+    processes = [Process(*of) for of in commands.items()] if PEERS_PYTHON.exists() else []
+    for process in processes:
         try:
-            process = Process(runtime, command)
-            processes.append(process)
             process.run()
             made.append(process.contender())
         except OSError as error:
-            notes.append(f"{runtime} not run ({error}).")
+            notes.append(f"{process.name} not run ({error}).")
+    if not processes:
+        notes.append(f"{' and '.join(RUNTIMES)} not run (`make bench-peers` installs them).")
     for contender in made:
         contender.run = several(contender.run, IN_A_ROW // BATCH)
     start = time.perf_counter()
