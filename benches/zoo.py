@@ -123,8 +123,8 @@ class Zoo:
             "",
             f"Medians of {ROUNDS} rounds in img/s, {THREADS} threads. For cnnrs a round is one `preconv` of a network "
             "that it has not seen before: looking at it, preparing and checking it are part of the time. For the "
-            f"others it is {IN_A_ROW} images, without preparations. All get one batch again and again. Networks that take torch more than "
-            f"{1000 * LONG:.0f} ms an image: {LONG_JOB} images.",
+            f"others it is {IN_A_ROW} images, without preparations. All get one batch again and again. Networks that "
+            f"take torch more than {1000 * LONG:.0f} ms an image: {LONG_JOB} images.",
             "",
             f"| network | {' | '.join([*everyone, OURS])} | ours / best of torch | ours / best of all | who computes |",
             f"|---|{'---:|' * (len(everyone) + 3)}---|",

@@ -286,7 +286,11 @@ class Network:
 
     def _known(self) -> Any:
         tensors = self._front.front.tensors
-        return self._state(), [(t.data_ptr(), t.requires_grad, 0 if t.is_inference() else t._version) for t in tensors]
+        return (
+            self._state(),
+            self._front.whole.state(),
+            [(t.data_ptr(), t.requires_grad, 0 if t.is_inference() else t._version) for t in tensors],
+        )
 
     def _features(self, inputs: torch.Tensor) -> torch.Tensor | None:
         """None where the model is to be called instead, from now on."""

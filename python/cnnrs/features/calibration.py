@@ -11,6 +11,7 @@ import torch
 from cnnrs import _cnnrs
 from cnnrs._util.notes import note
 from cnnrs.errors import UnsupportedModelError
+from cnnrs.model.lowering import Lowered
 
 #: Images that the ranges are found on: the first of the data set.
 IMAGES = 256
@@ -141,12 +142,18 @@ def narrow(network: _cnnrs.CpuNetwork, layers: Sequence[str], images: torch.Tens
 
 
 def of_one_size(
-    network: Callable[[torch.Tensor], torch.Tensor], image: tuple[int, ...]
+    network: Callable[[torch.Tensor], torch.Tensor], lowered: Lowered
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A network in int8 whose operations and ranges are those for images of this shape; others raise."""
+    """A network in int8 whose operations and ranges are those for images of one size and for weights as they are.
+
+    Others raise: images of another size where the model looks at it, weights of which it computes others.
+    """
+    state = lowered.state()
 
     def computed(images: torch.Tensor) -> torch.Tensor:
-        _check_size(images, image)
+        _check_size(images, lowered.image)
+        if lowered.state() != state:
+            raise UnsupportedModelError("precision='int8': weights of the model have changed during the call")
         return network(images)
 
     return computed

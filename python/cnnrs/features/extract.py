@@ -189,7 +189,7 @@ class Extractor:
         self._differs(lowered, _natively(network), images)
         ranges = self.calibration.find(network, ahead, lowered.image)
         quantize(network, ranges, images, type(self.model).__name__, self.check)
-        return _natively(network if lowered.image is None else of_one_size(network, lowered.image))
+        return _natively(of_one_size(network, lowered))
 
     def _network(self, images: torch.Tensor, ahead: list[torch.Tensor]) -> Network | None:
         """What computes features instead of the module, where that is wanted and can run; it needs a batch to tell."""
@@ -216,7 +216,7 @@ class Extractor:
         if self._differs(lowered, network, images):
             self._against, self._plan = ("its module computes something else",), None
             return None
-        return network if lowered.image is None else self._of_any_size(lowered, network)
+        return self._of_any_size(lowered, network) if lowered.image is not None or lowered.sources else network
 
     def _in_bf16(self, images: torch.Tensor) -> Network | None:
         """Engine "cpu" in bfloat16, where it can run the model; None: autocast."""
@@ -239,7 +239,7 @@ class Extractor:
                 reasons = (str(error),)
             else:
                 ours = _natively(network)
-                return ours if lowered.image is None else self._of_any_size(lowered, ours)
+                return self._of_any_size(lowered, ours) if lowered.image is not None or lowered.sources else ours
         if self.engine == "cpu":
             raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this model:", *reasons]))
         if self.verbose:
@@ -262,8 +262,9 @@ class Extractor:
 
         def computed(images: torch.Tensor) -> torch.Tensor:
             nonlocal lowered, image, state, network
-            if tuple(images.shape[1:]) != image or lowered.state() != state:
-                image = tuple(images.shape[1:])
+            size = tuple(images.shape[1:])
+            if (image is not None and size != image) or lowered.state() != state:
+                image = size
                 lowered, network = self._of_size(images) or (lowered, called)
                 state = lowered.state()
             return network(images)
@@ -280,7 +281,14 @@ class Extractor:
             return None
         if self.is_bf16:
             made = cpu_inference.network(lowered, beside=self.beside)
-            narrow(made, cpu_inference.bf16_layers(lowered, list(images.shape))[0], images, self.check)
+            if self._differs(lowered, _natively(made), images):
+                return None
+            try:
+                narrow(made, cpu_inference.bf16_layers(lowered, list(images.shape))[0], images, self.check)
+            except UnsupportedModelError:
+                if self.engine == "cpu":
+                    raise
+                return None
             return lowered, _natively(made)
         exact = self.precision == "exact"
         network = _natively(cpu_inference.network(lowered, exact=exact, beside=self.beside))

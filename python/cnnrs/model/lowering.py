@@ -42,7 +42,7 @@ class Lowered:
         output: the node whose value is the model's.
         image: the shape of the samples, without the batch, for which alone the operations are the model's; None: any.
         folded: which of the tensors are no parameters or buffers, but computed of them as they were.
-        sources: what these have been computed of.
+        sources: what these have been computed of, and parameters of which others are another shape.
     """
 
     graph: _cnnrs.Graph
@@ -58,12 +58,15 @@ class Lowered:
     def identities(self) -> list[Any]:
         """What tells these tensors from others: the objects; of folded ones, which are new each time, the numbers."""
         return [
-            (tuple(tensor.shape), _digest(tensor)) if index in self.folded else id(tensor)
+            (tuple(tensor.shape), _digest(tensor)) if index in self.folded else (id(tensor), tensor.data_ptr())
             for index, tensor in enumerate(self.tensors)
         ]
 
     def state(self) -> list[Any]:
-        """Equal as long as what the folded tensors have been computed of has not been written to, or moved."""
+        """Equal as long as what other tensors than parameters and buffers were made of is not written to, or moved.
+
+        What `.data` and NumPy write leaves no trace here.
+        """
         dense = [tensor for tensor in self.sources if tensor.layout is torch.strided]
         return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in dense]
 
@@ -170,7 +173,7 @@ class _Lowering(Windowed, Images):
             raise Unsupported(f"an argument makes no sense: {error}") from error
         kinds = [_kind(kind, attributes) for _, kind, _, attributes in self.nodes]
         names = [node[0] for node in self.nodes]
-        sources = tuple(self._recorder.sources.values()) if self._folded else ()
+        sources = (*self._own.reshaped, *(self._recorder.sources.values() if self._folded else ()))
         return Lowered(
             graph, self.tensors, names, kinds, self.nodes, node, self.image, frozenset(self._folded), sources
         )

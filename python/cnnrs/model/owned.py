@@ -26,11 +26,13 @@ class Owned:
             own would not get.
 
     Attributes:
+        reshaped: those that a graph reads in another shape: what replaces their memory is not seen in that.
         is_float32: whether all of them are, on the CPU; of those that are floating-point numbers.
     """
 
     def __init__(self, model: nn.Module, reshaped: bool) -> None:
         own = [*model.named_parameters(), *model.named_buffers()]
+        self.reshaped: list[torch.Tensor] = []
         self._named = {id(tensor): (name, tensor) for name, tensor in own}
         floats = [tensor for _, tensor in own if tensor.is_floating_point()]
         self.is_float32 = all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in floats)
@@ -46,6 +48,7 @@ class Owned:
         if id(tensor) in self._named or not _is_plain(tensor) or _memory(tensor) not in self._lie:
             return tensor
         _, own = self._lie[_memory(tensor)]
+        self.reshaped.append(own)
         return shaped(own, tensor.shape)
 
     def flat(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -56,14 +59,15 @@ class Owned:
         """
         if not tensor.is_contiguous():
             raise Unsupported("has weights that are not contiguous")
-        return tensor if tensor.ndim == 1 else shaped(tensor, torch.Size([tensor.numel()]))
+        return tensor if tensor.ndim == 1 else self.of(tensor.detach().view(-1))
 
 
 def shaped(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The numbers of a contiguous tensor in another shape, the same object as long as somebody has it."""
     key = tensor.data_ptr(), shape, tensor.dtype, tensor.device
     found = _SHAPED.get(key)
-    if found is None:
+    if found is None or found.data_ptr() != tensor.data_ptr():
+        # Of nobody yet, or of somebody whose memory has moved since.
         found = _SHAPED[key] = tensor.detach().view(shape)
     return found
 

@@ -126,6 +126,10 @@ class Tokens(Values):
         given = [value for value in values((args, kwargs)) if isinstance(value, Standin) and value.heads is not None]
         for x in given:
             self._check_version(x)
+        for value in values((args, kwargs)):
+            plain = isinstance(value, torch.Tensor) and not isinstance(value, Standin)
+            if plain and not self._recorder.has_made(value):
+                self._recorder.sources.setdefault(id(value), value)
         if name in ("reshape", "view"):
             dims = self._view_dims(args[1:], kwargs)
             self.shape(len(self.nodes) - 1)  # It tells what the batch's sizes are.

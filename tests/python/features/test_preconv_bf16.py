@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from torchvision.models import VisionTransformer
 
 import cnnrs
+from cnnrs.engine import verify
 from cnnrs.errors import UnsupportedModelError
 
 
@@ -148,3 +149,41 @@ def test_a_network_that_makes_roundings_larger_says_so(photos: TensorDataset, mo
 def test_fp16_is_not_engine_cpu(photos: TensorDataset, model: nn.Module) -> None:
     with pytest.raises(ValueError, match="precision='fp16' is autocast of the module itself"):
         run(photos, model, engine="cpu", precision="fp16")
+
+
+@pytest.mark.usefixtures("native")
+def test_rows_do_not_depend_on_the_size_that_comes_first(model: nn.Module) -> None:
+    """Which convolutions are Winograd's depends on the size."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(2, 3, size, size), torch.zeros(2)) for size in (8, 48)]
+    found = [run(data, model).features for data in (batches, batches[::-1])]
+    assert torch.equal(found[0][:2], found[1][2:]) and torch.equal(found[0][2:], found[1][:2])
+
+
+class Sized(nn.Module):
+    """Something else for larger images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.small, self.large = (nn.Conv2d(n, 32, 1) for n in (3, 32, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = (self.small if x.shape[2] < 20 else self.large)(self.first(x).relu()).mean((2, 3))
+        return y
+
+
+@pytest.mark.usefixtures("native")
+def test_every_size_is_compared_with_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, differs = [], verify.differs
+
+    def spy(model: nn.Module, lowered: Any, inputs: torch.Tensor, **options: Any) -> str | None:
+        sizes.append(inputs.shape[2])
+        return differs(model, lowered, inputs, **options)
+
+    monkeypatch.setattr(verify, "differs", spy)
+    model = Sized().eval()
+    batches = [(torch.randn(2, 3, size, size), torch.zeros(2)) for size in (16, 24)]
+    found = run(batches, model, dtype="float32").features
+    with torch.no_grad():
+        assert apart(found, torch.cat([model(images) for images, _ in batches])) < 3 * 2**-9
+    assert sizes == [16, 24]

@@ -16,6 +16,7 @@ from cnnrs.engine import cpu_inference, kept_plans
 from cnnrs.engine.choice import lowered_for
 from cnnrs.model.lowering import Lowered, lower
 from cnnrs.model.operations import Unsupported
+from cnnrs.model.owned import shaped
 from cnnrs.model.player import play
 
 IMAGE = (3, 17, 14)
@@ -204,3 +205,46 @@ def test_numbers_beside_other_types_stay_with_the_module() -> None:
     with pytest.raises(Unsupported):
         found(Block(numbers).double())
     assert lowered_for(Block(numbers).double().eval(), "auto", False, IMAGE) is None
+
+
+class Lines(nn.Module):
+    """Summands per channel of (N, C, L), as many channels as there are pixels."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv, self.bias = nn.Conv2d(3, 64, 1), nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = (self.conv(x).flatten(2) + self.bias).relu().mean(2)
+        return y
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 1), (64, 1)])
+def test_summands_that_are_zero_at_first_are_those_of_channels_later(shape: tuple[int, ...]) -> None:
+    model, images = Lines(shape).eval(), torch.randn(2, 3, 8, 8)
+    for _ in range(2):
+        features, _ = cnnrs.preconv([(images, torch.zeros(2))], model, verbose=False)
+        with torch.no_grad():
+            torch.testing.assert_close(features, model(images))
+            model.bias.copy_(torch.arange(64.0).view(shape))
+
+
+def test_other_shapes_of_weights_follow_new_memory_between_batches() -> None:
+    model, images = Block(convnext).eval(), torch.randn(2, *IMAGE)
+
+    def batches() -> Any:
+        yield images, torch.zeros(2)
+        model.gamma.data = model.gamma.detach() * -3.0
+        yield images, torch.zeros(2)
+
+    features, _ = cnnrs.preconv(batches(), model, engine="cpu", verbose=False)
+    assert error(features[2:], model, images) < 1e-6
+
+
+def test_memory_that_has_moved_is_nobody_elses_shape() -> None:
+    tensor = torch.arange(6.0)
+    first = shaped(tensor, torch.Size([2, 3]))
+    assert shaped(tensor, torch.Size([2, 3])) is first
+    # As `share_memory_()` and `set_()` do: the shape lives on elsewhere.
+    first.set_(torch.arange(6.0).view(2, 3) + 10)  # type: ignore[call-overload]
+    assert torch.equal(shaped(tensor, torch.Size([2, 3])), tensor.view(2, 3))

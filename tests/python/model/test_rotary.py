@@ -396,3 +396,22 @@ def test_masks_of_torchs_layer(call: Callable[[Any, torch.Tensor], torch.Tensor]
 
     with pytest.raises(Unsupported, match="is called with a mask"):
         lowered(Called())
+
+
+def test_tables_that_are_buffers_follow_them_between_batches() -> None:
+    def turned(m: Any, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return x * m.cos + rotate_half(x) * m.sin
+
+    model: Any = Rotary(turned, first=0).eval()
+    model.register_buffer("cos", torch.rand(12, 32))
+    model.register_buffer("sin", torch.rand(12, 32))
+    images = torch.randn(2, *IMAGE)
+
+    def batches() -> Any:
+        yield images, torch.zeros(2)
+        model.cos.mul_(-2.0)
+        yield images, torch.zeros(2)
+
+    features, _ = cnnrs.preconv(batches(), model, engine="cpu", verbose=False)
+    with torch.no_grad():
+        torch.testing.assert_close(features[2:], model(images))

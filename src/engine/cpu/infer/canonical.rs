@@ -91,8 +91,11 @@ fn order(graph: &Graph, node: &mut Node, shape: &Shape, before: &[Shape], orders
         }
         Op::WindowAttention(_) | Op::PatchMerging => {}
         Op::Shift { summand } if from != TOKENS => {
-            if !per_channel(&graph.tensors[*summand], &from) {
-                return refuse(node, "adds more than one summand per channel");
+            let tensor = &graph.tensors[*summand];
+            // Of (N, C, L) they would be taken for those of tokens.
+            let is_line = from.len() == 3 && tensor.iter().product::<usize>() > 1;
+            if is_line || !per_channel(tensor, &from) {
+                return refuse(node, "adds more than one summand per channel of images");
             }
         }
         Op::Shift { summand } if graph.tensors[*summand].iter().rev().nth(2).is_some_and(|&images| images != 1) => {

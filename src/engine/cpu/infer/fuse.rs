@@ -302,7 +302,7 @@ impl Fusion<'_> {
         let mut next = index;
         loop {
             match &self.graph.nodes[next].op {
-                Op::Shift { summand } => {
+                Op::Shift { summand } if next == index || tokens::moves(self.graph, self.shapes, next) => {
                     self.floats(&self.graph.nodes[next], *summand)?;
                     layer.summand = Some(*summand);
                 }

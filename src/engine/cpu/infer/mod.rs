@@ -164,7 +164,11 @@ impl<P: Parameters> Frozen<P> {
         self.plan = None;
         let canonical = canonical(&self.graph, model::shapes(&self.graph, shape)?)?;
         let tensors: Vec<_> = (0..self.graph.tensors.len()).map(|t| self.parameters.floats(t)).collect();
-        let network = network(&canonical, &tensors, self.options, self.bytes.quantization())?;
+        // Which layers compute in bfloat16 depends on the sizes of the images, which must not be those of the first ones.
+        let bf16 = matches!(self.bytes, Bytes::Yes(Quantization { form: Form::Bf16, .. }))
+            .then(|| Quantization::bf16(&canonical.graph, &canonical.shapes));
+        let quantization = bf16.as_ref().map_or_else(|| self.bytes.quantization(), Option::as_ref);
+        let network = network(&canonical, &tensors, self.options, quantization)?;
         let plan = Plan::compile(&network, images, &mut self.team)?;
         self.plan = Some(Compiled { image: image.to_vec(), weights: self.digest(), plan });
         Ok(())

@@ -140,6 +140,8 @@ pub fn attention<'a>(
         }
         None => None,
     };
-    let step = Attention::new(network.isa, inputs, output, blocks, heads, scale as f32);
-    Ok(step.with(network.isa, constant, turn).making(network.made(layer)?))
+    let made = network.made(layer)?;
+    let isa = made.map_or(network.isa, |made| made.dots.isa(network.isa));
+    let step = Attention::new(isa, inputs, output, blocks, heads, scale as f32);
+    Ok(step.with(isa, constant, turn).making(made))
 }

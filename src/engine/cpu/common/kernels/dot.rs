@@ -71,6 +71,11 @@ impl Dots {
         }
     }
 
+    /// The instructions of the floats that go with it.
+    pub fn isa(self, isa: Isa) -> Isa {
+        if matches!(self, Self::Portable | Self::PortableBf16) { Isa::Portable } else { isa }
+    }
+
     /// Whether there is an instruction for it: otherwise float32 is about as fast.
     pub fn is_fast(self) -> bool {
         match self {
