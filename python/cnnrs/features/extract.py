@@ -216,7 +216,7 @@ class Extractor:
         if self._differs(lowered, network, images):
             self._against, self._plan = ("its module computes something else",), None
             return None
-        return self._of_any_size(lowered, network) if lowered.image is not None or lowered.sources else network
+        return self._of_any_size(lowered, network)
 
     def _in_bf16(self, images: torch.Tensor) -> Network | None:
         """Engine "cpu" in bfloat16, where it can run the model; None: autocast."""
@@ -227,32 +227,44 @@ class Extractor:
         else:
             reasons = decide(Question("preconv", "cpu", lowered, self._against, images)).reasons
         if lowered is not None and not reasons:
-            network = cpu_inference.network(lowered, beside=self.beside)
             try:
-                if self._differs(lowered, _natively(network), images):
-                    self._against = ("its module computes something else",)
-                    return None
-                narrow(network, cpu_inference.bf16_layers(lowered, list(images.shape))[0], images, self.check)
+                network = self._narrowed(lowered, images)
             except UnsupportedModelError as error:
                 if self.engine == "cpu":
                     raise
                 reasons = (str(error),)
             else:
-                ours = _natively(network)
-                return self._of_any_size(lowered, ours) if lowered.image is not None or lowered.sources else ours
+                if network is not None:
+                    return self._of_any_size(lowered, network)
+                self._against = ("its module computes something else",)
+                return None
         if self.engine == "cpu":
             raise UnsupportedModelError("\n".join(["engine 'cpu' cannot run this model:", *reasons]))
         if self.verbose:
             print("\n".join(["preconv: precision='bf16' is PyTorch's autocast here, because", *reasons]))
         return None
 
+    def _narrowed(self, lowered: Lowered, images: torch.Tensor) -> Network | None:
+        """Engine "cpu" in bfloat16; None where in float32 it does not do what the module does.
+
+        Raises:
+            UnsupportedModelError: no layer would compute in bfloat16.
+        """
+        network = cpu_inference.network(lowered, beside=self.beside)
+        if self._differs(lowered, _natively(network), images):
+            return None
+        narrow(network, cpu_inference.bf16_layers(lowered, list(images.shape))[0], images, self.check)
+        return _natively(network)
+
     def _of_any_size(self, lowered: Lowered, network: Network) -> Network:
-        """Engine ``cpu`` for a model that looks at the size of its images: another size has operations of its own.
+        """``network``; of a model that looks at the size of its images, another one for another size.
 
         Which engine a size gets depends on nothing else, so that a store that goes on has the same rows. What has been
         computed of weights is computed again where these have been written to, as a plan follows weights that move.
         """
         image, state = lowered.image, lowered.state()
+        if image is None and not state:
+            return network
 
         def called(images: torch.Tensor) -> torch.Tensor:
             amp = AUTOCAST.get(self.precision or "")
@@ -280,16 +292,13 @@ class Extractor:
         if lowered is None or obstacle is not None:
             return None
         if self.is_bf16:
-            made = cpu_inference.network(lowered, beside=self.beside)
-            if self._differs(lowered, _natively(made), images):
-                return None
             try:
-                narrow(made, cpu_inference.bf16_layers(lowered, list(images.shape))[0], images, self.check)
+                made = self._narrowed(lowered, images)
             except UnsupportedModelError:
                 if self.engine == "cpu":
                     raise
                 return None
-            return lowered, _natively(made)
+            return None if made is None else (lowered, made)
         exact = self.precision == "exact"
         network = _natively(cpu_inference.network(lowered, exact=exact, beside=self.beside))
         return None if self._differs(lowered, network, images) else (lowered, network)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from cnnrs.model.operations import Unsupported, _conv_padding
-from cnnrs.model.owned import number, shaped
+from cnnrs.model.owned import number
 from cnnrs.model.response_norm import Responses
 from cnnrs.model.tokens import Tokens
 from cnnrs.model.tracing import Standin
@@ -53,9 +52,9 @@ class Images(Tokens):
             raise Unsupported("normalises something else than images (N, C, H, W)")
         if num_groups != 1:
             raise Unsupported(f"divides channels into {num_groups} groups, which has no counterpart yet")
-        own = [None if tensor is None else self._tensor_index(tensor) for tensor in (weight, bias)]
         if any(tensor is not None and self._own_name(tensor) is None for tensor in (weight, bias)):
             raise Unsupported("a weight is computed, not a parameter or buffer")
+        own = [None if tensor is None else self._tensor_index(tensor) for tensor in (weight, bias)]
         attributes = {"groups": num_groups, "weight": own[0], "bias": own[1], "eps": eps}
         return self._apply(name, "GroupNorm", [x], attributes)
 
@@ -131,7 +130,7 @@ class Images(Tokens):
             raise Unsupported("is a convolution of something else than (N, C, W), or pads otherwise than with zeros")
         stride, dilation = (1, module.stride[0]), (1, module.dilation[0])
         padding = module.padding if isinstance(module.padding, str) else (0, *module.padding)
-        filters = shaped(weight, torch.Size([*weight.shape[:2], 1, weight.shape[2]]))
+        filters = weight.detach()[:, :, None]
         x = self._apply(f"{name}.image", "View", [x], {"dims": [(self._read(x), 0), shape[1], 1, shape[2]]})
         x = self._apply(name, "Conv2d", [x], {
             "weight": self._tensor_index(filters), "bias": self._tensor_index(module.bias), "stride": stride,

@@ -79,9 +79,6 @@ def _is_same(mask: Any, wanted: torch.Tensor) -> bool:
 class Windowed(Tokens):
     """What layers with windows make of the values of a graph for images of one size."""
 
-    def _layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        raise NotImplementedError
-
     def _windowed(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Standin:
         if len(args) != 1:
             raise Unsupported(f"is called with {len(args)} arguments")
@@ -153,7 +150,7 @@ class Windowed(Tokens):
         if type(module).__name__.endswith("V2"):
             parts.reverse()
         for part, layer in parts:
-            x = self._layer(f"{name}.{part}", layer, (x,))
+            x = self._part(f"{name}.{part}", layer, x)
         return x
 
     def _partitioned(self, name: str, module: Any, x: Standin, shape: list[int | None]) -> Standin:
@@ -242,7 +239,3 @@ class Windowed(Tokens):
         if not (theirs or kind is nn.Identity) or (drop.training and getattr(drop, "drop_prob", 0.0) > 0.0):
             raise Unsupported("drops values in training mode; call eval()")
         return x
-
-    def _part(self, name: str, layer: nn.Module, x: Standin) -> Standin:
-        made: Standin = self._layer(name, layer, (x,))
-        return made

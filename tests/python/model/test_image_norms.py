@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +13,7 @@ import cnnrs
 from cnnrs.engine import cpu_inference
 from cnnrs.model.lowering import Lowered, lower
 from cnnrs.model.operations import Unsupported
-from cnnrs.model.player import play
+from like_module import assert_like_the_module
 
 IMAGE = (3, 12, 9)
 Made = Callable[["Block", torch.Tensor], torch.Tensor]
@@ -111,27 +110,9 @@ def found(model: nn.Module, image: tuple[int, ...] = IMAGE) -> Lowered:
     return lower(model.eval(), False, image)
 
 
-def error(features: torch.Tensor, model: nn.Module, images: torch.Tensor) -> float:
-    """Relative, against float64."""
-    with torch.no_grad():
-        exact = copy.deepcopy(model).double()(images.double())
-    assert features.shape == exact.shape
-    return float((features.double() - exact).norm() / exact.norm())
-
-
 @pytest.mark.parametrize("make", MAKES)
 def test_like_the_module(make: Made) -> None:
-    model = Block(make).eval()
-    for image in (IMAGE, (3, 8, 5)):
-        lowered = found(model, image)
-        for count in (1, 3, 8):
-            images = torch.randn(count, *image)
-            assert error(cpu_inference.network(lowered)(images), model, images) < 1e-6
-        with torch.no_grad():
-            torch.testing.assert_close(play(lowered, lowered.tensors, images), model(images))
-    batches = [(torch.randn(2, *IMAGE), torch.zeros(2)) for _ in range(2)]
-    features, _ = cnnrs.preconv(batches, model, engine="cpu", verbose=False)
-    assert error(features, model, torch.cat([images for images, _ in batches])) < 1e-6
+    assert_like_the_module(Block(make).eval(), [IMAGE, (3, 8, 5)])
 
 
 def response(m: Block, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:

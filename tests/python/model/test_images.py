@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from cnnrs.engine.choice import lowered_for
 from cnnrs.model.lowering import Lowered, lower
 from cnnrs.model.operations import Unsupported
 from cnnrs.model.owned import shaped
-from cnnrs.model.player import play
+from like_module import assert_like_the_module, error
 
 IMAGE = (3, 17, 14)
 Made = Callable[["Block", torch.Tensor], torch.Tensor]
@@ -116,27 +115,9 @@ def found(model: nn.Module, image: tuple[int, ...] = IMAGE) -> Lowered:
     return lower(model.eval(), False, image)
 
 
-def error(features: torch.Tensor, model: nn.Module, images: torch.Tensor) -> float:
-    """Relative, against float64."""
-    with torch.no_grad():
-        exact = copy.deepcopy(model).double()(images.double())
-    assert features.shape == exact.shape
-    return float((features.double() - exact).norm() / exact.norm())
-
-
 @pytest.mark.parametrize("make", MAKES)
 def test_like_the_module(make: Made) -> None:
-    model = Block(make).eval()
-    for image in (IMAGE, (3, 7, 9)):
-        lowered = found(model, image)
-        for count in (1, 3, 8):
-            images = torch.randn(count, *image)
-            assert error(cpu_inference.network(lowered)(images), model, images) < 1e-6
-        with torch.no_grad():
-            torch.testing.assert_close(play(lowered, lowered.tensors, images), model(images))
-    batches = [(torch.randn(2, *IMAGE), torch.zeros(2)) for _ in range(2)]
-    features, _ = cnnrs.preconv(batches, model, engine="cpu", verbose=False)
-    assert error(features, model, torch.cat([images for images, _ in batches])) < 1e-6
+    assert_like_the_module(Block(make).eval(), [IMAGE, (3, 7, 9)])
 
 
 OTHERS: dict[str, Made] = {
